@@ -1,0 +1,211 @@
+"""A site in this process: its data, the job's workbench, and what it keeps between rounds.
+
+A participant holds nothing of a run in memory that it could not find again: any request can be
+answered after a restart, because local heads are on the site's own disk, one file per round.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from fedgraft.client.data import Examples, encode, read_split, split_validation
+from fedgraft.client.evaluation import evaluate
+from fedgraft.client.site import SiteConfig, load_site
+from fedgraft.client.training import Span, train
+from fedgraft.common.adapters import Layout, Vector, read
+from fedgraft.common.errors import SiteFailure
+from fedgraft.common.files import write_atomically
+from fedgraft.common.job import Job
+from fedgraft.common.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    PlanReply,
+    PlanRequest,
+    TrainReply,
+    TrainRequest,
+)
+from fedgraft.common.seeds import numpy_generator, torch_generator
+from fedgraft.common.workbench import Workbench, cache_folder, choose_device, open_workbench
+
+__all__ = ["Participant", "Splits", "load_splits", "open_participant"]
+
+SESSION = re.compile(r"[0-9a-f]{32}")
+NOTHING = np.empty(0, np.int64)
+KEPT_STATES = 2  # the coordinator may repeat the last round after a crash, never an older one
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A site's examples; ``validation`` and ``test`` may be empty."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+
+
+class Participant:
+    """Answers the coordinator's requests for one site."""
+
+    def __init__(self, config: SiteConfig, state: Path) -> None:
+        self.config = config
+        self.state = state
+        self.device = str(choose_device(config.device))
+
+    def agree(self, request: PlanRequest) -> PlanReply:
+        """Check that this site has the same backbone and adapter, and data for the job.
+
+        Raises:
+            SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs``, ``no-examples``.
+        """
+        job, bench = self._open(request)
+        if bench.backbone.fingerprint != request.backbone:
+            raise SiteFailure("backbone-differs")
+        if bench.layout.only(request.names).fingerprint != request.layout:
+            raise SiteFailure("layout-differs")
+        if bench.fixed_hash({*request.names, *bench.local.names}) != request.fixed:
+            raise SiteFailure("fixed-differs")
+        examples = len(self.splits(job).train)
+        if not examples:
+            raise SiteFailure("no-examples")
+        return PlanReply(request.session, self.config.name, examples)
+
+    def train(self, request: TrainRequest) -> TrainReply:
+        """One round of local training from the request's adapter.
+
+        Raises:
+            SiteFailure: the loss is not finite.
+        """
+        job, bench = self._open(request)
+        exchanged = bench.layout.only(request.names)
+        examples = self.splits(job).train
+        self.put(bench, exchanged, request)
+        rounds = job.rounds.count
+        result = train(
+            bench.model,
+            (*exchanged.names, *bench.local.names),
+            examples,
+            settings=job.training,
+            generator=torch_generator(job.job.seed, "train", request.round, self.config.name),
+            span=Span((request.round - 1) / rounds, request.round / rounds),
+        )
+        self._keep_local(bench, request)
+        update = read(bench.model, exchanged) - request.adapter
+        return TrainReply(
+            session=request.session,
+            round=request.round,
+            layout=exchanged.fingerprint,
+            examples=len(examples),
+            loss=result.loss,
+            update=update,
+        )
+
+    def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
+        """Evaluate the request's adapter, with the site's own head where heads are local.
+
+        Raises:
+            SiteFailure: ``no-examples`` in that split.
+        """
+        job, bench = self._open(request)
+        splits = self.splits(job)
+        examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
+        if not examples:
+            raise SiteFailure("no-examples")
+        self.put(bench, bench.layout.only(request.names), request)
+        classes, precision = len(job.job.labels), job.training.precision
+        measured = evaluate(bench.model, examples, classes=classes, precision=precision)
+        return EvaluateReply(request.session, request.round, measured.tally.to_vector())
+
+    def splits(self, job: Job) -> Splits:
+        """This site's examples for the job."""
+        return load_splits(self.config, job, device=self.device)
+
+    def put(
+        self, bench: Workbench, exchanged: Layout, request: TrainRequest | EvaluateRequest
+    ) -> None:
+        """Write initial tensors, then the site's own head, then what the coordinator sent."""
+        # Training round t starts from the head of the last round before t; evaluation after
+        # round t uses the head of round t.
+        before = request.round - (1 if isinstance(request, TrainRequest) else 0)
+        own = self._local_head(request.session, before) if bench.local.names else None
+        parts = [(bench.local, own)] if own is not None else []
+        bench.put(*parts, (exchanged, request.adapter))
+
+    def _open(self, request: PlanRequest | TrainRequest | EvaluateRequest) -> tuple[Job, Workbench]:
+        if not SESSION.fullmatch(request.session):  # it names a folder here
+            raise SiteFailure("bad-session")
+        job = Job.model_validate_json(request.job)
+        return job, open_workbench(job, device=self.device)
+
+    def _local_head(self, session: str, last: int) -> Vector | None:
+        """The head kept in the newest round up to ``last``; None before the first."""
+        rounds = [path for path in self._kept(session) if int(path.stem) <= last]
+        return load_file(rounds[-1])["head"] if rounds else None
+
+    def _keep_local(self, bench: Workbench, request: TrainRequest) -> None:
+        if not bench.local.names:
+            return
+        path = self.state / request.session / f"{request.round:06d}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = read(bench.model, bench.local)
+        write_atomically(path, lambda temporary: save_file({"head": head}, temporary))
+        for old in self._kept(request.session)[:-KEPT_STATES]:
+            old.unlink()
+
+    def _kept(self, session: str) -> list[Path]:
+        return sorted((self.state / session).glob("*.safetensors"))
+
+
+def open_participant(node_config: Mapping[str, object]) -> Participant:
+    """The participant that a Flower node's configuration names.
+
+    ``site`` is the path of its ``site.toml``; ``state`` and ``device`` may override the file's.
+    """
+    config = _load_site(str(node_config["site"]))
+    if device := node_config.get("device"):
+        config = config.model_copy(update={"device": str(device)})
+    return Participant(config, Path(str(node_config.get("state") or config.state)))
+
+
+@lru_cache(maxsize=4096)
+def _load_site(path: str) -> SiteConfig:
+    return load_site(Path(path))
+
+
+def load_splits(config: SiteConfig, job: Job, *, device: str) -> Splits:
+    """The site's encoded examples; read once per process, encoded once per machine.
+
+    Raises:
+        DataError: the site's files do not match the job's schema.
+    """
+    # Only these sections shape the examples: rounds or training settings must not read them again.
+    reading = job.model_dump_json(include={"job", "backbone", "method", "data"})
+    return _load_splits(config.model_dump_json(), reading, device)
+
+
+@lru_cache(maxsize=1024)
+def _load_splits(site: str, reading: str, device: str) -> Splits:
+    config = SiteConfig.model_validate_json(site)
+    job = Job.model_validate_json(reading)
+    bench = open_workbench(job, device=device)
+    cache = cache_folder() / "encoded"
+
+    def encoded(path: str) -> Examples:
+        rows = read_split(path, job, columns=config.data.columns, labels=config.data.labels)
+        return encode(
+            rows.dataset, bench.processor, job, cache=cache, key=bench.backbone.fingerprint
+        )
+
+    train = encoded(config.data.train)
+    if config.data.validation:
+        validation = encoded(config.data.validation)
+    else:
+        draw = numpy_generator(job.job.seed, "validation", config.name)
+        kept, held_out = split_validation(train.labels, job.data.validation, draw)
+        train, validation = train.subset(kept), train.subset(held_out)
+    test = encoded(config.data.test) if config.data.test else validation.subset(NOTHING)
+    return Splits(train, validation, test)

@@ -1,0 +1,101 @@
+"""The site's own configuration, ``site.toml``: where its data lies and what it calls things.
+
+Written by the site and read at the site. Nothing in it is ever fetched from a coordinator or sent
+to one, so a job cannot point a site at another file.
+"""
+
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedgraft.common.errors import JobError
+from fedgraft.common.jobfile import read_text
+
+__all__ = ["SiteConfig", "SiteData", "dump_site", "load_site"]
+
+
+class _Section(BaseModel):
+    """Frozen, and a key it does not know is an error rather than a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SiteData(_Section):
+    """``[data]``: files, folders or globs, and how the site's own names map to the job's.
+
+    ``columns`` maps a column of the job's schema to the site's own column, ``labels`` a value of
+    the site's own label column to the job's name of that label.
+    """
+
+    train: str = Field(min_length=1)
+    test: str | None = Field(default=None, min_length=1)
+    validation: str | None = Field(default=None, min_length=1)
+    columns: dict[str, str] = {}
+    labels: dict[str, str] = {}
+
+
+class SiteConfig(_Section):
+    """One site: its name, its data, its device, and the folder ``state`` for what it keeps."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    state: str = Field(default="state", min_length=1)
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    data: SiteData
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Load the ``site.toml`` at ``path``, its relative paths made absolute from the file's folder.
+
+    Raises:
+        JobError: the file is missing, is not UTF-8 TOML, or does not describe a site.
+    """
+    if not path.exists():
+        raise JobError(f"no file {path}", hint="`fedgraft site join` writes a site.toml")
+    try:
+        raw = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise JobError(f"{path} is not valid TOML: {error}", hint="mend that line") from None
+    try:
+        config = SiteConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_explain(dict(item)) for item in error.errors()]
+        lines = "\n".join(f"{path}: {what}" for what, _ in problems)
+        hints = dict.fromkeys(hint for _, hint in problems if hint)
+        raise JobError(lines, hint="; ".join(hints)) from None
+    return _anchored(config, path.parent.resolve())
+
+
+def dump_site(config: SiteConfig) -> str:
+    """The configuration as TOML, which ``load_site`` reads back."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _anchored(config: SiteConfig, base: Path) -> SiteConfig:
+    def absolute(text: str) -> str:
+        return os.path.normpath(base / os.path.expanduser(text))
+
+    named = ("train", "test", "validation")
+    paths = {name: absolute(text) for name in named if (text := getattr(config.data, name))}
+    data = config.data.model_copy(update=paths)
+    return config.model_copy(update={"state": absolute(config.state), "data": data})
+
+
+def _explain(problem: dict[str, Any]) -> tuple[str, str]:
+    """One pydantic problem as (what is wrong, what to do)."""
+    loc = [str(part) for part in problem["loc"]]
+    key = ".".join(loc)
+    if problem["type"] == "extra_forbidden":
+        known = list((SiteData if loc[:-1] == ["data"] else SiteConfig).model_fields)
+        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {key}", hint
+    if problem["type"] == "missing":
+        return f"{key} is missing", f"add {key}"
+    if key == "name":
+        return "name is not a site name", "letters, digits, dot, dash and underscore, at most 64"
+    return f"{key}: {problem['msg']}", f"mend {key}"

@@ -1,0 +1,285 @@
+"""Read the two columns a job asks for out of a site's own files, and refuse what is not clean.
+
+``datasets.load_dataset`` does not parse them: it copies a site's rows into a cache in the home
+folder, reads the text "NA" as missing and "007" as the number 7, and reports a broken row without
+its line. What it would do silently is an error here. No message ever repeats the text of a row.
+"""
+
+import csv
+import difflib
+import glob
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedgraft.common.errors import DataError
+
+__all__ = ["Table", "find_sources", "read_tables"]
+
+Row = tuple[int, Any, Any]  # line or row number, content, label
+
+LITTER = frozenset({"Thumbs.db", "desktop.ini"})
+
+
+@dataclass(frozen=True)
+class Table:
+    """The raw contents and labels of one source, in its order.
+
+    A content is a text, or an image as ``{"bytes", "path"}``. ``typed`` says that the source tells
+    the number 3 from the text "3"; CSV cells and folder names do not.
+    """
+
+    path: Path
+    contents: list[Any]
+    labels: list[Any]
+    numbers: Sequence[int]
+    unit: str
+    typed: bool
+
+    def place(self, index: int) -> str:
+        """Where a person finds row ``index``: the image file, or the data file and line."""
+        if not self.numbers:
+            return str(self.contents[index]["path"])
+        return f"{self.path}, {self.unit} {self.numbers[index]}"
+
+
+def find_sources(path: str) -> list[Path]:
+    """The file or folder at ``path``, or all that the glob ``path`` matches, in sorted order.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    if Path(path).exists():
+        return [Path(path)]
+    if glob.has_magic(path):
+        found = sorted(glob.glob(path, recursive=True))
+        if found:
+            return [Path(name) for name in found]
+        raise DataError(f"nothing matches {path}", hint="check the pattern and the working folder")
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise DataError(f"no file {path}", hint=f"there is no folder {folder} either")
+    beside = sorted(entry.name for entry in folder.iterdir())
+    near = difflib.get_close_matches(Path(path).name, beside, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"in {folder}: {_listed(beside) or 'nothing'}"
+    raise DataError(f"no file {path}", hint=hint)
+
+
+def read_tables(path: str, *, content: str, label: str, images: bool) -> list[Table]:
+    """Read the columns ``content`` and ``label`` of all sources at ``path`` (file, folder, glob).
+
+    With ``images``, a folder holds one folder per label, an image file alone has the name of its
+    folder as label, and the ``content`` of a table is an embedded image or the path of one,
+    relative to the table.
+
+    Raises:
+        DataError: missing, empty, malformed, not UTF-8, without one of the columns.
+    """
+    tables, loose = [], []
+    for source in find_sources(path):
+        if source.is_dir():
+            tables.append(_read_folder(source, images=images))
+        elif source.suffix.lower() in READERS:
+            tables.append(_read_file(source, content, label, images=images))
+        elif images:
+            loose.append((source, source.parent.name))
+        else:
+            raise DataError(
+                f"{source} is not a kind of file that can be read",
+                hint=f"give one of {', '.join(READERS)}",
+            )
+    return [*tables, _image_table(Path(path), loose)] if loose else tables
+
+
+def _read_file(path: Path, content: str, label: str, *, images: bool) -> Table:
+    suffix = path.suffix.lower()
+    numbers, contents, labels = [], [], []
+    for number, one, name in READERS[suffix](path, content, label):
+        numbers.append(number)
+        contents.append(_image_source(one, path.parent) if images else one)
+        labels.append(name)
+    if not contents:
+        raise DataError(f"{path} has no rows", hint="put at least one row under the header")
+    unit = "row" if suffix == ".parquet" else "line"
+    return Table(path, contents, labels, numbers, unit, typed=suffix != ".csv")
+
+
+def _read_folder(path: Path, *, images: bool) -> Table:
+    if not images:
+        raise DataError(
+            f"{path} is a folder, and this job reads text",
+            hint=f"name a file, or a pattern such as {path}/*.jsonl",
+        )
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _kept(entry))
+    files = [
+        (file, folder.name)
+        for folder in folders
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and _kept(file)
+    ]
+    if not files:
+        raise DataError(
+            f"{path} has no images in label folders",
+            hint=f"put them into {path}/<label>/, one folder per label of the job",
+        )
+    return _image_table(path, files)
+
+
+def _image_table(path: Path, files: Iterable[tuple[Path, str]]) -> Table:
+    pairs = [({"bytes": None, "path": str(file.resolve())}, label) for file, label in files]
+    contents, labels = [one for one, _ in pairs], [label for _, label in pairs]
+    return Table(path, contents, labels, (), "file", typed=False)
+
+
+def _kept(path: Path) -> bool:
+    """Not what file managers leave behind; anything else that is no image is for a person."""
+    return not path.name.startswith((".", "__")) and path.name not in LITTER
+
+
+def _image_source(value: Any, folder: Path) -> dict[str, Any] | None:
+    """An image cell as ``{"bytes", "path"}``; None for an empty one or one that is no image."""
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if isinstance(value, str) and value:
+        return {"bytes": None, "path": str((folder / value).resolve())}
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return {"bytes": value["bytes"], "path": None}
+    if isinstance(value, dict) and value.get("path"):
+        return _image_source(value["path"], folder)
+    return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, with or without the byte-order mark that spreadsheets write."""
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                text = line.decode("utf-8")
+                yield text if offset else text.removeprefix("\ufeff")
+                offset += len(line)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {offset + error.start})",
+            hint='save the file as UTF-8 (in a spreadsheet: "CSV UTF-8")',
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}", hint="check its owner"
+        ) from None
+
+
+def _read_csv(path: Path, content: str, label: str) -> Iterator[Row]:
+    reader = csv.reader(_lines(path), strict=True)
+    try:
+        header = next(reader, None)
+        if not header:
+            raise DataError(f"{path} is empty", hint="its first line must name the columns")
+        _check_columns(path, header, content, label)
+        at, named = header.index(content), header.index(label)
+        start = reader.line_num + 1  # a quoted cell may span lines: a record is found at its first
+        for row in reader:
+            number, start = start, reader.line_num + 1
+            if row and len(row) != len(header):
+                raise DataError(
+                    f"{path}, line {number} has {len(row)} fields, the header has {len(header)}",
+                    hint="put quotes around fields that contain a comma",
+                )
+            if row:
+                yield number, row[at], row[named]
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num} is not valid CSV: {error}",
+            hint='quote fields with " and double the quotes inside; or save the data as JSONL',
+        ) from None
+
+
+def _read_jsonl(path: Path, content: str, label: str) -> Iterator[Row]:
+    checked = False
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or large"
+            raise DataError(
+                f"{path}, line {number} is not valid JSON: {reason}",
+                hint='each line must be one object such as {"text": "...", "label": "..."}',
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number} is not a JSON object",
+                hint="JSONL has one object per line, without a list around them",
+            )
+        if not checked:
+            _check_columns(path, list(row), content, label)
+            checked = True
+        yield number, row.get(content), row.get(label)
+
+
+def _read_parquet(path: Path, content: str, label: str) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            _check_columns(path, schema.names, content, label)
+            names = _class_names(schema, label)
+            rows = itertools.count(1)
+            for batch in file.iter_batches(batch_size=1024, columns=[content, label]):
+                pairs = zip(batch[content].to_pylist(), batch[label].to_pylist(), strict=True)
+                for one, value in pairs:
+                    yield next(rows), one, names[value] if names and value is not None else value
+    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError):
+        raise DataError(
+            f"{path} is not a readable Parquet file", hint="write it again, with UTF-8 text columns"
+        ) from None
+
+
+def _class_names(schema: Any, label: str) -> list[str]:
+    """The names behind the integers of a ``datasets.ClassLabel`` column: its order is its own."""
+    import datasets
+
+    if not schema.metadata or b"huggingface" not in schema.metadata:
+        return []
+    feature = datasets.Features.from_arrow_schema(schema)[label]
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
+
+
+READERS: dict[str, Callable[[Path, str, str], Iterator[Row]]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _check_columns(path: Path, there: list[str], content: str, label: str) -> None:
+    twice = sorted({name for name in (content, label) if there.count(name) > 1})
+    if twice:
+        raise DataError(f"{path} has column {twice[0]!r} twice", hint="rename one of them")
+    for name in (content, label):
+        if name in there:
+            continue
+        raise DataError(
+            f"{path} has no column {name!r}; its columns are: {_listed(there)}",
+            hint=_column_hint(name, there),
+        )
+
+
+def _column_hint(name: str, there: list[str]) -> str:
+    if len(there) == 1 and any(mark in there[0] for mark in ";\t|"):
+        return "separate the fields by commas"
+    near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
+    folded = [other for other in there if other.strip().casefold() == name.casefold()]
+    guess = f"did you mean {(folded or near)[0]!r}? " if folded or near else ""
+    return f"{guess}map it in [data.columns] of site.toml, or rename it"
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    shown = ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,184 @@
+"""All that trains, as one flat float32 vector with a named layout.
+
+peft puts the low-rank factors and the trainable copy of the head into the model; this module
+names them in a fixed order, so that what crosses the network is one array and what it means is
+agreed by a fingerprint.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedgraft.common.backbones import head_names
+from fedgraft.common.errors import AdapterError
+from fedgraft.common.job import Job, LoraMethod
+from fedgraft.common.seeds import derive_seed
+
+__all__ = ["Layout", "Vector", "adapter_layout", "attach", "is_factor_a", "is_head", "read", "write"]
+
+Vector = NDArray[np.float32]
+
+KINDS_OF_TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
+    "all-linear": (nn.Linear, Conv1D),
+    "all-conv": (nn.Conv2d,),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameter lies where in an adapter vector: names, shapes, in order."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def slices(self) -> dict[str, slice]:
+        """Where each name lies."""
+        ends = list(accumulate(prod(shape) for shape in self.shapes))
+        starts = [0, *ends[:-1]]
+        return {n: slice(a, b) for n, a, b in zip(self.names, starts, ends, strict=True)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over names and shapes in order."""
+        lines = (f"{name} {shape}\n" for name, shape in zip(self.names, self.shapes, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def only(self, names: Iterable[str]) -> "Layout":
+        """The layout of some of the names, in this layout's order.
+
+        Raises:
+            AdapterError: a name is not in this layout.
+        """
+        wanted = set(names)
+        if unknown := wanted.difference(self.names):
+            raise AdapterError(
+                f"{len(unknown)} adapter tensors are unknown here, such as {min(unknown)}",
+                hint="coordinator and site must use the same job, backbone and peft version",
+            )
+        kept = [pair for pair in zip(self.names, self.shapes, strict=True) if pair[0] in wanted]
+        return Layout(tuple(n for n, _ in kept), tuple(s for _, s in kept))
+
+
+def attach(model: nn.Module, job: Job) -> PeftModel:
+    """Put the job's adapter into ``model`` (in place) and return the peft model around it.
+
+    Initial factors come from a seed hashed from the job's: equal at every site.
+
+    Raises:
+        AdapterError: the targets match no module of the model.
+    """
+    heads = list(head_names(model))
+    method = job.method
+    if isinstance(method, LoraMethod):
+        config = LoraConfig(
+            r=method.rank,
+            lora_alpha=method.alpha,
+            lora_dropout=method.dropout,
+            target_modules=_targets(model, method.targets),
+            modules_to_save=None if method.head == "frozen" else heads,
+        )
+    else:  # peft's own marker for "no low-rank factors at all"
+        config = LoraConfig(r=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(job.job.seed, "adapter"))
+        return get_peft_model(model, config)
+
+
+def adapter_layout(model: PeftModel) -> Layout:
+    """Every parameter that peft made trainable: A factors, B factors, then heads."""
+    pairs = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    pairs.sort(key=lambda pair: (is_head(pair[0]), not is_factor_a(pair[0]), pair[0]))
+    return Layout(tuple(n for n, _ in pairs), tuple(s for _, s in pairs))
+
+
+def is_head(name: str) -> bool:
+    """Whether an adapter tensor belongs to the task's head."""
+    return ".modules_to_save." in name
+
+
+def is_factor_a(name: str) -> bool:
+    """Whether an adapter tensor is a LoRA factor A (rank x inputs)."""
+    return ".lora_A." in name
+
+
+def read(model: nn.Module, layout: Layout) -> Vector:
+    """Copy the named parameters into a new vector, float32 [layout.size]."""
+    parameters = dict(model.named_parameters())
+    vector = np.empty(layout.size, np.float32)
+    for name, where in layout.slices.items():
+        vector[where] = parameters[name].detach().to("cpu", torch.float32).numpy().reshape(-1)
+    return vector
+
+
+@torch.no_grad()
+def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
+    """Copy ``vector``, float32 [layout.size], into the named parameters.
+
+    Raises:
+        AdapterError: the vector has another length or dtype.
+    """
+    if vector.shape != (layout.size,) or vector.dtype != np.float32:
+        raise AdapterError(
+            f"adapter vector is {vector.dtype} {list(vector.shape)}, not float32 [{layout.size}]",
+            hint="it belongs to another job or backbone",
+        )
+    parameters = dict(model.named_parameters())
+    for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
+        values = torch.from_numpy(np.ascontiguousarray(vector[where])).view(shape)
+        parameters[name].copy_(values)
+
+
+def _targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Full names of the modules outside the head that ``targets`` means.
+
+    A target is ``all-linear``, ``all-conv``, or the end of a module's dotted name.
+    """
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    heads = tuple(f"{name}." for name in head_names(model))
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (*KINDS_OF_TARGETS["all-linear"], nn.Conv2d))
+        and not f"{name}.".startswith(heads)
+        # peft needs the rank to divide by the groups; depthwise kernels are tiny anyway
+        and getattr(module, "groups", 1) == 1
+    }
+    found: set[str] = set()
+    for target in wanted:
+        kinds = KINDS_OF_TARGETS.get(target)
+        matched = {
+            name
+            for name, module in modules.items()
+            if (isinstance(module, kinds) if kinds else f".{name}".endswith(f".{target}"))
+        }
+        if not matched:
+            _no_match(target, modules)
+        found |= matched
+    return sorted(found)
+
+
+def _no_match(target: str, modules: Iterable[str]) -> None:
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    near = difflib.get_close_matches(target, leaves, n=1)
+    raise AdapterError(
+        f"method.targets: {target!r} matches no module of this backbone",
+        hint=f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(leaves)}",
+    )

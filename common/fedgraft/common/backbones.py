@@ -1,0 +1,235 @@
+"""The frozen model: find it, refuse what is unsafe, fingerprint it, load it.
+
+Only safetensors are read and no code of a model repository ever runs: a pickle file or an
+``auto_map`` in a config would let whoever wrote it run code at every site.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedgraft.common.errors import BackboneError
+from fedgraft.common.job import Job
+from fedgraft.common.seeds import derive_seed
+
+__all__ = ["TASKS", "Backbone", "LoadedBackbone", "Task", "find_backbone", "head_names", "load"]
+
+BUILTIN = Path(__file__).parent / "builtin"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of problem: which ``transformers`` auto class loads its model, and what it reads."""
+
+    auto_class: str
+    modality: str
+
+
+TASKS = {
+    "text-classification": Task("AutoModelForSequenceClassification", "text"),
+    "image-classification": Task("AutoModelForImageClassification", "image"),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone on this machine: where it came from, its folder, and what identifies it.
+
+    ``fingerprint`` is the SHA-256 (hex) over names and contents of its weights, config and
+    tokenizer files; two folders with equal fingerprints compute the same function.
+    """
+
+    source: str
+    folder: Path
+    fingerprint: str
+    weights: str
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The folder's ``config.json``."""
+        return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """The frozen model in eval mode; ``fresh_head`` says its head carries no pre-training."""
+
+    model: nn.Module
+    fresh_head: bool
+    parameters: int
+
+
+def find_backbone(source: str, *, weights: str = "pretrained") -> Backbone:
+    """Resolve ``hf:REPO[@REVISION]``, ``path:DIR`` or ``builtin:NAME`` to a checked local folder.
+
+    Raises:
+        BackboneError: not there, not a Hugging Face folder, holds pickle weights or remote code.
+    """
+    kind, _, name = source.partition(":")
+    folder = {"hf": _download, "path": Path, "builtin": _builtin}[kind](name)
+    _refuse_unsafe(folder, source, weights)
+    return Backbone(source, folder, _fingerprint(folder, weights), weights)
+
+
+def load(backbone: Backbone, job: Job) -> LoadedBackbone:
+    """Load the backbone for the job's task and labels, every parameter frozen, fp32, on the CPU.
+
+    Weights that the folder lacks (a head for these labels, usually) start from a seed hashed from
+    the job's, so that every site starts from the same ones. A head in the folder is kept only if
+    its label names are the job's; a head for other labels says nothing about these.
+
+    Raises:
+        BackboneError: transformers cannot build this task's model from the folder.
+    """
+    labels = job.job.labels
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(job.job.seed, "backbone"))
+        model, missing = _build(backbone, job.job.task, labels)
+        fresh = _head_is_fresh(model, missing, backbone, labels)
+        if fresh:
+            for name in head_names(model):
+                _reset(model.get_submodule(name), model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return LoadedBackbone(model.eval(), fresh, count)
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the head's modules: top-level children with parameters beside the backbone's own."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name != prefix and any(True for _ in child.parameters())
+    )
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        # Pickles are not even downloaded.
+        patterns = [f"*{suffix}" for suffix in FINGERPRINTED]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise BackboneError(
+            f"cannot fetch hf:{name} ({type(error).__name__})",
+            hint="check the name and the network, or copy the folder and use path:DIR",
+        ) from None
+
+
+def _builtin(name: str) -> Path:
+    known = sorted(path.name for path in BUILTIN.iterdir() if path.is_dir())
+    if name not in known:
+        raise BackboneError(f"no built-in backbone {name}", hint=f"there is: {', '.join(known)}")
+    return BUILTIN / name
+
+
+def _refuse_unsafe(folder: Path, source: str, weights: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise BackboneError(
+            f"{source}: no config.json in that folder",
+            hint="point backbone.source at a Hugging Face model folder",
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        remote = "auto_map" in config
+    except (ValueError, TypeError):
+        raise BackboneError(f"{source}: config.json is not JSON", hint="copy it again") from None
+    if remote:
+        raise BackboneError(
+            f"{source}: config.json asks to run code from the model's repository (auto_map)",
+            hint="fedgraft never runs remote code: use an architecture that transformers ships",
+        )
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise BackboneError(
+            f"{source}: holds weights in a format that can run code: {', '.join(pickles)}",
+            hint="save it with model.save_pretrained(DIR) (safetensors) and remove those files",
+        )
+    if weights == "pretrained" and not list(folder.glob("*.safetensors")):
+        raise BackboneError(
+            f"{source}: no .safetensors file in that folder",
+            hint='save the weights as safetensors, or set backbone.weights = "random"',
+        )
+
+
+def _fingerprint(folder: Path, weights: str) -> str:
+    if weights == "random":  # the config alone makes the model
+        files = [folder / "config.json"]
+    else:
+        files = sorted(path for path in folder.iterdir() if path.suffix in FINGERPRINTED)
+    digest = hashlib.sha256(f"fedgraft-backbone/1 {weights}\n".encode())
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def _build(backbone: Backbone, task: str, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:
+    """The model and the names of the weights the folder did not have."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    auto = getattr(transformers, TASKS[task].auto_class)
+    heads = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    try:
+        if backbone.weights == "random":
+            config = transformers.AutoConfig.from_pretrained(
+                backbone.folder, trust_remote_code=False, local_files_only=True, **heads
+            )
+            return auto.from_config(config, trust_remote_code=False).float(), set()
+        model, info = auto.from_pretrained(
+            backbone.folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **heads,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise BackboneError(
+            f"{backbone.source} cannot be loaded for {task}: {_first_line(error)}",
+            hint=f"it must be a model that {TASKS[task].auto_class} can load",
+        ) from None
+    mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]) | mismatched
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+def _head_is_fresh(
+    model: nn.Module, missing: set[str], backbone: Backbone, labels: Sequence[str]
+) -> bool:
+    if backbone.weights == "random":
+        return True
+    named = backbone.config.get("id2label") or {}
+    names = [named.get(str(index)) for index in range(len(named))]
+    heads = tuple(f"{name}." for name in head_names(model))
+    return names != list(labels) or any(key.startswith(heads) for key in missing)
+
+
+def _reset(head: nn.Module, model: nn.Module) -> None:
+    """Initialise a head afresh, the way transformers does for this architecture."""
+    for parameter in head.parameters():
+        parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # set by loading
+    initialise = model._init_weights
+    for module in head.modules():
+        initialise(module)  # type: ignore[operator]

@@ -1,0 +1,83 @@
+"""The ``fedgraft`` command: a table of verbs, each loaded only when called."""
+
+import sys
+import traceback
+import warnings
+from importlib import import_module
+
+import click
+import typer.main
+
+from fedgraft.common.console import print_error
+from fedgraft.common.errors import FedgraftError
+
+__all__ = ["VERBS", "main"]
+
+# verb -> (where it lives, one line of help); a room left out of an install is simply not offered
+VERBS = {
+    "init": ("fedgraft.server.cli:init", "Write a commented job file to start from."),
+    "check": ("fedgraft.server.cli:check", "Validate a job and its data; say what it will cost."),
+    "simulate": ("fedgraft.simulations.cli:simulate", "Run a whole federation on this machine."),
+    "runs": ("fedgraft.server.cli:runs", "List runs and what they came to."),
+    "report": ("fedgraft.server.cli:report", "Write a run's report.html again."),
+    "export": ("fedgraft.server.cli:export", "Write a run's adapter or merged model."),
+}
+
+
+class LazyGroup(click.Group):
+    """Import a verb's module on use, so that ``--help`` never pays for torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Verbs, in the table's order."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Load one verb, or explain that this install does not have it."""
+        if name not in VERBS:
+            return None
+        module, _, function = VERBS[name][0].partition(":")
+        try:
+            verb = getattr(import_module(module), function)
+        except ModuleNotFoundError as error:
+            if error.name and module.startswith(error.name):
+                raise click.ClickException(f"`{name}` is not part of this install") from error
+            raise
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app.command(name)(verb)
+        return typer.main.get_command(app)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+@click.group(cls=LazyGroup)
+@click.option("-v", "--verbose", is_flag=True, help="Show a traceback when something fails.")
+@click.version_option(package_name="fedgraft", prog_name="fedgraft")
+@click.pass_context
+def command(context: click.Context, verbose: bool) -> None:
+    """Federated transfer learning: adapters travel, data stays."""
+    context.obj = verbose
+
+
+def main() -> None:
+    """Run the command; turn what goes wrong into a message and an exit code."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    verbose = bool({"-v", "--verbose"} & set(sys.argv))
+    try:
+        code = command(standalone_mode=False)
+    except FedgraftError as error:
+        print_error(error)
+        if verbose:
+            traceback.print_exc()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

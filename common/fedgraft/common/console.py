@@ -1,0 +1,124 @@
+"""The only place that prints: results on stdout, progress and notes on stderr.
+
+Progress is a live line with the time left on a terminal, and one plain line a step elsewhere, so
+that a log file stays readable.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console as Rich
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedgraft.common.errors import FedgraftError
+
+__all__ = ["Console", "Steps", "print_error"]
+
+
+class Steps(Protocol):
+    """Something long, counted in steps."""
+
+    def done(self, text: str) -> None:
+        """One more step is done; ``text`` says what came of it."""
+        ...
+
+
+class Console:
+    """What a verb tells its user; ``quiet`` keeps only results, ``as_json`` only one object."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self._err = Rich(stderr=True, highlight=False, soft_wrap=True)
+        self._out = Rich(highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line on stderr."""
+        if not self.quiet:
+            self._err.print(text, markup=False)
+
+    def text(self, text: str) -> None:
+        """A line of the result, unless the result is JSON."""
+        if not self.as_json:
+            self._out.print(text, markup=False)
+
+    def json(self, value: Any) -> None:
+        """The result as JSON, if that was asked for."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of the result; every column but the first and the last is set right."""
+        if self.as_json:
+            return
+        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for index, name in enumerate(columns):
+            inner = 0 < index < len(columns) - 1
+            table.add_column(name, justify="right" if inner else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        # soft_wrap would let long cells run over the table's edge
+        self._out.print(table, soft_wrap=False)
+
+    @contextmanager
+    def steps(self, title: str, total: int, done: int = 0) -> Iterator[Steps]:
+        """Show progress through ``total`` steps, ``done`` of which are behind us."""
+        if self.quiet:
+            yield _Silent()
+        elif self._err.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            with Progress(*columns, console=self._err) as progress:
+                task = progress.add_task(title, total=total, completed=done, text="")
+                yield _Live(progress, task)
+        else:
+            yield _Lines(self, title, total, done)
+
+
+class _Silent:
+    def done(self, text: str) -> None:
+        """Say nothing."""
+
+
+class _Live:
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def done(self, text: str) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, advance=1, text=text)
+
+
+class _Lines:
+    def __init__(self, console: Console, title: str, total: int, done: int) -> None:
+        self._console, self._title, self._total, self._done = console, title, total, done
+
+    def done(self, text: str) -> None:
+        """Write a line."""
+        self._done += 1
+        self._console.note(f"{self._title} {self._done}/{self._total}  {text}")
+
+
+def print_error(error: FedgraftError) -> None:
+    """``error:`` what and ``hint:`` the next step, on stderr."""
+    sys.stderr.write(f"error: {error}\n")
+    if error.hint:
+        sys.stderr.write(f"hint: {error.hint}\n")

@@ -1,0 +1,94 @@
+"""Every error fedgraft raises on purpose, each with the user's next step.
+
+FedgraftError            exit 1   base: ``str(error)`` says what, ``.hint`` says what to do
+|-- InputError           exit 2   something a person wrote or pointed at is wrong
+|   |-- JobError                  the job file or a --set override
+|   |-- DataError                 a data file: missing, empty, wrong column, label, encoding
+|   |-- BackboneError             the frozen model: missing, unsafe format, wrong kind
+|   `-- AdapterError              the adapter: targets that match nothing, layouts that differ
+|-- PolicyError          exit 3   a site's own policy said no
+|-- TooFewSites          exit 4   fewer sites answered than the job allows
+|-- RunError             exit 1   a run folder that cannot be used
+|   `-- CheckpointError           no checkpoint of the run can be trusted
+|-- MessageError         exit 1   a message that is not what the protocol says
+`-- SiteFailure          exit 1   a site could not do its part; only ``.code`` ever leaves the site
+"""
+
+__all__ = [
+    "AdapterError",
+    "BackboneError",
+    "CheckpointError",
+    "DataError",
+    "FedgraftError",
+    "InputError",
+    "JobError",
+    "MessageError",
+    "PolicyError",
+    "RunError",
+    "SiteFailure",
+    "TooFewSites",
+]
+
+
+class FedgraftError(Exception):
+    """Base of the tree; ``hint`` is the next step in one line, without a full stop."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(FedgraftError):
+    """Something a person wrote or pointed at is wrong."""
+
+    exit_code = 2
+
+
+class JobError(InputError):
+    """The job file or an override of it is wrong."""
+
+
+class DataError(InputError):
+    """A data file is missing, empty or does not match the job's schema."""
+
+
+class BackboneError(InputError):
+    """The frozen model is missing, unsafe or of the wrong kind."""
+
+
+class AdapterError(InputError):
+    """The adapter cannot be attached, or its layout is not the expected one."""
+
+
+class PolicyError(FedgraftError):
+    """A site's own policy refused."""
+
+    exit_code = 3
+
+
+class TooFewSites(FedgraftError):
+    """Fewer sites answered than the job's ``min_sites``."""
+
+    exit_code = 4
+
+
+class RunError(FedgraftError):
+    """A run folder cannot be used."""
+
+
+class CheckpointError(RunError):
+    """No checkpoint of the run can be trusted."""
+
+
+class MessageError(FedgraftError):
+    """A message is not what the protocol says it must be."""
+
+
+class SiteFailure(FedgraftError):
+    """A site could not do its part; ``code`` is all that may leave the site."""
+
+    def __init__(self, code: str, message: str = "") -> None:
+        super().__init__(message or code)
+        self.code = code

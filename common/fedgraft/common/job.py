@@ -1,0 +1,267 @@
+"""The job file: what to train, in one frozen object that coordinator, sites and simulation share.
+
+Only the meaning of a job lives here; reading it from TOML, overriding it and explaining what is
+wrong with it is ``jobfile.py``. A ``Job`` that exists is consistent: illegal pairs do not validate.
+"""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = [
+    "Aggregation",
+    "Backbone",
+    "Data",
+    "EarlyStopping",
+    "HeadMethod",
+    "Job",
+    "LoraMethod",
+    "Partition",
+    "Rounds",
+    "Schedule",
+    "ServerOptimizer",
+    "Simulation",
+    "Training",
+]
+
+BASELINES = ("zero_shot", "head_only", "local_only", "central")
+Baseline = Literal["zero_shot", "head_only", "local_only", "central"]
+HeadPolicy = Literal["shared", "local", "frozen"]
+
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: object) -> object:
+    """Turn ``"90s"``, ``"30m"``, ``"2h"``, ``"1d"`` or a number of seconds into seconds."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([\d.]+)\s*([smhd])\s*", value)):
+        return float(match[1]) * _UNITS[match[2]]
+    if isinstance(value, str):
+        raise ValueError('write a duration as "90s", "30m", "2h" or "1d"')
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
+class _Section(BaseModel):
+    """Frozen, and a key it does not know is an error rather than a silent default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class General(_Section):
+    """``[job]``: the name, the task and its labels, and the seed everything random comes from."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    task: Literal["text-classification", "image-classification"]
+    labels: tuple[str, ...] = Field(min_length=2)
+    seed: int = Field(default=0, ge=0, lt=2**62)
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
+        if twice:
+            raise ValueError(f"labels named twice: {', '.join(twice)}")
+        return self
+
+
+class Backbone(_Section):
+    """``[backbone]``: the frozen model; ``weights = "random"`` takes only its ``config.json``."""
+
+    source: str = Field(pattern=r"^(hf|path|builtin):.+$")
+    weights: Literal["pretrained", "random"] = "pretrained"
+
+
+class LoraMethod(_Section):
+    """``kind = "lora"``: low-rank factors at ``targets``, and the head by its own policy."""
+
+    kind: Literal["lora"]
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear", "all-conv"] | tuple[str, ...] = "all-linear"
+    head: HeadPolicy
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> Self:
+        if not self.targets:
+            raise ValueError('targets is empty: name modules, write "all-linear", or use kind = "head"')
+        return self
+
+
+class HeadMethod(_Section):
+    """``kind = "head"``: the backbone as feature extractor, only the shared head trains."""
+
+    kind: Literal["head"]
+    head: Literal["shared"] = "shared"
+
+
+class Schedule(_Section):
+    """The learning rate over the whole federation: linear warm-up, then ``shape`` down to ``floor``."""
+
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of all steps")
+    floor: float = Field(default=0.0, ge=0, le=1, description="share of the peak rate")
+
+
+class Training(_Section):
+    """``[training]``: one site's local steps of AdamW in one round."""
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    accumulation: int = Field(default=1, ge=1, description="micro-batches per step")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Schedule = Schedule()
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="inside the head")
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    proximal: float = Field(default=0.0, ge=0, description="FedProx mu")
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise ValueError("batch_size must be a multiple of accumulation")
+        return self
+
+
+class EarlyStopping(_Section):
+    """Stop when federated validation has not improved for ``patience`` evaluations."""
+
+    metric: Literal["loss", "accuracy", "macro_f1"] = "loss"
+    patience: int = Field(default=3, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class Rounds(_Section):
+    """``[rounds]``: how many, with whom, and how long to wait for them."""
+
+    count: int = Field(default=10, ge=1)
+    cohort: int | None = Field(default=None, ge=1, description="sites of a round; all if absent")
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    min_sites: int = Field(default=1, ge=1)
+    deadline: Duration = 1800.0
+    evaluate_every: int = Field(default=1, ge=1)
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _one_cohort(self) -> Self:
+        if self.cohort is not None and self.fraction is not None:
+            raise ValueError("give cohort or fraction, not both")
+        if self.cohort is not None and self.min_sites > self.cohort:
+            raise ValueError(
+                f"min_sites = {self.min_sites} can never be reached with cohort = {self.cohort}"
+            )
+        return self
+
+    def cohort_size(self, sites: int) -> int:
+        """Sites asked in a round when ``sites`` are present (at least one)."""
+        if self.fraction is not None:
+            return max(1, round(self.fraction * sites))
+        return min(sites, self.cohort) if self.cohort is not None else sites
+
+
+class ServerOptimizer(_Section):
+    """How the aggregate moves the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.")."""
+
+    kind: Literal["none", "momentum", "adam", "yogi"] = "none"
+    learning_rate: float = Field(default=1.0, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    tau: float = Field(default=1e-3, gt=0)
+
+
+class Aggregation(_Section):
+    """``[aggregation]``: the rule, the weights, and what a reply may at most be."""
+
+    rule: Literal["fedavg", "ffa"] = "fedavg"
+    weights: Literal["examples", "uniform"] = "examples"
+    server_optimizer: ServerOptimizer = ServerOptimizer()
+    max_update_norm: float = Field(default=1000.0, gt=0)
+    max_examples: int = Field(default=1_000_000, ge=1)
+
+
+class Data(_Section):
+    """``[data]``: the schema every site must offer, and how rows become tensors."""
+
+    text: str = "text"
+    image: str = "image"
+    label: str = "label"
+    validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
+    max_length: int = Field(default=128, ge=4, le=8192)
+    on_bad_image: Literal["refuse", "skip"] = "refuse"
+    normalize: Literal["backbone", "per-image"] = "backbone"
+
+
+class Partition(_Section):
+    """How a simulation splits one data set over its sites.
+
+    ``dirichlet``: each class over the sites by Dirichlet(alpha) (Hsu et al. 2019); ``iid``: evenly;
+    ``natural``: one site per folder or file that ``train`` matches.
+    """
+
+    kind: Literal["dirichlet", "iid", "natural"] = "dirichlet"
+    alpha: float = Field(default=0.5, gt=0)
+    min_examples: int = Field(default=2, ge=1)
+
+
+class CentralTraining(_Section):
+    """Settings of the pooled reference where they differ from a site's (absent: the same)."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    batch_size: int | None = Field(default=None, ge=1)
+
+
+class Simulation(_Section):
+    """``[simulation]``: stands for the sites; never sent to a site."""
+
+    sites: int | None = Field(default=None, ge=1, description="from the data if natural")
+    train: str
+    test: str | None = None
+    partition: Partition = Partition()
+    shift: Literal["none", "image"] = "none"
+    baselines: tuple[Baseline, ...] = BASELINES
+    central: CentralTraining = CentralTraining()
+    finetune_epochs: int = Field(default=2, ge=0, description="federated, then tuned at each site")
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    workers: int | None = Field(default=None, ge=0, description="processes; the cores if absent")
+
+
+class Job(_Section):
+    """One job; everything random in it is derived from ``job.seed``."""
+
+    job: General
+    backbone: Backbone
+    method: Annotated[LoraMethod | HeadMethod, Field(discriminator="kind")]
+    training: Training = Training()
+    rounds: Rounds = Rounds()
+    aggregation: Aggregation = Aggregation()
+    data: Data = Data()
+    simulation: Simulation | None = None
+
+    @model_validator(mode="after")
+    def _pairs_are_legal(self) -> Self:
+        if self.aggregation.rule == "ffa" and self.method.kind != "lora":
+            raise ValueError('rule "ffa" freezes LoRA\'s A: it needs method.kind = "lora"')
+        if self.rounds.early_stopping and not self.data.validation:
+            raise ValueError("early_stopping watches federated validation: set data.validation > 0")
+        self._check_cohort_against_sites()
+        return self
+
+    def _check_cohort_against_sites(self) -> None:
+        sites = self.simulation.sites if self.simulation else None
+        if sites is None:
+            return
+        rounds = self.rounds
+        if rounds.cohort is not None and rounds.cohort > sites:
+            raise ValueError(f"cohort = {rounds.cohort} is larger than the {sites} sites")
+        if rounds.min_sites > rounds.cohort_size(sites):
+            raise ValueError(
+                f"min_sites = {rounds.min_sites} can never be reached: a round asks "
+                f"{rounds.cohort_size(sites)} of {sites} sites"
+            )
+
+    def for_sites(self) -> "Job":
+        """The job as sites get it: without the simulation section and its paths."""
+        return self.model_copy(update={"simulation": None})

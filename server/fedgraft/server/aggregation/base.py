@@ -1,0 +1,53 @@
+"""The contract of a rule, and the running sum that every rule which needs only sums shares."""
+
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.common.adapters import Layout, Vector
+
+__all__ = ["Rule", "RunningMean"]
+
+
+class Rule(Protocol):
+    """How the updates of one round become one.
+
+    ``needs`` is ``"sum"`` if the weighted sum of the updates is enough, so that masked sums work,
+    or ``"individual"`` if the rule must see each site's own.
+    """
+
+    needs: Literal["sum", "individual"]
+
+    def exchanges(self, layout: Layout) -> tuple[str, ...]:
+        """Names of the tensors in ``layout`` that sites train and send."""
+        ...
+
+    def merge(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The step of the global adapter, from the weighted mean of the updates, both [d]."""
+        ...
+
+
+class RunningMean:
+    """Weighted mean of updates that arrive one by one; holds one float64 vector, not the updates."""
+
+    def __init__(self, size: int) -> None:
+        self._sum = np.zeros(size, np.float64)
+        self.weight = 0.0
+        self.count = 0
+
+    def add(self, update: Vector, weight: float) -> None:
+        """Add ``update``, float32 [size], with a positive ``weight``."""
+        self._sum += np.multiply(update, weight, dtype=np.float64)
+        self.weight += weight
+        self.count += 1
+
+    def mean(self) -> NDArray[np.float64]:
+        """The weighted mean so far, float64 [size].
+
+        Raises:
+            ZeroDivisionError: nothing was added.
+        """
+        if not self.count:
+            raise ZeroDivisionError("the mean of no updates")
+        return self._sum / self.weight

@@ -1,0 +1,32 @@
+"""FFA-LoRA: A is drawn once, equal everywhere and frozen; only B and the head train and travel.
+
+Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (ICLR).
+
+    A_i = A fixed,   B <- B + sum_i p_i (B_i - B)
+
+With one A for all, mean(B A) = mean(B) A: averaging is exact, and a round moves about half the
+bytes. A comes from a seed hashed from the job's and is compared by hash before the first round.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.common.adapters import Layout, is_factor_a
+
+
+@dataclass(frozen=True)
+class Ffa:
+    """Everything but the factors A trains and travels."""
+
+    needs: Literal["sum", "individual"] = "sum"
+
+    def exchanges(self, layout: Layout) -> tuple[str, ...]:
+        """Factors B and the head."""
+        return tuple(name for name in layout.names if not is_factor_a(name))
+
+    def merge(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean itself."""
+        return mean

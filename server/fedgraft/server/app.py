@@ -1,0 +1,60 @@
+"""The coordinator: a job and a Flower grid in, a run folder out.
+
+``coordinate`` is the whole of it; ``app`` is the same behind Flower's ``ServerApp``, where the job
+and the run folder come in the run's configuration.
+"""
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedgraft.common.adapters import Vector
+from fedgraft.common.job import Job
+from fedgraft.common.jobfile import parse_job
+from fedgraft.common.workbench import open_workbench
+from fedgraft.server.rounds import RoundRecord, State, make_plan, run_job
+from fedgraft.server.runs import Run
+from fedgraft.server.transport import Transport
+
+__all__ = ["app", "coordinate"]
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the job in ``run_config["job"]`` (TOML) into the folder ``run_config["run"]``."""
+    job = parse_job(tomllib.loads(str(context.run_config["job"])), where="job")
+    with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:
+        transport = Transport(grid)
+        transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
+        coordinate(transport, job, run)
+
+
+def coordinate(
+    transport: Transport,
+    job: Job,
+    run: Run,
+    *,
+    on_round: Callable[[RoundRecord], None] = lambda record: None,
+) -> Vector:
+    """Run the job from the run's last checkpoint; the final exchanged adapter, float32.
+
+    ``on_round`` is called after each round is durable.
+
+    Raises:
+        TooFewSites: the sites do not suffice.
+        CheckpointError: the run has checkpoints and none can be trusted.
+    """
+    bench = open_workbench(job)
+    plan = make_plan(job, bench, run.session)
+    state = run.resume(plan.exchanged) or State(0, bench.initial_of(plan.exchanged))
+
+    def commit(state: State, record: RoundRecord) -> None:
+        run.commit(state, record, plan.exchanged)
+        on_round(record)
+
+    return run_job(plan, transport, state, commit=commit, warn=run.warn).final

@@ -1,0 +1,201 @@
+"""The coordinator's verbs: write a job, check it, look at runs, give their adapters away."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from fedgraft.server.runs import Run
+
+__all__ = ["check", "export", "init", "report", "runs"]
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. rounds.count=5."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.toml"),
+    template: Annotated[str, typer.Option(help="text or vision.")] = "text",
+) -> None:
+    """Write a commented job file to start from."""
+    known = sorted(file.stem for file in TEMPLATES.glob("*.toml"))
+    if template not in known:
+        raise InputError(f"no template {template}", hint=f"there is: {', '.join(known)}")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write((TEMPLATES / f"{template}.toml").read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise InputError(f"{path} exists already", hint="name another file") from None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}", hint="check the folder"
+        ) from None
+    Console().text(f"wrote {path}\nnext: edit it, then fedgraft check {path}")
+
+
+def check(
+    job: Annotated[Path, typer.Argument(help="Job file.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Validate a job, its backbone and its data without training; say what it will cost."""
+    from fedgraft.common.jobfile import load_job
+    from fedgraft.common.workbench import open_workbench
+    from fedgraft.server.costs import estimate_costs
+    from fedgraft.server.rounds import make_plan
+
+    console = Console(as_json=as_json)
+    loaded = load_job(job, tuple(overrides or ()))
+    bench = open_workbench(loaded)
+    costs = estimate_costs(make_plan(loaded, bench, session=""), bench)
+    facts: dict[str, Any] = {
+        "job": loaded.job.name,
+        "backbone": loaded.backbone.source,
+        "fingerprint": bench.backbone.fingerprint,
+        "trained_parameters": costs.trained_parameters,
+        "exchanged_parameters": costs.exchanged_parameters,
+        "total_parameters": costs.total_parameters,
+        "bytes_up_per_site_round": costs.bytes_up,
+        "bytes_down_per_site_round": costs.bytes_down,
+        "estimated_memory_mb": round(costs.memory_mb),
+        "zero_shot": not bench.fresh_head,
+        "sites": [],
+    }
+    if loaded.simulation is not None:
+        facts["sites"] = _simulated_sites(loaded)
+    console.json(facts)
+    _show_check(console, facts, loaded.rounds.count)
+
+
+def _simulated_sites(job: Any) -> list[dict[str, Any]]:
+    """The sites a simulation of the job would have; reads and validates all of its data."""
+    from importlib import import_module  # simulations stand above the server, and may be absent
+
+    from fedgraft.common.workbench import cache_folder
+
+    try:
+        partition = import_module("fedgraft.simulations.partition")
+    except ModuleNotFoundError:
+        return []
+    sites = partition.prepare_sites(job, cache_folder() / "sites")
+    return [
+        {"name": site.name, "examples": site.examples, "test_examples": site.test_examples}
+        for site in sites
+    ]
+
+
+def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
+    share = 100 * facts["trained_parameters"] / facts["total_parameters"]
+    up, down = facts["bytes_up_per_site_round"], facts["bytes_down_per_site_round"]
+    rows = [
+        ["backbone", f"{facts['backbone']}, {facts['total_parameters']:,} parameters"],
+        ["trained", f"{facts['trained_parameters']:,} parameters ({share:.2f} %)"],
+        ["sent by a site", f"{up:,} bytes a round, {up * rounds / 1e6:,.1f} MB in all"],
+        ["sent to a site", f"{down:,} bytes a round, {down * rounds / 1e6:,.1f} MB in all"],
+        ["memory at a site", f"about {facts['estimated_memory_mb']:,} MB"],
+        ["zero-shot", "yes: the head knows these labels" if facts["zero_shot"] else "no"],
+    ]
+    if facts["sites"]:
+        counts = sorted(site["examples"] for site in facts["sites"])
+        text = f"{len(counts)} sites with {counts[0]:,} to {counts[-1]:,} training examples"
+        rows.append(["simulation", text])
+    console.table(f"{facts['job']}: valid", ["what", "how much"], rows)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder with run folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs and what they came to."""
+    from fedgraft.server.runs import list_runs
+
+    console = Console(as_json=as_json)
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}", hint="`fedgraft simulate` makes one")
+    found = [_run_line(run) for run in list_runs(folder)]
+    console.json({"runs": found})
+    rows = [
+        [
+            line["run"],
+            line["created"],
+            f"{line['rounds']}/{line['of_rounds']}",
+            "-" if line["accuracy"] is None else f"{100 * line['accuracy']:.1f} %",
+            line["status"],
+        ]
+        for line in found
+    ]
+    console.table(f"Runs in {folder}", ["run", "started", "rounds", "accuracy", "status"], rows)
+
+
+def _run_line(run: "Run") -> dict[str, Any]:
+    summary = run.summary()
+    final = (summary or {}).get("final", {}).get("federated")
+    return {
+        "run": run.name,
+        "folder": str(run.folder),
+        "created": run.created,
+        "rounds": len(run.history()),
+        "of_rounds": run.job.rounds.count,
+        "accuracy": final and final["accuracy"],
+        "status": "finished" if summary else "not finished",
+    }
+
+
+def report(run: RunFolder, as_json: Json = False) -> None:
+    """Write a run's report.html again."""
+    from fedgraft.server.report import write_report
+    from fedgraft.server.runs import Run
+
+    opened = Run(run)
+    summary = opened.summary()
+    if summary is None:
+        raise RunError(
+            f"{run} has not finished", hint=f"continue it: fedgraft simulate --resume {run}"
+        )
+    path = write_report(opened.folder, summary, opened.history())
+    console = Console(as_json=as_json)
+    console.json({"run": opened.name, "report": str(path)})
+    console.text(f"wrote {path}")
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; RUN/export-FORMAT if absent.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="peft.")] = "peft",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the backbone.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's adapter as a PEFT folder, or the whole model with it merged in."""
+    if form != "peft":
+        raise InputError(f"no format {form}", hint="--format peft, or --merge")
+    from fedgraft.common.workbench import open_workbench
+    from fedgraft.server.export import export_adapter, export_merged
+    from fedgraft.server.rounds import make_plan
+    from fedgraft.server.runs import Run
+
+    opened = Run(run)
+    bench = open_workbench(opened.job)
+    plan = make_plan(opened.job, bench, opened.session)
+    state = opened.latest(plan.exchanged)
+    if state is None:
+        raise RunError(f"{run} has no finished round", hint="run it first")
+    folder = out or opened.folder / ("export-merged" if merge else "export-peft")
+    write = export_merged if merge else export_adapter
+    write(opened, bench, plan.exchanged, state.final, folder)
+    console = Console(as_json=as_json)
+    console.json({"run": opened.name, "folder": str(folder), "merged": merge})
+    console.text(f"wrote {folder}")

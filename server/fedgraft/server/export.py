@@ -1,0 +1,117 @@
+"""Give a run's adapter away: a standard PEFT folder, or the backbone with it merged in.
+
+Either carries a model card that says where the numbers come from and what they do not show.
+"""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.errors import InputError
+from fedgraft.common.workbench import Workbench
+from fedgraft.server.runs import Run
+
+__all__ = ["export_adapter", "export_merged"]
+
+NOT_COPIED = (".safetensors", ".md")
+REWRITTEN = ("config.json", "model.safetensors.index.json")
+
+
+def export_adapter(
+    run: Run, bench: Workbench, exchanged: Layout, adapter: Vector, folder: Path
+) -> None:
+    """Write ``adapter`` as a PEFT folder that ``PeftModel.from_pretrained`` loads.
+
+    Raises:
+        InputError: ``folder`` exists and is not an earlier export, or cannot be written.
+    """
+    bench.put((exchanged, adapter))
+    config = bench.model.peft_config["default"]
+    config.base_model_name_or_path = _public_name(bench.backbone.source)
+    card = model_card(run, bench, merged=False)
+
+    def write(target: Path) -> None:
+        bench.model.save_pretrained(target)
+        (target / "README.md").write_text(card, encoding="utf-8")
+
+    _replace_folder(folder, "adapter_config.json", write)
+
+
+def export_merged(
+    run: Run, bench: Workbench, exchanged: Layout, adapter: Vector, folder: Path
+) -> None:
+    """Write the backbone with ``adapter`` merged in, as a plain transformers folder.
+
+    Raises:
+        InputError: ``folder`` exists and is not an earlier export, or cannot be written.
+    """
+    bench.put((exchanged, adapter))
+    model = copy.deepcopy(bench.model).merge_and_unload()
+    card = model_card(run, bench, merged=True)
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        for file in bench.backbone.folder.iterdir():
+            if file.is_file() and file.suffix not in NOT_COPIED and file.name not in REWRITTEN:
+                shutil.copyfile(file, target / file.name)
+        (target / "README.md").write_text(card, encoding="utf-8")
+
+    _replace_folder(folder, "config.json", write)
+
+
+def model_card(run: Run, bench: Workbench, *, merged: bool) -> str:
+    """The model card, Markdown with the metadata that model hubs read."""
+    environment = Environment(
+        loader=PackageLoader("fedgraft.server", "."),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701  # Markdown, and every value is ours or the job's
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    facts: dict[str, Any] = {
+        "run": run,
+        "job": run.job,
+        "bench": bench,
+        "base": _public_name(bench.backbone.source),
+        "merged": merged,
+        "rounds": len(run.history()),
+        "final": (run.summary() or {}).get("final", {}),
+        "sites": (run.summary() or {}).get("sites", []),
+    }
+    return environment.get_template("model_card.md.j2").render(facts)
+
+
+def _public_name(source: str) -> str:
+    """The backbone's name without this machine's folders."""
+    kind, _, name = source.partition(":")
+    return Path(name).name if kind == "path" else name.partition("@")[0]
+
+
+def _replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary folder, then put it in the place of ``folder``."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
+        raise InputError(
+            f"{folder} exists and is not an export of fedgraft", hint="name an empty folder"
+        )
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        write(temporary)
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {folder}: {error.strerror}", hint="choose another folder with --out"
+        ) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,298 @@
+"""The story of a federation: who is asked, what comes back, and how it becomes the next adapter.
+
+Read ``run_job``, then ``run_round``. Everything here sees sites only through ``Transport.ask`` and
+numbers only through a rule, so it is the same for a simulation and for partner sites.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.errors import MessageError, TooFewSites
+from fedgraft.common.job import Job
+from fedgraft.common.messages import (
+    EvaluateReply,
+    EvaluateRequest,
+    PlanRequest,
+    Stage,
+    TrainReply,
+    TrainRequest,
+    wire_bytes,
+    encode,
+)
+from fedgraft.common.metrics import Tally
+from fedgraft.common.seeds import derive_seed
+from fedgraft.common.workbench import Workbench
+from fedgraft.server.aggregation import RULES, RunningMean, optimizers
+from fedgraft.server.aggregation.optimizers import Moments
+from fedgraft.server.transport import Reply, Transport
+from fedgraft.server.validation import Expected, InvalidReply, check_evaluation, check_update
+
+__all__ = ["Dropped", "Plan", "RoundRecord", "State", "make_plan", "run_job", "run_round"]
+
+ATTEMPTS = 3  # at a round with too few sites, before the run gives up
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job means for this federation: the tensors that travel, and what every message says."""
+
+    job: Job
+    session: str
+    exchanged: Layout
+    request: PlanRequest
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the next round depends on; a checkpoint is exactly this.
+
+    ``adapter`` float32 [exchanged.size]; ``best`` the adapter with the best federated validation
+    (None before the first); ``stale`` evaluations since then.
+    """
+
+    round: int
+    adapter: Vector
+    moments: Moments = field(default_factory=dict)
+    best: Vector | None = None
+    best_score: float | None = None
+    stale: int = 0
+
+    @property
+    def final(self) -> Vector:
+        """The adapter to keep: the best one where early stopping chose it, else the last."""
+        return self.adapter if self.best is None else self.best
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A site whose part of a round did not count, and the reason code."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What happened in one round; ``bytes_*`` are sums over its sites, ``seconds`` wall time."""
+
+    round: int
+    sites: int
+    dropped: tuple[Dropped, ...]
+    examples: int
+    train_loss: float
+    update_norm: float
+    validation: dict[str, float] | None
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def make_plan(job: Job, bench: Workbench, session: str) -> Plan:
+    """Which tensors travel under the job's rule and head policy, and the invitation to sites."""
+    rule = RULES[job.aggregation.rule]
+    local = set(bench.local.names)
+    names = tuple(name for name in rule.exchanges(bench.layout) if name not in local)
+    exchanged = bench.layout.only(names)
+    request = PlanRequest(
+        session=session,
+        job=job.for_sites().model_dump_json(),
+        backbone=bench.backbone.fingerprint,
+        layout=exchanged.fingerprint,
+        names=names,
+        fixed=bench.fixed_hash({*names, *local}),
+    )
+    return Plan(job, session, exchanged, request)
+
+
+def run_job(
+    plan: Plan,
+    transport: Transport,
+    state: State,
+    *,
+    commit: Callable[[State, RoundRecord], None],
+    warn: Callable[[str, Sequence[Dropped]], None],
+) -> State:
+    """Run rounds from ``state`` until the job's count or early stopping; the last state.
+
+    ``commit`` is called after every round and must make it durable before it returns; ``warn`` is
+    told of sites that do not take part, or of a round that did not count.
+
+    Raises:
+        TooFewSites: a round had fewer than ``min_sites`` usable replies three times in a row.
+    """
+    attempt = 0
+    while state.round < plan.job.rounds.count and not _stopped(plan.job, state):
+        refused = _invite(plan, transport)
+        if refused:
+            warn("refused to take part", refused)
+        try:
+            state, record = run_round(plan, transport, state)
+        except TooFewSites as error:
+            attempt += 1
+            warn(str(error), ())
+            if attempt == ATTEMPTS:
+                raise
+            continue
+        attempt = 0
+        commit(state, record)
+    return state
+
+
+def run_round(plan: Plan, transport: Transport, state: State) -> tuple[State, RoundRecord]:
+    """One round: train at the cohort, add up what is valid, step, evaluate.
+
+    Raises:
+        TooFewSites: fewer usable updates than ``min_sites``; ``state`` is then still the truth.
+    """
+    started = time.monotonic()
+    job, number = plan.job, state.round + 1
+    cohort = choose_cohort(job, transport.sites, number)
+    gathered = _gather_updates(plan, transport, cohort, number, state.adapter)
+    if gathered.mean.count < job.rounds.min_sites:
+        raise _too_few(job, number, gathered)
+    step = RULES[job.aggregation.rule].merge(gathered.mean.mean())
+    adapter, moments = optimizers.apply(
+        job.aggregation.server_optimizer, state.adapter, step, state.moments
+    )
+    state = replace(state, round=number, adapter=adapter, moments=moments)
+    tally = _evaluate(plan, transport, cohort, state, gathered)
+    if tally is not None:
+        state = _judge(job, state, tally)
+    record = RoundRecord(
+        round=number,
+        sites=gathered.mean.count,
+        dropped=tuple(gathered.dropped),
+        examples=gathered.examples,
+        train_loss=gathered.loss / gathered.examples,
+        update_norm=float(np.linalg.norm(step)),
+        validation=None if tally is None else {**tally.summary(), "examples": tally.examples},
+        bytes_up=gathered.bytes_up,
+        bytes_down=gathered.bytes_down,
+        seconds=time.monotonic() - started,
+    )
+    return state, record
+
+
+def choose_cohort(job: Job, sites: Sequence[str], number: int) -> tuple[str, ...]:
+    """The sites of round ``number``: those whose hashed (seed, round, site) is smallest, sorted.
+
+    A site's chance does not depend on who else is present or in which order they came.
+    """
+    size = job.rounds.cohort_size(len(sites))
+    ranked = sorted(sites, key=lambda site: derive_seed(job.job.seed, "cohort", number, site))
+    return tuple(sorted(ranked[:size]))
+
+
+@dataclass
+class _Gathered:
+    """What a round has collected so far; grows by numbers, never by updates."""
+
+    mean: RunningMean
+    dropped: list[Dropped] = field(default_factory=list)
+    examples: int = 0
+    loss: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def drop(self, site: str, reason: str) -> None:
+        self.dropped.append(Dropped(site, reason))
+
+
+def _gather_updates(
+    plan: Plan, transport: Transport, cohort: Sequence[str], number: int, adapter: Vector
+) -> _Gathered:
+    """Ask the cohort to train; each valid update goes into the running mean and is forgotten."""
+    job, names = plan.job, plan.exchanged.names
+    request = TrainRequest(plan.session, number, plan.request.job, names, adapter)
+    expected = Expected(plan.session, number, plan.exchanged)
+    gathered = _Gathered(RunningMean(plan.exchanged.size))
+    gathered.bytes_down = wire_bytes(encode(request)) * len(cohort)
+    for reply in transport.ask(cohort, Stage.TRAIN, request, job.rounds.deadline):
+        gathered.bytes_up += reply.bytes_up
+        update = reply.payload
+        if not isinstance(update, TrainReply):
+            gathered.drop(reply.site, reply.failure)
+            continue
+        try:
+            check_update(update, expected, job.aggregation)
+        except InvalidReply as error:
+            gathered.drop(reply.site, str(error))
+            continue
+        by_examples = job.aggregation.weights == "examples"
+        gathered.mean.add(update.update, float(update.examples) if by_examples else 1.0)
+        gathered.examples += update.examples
+        gathered.loss += update.loss * update.examples
+    return gathered
+
+
+def _evaluate(
+    plan: Plan, transport: Transport, cohort: Sequence[str], state: State, gathered: _Gathered
+) -> Tally | None:
+    """Federated validation of the new adapter at the round's cohort; None when not due."""
+    job = plan.job
+    last = state.round == job.rounds.count
+    if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
+        return None
+    request = EvaluateRequest(
+        plan.session,
+        state.round,
+        plan.request.job,
+        plan.exchanged.names,
+        "validation",
+        state.adapter,
+    )
+    expected = Expected(plan.session, state.round, plan.exchanged)
+    classes = len(job.job.labels)
+    gathered.bytes_down += wire_bytes(encode(request)) * len(cohort)
+    total = Tally.empty(classes)
+    for reply in transport.ask(cohort, Stage.EVALUATE, request, job.rounds.deadline):
+        gathered.bytes_up += reply.bytes_up
+        if isinstance(reply.payload, EvaluateReply):
+            try:
+                total += check_evaluation(reply.payload, expected, classes)
+            except (InvalidReply, MessageError) as error:
+                gathered.drop(reply.site, f"evaluation: {error}")
+        elif reply.failure != "no-examples":  # a small site may hold none out
+            gathered.drop(reply.site, f"evaluation: {reply.failure}")
+    return total if total.examples else None
+
+
+def _judge(job: Job, state: State, tally: Tally) -> State:
+    """Early stopping: remember the best adapter by federated validation."""
+    stopping = job.rounds.early_stopping
+    if stopping is None:
+        return state
+    value = tally.summary()[stopping.metric]
+    score = -value if stopping.metric == "loss" else value
+    if state.best_score is None or score > state.best_score + stopping.min_delta:
+        return replace(state, best=state.adapter, best_score=score, stale=0)
+    return replace(state, stale=state.stale + 1)
+
+
+def _stopped(job: Job, state: State) -> bool:
+    stopping = job.rounds.early_stopping
+    return stopping is not None and state.stale >= stopping.patience
+
+
+def _invite(plan: Plan, transport: Transport) -> list[Dropped]:
+    """Invite nodes that are new; those that did not join, with the reason."""
+    replies: list[Reply] = list(transport.invite(plan.request, plan.job.rounds.deadline))
+    return [Dropped(reply.site, reply.failure) for reply in replies if reply.payload is None]
+
+
+def _too_few(job: Job, number: int, gathered: _Gathered) -> TooFewSites:
+    reasons = ", ".join(f"{drop.site}: {drop.reason}" for drop in gathered.dropped[:5])
+    return TooFewSites(
+        f"round {number}: {gathered.mean.count} usable updates, min_sites is "
+        f"{job.rounds.min_sites}" + (f" ({reasons})" if reasons else ""),
+        hint="look at the sites named, raise rounds.deadline, or lower rounds.min_sites",
+    )

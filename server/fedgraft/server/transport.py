@@ -1,0 +1,131 @@
+"""Ask sites something and take their replies as they arrive, over any Flower ``Grid``.
+
+The round's story cannot tell a simulation from a federation: both are a ``Grid``. Replies are
+pulled one by one, so memory does not grow with the number of sites.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedgraft.common.errors import MessageError
+from fedgraft.common.messages import (
+    EvaluateReply,
+    Payload,
+    PlanReply,
+    PlanRequest,
+    Refusal,
+    Stage,
+    TrainReply,
+    decode,
+    encode,
+    wire_bytes,
+)
+
+__all__ = ["Reply", "Transport"]
+
+ANSWERS = {Stage.PLAN: PlanReply, Stage.TRAIN: TrainReply, Stage.EVALUATE: EvaluateReply}
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between pulls that brought nothing
+
+# Flower's error codes that mean more to a person than their number.
+FLOWER_ERRORS = {2: "app-failed", 3: "expired", 5: "site-unreachable", 8: "app-died"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of asking one site: a ``payload``, or a ``failure`` code; bytes on the wire."""
+
+    site: str
+    payload: Payload | None = None
+    failure: str = ""
+    bytes_up: int = 0
+
+
+class Transport:
+    """The sites of a federation by name, behind a Flower grid."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._grid = grid
+        self._clock = clock
+        self._pause = pause
+        self._nodes: dict[str, int] = {}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites that agreed to take part, sorted."""
+        return tuple(sorted(self._nodes))
+
+    def wait_for(self, count: int, deadline: float) -> None:
+        """Wait until ``count`` nodes are connected, or ``deadline`` seconds have passed."""
+        until = self._clock() + deadline
+        while len(list(self._grid.get_node_ids())) < count and self._clock() < until:
+            self._pause(LONGEST_PAUSE)
+
+    def invite(self, request: PlanRequest, deadline: float) -> Iterator[Reply]:
+        """Ask every node that is not yet known to take part; those that agree are known after."""
+        known = set(self._nodes.values())
+        new = {f"node {node}": node for node in self._grid.get_node_ids() if node not in known}
+        for reply in self._ask(new, Stage.PLAN, request, deadline):
+            if not isinstance(reply.payload, PlanReply):
+                yield reply
+            elif reply.payload.site in self._nodes:
+                yield Reply(reply.payload.site, failure="name-taken", bytes_up=reply.bytes_up)
+            else:
+                self._nodes[reply.payload.site] = new[reply.site]
+                yield Reply(reply.payload.site, reply.payload, bytes_up=reply.bytes_up)
+
+    def ask(
+        self, sites: Sequence[str], stage: Stage, request: Payload, deadline: float
+    ) -> Iterator[Reply]:
+        """Send ``request`` to ``sites``; one reply for each, within ``deadline`` seconds.
+
+        A site that refuses, fails, sends something else or is late yields a reply with a
+        ``failure`` code instead of a payload.
+        """
+        return self._ask({site: self._nodes[site] for site in sites}, stage, request, deadline)
+
+    def _ask(
+        self, nodes: dict[str, int], stage: Stage, request: Payload, deadline: float
+    ) -> Iterator[Reply]:
+        until = self._clock() + deadline
+        record = encode(request)
+        messages = [
+            Message(record, dst_node_id=node, message_type=stage.value, ttl=deadline)
+            for node in nodes.values()
+        ]
+        waiting = dict(zip(self._grid.push_messages(messages), nodes, strict=True))
+        del messages
+        pause = FIRST_PAUSE
+        while waiting and self._clock() < until:
+            came = False
+            for identifier in list(waiting):
+                for message in self._grid.pull_messages([identifier]):
+                    came = True
+                    yield self._read(waiting.pop(identifier), stage, message)
+            pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
+            if waiting and not came:
+                self._pause(pause)
+        for site in waiting.values():
+            yield Reply(site, failure="deadline")
+
+    def _read(self, site: str, stage: Stage, message: Message) -> Reply:
+        if message.has_error():
+            code = message.error.code
+            return Reply(site, failure=FLOWER_ERRORS.get(code, f"flower-error-{code}"))
+        size = wire_bytes(message.content)
+        try:
+            payload = decode(message.content, ANSWERS[stage], Refusal)
+        except MessageError:
+            return Reply(site, failure="malformed", bytes_up=size)
+        if isinstance(payload, Refusal):
+            return Reply(site, failure=payload.code[:64], bytes_up=size)
+        return Reply(site, payload, bytes_up=size)

@@ -1,0 +1,84 @@
+"""``fedgraft simulate``: a job file in, a run folder, a table and a report out."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError
+
+__all__ = ["simulate"]
+
+DEMO = Path(__file__).parent / "demo" / "digits.toml"
+
+
+def simulate(
+    job: Annotated[
+        Path | None, typer.Argument(help="Job file; without one, the built-in federation.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. rounds.count=5."),
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder that run folders go into.")] = Path("runs"),
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder instead of a new one.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="local, or ray (extra: simulation).")] = "local",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Run a whole federation on this machine with the code that partner sites run."""
+    console = Console(as_json=as_json, quiet=quiet)
+    if engine not in ("local", "ray"):
+        raise InputError(f"no engine {engine}", hint="--engine local or --engine ray")
+    if resume is not None and (job is not None or overrides):
+        raise InputError(
+            "a resumed run keeps its job", hint="give --resume alone, or start a new run"
+        )
+    console.note("loading torch and transformers ...")
+    from fedgraft.common.jobfile import load_job
+    from fedgraft.server.runs import Run
+    from fedgraft.simulations.simulate import simulate as run_simulation
+
+    if resume is not None:
+        run = Run(resume)
+    else:
+        run = Run.create(runs, load_job(job or DEMO, tuple(overrides or ())))
+    with run:
+        try:
+            summary = run_simulation(run.job, run, console, engine=engine)
+        except BaseException:
+            console.note(f"continue with: fedgraft simulate --resume {run.folder}")
+            raise
+    console.json(summary)
+    _show(console, summary)
+
+
+def _show(console: Console, summary: dict[str, Any]) -> None:
+    models = ("federated", "federated_tuned", "local_only", "head_only", "zero_shot", "central")
+    titles = ("federated", "+ tuned", "local", "head", "zero-shot", "central")
+    rows = [
+        [site["name"], str(site["examples"]), *(_share(site[m]) for m in models), site["outcome"]]
+        for site in summary["sites"]
+    ]
+    pooled = [_share(summary["final"].get(model)) for model in models]
+    rows.append(["all, pooled", str(sum(s["examples"] for s in summary["sites"])), *pooled, ""])
+    title = "Accuracy on each site's own test set (%), and whether federating helped"
+    console.table(title, ["site", "examples", *titles, "federating"], rows)
+    for site in summary["sites"]:
+        console.text(site["verdict"])
+    console.text("")
+    console.text(
+        f"{summary['rounds']} rounds in {summary['seconds']:.0f} s, "
+        f"{summary['peak_memory_mb']:.0f} MB; a site sent "
+        f"{summary['bytes_up_per_site_round'] / 1000:.0f} kB a round"
+    )
+    folder = summary["folder"]
+    console.text(f"run: {folder}  report: {folder}/report.html")
+    console.text(f"next: fedgraft export {folder}")
+
+
+def _share(metrics: dict[str, Any] | None) -> str:
+    return "-" if metrics is None else f"{100 * metrics['accuracy']:.1f}"

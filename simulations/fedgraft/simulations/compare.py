@@ -1,0 +1,187 @@
+"""What federating is held against, measured with the sites' own code on the sites' own data.
+
+    zero_shot        the backbone with its own head, untouched (only if that head knows the labels)
+    head_only        the same federation, but only the head trains
+    local_only       each site alone, for as many epochs as it trains in the federation
+    central          one model on all sites' data pooled, as many epochs: what sharing data would give
+    federated        the federation's adapter
+    federated_tuned  the federation's adapter after a short fine-tune at each site
+
+Every model is tested on each site's own test set; the pooled test set is all of them together.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from fedgraft.client.evaluation import Evaluation, evaluate
+from fedgraft.client.examples import Examples, concatenate
+from fedgraft.client.participant import Participant, Splits, open_participant
+from fedgraft.client.training import train
+from fedgraft.common.adapters import Vector
+from fedgraft.common.errors import SiteFailure
+from fedgraft.common.job import HeadMethod, Job, Training
+from fedgraft.common.messages import EvaluateRequest
+from fedgraft.common.metrics import Tally
+from fedgraft.common.seeds import torch_generator
+from fedgraft.common.workbench import Workbench, open_workbench
+from fedgraft.simulations.grid import NodeConfig
+from fedgraft.simulations.workers import Workers
+
+__all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
+
+TUNED_RATE = 0.3  # of the federation's peak: the adapter is close to its optimum already
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model, or one model a site: on each site's own test set, and on all of them pooled.
+
+    ``own`` has None for a site whose model could not be trained; ``pooled`` has one tally for one
+    model, one for each site's model where every site has its own.
+    """
+
+    own: tuple[Evaluation | None, ...]
+    pooled: tuple[Tally, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished federation to compare with: the final adapter and the round it comes from."""
+
+    job: Job
+    nodes: tuple[NodeConfig, ...]
+    session: str
+    names: tuple[str, ...]
+    adapter: Vector
+    round: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """A comparison under way on the workers."""
+
+    tasks: "list[Future[Any]]"
+    finish: Callable[[list[Any]], Measured]
+
+    def result(self) -> Measured:
+        """Wait for it."""
+        return self.finish([task.result() for task in self.tasks])
+
+
+def head_only_job(job: Job) -> Job:
+    """The same federation with the backbone as feature extractor."""
+    aggregation = job.aggregation.model_copy(update={"rule": "fedavg"})
+    return job.model_copy(update={"method": HeadMethod(kind="head"), "aggregation": aggregation})
+
+
+def start(name: str, trial: Trial, workers: Workers) -> Started | None:
+    """Start the comparison ``name``; None if it means nothing for this job."""
+    sites = range(len(trial.nodes))
+    if name == "central":
+        return Started([workers.submit(_central, trial)], lambda results: results[0])
+    if name == "local_only":
+        return Started([workers.submit(_local, trial, site) for site in sites], _separate_models)
+    if name == "zero_shot" and open_workbench(trial.job).fresh_head:
+        return None
+    task = {"federated": _federated, "federated_tuned": _tuned, "zero_shot": _zero_shot}[name]
+    return Started([workers.submit(task, trial, site) for site in sites], _one_model)
+
+
+def _one_model(own: list[Evaluation]) -> Measured:
+    return Measured(tuple(own), (_sum(own),))
+
+
+def _separate_models(results: list[tuple[Evaluation, Tally] | None]) -> Measured:
+    own = tuple(None if result is None else result[0] for result in results)
+    return Measured(own, tuple(result[1] for result in results if result is not None))
+
+
+def _sum(evaluations: Sequence[Evaluation]) -> Tally:
+    total = evaluations[0].tally
+    for evaluation in evaluations[1:]:
+        total += evaluation.tally
+    return total
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A task's own view of one site."""
+
+    job: Job
+    participant: Participant
+    bench: Workbench
+    splits: Splits
+
+    def test(self, examples: Examples) -> Evaluation:
+        classes, precision = len(self.job.job.labels), self.job.training.precision
+        return evaluate(self.bench.model, examples, classes=classes, precision=precision)
+
+    def train(self, examples: Examples, settings: Training, epochs: int, purpose: str) -> None:
+        name = self.participant.config.name
+        generator = torch_generator(self.job.job.seed, purpose, name)
+        names = self.bench.layout.names
+        train(
+            self.bench.model, names, examples, settings=settings, generator=generator, epochs=epochs
+        )
+
+
+def _place(trial: Trial, site: int) -> _Place:
+    participant = open_participant(trial.nodes[site])
+    bench = open_workbench(trial.job, device=participant.device)
+    return _Place(trial.job, participant, bench, participant.splits(trial.job))
+
+
+def _federated(trial: Trial, site: int) -> Evaluation:
+    place = _place(trial, site)
+    _put_federated(trial, place)
+    return place.test(place.splits.test)
+
+
+def _tuned(trial: Trial, site: int) -> Evaluation:
+    place = _place(trial, site)
+    _put_federated(trial, place)
+    settings = place.job.training
+    settings = settings.model_copy(update={"learning_rate": settings.learning_rate * TUNED_RATE})
+    epochs = place.job.simulation.finetune_epochs if place.job.simulation else 1
+    place.train(place.splits.train, settings, epochs, "finetune")
+    return place.test(place.splits.test)
+
+
+def _put_federated(trial: Trial, place: _Place) -> None:
+    """The trial's adapter, and the site's own head where heads are local."""
+    request = EvaluateRequest(trial.session, trial.round, "", trial.names, "test", trial.adapter)
+    place.participant.put(place.bench, place.bench.layout.only(trial.names), request)
+
+
+def _zero_shot(trial: Trial, site: int) -> Evaluation:
+    place = _place(trial, site)
+    place.bench.put()  # factors B start at zero: this is the backbone itself
+    return place.test(place.splits.test)
+
+
+def _local(trial: Trial, site: int) -> tuple[Evaluation, Tally] | None:
+    place = _place(trial, site)
+    place.bench.put()
+    epochs = place.job.rounds.count * place.job.training.epochs
+    try:
+        place.train(place.splits.train, place.job.training, epochs, "local-only")
+    except SiteFailure:
+        return None
+    tests = [_place(trial, other).splits.test for other in range(len(trial.nodes))]
+    everywhere = [place.test(examples) for examples in tests]
+    return everywhere[site], _sum(everywhere)
+
+
+def _central(trial: Trial) -> Measured:
+    places = [_place(trial, site) for site in range(len(trial.nodes))]
+    place = places[0]
+    place.bench.put()
+    settings = place.job.training
+    if place.job.simulation:
+        changes = place.job.simulation.central.model_dump(exclude_none=True)
+        settings = settings.model_copy(update=changes)
+    pool = concatenate([other.splits.train for other in places])
+    place.train(pool, settings, place.job.rounds.count * settings.epochs, "central")
+    return _one_model([place.test(other.splits.test) for other in places])

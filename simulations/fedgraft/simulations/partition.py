@@ -1,0 +1,265 @@
+"""From one data set to many sites: folders that look exactly like a real site's.
+
+A simulated site is a ``site.toml`` beside Parquet files, so the code that will read a hospital's
+folder is the code that runs here. Label skew as in Hsu et al., "Measuring the Effects of
+Non-Identical Data Distribution for Federated Visual Classification" (arXiv:1909.06335, 2019), but
+class by class: the examples of class c go to the sites in proportions p_c ~ Dirichlet(alpha).
+"""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import parquet
+
+from fedgraft.client.examples import Indices
+from fedgraft.client.site import SiteConfig, SiteData, dump_site
+from fedgraft.common.errors import JobError
+from fedgraft.common.job import Job, Partition, Simulation
+from fedgraft.common.processors import open_image, to_channels
+from fedgraft.common.seeds import numpy_generator
+from fedgraft.simulations.shifts import Shift, draw_shifts
+from fedgraft.simulations.sources import (
+    DIGITS,
+    TEST_SHARE,
+    Pool,
+    Share,
+    hold_out,
+    labels_of,
+    load_pool,
+    rows_digest,
+)
+
+__all__ = ["SimulatedSite", "partition", "prepare_sites"]
+
+TRIES = 300
+
+
+@dataclass(frozen=True)
+class SimulatedSite:
+    """A site's folder and what is in it; ``classes`` counts training examples per label."""
+
+    name: str
+    folder: Path
+    config: Path
+    examples: int
+    test_examples: int
+    classes: tuple[int, ...]
+    shift: str
+
+
+def prepare_sites(job: Job, cache: Path) -> list[SimulatedSite]:
+    """Write the sites of ``job.simulation`` to a folder below ``cache``, or find them there.
+
+    The folder's name is a hash over the rows and everything else that decides what a site gets. It
+    appears complete or not at all.
+
+    Raises:
+        JobError: the data cannot be split as the job asks.
+        DataError: the data files do not match the job's schema.
+    """
+    simulation = _simulation(job)
+    folder = cache / f"sites-{rows_digest(job, simulation)}"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".sites-", dir=cache))
+        try:
+            _write_sites(job, simulation, partial)
+            _publish(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return [
+        SimulatedSite(
+            name=site["name"],
+            folder=folder / site["name"],
+            config=folder / site["name"] / "site.toml",
+            examples=site["examples"],
+            test_examples=site["test_examples"],
+            classes=tuple(site["classes"]),
+            shift=site["shift"],
+        )
+        for site in json.loads((folder / "sites.json").read_text(encoding="utf-8"))
+    ]
+
+
+def partition(
+    labels: Indices,
+    test_labels: Indices | None,
+    settings: Partition,
+    *,
+    sites: int,
+    generator: np.random.Generator,
+) -> list[Share]:
+    """Deal the rows with ``labels`` [n] (and ``test_labels`` [m]) to ``sites``; each row goes once.
+
+    Test rows follow the same proportions as train rows, so a site's test set looks like its train
+    set. Without ``test_labels`` a stratified fifth of every site is held out. Draws are repeated
+    until every site has ``settings.min_examples`` to train on and, with ``test_labels``, one to
+    test on.
+
+    Raises:
+        JobError: no draw of ``TRIES`` does.
+    """
+    sets = [labels] if test_labels is None else [labels, test_labels]
+    least = [settings.min_examples, 1]
+    if settings.kind == "iid":  # evenly: everything is of one class, in equal proportions
+        sets = [np.zeros_like(each) for each in sets]
+    classes = np.unique(np.concatenate(sets))
+    rows = [[np.flatnonzero(each == name) for name in classes] for each in sets]
+    for _ in range(TRIES):
+        proportions = np.full((1, sites), 1 / sites)
+        if settings.kind == "dirichlet":
+            proportions = generator.dirichlet(np.full(sites, settings.alpha), len(classes))
+        borders = [_borders(proportions, mine) for mine in rows]
+        sizes = [np.diff(cuts, axis=1).sum(axis=0) for cuts in borders]
+        if test_labels is None:
+            sizes[0] = sizes[0] - np.rint(sizes[0] * TEST_SHARE)
+        if all(size.min() >= low for size, low in zip(sizes, least, strict=False)):
+            hands = [_deal(*each, generator) for each in zip(rows, borders, strict=True)]
+            if test_labels is None:
+                return [hold_out(hand, labels, generator) for hand in hands[0]]
+            return [Share(*pair) for pair in zip(*hands, strict=True)]
+    told = f"{len(labels)} train" + ("" if test_labels is None else f" and {len(test_labels)} test")
+    raise JobError(
+        f"{told} rows cannot be dealt to {sites} sites with at least "
+        f"{settings.min_examples} train{'' if test_labels is None else ' and 1 test'} each "
+        f"({settings.kind}, {TRIES} draws)",
+        hint="lower simulation.sites or simulation.partition.min_examples"
+        + (", or raise simulation.partition.alpha" if settings.kind == "dirichlet" else ""),
+    )
+
+
+def _borders(proportions: NDArray[np.float64], rows: list[Indices]) -> Indices:
+    """Where each site's part of each class begins and ends: [classes, sites + 1]."""
+    counts = np.array([[len(mine)] for mine in rows])
+    borders = np.rint(np.cumsum(proportions, axis=1) * counts).astype(np.int64)
+    borders[:, -1:] = counts  # a sum of proportions may miss 1 by a rounding error
+    return np.pad(borders, ((0, 0), (1, 0)))
+
+
+def _deal(rows: list[Indices], borders: Indices, generator: np.random.Generator) -> list[Indices]:
+    """Each site's row numbers, sorted; which rows of a class it gets is drawn."""
+    shuffled = [generator.permutation(mine) for mine in rows]
+    return [
+        np.sort(
+            np.concatenate([mine[a:b] for mine, a, b in zip(shuffled, starts, ends, strict=True)])
+        )
+        for starts, ends in zip(borders.T[:-1], borders.T[1:], strict=True)
+    ]
+
+
+def _simulation(job: Job) -> Simulation:
+    simulation = job.simulation
+    if simulation is None:
+        raise JobError("the job has no [simulation]", hint='add it, with train = "data/..."')
+    natural = simulation.partition.kind == "natural"
+    if not natural and simulation.sites is None:
+        raise JobError("simulation.sites is missing", hint="how many sites? sites = 10")
+    if simulation.shift == "image" and job.job.task != "image-classification":
+        raise JobError('shift = "image" needs images', hint='set simulation.shift = "none"')
+    if simulation.train == DIGITS and (natural or job.job.task != "image-classification"):
+        raise JobError(
+            f"{DIGITS} are images of one source",
+            hint='task = "image-classification" and partition.kind "dirichlet" or "iid"',
+        )
+    return simulation
+
+
+def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
+    pool = load_pool(job, simulation)
+    shares = pool.natural or _drawn_shares(job, simulation, pool)
+    shifts: list[Shift] | list[None] = [None] * len(shares)
+    if simulation.shift == "image":
+        shifts = draw_shifts(len(shares), numpy_generator(job.job.seed, "simulation", "shifts"))
+    index = []
+    labels, classes = labels_of(pool.train), len(job.job.labels)
+    train = pool.train.with_format("arrow")[:]
+    test = train if pool.test is None else pool.test.with_format("arrow")[:]
+    for (name, share), shift in zip(shares.items(), shifts, strict=True):
+        rows = {"train": (train, share.train), "test": (test, share.test)}
+        _write_site(job, rows, shift, folder / name)
+        index.append(
+            {
+                "name": name,
+                "examples": len(share.train),
+                "test_examples": len(share.test),
+                "classes": np.bincount(labels[share.train], minlength=classes).tolist(),
+                "shift": shift.describe() if shift else "none",
+            }
+        )
+    (folder / "sites.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _write_site(
+    job: Job, rows: Mapping[str, tuple[pa.Table, Indices]], shift: Shift | None, folder: Path
+) -> None:
+    """Write the site ``folder``: of each split's rows (as ``read_split`` has them) its own."""
+    folder.mkdir()
+    generator = numpy_generator(job.job.seed, "simulation", "pixels", folder.name)
+    for split, (table, mine) in rows.items():
+        if len(mine):
+            own = _as_files(job, table.take(mine), shift, generator)
+            parquet.write_table(own, folder / f"{split}.parquet")
+    data = SiteData(train="train.parquet", test="test.parquet" if len(rows["test"][1]) else None)
+    text = dump_site(SiteConfig(name=folder.name, data=data))
+    (folder / "site.toml").write_text(text, encoding="utf-8")
+
+
+def _drawn_shares(job: Job, simulation: Simulation, pool: Pool) -> dict[str, Share]:
+    sites = simulation.sites or 1
+    shares = partition(
+        labels_of(pool.train),
+        None if pool.test is None else labels_of(pool.test),
+        simulation.partition,
+        sites=sites,
+        generator=numpy_generator(job.job.seed, "simulation", "partition"),
+    )
+    width = max(2, len(str(sites - 1)))
+    return {f"site-{number:0{width}d}": share for number, share in enumerate(shares)}
+
+
+def _as_files(
+    job: Job, rows: pa.Table, shift: Shift | None, generator: np.random.Generator
+) -> pa.Table:
+    """The rows as a real site would have them: the job's column names, labels by name."""
+    if job.job.task == "image-classification":
+        column, kind = job.data.image, datasets.Image()
+        sources = rows["image"].to_pylist()
+        contents = [{"bytes": _shifted(one, shift, generator), "path": None} for one in sources]
+    else:
+        column, kind = job.data.text, datasets.Value("string")
+        contents = rows["text"].to_pylist()
+    names = [job.job.labels[value] for value in rows["label"].to_pylist()]
+    features = datasets.Features({column: kind, job.data.label: datasets.Value("string")})
+    return pa.table({column: contents, job.data.label: names}, schema=features.arrow_schema)
+
+
+def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.Generator) -> bytes:
+    """The bytes of the image file, as they are or as PNG after the shift."""
+    if shift is None:
+        data = source["bytes"]
+        return bytes(data) if data is not None else Path(source["path"]).read_bytes()
+    image = open_image(source)
+    grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+    buffer = io.BytesIO()
+    shift.apply(to_channels(image, 1 if grey else 3), generator).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Rename the finished folder into place; another process may have been faster."""
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

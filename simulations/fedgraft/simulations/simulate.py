@@ -1,0 +1,161 @@
+"""Run a whole federation here: prepare sites, run the coordinator, compare, report.
+
+Everything is resumable: sites are found again by their hash, rounds continue from the run's last
+checkpoint, a comparison that was finished is read back.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fedgraft.common.adapters import Vector
+from fedgraft.common.console import Console
+from fedgraft.common.errors import JobError
+from fedgraft.common.job import Job
+from fedgraft.common.workbench import cache_folder, choose_device, open_workbench
+from fedgraft.server.app import coordinate
+from fedgraft.server.export import export_adapter
+from fedgraft.server.report import write_report
+from fedgraft.server.rounds import Plan, RoundRecord, State, make_plan, run_job
+from fedgraft.server.runs import Run
+from fedgraft.server.summary import run_facts
+from fedgraft.server.transport import Transport
+from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
+from fedgraft.simulations.grid import LocalGrid, NodeConfig
+from fedgraft.simulations.memory import PeakMemory
+from fedgraft.simulations.partition import SimulatedSite, prepare_sites
+from fedgraft.simulations.ray import coordinate_on_ray
+from fedgraft.simulations.results import final_metrics, load_measured, save_measured, site_results
+from fedgraft.simulations.workers import Workers
+
+__all__ = ["ENGINES", "simulate"]
+
+ENGINES = ("local", "ray")
+
+
+def simulate(job: Job, run: Run, console: Console, *, engine: str = "local") -> dict[str, Any]:
+    """Run ``job`` in the folder of ``run``; the summary, which is also written there.
+
+    ``engine`` is ``local`` (this process and forked workers) or ``ray`` (Flower's own).
+
+    Raises:
+        FedgraftError: anything of ``errors.py``; the run can be resumed afterwards.
+    """
+    if job.simulation is None:
+        raise JobError("the job has no [simulation] section", hint="`fedgraft init` shows one")
+    started = time.monotonic()
+    device = str(choose_device(job.simulation.device))
+    with PeakMemory() as memory, Workers(job.simulation.workers, device=device) as workers:
+        run.event("started", engine=engine, device=device)
+        sites = prepare_sites(job, cache_folder() / "sites")
+        bench = open_workbench(job)
+        plan = make_plan(job, bench, run.session)
+        console.note(_headline(job, sites, plan))
+        simulation = _Simulation(job, run, tuple(_node(s, run, device) for s in sites), workers)
+        adapter = simulation.federate(console, engine)
+        export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
+        trial = simulation.trial(plan, adapter, len(run.history()))
+        measured = simulation.compare(trial, console)
+    summary = {
+        **run_facts(run, bench, plan),
+        "engine": engine,
+        "device": device,
+        "seconds": round(time.monotonic() - started, 3),
+        "peak_memory_mb": round(memory.megabytes, 1),
+        "final": final_metrics(measured, job.job.seed),
+        "sites": site_results(sites, measured, job.job.seed),
+    }
+    run.finish(summary)
+    write_report(run.folder, summary, run.history())
+    return summary
+
+
+@dataclass(frozen=True)
+class _Simulation:
+    """One simulation's fixed parts."""
+
+    job: Job
+    run: Run
+    nodes: tuple[NodeConfig, ...]
+    workers: Workers
+
+    def federate(self, console: Console, engine: str) -> Vector:
+        """The federation itself; the final exchanged adapter."""
+        count, behind = self.job.rounds.count, len(self.run.history())
+        with console.steps("round", count, behind) as steps:
+
+            def on_round(record: RoundRecord) -> None:
+                steps.done(_round_line(record))
+
+            if engine == "ray":
+                return coordinate_on_ray(self.job, self.run, self.nodes, on_round=on_round)
+            return coordinate(self.transport(), self.job, self.run, on_round=on_round)
+
+    def transport(self) -> Transport:
+        """The sites in this process; the clock stands, for waiting for a core is not being late."""
+        return Transport(LocalGrid(self.nodes, self.workers), clock=lambda: 0.0)
+
+    def trial(self, plan: Plan, adapter: Vector, number: int) -> Trial:
+        """``adapter`` after round ``number`` as something to compare with."""
+        names = plan.exchanged.names
+        return Trial(plan.job, self.nodes, plan.session, names, adapter, number)
+
+    def compare(self, trial: Trial, console: Console) -> dict[str, Measured | None]:
+        """Every comparison the job asks for; those that an earlier process finished are read."""
+        assert self.job.simulation is not None
+        folder = self.run.folder / "comparison"
+        folder.mkdir(exist_ok=True)
+        wanted = ["federated", "federated_tuned", *self.job.simulation.baselines]
+        if not self.job.simulation.finetune_epochs:
+            wanted.remove("federated_tuned")
+        todo = [name for name in wanted if not (folder / f"{name}.json").exists()]
+        with console.steps("comparison", len(wanted), len(wanted) - len(todo)) as steps:
+            # Started together: the one long task, central, overlaps with the many short ones.
+            headed = self._head_only() if "head_only" in todo else None
+            trials = {name: headed if name == "head_only" else trial for name in todo}
+            started = {
+                name: start("federated" if name == "head_only" else name, chosen, self.workers)
+                for name, chosen in trials.items()
+                if chosen is not None
+            }
+            for name in todo:
+                running = started.get(name)
+                result = running.result() if running else None
+                save_measured(folder / f"{name}.json", result)
+                steps.done(name)
+        return {name: load_measured(folder / f"{name}.json") for name in wanted}
+
+    def _head_only(self) -> Trial | None:
+        """The same federation with only the head training; None if that is this one."""
+        job = head_only_job(self.job)
+        if job.method == self.job.method:
+            return None
+        bench = open_workbench(job)
+        plan = make_plan(job, bench, self.run.session)
+        state = State(0, bench.initial_of(plan.exchanged))
+        state = run_job(
+            plan, self.transport(), state, commit=lambda state, record: None, warn=self.run.warn
+        )
+        return self.trial(plan, state.final, state.round)
+
+
+def _node(site: SimulatedSite, run: Run, device: str) -> NodeConfig:
+    state = run.folder / "sites" / site.name
+    return {"site": str(site.config), "state": str(state), "device": device}
+
+
+def _headline(job: Job, sites: list[SimulatedSite], plan: Plan) -> str:
+    examples = sum(site.examples for site in sites)
+    return (
+        f"{job.job.name}: {len(sites)} sites, {examples:,} training examples, "
+        f"{plan.exchanged.size:,} parameters travel"
+    )
+
+
+def _round_line(record: RoundRecord) -> str:
+    parts = [f"loss {record.train_loss:.3f}"]
+    if record.validation is not None:
+        parts.append(f"validation {100 * record.validation['accuracy']:.1f} %")
+    if record.dropped:
+        parts.append("dropped " + ", ".join(f"{d.site} ({d.reason})" for d in record.dropped))
+    return "  ".join(parts)

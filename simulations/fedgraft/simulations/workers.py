@@ -1,0 +1,79 @@
+"""Run tasks of one simulation side by side: forked processes that share the loaded backbone.
+
+Each worker computes on one thread, in a forked process or in this one, so that a result never
+depends on how many workers there were.
+"""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+__all__ = ["Workers"]
+
+T = TypeVar("T")
+
+
+class Workers:
+    """A pool of ``count`` forked processes; with 0, tasks run here when their result is asked for.
+
+    ``None`` means one a core where forking is safe: on Linux, computing on the CPU (a forked
+    process cannot use a GPU that its parent has opened).
+    """
+
+    def __init__(self, count: int | None, *, device: str) -> None:
+        forkable = sys.platform == "linux" and device == "cpu"
+        self.count = count if count is not None else _cores()
+        if not forkable or self.count == 1:
+            self.count = 0
+        if device == "cpu":
+            torch.set_num_threads(1)
+        self._pool: ProcessPoolExecutor | None = None
+
+    def submit(self, task: Callable[..., T], *arguments: Any) -> "Future[T]":
+        """Start ``task(*arguments)``; a task that fails fails its future."""
+        if not self.count:
+            return _Later(task, arguments)
+        if self._pool is None:  # as late as possible: a fork shares all that is loaded by then
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(self.count, mp_context=context)
+        return self._pool.submit(task, *arguments)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+
+
+class _Later(Future[T]):
+    """A future that does its task in this process, when its result is first asked for."""
+
+    def __init__(self, task: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+        super().__init__()
+        self._task, self._arguments = task, arguments
+
+    def result(self, timeout: float | None = None) -> T:
+        """Do the task if it is not done yet."""
+        if not self.done():
+            try:
+                self.set_result(self._task(*self._arguments))
+            except Exception as error:
+                self.set_exception(error)
+        return super().result(timeout)
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,0 +1,257 @@
+"""Known answers from the literature, and what must hold for any pair of models."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import binom, binomtest
+
+from fedgraft.common.metrics import Tally
+from fedgraft.common.verdicts import macro_f1_interval, verdict, wilson_interval
+
+Bools = NDArray[np.bool_]
+COUNTS = st.integers(0, 40)
+
+
+def paired(both: int, only_federated: int, only_local: int, neither: int) -> tuple[Bools, Bools]:
+    """Two boolean vectors with these cells."""
+    cells = (both, only_federated, only_local, neither)
+    federated = np.repeat([True, True, False, False], cells)
+    local = np.repeat([True, False, True, False], cells)
+    return federated, local
+
+
+# --- Wilson
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [  # Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_gives_the_published_values(
+    correct: int, total: int, low: float, high: float
+) -> None:
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_agrees_with_scipy_and_holds_the_share(pair: tuple[int, int]) -> None:
+    correct, total = pair
+    low, high = wilson_interval(correct, total)
+    expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert 0 <= low <= correct / total <= high <= 1
+    mirrored = wilson_interval(total - correct, total)
+    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=1e-9)
+
+
+def test_wilson_without_examples_knows_nothing() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(-1, 3), (4, 3), (0, -1)])
+def test_wilson_refuses_impossible_counts(correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match="correct"):
+        wilson_interval(correct, total)
+
+
+# --- verdict
+
+
+def test_interval_gives_the_published_values() -> None:
+    # Newcombe 1998 (paired data), method 10, cells 36, 12, 2, 0.
+    found = verdict(*paired(36, 12, 2, 0), name="s")
+    assert found.difference == pytest.approx(0.2)
+    assert found.interval == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    # Airway hyper-responsiveness (Bentur 2009) in Fagerland, Lydersen, Laake 2014.
+    found = verdict(*paired(1, 1, 7, 12), name="s")
+    assert found.interval == pytest.approx((-0.507, -0.026), abs=5e-4)
+    assert found.p_value == pytest.approx(0.0703, abs=5e-5)
+
+
+@given(COUNTS, COUNTS, COUNTS, COUNTS)
+@settings(max_examples=200, deadline=None)
+def test_a_verdict_is_consistent_and_antisymmetric(
+    both: int, only_federated: int, only_local: int, neither: int
+) -> None:
+    federated, local = paired(both, only_federated, only_local, neither)
+    found = verdict(federated, local, name="s")
+    low, high = found.interval
+    assert -1 <= low <= found.difference <= high <= 1
+    assert 0 < found.p_value <= 1
+    expected = 2 * binom.cdf(min(only_federated, only_local), only_federated + only_local, 0.5)
+    assert found.p_value == pytest.approx(min(1.0, expected), rel=1e-9)
+    if found.outcome == "helped":
+        assert low > 0 and found.p_value < 0.05
+    if found.outcome == "hurt":
+        assert high < 0 and found.p_value < 0.05
+
+    swapped = verdict(local, federated, name="s")
+    assert swapped.difference == -found.difference
+    assert swapped.interval == pytest.approx((-high, -low), abs=1e-12)
+    opposite = {"helped": "hurt", "hurt": "helped"}
+    assert swapped.outcome == opposite.get(found.outcome, found.outcome)
+
+
+def test_the_order_of_examples_does_not_matter() -> None:
+    federated, local = paired(30, 12, 3, 5)
+    order = np.random.default_rng(0).permutation(len(local))
+    assert verdict(federated[order], local[order], name="s") == verdict(federated, local, name="s")
+
+
+def test_a_clear_gain_is_told_in_numbers() -> None:
+    found = verdict(*paired(380, 70, 12, 38), name="site-03")
+    assert found.outcome == "helped"
+    assert found.sentence == (
+        "Federating helped site-03: 90.0 % right instead of 78.4 % on its own "
+        "(difference +11.6 points, 95 % interval +8.2 to +15.1)."
+    )
+
+
+def test_a_clear_loss_is_told_as_plainly() -> None:
+    found = verdict(*paired(380, 12, 70, 38), name="site-03")
+    assert found.outcome == "hurt"
+    assert found.sentence.startswith("Federating hurt site-03: 78.4 % right instead of 90.0 %")
+    assert "difference -11.6 points, 95 % interval -15.1 to -8.2" in found.sentence
+
+
+def test_too_few_examples_are_said_to_be_too_few() -> None:
+    found = verdict(*paired(4, 2, 1, 1), name="site-03")
+    assert found.outcome == "unclear"
+    assert "8 test examples cannot tell which is better" in found.sentence
+    assert "p = 1.00" in found.sentence
+
+
+def test_one_example_is_singular() -> None:
+    found = verdict(np.array([True]), np.array([False]), name="s")
+    assert found.outcome == "unclear"
+    assert "and 1 test example cannot tell" in found.sentence
+
+
+def test_equal_models_have_no_sign_and_no_evidence() -> None:
+    found = verdict(*paired(50, 0, 0, 10), name="s")
+    assert (found.outcome, found.difference, found.p_value) == ("unclear", 0.0, 1.0)
+    assert "difference 0.0 points" in found.sentence
+
+
+def test_a_significant_interval_alone_is_no_verdict() -> None:
+    # Newcombe's interval excludes 0 here, the exact test (p = 0.0703) does not.
+    found = verdict(*paired(1, 1, 7, 12), name="s")
+    assert found.interval[1] < 0
+    assert found.outcome == "unclear"
+    assert "p = 0.07" in found.sentence
+
+
+def test_no_test_examples_is_unknown() -> None:
+    found = verdict(np.zeros(0, bool), np.zeros(0, bool), name="site-03")
+    assert found.outcome == "unknown"
+    assert found.interval == (-1.0, 1.0)
+    assert "site-03" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("federated", "local"),
+    [
+        (np.ones(3, bool), np.ones(4, bool)),
+        (np.ones((2, 2), bool), np.ones((2, 2), bool)),
+        (np.ones(3, int), np.ones(3, bool)),
+    ],
+)
+def test_vectors_that_are_no_pair_are_refused(federated: Bools, local: Bools) -> None:
+    with pytest.raises(ValueError, match="vectors"):
+        verdict(federated, local, name="s")
+
+
+# --- macro F1
+
+
+def matrices(largest: int = 30) -> st.SearchStrategy[NDArray[np.int64]]:
+    """Square confusion matrices of 1 to 5 classes."""
+    return st.integers(1, 5).flatmap(
+        lambda c: st.lists(st.integers(0, largest), min_size=c * c, max_size=c * c).map(
+            lambda cells: np.array(cells).reshape(c, c)
+        )
+    )
+
+
+@given(matrices())
+@settings(max_examples=100, deadline=None)
+def test_macro_f1_agrees_with_resampling_one_by_one(confusion: NDArray[np.int64]) -> None:
+    low, high = macro_f1_interval(confusion, np.random.default_rng(7), draws=50)
+    assert 0 <= low <= high <= 1
+    if confusion.sum() == 0:
+        assert (low, high) == (0.0, 1.0)
+        return
+    true, predicted = np.nonzero(confusion)
+    share = confusion[true, predicted] / confusion.sum()
+    draws = np.random.default_rng(7).multinomial(confusion.sum(), share, size=50)
+    scores = []
+    for draw in draws:
+        again = np.zeros_like(confusion)
+        again[true, predicted] = draw
+        scores.append(Tally(0.0, again).macro_f1)
+    assert (low, high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+
+
+def test_macro_f1_interval_holds_the_value_and_narrows_with_examples() -> None:
+    small = np.array([[40, 6, 4], [5, 30, 5], [2, 8, 20]])
+    generator = np.random.default_rng(0)
+    low, high = macro_f1_interval(small, generator)
+    value = Tally(0.0, small).macro_f1
+    assert low < value < high
+    low10, high10 = macro_f1_interval(10 * small, generator)
+    assert low10 < value < high10
+    assert (high - low) / (high10 - low10) == pytest.approx(10**0.5, rel=0.2)
+
+
+def test_macro_f1_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    share = np.array([[0.30, 0.05, 0.02], [0.04, 0.25, 0.04], [0.02, 0.06, 0.22]])
+    truth = Tally(0.0, np.round(100 * share).astype(np.int64)).macro_f1
+    inside = 0
+    for _ in range(300):
+        confusion = generator.multinomial(400, share.ravel()).reshape(3, 3)
+        low, high = macro_f1_interval(confusion, generator, draws=200)
+        inside += low <= truth <= high
+    assert 0.90 <= inside / 300 <= 0.99
+
+
+def test_classes_without_true_examples_do_not_count() -> None:
+    assert macro_f1_interval(np.diag([5, 5, 0]), np.random.default_rng(0)) == (1.0, 1.0)
+    # Never right about the only class that occurs: its F1 is 0, the other class is not asked.
+    assert macro_f1_interval(np.array([[0, 9], [0, 0]]), np.random.default_rng(0)) == (0.0, 0.0)
+
+
+def test_the_same_generator_gives_the_same_interval() -> None:
+    confusion = np.array([[9, 1], [3, 7]])
+    first = macro_f1_interval(confusion, np.random.default_rng(5))
+    assert first == macro_f1_interval(confusion, np.random.default_rng(5))
+
+
+def test_many_classes_stay_quick() -> None:
+    confusion = np.diag(np.full(1000, 40)) + np.eye(1000, k=1, dtype=np.int64)
+    started = time.perf_counter()
+    macro_f1_interval(confusion, np.random.default_rng(0))
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    "confusion",
+    [np.ones((2, 3), int), np.ones(4, int), np.ones((2, 2)), np.array([[1, -1], [0, 2]])],
+)
+def test_what_is_no_confusion_matrix_is_refused(confusion: NDArray[np.int64]) -> None:
+    with pytest.raises(ValueError, match="confusion"):
+        macro_f1_interval(confusion, np.random.default_rng(0))
+
+
+def test_no_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match="draw"):
+        macro_f1_interval(np.eye(2, dtype=int), np.random.default_rng(0), draws=0)

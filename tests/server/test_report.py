@@ -1,0 +1,371 @@
+"""The report comes out of every run, says what the numbers say, and lets nothing run or load."""
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from fedgraft.common.errors import RunError
+from fedgraft.common.verdicts import wilson_interval
+from fedgraft.server.report import write_report
+
+Record = dict[str, Any]
+
+ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(1)> $x_1$ --> {{ 7*7 }}'
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+
+
+def metrics(accuracy: float, examples: int = 200) -> Record:
+    low, high = wilson_interval(round(accuracy * examples), examples)
+    return {
+        "accuracy": accuracy, "macro_f1": accuracy - 0.02, "loss": 1.5 - accuracy,
+        "accuracy_interval": [low, high], "macro_f1_interval": [low - 0.02, high - 0.02],
+    }  # fmt: skip
+
+
+def make_site(number: int, outcome: str = "helped") -> Record:
+    return {
+        "name": f"site-{number}", "examples": 800, "test_examples": 200, "shift": None,
+        "classes": 4, "federated": metrics(0.9), "central": metrics(0.91),
+        "local_only": metrics(0.8), "head_only": metrics(0.7), "zero_shot": metrics(0.3),
+        "federated_tuned": metrics(0.92), "verdict": f"Verdict of {number}.", "outcome": outcome,
+    }  # fmt: skip
+
+
+def make_round(number: int, dropped: Sequence[Record] = ()) -> Record:
+    return {
+        "round": number, "train_loss": 1 / number, "sites": 3 - len(dropped),
+        "validation": {"accuracy": 1 - 0.4 / number, "macro_f1": 1 - 0.5 / number,
+                       "loss": 0.8 / number, "examples": 90},
+        "dropped": list(dropped), "bytes_up": 3_000_000, "bytes_down": 4_000_000,
+        "seconds": 61.0, "update_norm": 0.5, "learning_rate": 1e-3,
+    }  # fmt: skip
+
+
+def make_run(
+    outcomes: Sequence[str] = ("helped", "helped", "hurt"), rounds: int = 3
+) -> tuple[Record, list[Record]]:
+    summary = {
+        "run": "run-1", "folder": "runs/run-1", "status": "finished",
+        "job": {"name": "wards", "task": "text-classification", "labels": ["a", "b", "c", "d"],
+                "method": "lora", "rule": "fedavg", "backbone": "hf:some/model"},
+        "job_toml": '[job]\nname = "wards"\n', "environment": {"torch": "2.9", "python": "3.12"},
+        "engine": "local", "device": "cuda", "seconds": 7325.0, "peak_memory_mb": 2048.0,
+        "rounds": rounds, "trained_parameters": 77_000, "total_parameters": 22_000_000,
+        "bytes_up_per_site_round": 308_000, "bytes_down_per_site_round": 309_000,
+        "protection": "none",
+        "final": {"federated": metrics(0.881, 2000), "central": metrics(0.902, 2000),
+                  "local_only": {**metrics(0.704, 2000), "best_accuracy": 0.7931},
+                  "head_only": metrics(0.763, 2000), "zero_shot": None},
+        "sites": [make_site(number, outcome) for number, outcome in enumerate(outcomes, 1)],
+    }  # fmt: skip
+    return summary, [make_round(number) for number in range(1, rounds + 1)]
+
+
+def written(folder: Path, summary: Record, history: list[Record]) -> str:
+    return write_report(folder, summary, history).read_text("utf-8")
+
+
+def visible(page: str) -> str:
+    """The page's text, tags and style taken away."""
+    body = re.sub(r"<(style|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", body).replace("\u00a0", " ").split())
+
+
+class Outline(HTMLParser):
+    """Every start tag with its attributes, and whether all tags close in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    @classmethod
+    def of(cls, page: str) -> "Outline":
+        found = cls()
+        found.feed(page)
+        found.close()
+        assert not found.open
+        return found
+
+
+def assert_sound(page: str) -> None:
+    """Self-contained, nothing that runs, balanced, accessible; true of every report."""
+    tags = Outline.of(page).tags
+    names = [name for name, _ in tags]
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(names)
+    assert "<script src" not in page
+    for name, attributes in tags:
+        assert not [key for key in attributes if key.startswith("on")], (name, attributes)
+        for key in ("src", "href", "xlink:href", "action", "srcset"):
+            assert (attributes.get(key) or "#").startswith("#"), (name, attributes)
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", page)
+    assert not re.search(r"url\((?!#)|@import|@font-face", page)
+
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"|labelledby=\"([^\"]+)\"", page)
+    assert {part for parts in used for part in parts if part} <= set(ids)
+
+    assert names.count("table") == names.count("caption")
+    assert all("scope" in attributes for name, attributes in tags if name == "th")
+    plots = [attributes for _, attributes in tags if attributes.get("class") == "plot"]
+    assert len(plots) == names.count("svg") == names.count("figure")
+    assert all(plot["role"] == "img" and plot["aria-label"] for plot in plots)
+    assert not re.search(r"#fe00", page), "a placeholder colour was left"
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        ElementTree.fromstring(svg)
+    assert not re.search(r"\bnan\b|\binf\b|None|Undefined|NaN", visible(page))
+
+
+def test_a_usual_run_says_what_it_should(tmp_path: Path) -> None:
+    summary, history = make_run(("helped",) * 8 + ("hurt", "unclear"))
+    path = write_report(tmp_path, summary, history)
+    page = path.read_text("utf-8")
+    assert path == tmp_path / "report.html"
+    assert_sound(page)
+    text = visible(page)
+    assert (
+        "Federating helped 8 of 10 sites and hurt 1; for 1 the test examples cannot tell." in text
+    )
+    assert "right for 88.1 %" in text
+    assert "on average, for 70.4 % (17.7 points less)" in text
+    assert "in one place for 90.2 % (2.1 points more)" in text
+    assert "Zero-shot the backbone as it came not run" in text
+    assert "Local only, best site known only after testing them all 79.3 %" in text
+    assert "Up, all sites and rounds 9.0 MB" in text
+    assert "Down, all sites and rounds 12.0 MB" in text
+    assert "Up, per site and round 308.0 kB" in text
+    assert "77,000 of 22,000,000 (0.4 %)" in text  # 0.35 %
+    assert "2 h 2 min" in text
+    assert "No site was dropped in any round." in text
+    assert "Updates travelled in clear to the coordinator in this run" in text
+    assert "not in this version of fedgraft" in text
+    assert "up to 0.5 verdicts on average" in text
+    assert 'name = "wards"' in text.replace("&#34;", '"')
+    assert page.count("<svg") == 4
+
+
+def test_the_same_run_gives_the_same_bytes_and_replaces_the_old_file(tmp_path: Path) -> None:
+    summary, history = make_run()
+    before = copy.deepcopy((summary, history))
+    first = write_report(tmp_path, summary, history).read_bytes()
+    assert (summary, history) == before, "the input was changed"
+    (tmp_path / "report.html").write_text("old")
+    assert write_report(tmp_path, *json.loads(json.dumps([summary, history]))).read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
+    import matplotlib
+
+    summary, history = make_run()
+    first = written(tmp_path, summary, history)
+    with matplotlib.rc_context({"font.size": 40, "axes.facecolor": "red", "svg.hashsalt": "x"}):
+        assert written(tmp_path, summary, history) == first
+        assert matplotlib.rcParams["font.size"] == 40
+
+
+def test_nothing_from_data_becomes_markup(tmp_path: Path) -> None:
+    summary, history = make_run()
+    summary.update(run=ATTACK, folder=ATTACK, job_toml=ATTACK, status=ATTACK, engine=ATTACK,
+                   device=ATTACK, protection=ATTACK, environment={ATTACK: ATTACK})  # fmt: skip
+    summary["job"] = {key: ATTACK for key in ("name", "task", "method", "rule", "backbone")}
+    summary["job"]["labels"] = [ATTACK]
+    for site in summary["sites"]:
+        site.update(name=ATTACK, verdict=ATTACK, shift=ATTACK)
+    history[1]["dropped"] = [{"site": ATTACK, "reason": ATTACK}]
+    page = written(tmp_path, summary, history)
+    assert_sound(page)
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "{{ 7*7 }}" in page and "49" not in visible(page).split()
+
+
+@pytest.mark.parametrize(
+    "name", ["a$b$", "\\frac{1}{2}", "$", "病院", "🏥", "é" * 300, " ", "a\nb", "\0\x1b"]
+)
+def test_any_name_can_be_drawn(tmp_path: Path, name: str) -> None:
+    summary, history = make_run()
+    summary["sites"][0]["name"] = name
+    assert_sound(written(tmp_path, summary, history))
+
+
+def test_a_lone_surrogate_does_not_stop_the_report(tmp_path: Path) -> None:
+    summary, history = make_run()
+    summary["sites"][0]["name"] = json.loads('"\\ud800"')
+    assert_sound(written(tmp_path, summary, history))
+
+
+def test_an_empty_run_still_gives_a_report(tmp_path: Path) -> None:
+    page = written(tmp_path, {}, [])
+    assert_sound(page)
+    text = visible(page)
+    assert "Whether federating was worth it is not known" in text
+    assert "This run has not finished" in text
+    assert "No round is on record." in text and "No site is on record." in text
+    assert page.count("<svg") == 0
+
+
+def holes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in nested data, as a path of keys."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from holes(inner, (*path, key))
+
+
+def with_hole(value: Any, path: tuple[Any, ...], filling: object) -> Any:
+    value = copy.deepcopy(value)
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    if filling is holes:
+        del inner[path[-1]]
+    else:
+        inner[path[-1]] = filling
+    return value
+
+
+def test_any_single_value_may_be_missing_null_or_nonsense(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is drawn and synced is not the point here, and there are 1,500 reports to write.
+    monkeypatch.setattr("fedgraft.server.report_plots._render", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    summary, history = make_run(("helped", "hurt"), rounds=1)
+    history[0]["dropped"] = [{"site": "site-1", "reason": "late"}]
+    fillings: tuple[object, ...] = (holes, None, float("nan"), float("inf"), "words", 7, [], {})
+    for path in holes([summary, history]):
+        if len(path) > 1:
+            for filling in fillings:
+                write_report(tmp_path, *with_hole([summary, history], path, filling))
+
+
+@pytest.mark.parametrize("filling", [None, float("nan")])
+def test_all_metrics_may_be_missing_at_once(tmp_path: Path, filling: object) -> None:
+    summary, history = make_run()
+    summary["final"] = dict.fromkeys(summary["final"], filling)
+    for site in summary["sites"]:
+        site.update(dict.fromkeys(
+            ("federated", "central", "local_only", "head_only", "zero_shot", "federated_tuned",
+             "verdict", "classes"), filling), outcome="unknown")  # fmt: skip
+    for entry in history:
+        entry.update(validation=None, train_loss=filling, dropped=None)
+    page = written(tmp_path, summary, history)
+    assert_sound(page.replace("nan", "") if filling else page)
+    assert visible(page).count("not run") >= 5
+    assert page.count("<svg") == 0
+
+
+def test_one_round_and_one_site(tmp_path: Path) -> None:
+    summary, history = make_run(("hurt",), rounds=1)
+    page = written(tmp_path, summary, history)
+    assert_sound(page)
+    assert "Federating hurt the one site of this run." in visible(page)
+    assert "<tfoot" not in page
+
+
+def test_two_hundred_sites_are_scrolled_and_plotted_as_dots(tmp_path: Path) -> None:
+    outcomes = np.random.default_rng(0).choice(["helped", "hurt", "unclear"], 200).tolist()
+    summary, history = make_run(outcomes, rounds=200)
+    page = written(tmp_path, summary, history)
+    assert_sound(page)
+    assert page.count('<th scope="row" class="name">site-') == 200
+    assert 'class="scroll sites tall"' in page
+    assert "One dot per site (200 of 200 have both values)" in visible(page)
+    assert f"{outcomes.count('hurt') - 8} more in the table of sites" in visible(page)
+    assert len(page) < 1_000_000
+
+
+def test_many_sites_without_pairs_have_no_plot(tmp_path: Path) -> None:
+    summary, history = make_run(("unknown",) * 60)
+    for site in summary["sites"]:
+        site["local_only"] = None
+    page = written(tmp_path, summary, history)
+    assert_sound(page)
+    assert page.count("<svg") == 3
+
+
+def test_sites_are_sorted_as_people_count(tmp_path: Path) -> None:
+    summary, history = make_run(("helped",) * 12)
+    summary["sites"].reverse()
+    page = written(tmp_path, summary, history)
+    rows = re.findall(r'<th scope="row" class="name">(site-\d+)', page)
+    assert rows == [f"site-{number}" for number in range(1, 13)]
+
+
+def test_dropped_sites_are_named_with_round_and_reason(tmp_path: Path) -> None:
+    summary, history = make_run()
+    history[1] = make_round(2, [{"site": "site-2", "reason": "deadline passed"}])
+    page = written(tmp_path, summary, history)
+    assert "2 site-2 deadline passed" in visible(page)
+    assert "A cross marks a round in which sites were dropped." in visible(page)
+    assert "sites dropped</text>" in page
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "sentence"),
+    [
+        (("helped", "helped"), "Federating helped 2 of 2 sites and hurt none."),
+        (("hurt", "hurt"), "Federating helped 0 of 2 sites and hurt 2."),
+        (("unclear", "unclear"), "The test examples of 2 sites cannot tell"),
+        (("unclear",), "The test examples of the one site cannot tell if federating helped."),
+        (("helped",), "Federating helped the one site of this run."),
+        (("helped", "unknown"), "hurt none; 1 could not be compared."),
+        (("unknown", "unknown"), "Whether federating was worth it is not known"),
+        (("splendid", "helped"), "Federating helped 1 of 2 sites and hurt none; 1 could not"),
+    ],
+)
+def test_the_headline_counts_what_the_verdicts_say(
+    tmp_path: Path, outcomes: Sequence[str], sentence: str
+) -> None:
+    page = written(tmp_path, *make_run(outcomes))
+    assert sentence in page.split("<h1>")[1].split("</h1>")[0]
+
+
+def test_other_protection_is_not_called_clear(tmp_path: Path) -> None:
+    summary, history = make_run()
+    summary["protection"] = "something else"
+    text = visible(written(tmp_path, summary, history))
+    assert "in clear" not in text
+    assert "as the run recorded it: something else" in text
+
+
+def test_a_folder_that_is_not_there_is_a_run_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot write") as caught:
+        write_report(tmp_path / "nowhere", *make_run())
+    assert caught.value.hint
+
+
+def test_a_failed_write_leaves_the_old_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "report.html").write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(RunError, match="No space left"):
+        write_report(tmp_path, *make_run())
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
