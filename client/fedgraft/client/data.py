@@ -6,10 +6,8 @@ decodes it once, for all rounds. A cache folder holds what the texts and images 
 the site.
 """
 
-import difflib
 import hashlib
 import os
-import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +24,7 @@ from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from fedgraft.client.examples import Examples, ImageExamples, Indices, TextExamples
+from fedgraft.client.labels import LabelIndex, nearest_label
 from fedgraft.client.tables import Table, read_tables
 from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.job import Job
@@ -73,8 +72,8 @@ def read_split(
     _check_mappings(job, schema, columns, labels)
     content, label = columns.get(schema, schema), columns.get(job.data.label, job.data.label)
     tables = read_tables(path, content=content, label=label, images=images)
-    named = _Labels(job.job.labels, labels)
-    targets = [named.index(table, row) for table in tables for row in range(len(table.labels))]
+    named = LabelIndex(job.job.labels, labels)
+    targets = [named.of(table, row) for table in tables for row in range(len(table.labels))]
     if not images:
         texts = [_text(table, row) for table in tables for row in range(len(table.contents))]
         return Rows(_dataset("text", texts, targets), skipped=0)
@@ -113,55 +112,8 @@ def _check_mappings(
         if name not in job.job.labels:
             raise DataError(
                 f"data.labels maps {value!r} to {name!r}, which is not a label of the job",
-                hint=_nearest(name, job.job.labels),
+                hint=nearest_label(name, job.job.labels),
             )
-
-
-class _Labels:
-    """From the value in a label column to the index of the job's label."""
-
-    def __init__(self, names: Sequence[str], mapping: Mapping[str, str]) -> None:
-        self._names = names
-        self._mapping = mapping
-        self._indices = {name: index for index, name in enumerate(names)}
-
-    def index(self, table: Table, row: int) -> int:
-        value = table.labels[row]
-        if value is None or value == "":
-            raise DataError(f"{table.place(row)} has no label", hint="fill it in or remove the row")
-        text = str(value) if isinstance(value, str | int) else None  # True is "True": matches none
-        if text is not None and (name := self._mapping.get(text, text)) in self._indices:
-            return self._indices[name]
-        number = self._number(value, typed=table.typed)
-        if number is not None and number < len(self._names):
-            return number
-        raise DataError(
-            f"{table.place(row)}: label {_shown(value)} is not in the job's list",
-            hint=_nearest(str(value), self._names)
-            + f'; or map it in site.toml: [data.labels] {_shown(str(value))} = "..."',
-        )
-
-    def _number(self, value: object, *, typed: bool) -> int | None:
-        """The index that ``value`` writes; in an untyped source digits are a number, too."""
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            return value
-        if not typed and isinstance(value, str) and re.fullmatch(r"0|[1-9][0-9]{0,8}", value):
-            return int(value)
-        return None
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-    return f"labels are {', '.join(known[:10])}{more}, or 0 to {len(known) - 1}"
-
-
-def _shown(value: object) -> str:
-    """A label as an error shows it: short, in case the label column is really the text column."""
-    text = repr(value)
-    return text if len(text) <= 42 else text[:40] + "..."
 
 
 def _text(table: Table, row: int) -> str:

@@ -60,7 +60,8 @@ class Participant:
         """Check that this site has the same backbone and adapter, and data for the job.
 
         Raises:
-            SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs``, ``no-examples``.
+            SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs`` or
+                ``no-examples``.
         """
         job, bench = self._open(request)
         if bench.backbone.fingerprint != request.backbone:

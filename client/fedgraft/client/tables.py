@@ -277,7 +277,7 @@ def _column_hint(name: str, there: list[str]) -> str:
     near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
     folded = [other for other in there if other.strip().casefold() == name.casefold()]
     guess = f"did you mean {(folded or near)[0]!r}? " if folded or near else ""
-    return f"{guess}map it in [data.columns] of site.toml, or rename it"
+    return f"{guess}map it in [data.columns] of site.toml, or name it in [data] of the job"
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:

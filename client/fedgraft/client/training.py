@@ -85,9 +85,9 @@ def train(
     total, seen = torch.zeros((), device=device), 0
     for step, batch in enumerate(_batches(len(examples), epochs, settings.batch_size, generator)):
         gradient.zero_()
-        for part in batch.split(settings.batch_size // settings.accumulation):
+        for part in torch.split(batch, settings.batch_size // settings.accumulation):
             loss = _loss(model, examples, labels, part, settings, device)
-            (loss / len(batch)).backward()
+            torch.autograd.backward(loss / len(batch))
             total += loss.detach()
         if settings.proximal:
             gradient.add_(flat.detach() - anchor, alpha=settings.proximal)
@@ -124,7 +124,7 @@ def _batches(
     count: int, epochs: int, size: int, generator: torch.Generator
 ) -> Iterator[torch.Tensor]:
     for _ in range(epochs):
-        yield from torch.randperm(count, generator=generator).split(size)
+        yield from torch.split(torch.randperm(count, generator=generator), size)
 
 
 def _bind(model: PeftModel, names: tuple[str, ...]) -> tuple[nn.Parameter, torch.Tensor]:

@@ -26,7 +26,16 @@ from fedgraft.common.errors import AdapterError
 from fedgraft.common.job import Job, LoraMethod
 from fedgraft.common.seeds import derive_seed
 
-__all__ = ["Layout", "Vector", "adapter_layout", "attach", "is_factor_a", "is_head", "read", "write"]
+__all__ = [
+    "Layout",
+    "Vector",
+    "adapter_layout",
+    "attach",
+    "is_factor_a",
+    "is_head",
+    "read",
+    "write",
+]
 
 Vector = NDArray[np.float32]
 

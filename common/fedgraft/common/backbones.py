@@ -121,7 +121,8 @@ def _download(name: str) -> Path:
     try:
         # Pickles are not even downloaded.
         patterns = [f"*{suffix}" for suffix in FINGERPRINTED]
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        revised = revision or None
+        return Path(snapshot_download(repository, revision=revised, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise BackboneError(
             f"cannot fetch hf:{name} ({type(error).__name__})",

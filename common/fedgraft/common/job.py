@@ -25,8 +25,8 @@ __all__ = [
     "Training",
 ]
 
-BASELINES = ("zero_shot", "head_only", "local_only", "central")
 Baseline = Literal["zero_shot", "head_only", "local_only", "central"]
+BASELINES: tuple[Baseline, ...] = ("zero_shot", "head_only", "local_only", "central")
 HeadPolicy = Literal["shared", "local", "frozen"]
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -86,7 +86,7 @@ class LoraMethod(_Section):
     @model_validator(mode="after")
     def _has_targets(self) -> Self:
         if not self.targets:
-            raise ValueError('targets is empty: name modules, write "all-linear", or use kind = "head"')
+            raise ValueError('targets is empty: name modules, or use kind = "head"')
         return self
 
 
@@ -98,7 +98,7 @@ class HeadMethod(_Section):
 
 
 class Schedule(_Section):
-    """The learning rate over the whole federation: linear warm-up, then ``shape`` down to ``floor``."""
+    """The learning rate over the whole federation: warm-up, then ``shape`` down to ``floor``."""
 
     shape: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, lt=1, description="share of all steps")

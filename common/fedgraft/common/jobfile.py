@@ -60,7 +60,7 @@ def parse_job(raw: dict[str, Any], *, where: str) -> Job:
 
 
 def dump_job(job: Job) -> str:
-    """The job as TOML with every default spelled out; ``parse_job`` reads it back to an equal job."""
+    """The job as TOML, every default spelled out; ``parse_job`` reads back an equal job."""
     return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True))
 
 

@@ -3,7 +3,8 @@
 A payload is a frozen dataclass of strings, numbers and arrays. On the wire it is one Flower
 ``RecordDict`` with one ``ConfigRecord`` and, if it has arrays, one ``ArrayRecord``: few, flat
 records, because Flower moves every nested object in a request of its own. Arrays travel as plain
-numpy (pickles refused), so the dtype is what it says; adapters are float32 whatever a site trains in.
+numpy (pickles refused), so the dtype is what it says; adapters are float32 whatever the precision
+that a site trains in.
 """
 
 import dataclasses
@@ -123,13 +124,7 @@ class Refusal:
 
 
 Payload = (
-    PlanRequest
-    | PlanReply
-    | TrainRequest
-    | TrainReply
-    | EvaluateRequest
-    | EvaluateReply
-    | Refusal
+    PlanRequest | PlanReply | TrainRequest | TrainReply | EvaluateRequest | EvaluateReply | Refusal
 )
 T = TypeVar("T", bound=Payload)
 
@@ -193,8 +188,10 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
 
 
 def wire_bytes(record: RecordDict) -> int:
-    """Bytes of the record's values as Flower counts them, without its envelope."""
-    return sum(part.count_bytes() for part in record.values())
+    """Bytes of the record's content as it is serialised, without Flower's envelope and hashes."""
+    arrays = (array for part in record.array_records.values() for array in part.values())
+    configs = (part.deflate() for part in record.config_records.values())
+    return sum(len(array.data) for array in arrays) + sum(len(config) for config in configs)
 
 
 def array_hash(*arrays: NDArray[Any]) -> str:

@@ -7,6 +7,7 @@ PIL, because their torchvision variants resize differently and not every site ha
 
 import hashlib
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,8 +71,11 @@ class TextProcessor:
     def identity(self) -> str:
         """A digest of everything that decides which ids a text becomes."""
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
-        state = fast.to_str() if fast is not None else repr(sorted(self.tokenizer.get_vocab()))
-        return hashlib.sha256(f"{type(self.tokenizer).__name__}:{state}".encode()).hexdigest()
+        state = json.loads(fast.to_str()) if fast is not None else self.tokenizer.get_vocab()
+        for setting in ("truncation", "padding"):  # they change with every call
+            state.pop(setting, None)
+        parts = [getattr(self.tokenizer, "truncation_side", ""), state]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def export_adapter(
     card = model_card(run, bench, merged=False)
 
     def write(target: Path) -> None:
-        bench.model.save_pretrained(target)
+        bench.model.save_pretrained(target, save_embedding_layers=False)
         (target / "README.md").write_text(card, encoding="utf-8")
 
     _replace_folder(folder, "adapter_config.json", write)

@@ -21,8 +21,8 @@ from fedgraft.common.messages import (
     Stage,
     TrainReply,
     TrainRequest,
-    wire_bytes,
     encode,
+    wire_bytes,
 )
 from fedgraft.common.metrics import Tally
 from fedgraft.common.seeds import derive_seed
@@ -39,7 +39,7 @@ ATTEMPTS = 3  # at a round with too few sites, before the run gives up
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job means for this federation: the tensors that travel, and what every message says."""
+    """What a job means for this federation: which tensors travel, what every message says."""
 
     job: Job
     session: str

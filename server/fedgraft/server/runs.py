@@ -27,7 +27,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -225,7 +224,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path, layout: Layout) -> State | None:
-    """The state in ``path``; None if its content is not what its name says, or of another layout."""
+    """The state in ``path``; None if its content is not what its name says, or not this layout."""
     match = CHECKPOINT.fullmatch(path.name)
     try:
         if match is None or _sha256(path) != match[2]:

@@ -3,7 +3,7 @@
     zero_shot        the backbone with its own head, untouched (only if that head knows the labels)
     head_only        the same federation, but only the head trains
     local_only       each site alone, for as many epochs as it trains in the federation
-    central          one model on all sites' data pooled, as many epochs: what sharing data would give
+    central          one model on all sites' data pooled, as many epochs: if data could be shared
     federated        the federation's adapter
     federated_tuned  the federation's adapter after a short fine-tune at each site
 

@@ -142,7 +142,7 @@ def _load_app(reference: str) -> ClientApp:
 
 
 def _answer(reference: str, message: Message, node: int, config: dict[str, str]) -> Message:
-    """What one node does with one message; Flower turns an exception into its error code, so here."""
+    """What one node does with one message; an exception becomes Flower's error code, as there."""
     context = Context(
         run_id=message.metadata.run_id,
         node_id=node,

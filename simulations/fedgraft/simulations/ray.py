@@ -58,7 +58,7 @@ def coordinate_on_ray(
         warnings.simplefilter("ignore")  # flwr announces that this function will move
         run_simulation(
             server_app=server,
-            client_app=_AtNode(nodes),  # type: ignore[arg-type]
+            client_app=_AtNode(nodes),
             num_supernodes=len(nodes),
             backend_config=_backend(nodes),
         )

@@ -12,6 +12,7 @@ from fedgraft.common.adapters import Vector
 from fedgraft.common.console import Console
 from fedgraft.common.errors import JobError
 from fedgraft.common.job import Job
+from fedgraft.common.job import Simulation as SimulationSettings
 from fedgraft.common.workbench import cache_folder, choose_device, open_workbench
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
@@ -51,9 +52,9 @@ def simulate(job: Job, run: Run, console: Console, *, engine: str = "local") -> 
         bench = open_workbench(job)
         plan = make_plan(job, bench, run.session)
         console.note(_headline(job, sites, plan))
-        simulation = _Simulation(job, run, tuple(_node(s, run, device) for s in sites), workers)
+        nodes = tuple(_node(site, run, device) for site in sites)
+        simulation = _Simulation(job, job.simulation, run, nodes, workers)
         adapter = simulation.federate(console, engine)
-        export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
         trial = simulation.trial(plan, adapter, len(run.history()))
         measured = simulation.compare(trial, console)
     summary = {
@@ -66,6 +67,7 @@ def simulate(job: Job, run: Run, console: Console, *, engine: str = "local") -> 
         "sites": site_results(sites, measured, job.job.seed),
     }
     run.finish(summary)
+    export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
     write_report(run.folder, summary, run.history())
     return summary
 
@@ -75,6 +77,7 @@ class _Simulation:
     """One simulation's fixed parts."""
 
     job: Job
+    settings: SimulationSettings
     run: Run
     nodes: tuple[NodeConfig, ...]
     workers: Workers
@@ -102,12 +105,10 @@ class _Simulation:
 
     def compare(self, trial: Trial, console: Console) -> dict[str, Measured | None]:
         """Every comparison the job asks for; those that an earlier process finished are read."""
-        assert self.job.simulation is not None
         folder = self.run.folder / "comparison"
         folder.mkdir(exist_ok=True)
-        wanted = ["federated", "federated_tuned", *self.job.simulation.baselines]
-        if not self.job.simulation.finetune_epochs:
-            wanted.remove("federated_tuned")
+        wanted = ["federated", *(["federated_tuned"] if self.settings.finetune_epochs else [])]
+        wanted += self.settings.baselines
         todo = [name for name in wanted if not (folder / f"{name}.json").exists()]
         with console.steps("comparison", len(wanted), len(wanted) - len(todo)) as steps:
             # Started together: the one long task, central, overlaps with the many short ones.

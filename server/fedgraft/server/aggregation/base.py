@@ -17,7 +17,10 @@ class Rule(Protocol):
     or ``"individual"`` if the rule must see each site's own.
     """
 
-    needs: Literal["sum", "individual"]
+    @property
+    def needs(self) -> Literal["sum", "individual"]:
+        """What the rule must see."""
+        ...
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
         """Names of the tensors in ``layout`` that sites train and send."""
@@ -29,7 +32,7 @@ class Rule(Protocol):
 
 
 class RunningMean:
-    """Weighted mean of updates that arrive one by one; holds one float64 vector, not the updates."""
+    """Weighted mean of updates that arrive one by one; one float64 vector, never the updates."""
 
     def __init__(self, size: int) -> None:
         self._sum = np.zeros(size, np.float64)

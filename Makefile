@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make simulate` and `make test`. Both make .venv from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: simulate test test-all lint backbone clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	# torch first and by name: any later range is then satisfied by this build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+simulate: .venv/ready
+	$(BIN)/fedgraft simulate
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest -n 2 -q
+
+test-all: .venv/ready lint
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,simulation]"
+	$(BIN)/python -m pytest -n 2 -q -m ""
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Draws the source glyphs and trains the built-in backbone again, byte for byte.
+backbone: .venv/ready
+	$(BIN)/python -m fedgraft.simulations.demo.pretrain common/fedgraft/common/builtin/glyph-vit
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache dist build
