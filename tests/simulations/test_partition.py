@@ -15,13 +15,17 @@ from PIL import Image
 from fedgraft.client.data import read_split
 from fedgraft.client.site import load_site
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import Job, Partition
+from fedgraft.common.job import Job, Partition, Rounds
 from fedgraft.common.jobfile import parse_job
 from fedgraft.simulations import partition as partition_module
-from fedgraft.simulations.partition import SimulatedSite, partition, prepare_sites
+from fedgraft.simulations.partition import SimulatedSite, partition
 
 LABELS = ["a", "b", "c"]
 Labels = NDArray[np.int64]
+
+
+def prepare_sites(job: Job, cache: Path) -> list[SimulatedSite]:
+    return list(partition_module.prepare_sites(job, cache).sites)
 
 
 def make_job(labels: list[str] = LABELS, *, task: str = "text", seed: int = 0, **sim: Any) -> Job:
@@ -333,3 +337,22 @@ def test_a_job_without_simulation(tmp_path: Path) -> None:
     job = make_job(train="x.csv", sites=2).for_sites()
     with pytest.raises(JobError, match=r"no \[simulation\]"):
         prepare_sites(job, tmp_path)
+
+
+def test_images_left_out_are_counted_and_stay_counted(tmp_path: Path) -> None:
+    train = write_images(tmp_path / "data", 30)
+    (tmp_path / "data" / "a" / "broken.png").write_bytes(b"not an image")
+    job = make_job(task="image", sites=2, train=train)
+    job = job.model_copy(update={"data": job.data.model_copy(update={"on_bad_image": "skip"})})
+    for _ in range(2):  # written, then found again
+        assert partition_module.prepare_sites(job, tmp_path / "cache").skipped == 1
+
+
+def test_a_natural_partition_with_fewer_sites_than_the_cohort_is_refused(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        write_rows(tmp_path / name / "train.jsonl", 20)
+    pattern = str(tmp_path / "*" / "train.jsonl")
+    job = make_job(train=pattern, partition={"kind": "natural"})
+    job = job.model_copy(update={"rounds": Rounds(cohort=3)})
+    with pytest.raises(JobError, match="cohort = 3 is larger than the 2 sites"):
+        prepare_sites(job, tmp_path / "cache")

@@ -155,6 +155,21 @@ class Rounds(_Section):
             )
         return self
 
+    def check_sites(self, sites: int) -> None:
+        """Whether rounds can work with ``sites`` sites.
+
+        Raises:
+            ValueError: the cohort is larger, or ``min_sites`` can never be reached.
+        """
+        if self.cohort is not None and self.cohort > sites:
+            raise ValueError(f"cohort = {self.cohort} is larger than the {sites} sites")
+        size = self.cohort_size(sites)
+        if self.min_sites > size:
+            raise ValueError(
+                f"min_sites = {self.min_sites} can never be reached: a round asks {size} of "
+                f"{sites} sites"
+            )
+
     def cohort_size(self, sites: int) -> int:
         """Sites asked in a round when ``sites`` are present (at least one)."""
         if self.fraction is not None:
@@ -246,21 +261,9 @@ class Job(_Section):
             raise ValueError('rule "ffa" freezes LoRA\'s A: it needs method.kind = "lora"')
         if self.rounds.early_stopping and not self.data.validation:
             raise ValueError("early_stopping watches federated validation: set data.validation > 0")
-        self._check_cohort_against_sites()
+        if self.simulation is not None and self.simulation.sites is not None:
+            self.rounds.check_sites(self.simulation.sites)
         return self
-
-    def _check_cohort_against_sites(self) -> None:
-        sites = self.simulation.sites if self.simulation else None
-        if sites is None:
-            return
-        rounds = self.rounds
-        if rounds.cohort is not None and rounds.cohort > sites:
-            raise ValueError(f"cohort = {rounds.cohort} is larger than the {sites} sites")
-        if rounds.min_sites > rounds.cohort_size(sites):
-            raise ValueError(
-                f"min_sites = {rounds.min_sites} can never be reached: a round asks "
-                f"{rounds.cohort_size(sites)} of {sites} sites"
-            )
 
     def for_sites(self) -> "Job":
         """The job as sites get it: without the simulation section and its paths."""

@@ -27,7 +27,7 @@ from fedgraft.common.backbones import TASKS, Backbone, find_backbone, load
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.messages import array_hash
-from fedgraft.common.processors import Processor, load_processor
+from fedgraft.common.processors import Processor, TextProcessor, load_processor
 
 __all__ = ["Workbench", "cache_folder", "choose_device", "open_workbench"]
 
@@ -92,6 +92,8 @@ def _open(shaping: str, device: str) -> Workbench:
     loaded = load(backbone, job)
     modality = TASKS[job.job.task].modality
     processor = load_processor(backbone.folder, modality, loaded.model.config)
+    if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last real token
+        loaded.model.config.pad_token_id = processor.pad_id
     model = attach(loaded.model, job).to(device)
     layout = adapter_layout(model)
     return Workbench(

@@ -70,14 +70,15 @@ def check(
         "estimated_memory_mb": round(costs.memory_mb),
         "zero_shot": not bench.fresh_head,
         "sites": [],
+        "skipped_images": 0,
     }
     if loaded.simulation is not None:
-        facts["sites"] = _simulated_sites(loaded)
+        facts.update(_simulated_sites(loaded))
     console.json(facts)
     _show_check(console, facts, loaded.rounds.count)
 
 
-def _simulated_sites(job: Any) -> list[dict[str, Any]]:
+def _simulated_sites(job: Any) -> dict[str, Any]:
     """The sites a simulation of the job would have; reads and validates all of its data."""
     from importlib import import_module  # simulations stand above the server, and may be absent
 
@@ -86,12 +87,13 @@ def _simulated_sites(job: Any) -> list[dict[str, Any]]:
     try:
         partition = import_module("fedgraft.simulations.partition")
     except ModuleNotFoundError:
-        return []
-    sites = partition.prepare_sites(job, cache_folder() / "sites")
-    return [
+        return {}
+    prepared = partition.prepare_sites(job, cache_folder() / "sites")
+    sites = [
         {"name": site.name, "examples": site.examples, "test_examples": site.test_examples}
-        for site in sites
+        for site in prepared.sites
     ]
+    return {"sites": sites, "skipped_images": prepared.skipped}
 
 
 def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
@@ -108,6 +110,8 @@ def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
     if facts["sites"]:
         counts = sorted(site["examples"] for site in facts["sites"])
         text = f"{len(counts)} sites with {counts[0]:,} to {counts[-1]:,} training examples"
+        if facts["skipped_images"]:
+            text += f"; {facts['skipped_images']:,} images do not decode and are left out"
         rows.append(["simulation", text])
     console.table(f"{facts['job']}: valid", ["what", "how much"], rows)
 

@@ -99,7 +99,8 @@ class Run:
     def __enter__(self) -> Self:
         self._lock = (self.folder / "lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # lockf, not flock: forked workers must not inherit it and outlive us with it
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
             raise RunError(

@@ -40,15 +40,14 @@ def simulate(
     console.note("loading torch and transformers ...")
     from fedgraft.common.jobfile import load_job
     from fedgraft.server.runs import Run
+    from fedgraft.simulations.simulate import prepare
     from fedgraft.simulations.simulate import simulate as run_simulation
 
-    if resume is not None:
-        run = Run(resume)
-    else:
-        run = Run.create(runs, load_job(job or DEMO, tuple(overrides or ())))
-    with run:
+    loaded = Run(resume).job if resume else load_job(job or DEMO, tuple(overrides or ()))
+    prepared = prepare(loaded)  # before a run's folder exists: bad input leaves nothing behind
+    with Run(resume) if resume else Run.create(runs, loaded) as run:
         try:
-            summary = run_simulation(run.job, run, console, engine=engine)
+            summary = run_simulation(prepared, run, console, engine=engine)
         except BaseException:
             console.note(f"continue with: fedgraft simulate --resume {run.folder}")
             raise

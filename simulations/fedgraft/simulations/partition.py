@@ -40,7 +40,7 @@ from fedgraft.simulations.sources import (
     rows_digest,
 )
 
-__all__ = ["SimulatedSite", "partition", "prepare_sites"]
+__all__ = ["PreparedSites", "SimulatedSite", "partition", "prepare_sites"]
 
 TRIES = 300
 
@@ -58,7 +58,19 @@ class SimulatedSite:
     shift: str
 
 
-def prepare_sites(job: Job, cache: Path) -> list[SimulatedSite]:
+@dataclass(frozen=True)
+class PreparedSites:
+    """The sites of a simulation and the section they come from.
+
+    ``skipped`` images did not decode and are at none of them.
+    """
+
+    settings: Simulation
+    sites: tuple[SimulatedSite, ...]
+    skipped: int
+
+
+def prepare_sites(job: Job, cache: Path) -> PreparedSites:
     """Write the sites of ``job.simulation`` to a folder below ``cache``, or find them there.
 
     The folder's name is a hash over the rows and everything else that decides what a site gets. It
@@ -78,7 +90,8 @@ def prepare_sites(job: Job, cache: Path) -> list[SimulatedSite]:
             _publish(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return [
+    index = json.loads((folder / "sites.json").read_text(encoding="utf-8"))
+    sites = tuple(
         SimulatedSite(
             name=site["name"],
             folder=folder / site["name"],
@@ -88,8 +101,13 @@ def prepare_sites(job: Job, cache: Path) -> list[SimulatedSite]:
             classes=tuple(site["classes"]),
             shift=site["shift"],
         )
-        for site in json.loads((folder / "sites.json").read_text(encoding="utf-8"))
-    ]
+        for site in index["sites"]
+    )
+    try:
+        job.rounds.check_sites(len(sites))  # of a natural partition, known only now
+    except ValueError as error:
+        raise JobError(f"rounds: {error}", hint="mend rounds.cohort or rounds.min_sites") from None
+    return PreparedSites(simulation, sites, index["skipped"])
 
 
 def partition(
@@ -197,7 +215,8 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
                 "shift": shift.describe() if shift else "none",
             }
         )
-    (folder / "sites.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    facts = {"sites": index, "skipped": pool.skipped}
+    (folder / "sites.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def _write_site(

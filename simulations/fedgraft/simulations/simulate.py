@@ -5,12 +5,12 @@ checkpoint, a comparison that was finished is read back.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedgraft.common.adapters import Vector
 from fedgraft.common.console import Console
-from fedgraft.common.errors import JobError
 from fedgraft.common.job import Job
 from fedgraft.common.job import Simulation as SimulationSettings
 from fedgraft.common.workbench import cache_folder, choose_device, open_workbench
@@ -24,36 +24,52 @@ from fedgraft.server.transport import Transport
 from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
 from fedgraft.simulations.grid import LocalGrid, NodeConfig
 from fedgraft.simulations.memory import PeakMemory
-from fedgraft.simulations.partition import SimulatedSite, prepare_sites
+from fedgraft.simulations.partition import PreparedSites, SimulatedSite, prepare_sites
 from fedgraft.simulations.ray import coordinate_on_ray
 from fedgraft.simulations.results import final_metrics, load_measured, save_measured, site_results
 from fedgraft.simulations.workers import Workers
 
-__all__ = ["ENGINES", "simulate"]
-
-ENGINES = ("local", "ray")
+__all__ = ["prepare", "simulate"]
 
 
-def simulate(job: Job, run: Run, console: Console, *, engine: str = "local") -> dict[str, Any]:
-    """Run ``job`` in the folder of ``run``; the summary, which is also written there.
+def prepare(job: Job) -> PreparedSites:
+    """Check all that can be wrong with a job before anything is written for it: data and backbone.
+
+    Raises:
+        InputError: what is wrong.
+    """
+    prepared = prepare_sites(job, cache_folder() / "sites")
+    choose_device(prepared.settings.device)
+    # Also the baseline's: what is loaded before the workers fork is shared by them.
+    wanted = (job, head_only_job(job)) if "head_only" in prepared.settings.baselines else (job,)
+    for each in wanted:
+        open_workbench(each)
+    return prepared
+
+
+def simulate(
+    prepared: PreparedSites, run: Run, console: Console, *, engine: str = "local"
+) -> dict[str, Any]:
+    """Run the job of ``run`` in its folder; the summary, which is also written there.
 
     ``engine`` is ``local`` (this process and forked workers) or ``ray`` (Flower's own).
 
     Raises:
         FedgraftError: anything of ``errors.py``; the run can be resumed afterwards.
     """
-    if job.simulation is None:
-        raise JobError("the job has no [simulation] section", hint="`fedgraft init` shows one")
     started = time.monotonic()
-    device = str(choose_device(job.simulation.device))
-    with PeakMemory() as memory, Workers(job.simulation.workers, device=device) as workers:
+    job, sites, settings = run.job, prepared.sites, prepared.settings
+    device = str(choose_device(settings.device))
+    with PeakMemory() as memory, Workers(settings.workers, device=device) as workers:
         run.event("started", engine=engine, device=device)
-        sites = prepare_sites(job, cache_folder() / "sites")
+        if prepared.skipped:
+            run.event("skipped-images", count=prepared.skipped)
+            console.note(f"left out {prepared.skipped} images that do not decode")
         bench = open_workbench(job)
         plan = make_plan(job, bench, run.session)
         console.note(_headline(job, sites, plan))
         nodes = tuple(_node(site, run, device) for site in sites)
-        simulation = _Simulation(job, job.simulation, run, nodes, workers)
+        simulation = _Simulation(job, settings, run, nodes, workers)
         adapter = simulation.federate(console, engine)
         trial = simulation.trial(plan, adapter, len(run.history()))
         measured = simulation.compare(trial, console)
@@ -63,6 +79,7 @@ def simulate(job: Job, run: Run, console: Console, *, engine: str = "local") -> 
         "device": device,
         "seconds": round(time.monotonic() - started, 3),
         "peak_memory_mb": round(memory.megabytes, 1),
+        "skipped_images": prepared.skipped,
         "final": final_metrics(measured, job.job.seed),
         "sites": site_results(sites, measured, job.job.seed),
     }
@@ -107,8 +124,10 @@ class _Simulation:
         """Every comparison the job asks for; those that an earlier process finished are read."""
         folder = self.run.folder / "comparison"
         folder.mkdir(exist_ok=True)
-        wanted = ["federated", *(["federated_tuned"] if self.settings.finetune_epochs else [])]
-        wanted += self.settings.baselines
+        wanted = ["federated", *self.settings.baselines]
+        if self.settings.finetune_epochs:
+            wanted.append("federated_tuned")
+        wanted.sort(key=lambda name: name != "central")  # one long task: start it first
         todo = [name for name in wanted if not (folder / f"{name}.json").exists()]
         with console.steps("comparison", len(wanted), len(wanted) - len(todo)) as steps:
             # Started together: the one long task, central, overlaps with the many short ones.
@@ -145,7 +164,7 @@ def _node(site: SimulatedSite, run: Run, device: str) -> NodeConfig:
     return {"site": str(site.config), "state": str(state), "device": device}
 
 
-def _headline(job: Job, sites: list[SimulatedSite], plan: Plan) -> str:
+def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:
     examples = sum(site.examples for site in sites)
     return (
         f"{job.job.name}: {len(sites)} sites, {examples:,} training examples, "

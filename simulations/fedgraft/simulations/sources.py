@@ -35,7 +35,7 @@ __all__ = [
     "rows_digest",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Part of every digest: raise it when the sites or shifts made of the same rows change."""
 
 DIGITS = "builtin:digits"
@@ -55,11 +55,15 @@ class Share:
 
 @dataclass(frozen=True)
 class Pool:
-    """All rows, as ``read_split`` gives them, and the shares where the data itself has sites."""
+    """All rows, as ``read_split`` gives them, and the shares where the data itself has sites.
+
+    ``skipped`` images did not decode and were left out, as the job allows.
+    """
 
     train: datasets.Dataset
     test: datasets.Dataset | None
     natural: Mapping[str, Share] | None = None
+    skipped: int = 0
 
 
 def load_pool(job: Job, simulation: Simulation) -> Pool:
@@ -75,8 +79,9 @@ def load_pool(job: Job, simulation: Simulation) -> Pool:
         train, test = (_as_split(rows, job) for rows in digits.load())
         own = simulation.test in (None, DIGITS)
         return Pool(train, test if own else read_split(str(simulation.test), job).dataset)
-    train = read_split(simulation.train, job).dataset
-    return Pool(train, read_split(simulation.test, job).dataset if simulation.test else None)
+    read = [read_split(path, job) for path in (simulation.train, simulation.test) if path]
+    rest = read[1].dataset if simulation.test else None
+    return Pool(read[0].dataset, rest, skipped=sum(rows.skipped for rows in read))
 
 
 def _as_split(rows: datasets.Dataset, job: Job) -> datasets.Dataset:
@@ -94,8 +99,9 @@ def _as_split(rows: datasets.Dataset, job: Job) -> datasets.Dataset:
 
 def _load_natural(job: Job, simulation: Simulation) -> Pool:
     trains, tests = _natural_sources(simulation)
-    train = [read_split(path, job).dataset for path in trains.values()]
-    test = [read_split(path, job).dataset for path in tests.values()]
+    read = [read_split(path, job) for path in (*trains.values(), *tests.values())]
+    train = [rows.dataset for rows in read[: len(trains)]]
+    test = [rows.dataset for rows in read[len(trains) :]]
     whole = datasets.concatenate_datasets(train)
     if test:
         pairs = zip(_ranges(train), _ranges(test), strict=True)
@@ -112,7 +118,8 @@ def _load_natural(job: Job, simulation: Simulation) -> Pool:
                 f"{trains[name]} leaves site {name} {len(share.train)} examples to train on",
                 hint="lower simulation.partition.min_examples, or take it out of the pattern",
             )
-    return Pool(whole, datasets.concatenate_datasets(test) if test else None, shares)
+    skipped = sum(rows.skipped for rows in read)
+    return Pool(whole, datasets.concatenate_datasets(test) if test else None, shares, skipped)
 
 
 def _natural_sources(simulation: Simulation) -> tuple[dict[str, str], dict[str, str]]:

@@ -4,8 +4,10 @@ Each worker computes on one thread, in a forked process or in this one, so that 
 depends on how many workers there were.
 """
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -17,6 +19,7 @@ import torch
 __all__ = ["Workers"]
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Workers:
@@ -40,8 +43,12 @@ class Workers:
         if not self.count:
             return _Later(task, arguments)
         if self._pool is None:  # as late as possible: a fork shares all that is loaded by then
+            # The tokenizer's own threads would not survive the fork, and say so at length.
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
             context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(self.count, mp_context=context)
+            self._pool = ProcessPoolExecutor(
+                self.count, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),)
+            )
         return self._pool.submit(task, *arguments)
 
     def __enter__(self) -> Self:
@@ -72,6 +79,13 @@ class _Later(Future[T]):
             except Exception as error:
                 self.set_exception(error)
         return super().result(timeout)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Have the kernel kill this worker when its parent dies, however it dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
 
 
 def _cores() -> int:

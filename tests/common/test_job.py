@@ -1,0 +1,259 @@
+"""A job that exists is consistent and frozen: what must not validate, and what the defaults mean."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fedgraft.common.job import Job, LoraMethod
+
+Raw = dict[str, Any]
+
+
+def raw_job(**sections: Raw) -> Raw:
+    """A small valid job, with keys of some sections changed or added."""
+    raw: Raw = {
+        "job": {"name": "tiny", "task": "text-classification", "labels": ["yes", "no"]},
+        "backbone": {"source": "builtin:glyph-vit"},
+        "method": {"kind": "lora", "head": "shared"},
+    }
+    for name, keys in sections.items():
+        raw[name] = raw.get(name, {}) | keys
+    return raw
+
+
+def make(**sections: Raw) -> Job:
+    return Job.model_validate(raw_job(**sections))
+
+
+def refusal(**sections: Raw) -> str:
+    """Why this job is refused, in one text."""
+    with pytest.raises(ValidationError) as caught:
+        make(**sections)
+    return str(caught.value)
+
+
+# --- pairs that contradict each other
+
+
+def test_more_sites_a_round_than_there_are_is_refused() -> None:
+    simulation = {"train": "x", "sites": 4}
+    assert "cohort = 5 is larger than the 4 sites" in refusal(
+        rounds={"cohort": 5}, simulation=simulation
+    )
+    assert make(rounds={"cohort": 4}, simulation=simulation).rounds.cohort == 4
+
+
+@pytest.mark.parametrize(
+    ("rounds", "sites"),
+    [
+        ({"min_sites": 5}, 4),
+        ({"min_sites": 3, "fraction": 0.5}, 4),
+        ({"min_sites": 2, "fraction": 0.01}, 100),
+    ],
+)
+def test_min_sites_that_the_sites_can_never_reach_is_refused(rounds: Raw, sites: int) -> None:
+    simulation = {"train": "x", "sites": sites}
+    assert "can never be reached" in refusal(rounds=rounds, simulation=simulation)
+    reachable = rounds | {"min_sites": rounds["min_sites"] - 1}
+    assert make(rounds=reachable, simulation=simulation)
+
+
+def test_min_sites_above_the_cohort_is_refused_also_without_a_simulation() -> None:
+    assert "min_sites = 4 can never be reached with cohort = 3" in refusal(
+        rounds={"cohort": 3, "min_sites": 4}
+    )
+    assert make(rounds={"cohort": 3, "min_sites": 3})
+
+
+def test_the_number_of_natural_sites_is_not_guessed() -> None:
+    simulation = {"train": "x/*", "partition": {"kind": "natural"}}
+    assert make(rounds={"cohort": 50, "min_sites": 50}, simulation=simulation)
+
+
+def test_cohort_and_fraction_exclude_each_other() -> None:
+    assert "cohort or fraction, not both" in refusal(rounds={"cohort": 3, "fraction": 0.5})
+
+
+def test_ffa_needs_low_rank_factors() -> None:
+    head_only = {"method": {"kind": "head", "head": "shared"}}
+    assert "ffa" in refusal(aggregation={"rule": "ffa"}, **head_only)
+    assert make(aggregation={"rule": "fedavg"}, **head_only)
+    assert make(aggregation={"rule": "ffa"})
+
+
+def test_early_stopping_needs_validation_examples() -> None:
+    rounds: Raw = {"early_stopping": {}}
+    assert "data.validation" in refusal(rounds=rounds, data={"validation": 0})
+    assert make(rounds=rounds, data={"validation": 0.1})
+    assert make(data={"validation": 0})
+
+
+def test_labels_named_twice_are_refused_by_name() -> None:
+    assert "labels named twice: a, b" in refusal(job={"labels": ["b", "a", "c", "b", "a"]})
+
+
+def test_a_step_is_a_whole_number_of_micro_batches() -> None:
+    assert "multiple of accumulation" in refusal(training={"batch_size": 10, "accumulation": 4})
+    assert make(training={"batch_size": 12, "accumulation": 4})
+
+
+def test_lora_without_targets_is_refused_and_head_named_as_the_way_out() -> None:
+    assert 'kind = "head"' in refusal(method={"targets": []})
+
+
+def test_the_head_policy_of_lora_is_never_left_implicit() -> None:
+    raw = raw_job()
+    del raw["method"]["head"]
+    with pytest.raises(ValidationError, match="method.lora.head"):
+        Job.model_validate(raw)
+
+
+@pytest.mark.parametrize("policy", ["local", "frozen"])
+def test_a_head_that_does_not_travel_leaves_the_head_method_nothing(policy: str) -> None:
+    refusal(method={"kind": "head", "head": policy})
+
+
+# --- single values
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "bad"),
+    [
+        ("job", "name", "../escape"),
+        ("job", "name", "-rf"),
+        ("job", "name", "x" * 65),
+        ("job", "task", "poetry"),
+        ("job", "labels", ["only"]),
+        ("job", "seed", -1),
+        ("job", "seed", 2**62),
+        ("backbone", "source", "hf:"),
+        ("backbone", "source", "https://example.org/model"),
+        ("backbone", "weights", "pickled"),
+        ("method", "rank", 0),
+        ("method", "alpha", 0),
+        ("method", "dropout", 1.0),
+        ("method", "head", "maybe"),
+        ("training", "epochs", 0),
+        ("training", "batch_size", 0),
+        ("training", "learning_rate", 0),
+        ("training", "learning_rate", float("inf")),
+        ("training", "learning_rate", float("nan")),
+        ("training", "weight_decay", -0.1),
+        ("training", "clip_norm", 0),
+        ("training", "precision", "fp8"),
+        ("training", "proximal", -1),
+        ("training", "schedule", {"warmup": 1.0}),
+        ("training", "schedule", {"floor": 1.1}),
+        ("rounds", "count", 0),
+        ("rounds", "count", 1.5),
+        ("rounds", "cohort", 0),
+        ("rounds", "fraction", 0),
+        ("rounds", "fraction", 1.1),
+        ("rounds", "min_sites", 0),
+        ("rounds", "evaluate_every", 0),
+        ("rounds", "early_stopping", {"patience": 0}),
+        ("aggregation", "rule", "median"),
+        ("aggregation", "weights", "age"),
+        ("aggregation", "max_update_norm", 0),
+        ("aggregation", "max_examples", 0),
+        ("aggregation", "server_optimizer", {"beta1": 1.0}),
+        ("data", "validation", 1.0),
+        ("data", "max_length", 3),
+        ("data", "normalize", "none"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(section: str, key: str, bad: object) -> None:
+    assert f"{section}." in refusal(**{section: {key: bad}})
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [
+        ("sites", 0),
+        ("finetune_epochs", -1),
+        ("workers", -1),
+        ("device", "tpu"),
+        ("baselines", ["oracle"]),
+        ("partition", {"alpha": 0}),
+        ("partition", {"min_examples": 0}),
+    ],
+)
+def test_a_simulation_value_out_of_range_is_refused(key: str, bad: object) -> None:
+    assert "simulation." in refusal(simulation={"train": "x", key: bad})
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1.5 h", 5400), (" 2m ", 120)]
+    + [(45, 45), (0.5, 0.5)],
+)
+def test_a_duration_is_read_in_its_unit(written: object, seconds: float) -> None:
+    assert make(rounds={"deadline": written}).rounds.deadline == seconds
+
+
+@pytest.mark.parametrize("written", ["soon", "30", "30 min", "-5s", "", "s", "1.2.3s", "..s"])
+def test_text_that_is_no_duration_is_refused_with_an_example(written: str) -> None:
+    assert 'write a duration as "90s"' in refusal(rounds={"deadline": written})
+
+
+@pytest.mark.parametrize("written", [0, "0s", -1, float("inf")])
+def test_a_round_waits_for_some_finite_time(written: object) -> None:
+    assert "rounds.deadline" in refusal(rounds={"deadline": written})
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("rounds", "count"), ("rounds", "deadline"), ("training", "learning_rate"), ("job", "seed")],
+)
+def test_true_is_not_the_number_one(section: str, key: str) -> None:
+    refusal(**{section: {key: True}})
+
+
+# --- what a job means
+
+
+@pytest.mark.parametrize(
+    ("rounds", "present", "asked"),
+    [
+        ({}, 7, 7),
+        ({"cohort": 3}, 7, 3),
+        ({"cohort": 9}, 7, 7),
+        ({"fraction": 0.5}, 8, 4),
+        ({"fraction": 0.01}, 8, 1),
+        ({"fraction": 1.0}, 8, 8),
+    ],
+)
+def test_cohort_size(rounds: Raw, present: int, asked: int) -> None:
+    assert make(rounds=rounds).rounds.cohort_size(present) == asked
+
+
+def test_sites_get_the_job_without_the_simulation_and_its_paths() -> None:
+    job = make(simulation={"train": "/secret/train.jsonl", "sites": 3})
+    sent = job.for_sites()
+    assert sent.simulation is None
+    assert "secret" not in sent.model_dump_json()
+    assert sent == make()
+    assert job.simulation is not None
+    assert Job.model_validate_json(sent.model_dump_json()) == sent
+
+
+def test_a_job_and_its_sections_are_frozen() -> None:
+    job = make(rounds={"early_stopping": {}}, simulation={"train": "x"})
+    assert job.simulation is not None
+    parts = (job, job.job, job.backbone, job.method, job.training, job.training.schedule)
+    parts += (job.rounds, job.rounds.early_stopping, job.aggregation, job.data)
+    parts += (job.aggregation.server_optimizer, job.simulation, job.simulation.partition)
+    for part in parts:
+        name = next(iter(type(part).model_fields))
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(part, name, getattr(part, name))
+
+
+def test_lists_become_tuples_so_that_nothing_in_a_job_can_change() -> None:
+    job = make(method={"targets": ["query"]}, simulation={"train": "x", "baselines": []})
+    assert isinstance(job.method, LoraMethod)
+    assert job.simulation is not None
+    assert job.job.labels == ("yes", "no")
+    assert job.method.targets == ("query",)
+    assert job.simulation.baselines == ()

@@ -1,0 +1,22 @@
+"""Every test works offline and in a cache of its own."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("FEDGRAFT_CACHE")
+    os.environ["FEDGRAFT_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["FEDGRAFT_CACHE"]
+    else:
+        os.environ["FEDGRAFT_CACHE"] = before

@@ -1,0 +1,129 @@
+"""A run that dies at any moment continues to the very bytes it would have had."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federations import SMALL, adapter_of, digits_job, run_digits, write_digits
+
+from fedgraft.common.adapters import Vector
+from fedgraft.common.job import Job
+from fedgraft.server import runs as runs_module
+from fedgraft.server.app import coordinate
+from fedgraft.server.runs import Run
+from fedgraft.server.transport import Transport
+from fedgraft.simulations import cli
+from fedgraft.simulations.grid import LocalGrid
+from fedgraft.simulations.simulate import prepare
+from fedgraft.simulations.workers import Workers
+
+# Everything that changes the state of the disk on the way through the rounds.
+FILE_OPERATIONS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (runs_module, "_append"))
+# Moments at the server, heads at the sites: all the state a round can have.
+OPTIONS = (
+    "simulation.sites=2",
+    "rounds.count=2",
+    "aggregation.server_optimizer={kind='adam', learning_rate=0.01}",
+    "method.head=local",
+)
+
+
+@contextmanager
+def dying_at(count: int, *, after: bool) -> Iterator[None]:
+    """Kill this process right before, or ``after``, its ``count``-th operation on a file."""
+    left = count
+
+    def deadly(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0 and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = operation(*args, **kwargs)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return run
+
+    for owner, name in FILE_OPERATIONS:
+        setattr(owner, name, deadly(getattr(owner, name)))
+    yield
+
+
+def federate(folder: Path) -> Vector:
+    run = Run(folder)
+    state = str(folder / "sites")
+    nodes = [
+        {"site": str(site.config), "state": f"{state}/{site.name}", "device": "cpu"}
+        for site in prepare(run.job).sites
+    ]
+    with run, Workers(0, device="cpu") as workers:
+        return coordinate(Transport(LocalGrid(nodes, workers)), run.job, run)
+
+
+def die_or_finish(folder: Path, count: int, after: bool) -> None:
+    with dying_at(count, after=after):
+        federate(folder)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    data = write_digits(tmp_path_factory.mktemp("digits"), 40, 20)
+    return digits_job(*OPTIONS, *data)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_at_every_file_operation_it_resumes_to_the_same_bytes(
+    tmp_path: Path, job: Job, after: bool
+) -> None:
+    truth = federate(Run.create(tmp_path, job).folder)
+    context = multiprocessing.get_context("fork")
+    deaths = 0
+    for count in range(1, 300):
+        folder = Run.create(tmp_path, job).folder
+        process = context.Process(target=die_or_finish, args=(folder, count, after))
+        process.start()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        deaths += 1
+        assert np.array_equal(federate(folder), truth), f"after {count} operations"
+        assert [line["round"] for line in Run(folder).history()] == [1, 2]
+    else:
+        pytest.fail("it never finished")
+    assert deaths > 10
+
+
+def test_killed_from_outside_and_resumed_by_the_command(tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "digits", 200, 50)
+    truth, _ = run_digits(tmp_path / "truth", *data, "rounds.count=6")
+    sets = [word for override in (*SMALL, *data, "rounds.count=6") for word in ("--set", override)]
+    simulate = [sys.executable, "-m", "fedgraft", "simulate", "-q"]
+    process = subprocess.Popen(
+        [*simulate, str(cli.DEMO), *sets, "--runs", str(tmp_path / "runs")],
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob("*/checkpoints/round-00000[1-5].*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    (folder,) = (tmp_path / "runs").iterdir()
+    subprocess.run(
+        [*simulate, "--resume", str(folder)], check=True, stdout=subprocess.DEVNULL, timeout=180
+    )
+    assert np.array_equal(adapter_of(Run(folder)), adapter_of(truth))
+    assert [line["round"] for line in Run(folder).history()] == [1, 2, 3, 4, 5, 6]
+    assert [event["event"] for event in Run(folder).events()].count("resumed") == 1

@@ -1,0 +1,301 @@
+"""What a run gives away loads with plain peft and transformers, and computes what the run computed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from fedgraft.client.examples import ImageExamples
+from fedgraft.client.training import train
+from fedgraft.common.adapters import Vector
+from fedgraft.common.errors import InputError
+from fedgraft.common.job import Job
+from fedgraft.common.jobfile import parse_job
+from fedgraft.common.workbench import Workbench, open_workbench
+from fedgraft.server.export import export_adapter, export_merged
+from fedgraft.server.rounds import Plan, RoundRecord, State, make_plan
+from fedgraft.server.runs import Run
+
+LABELS = ["north", "east", "south"]
+DIGITS = [str(digit) for digit in range(10)]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "good", "bad", "card", "lost"]
+
+
+def save_bert(folder: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24, max_position_embeddings=32, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    ids = {word: index for index, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def save_resnet(folder: Path) -> None:
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
+        num_labels=3, image_size=16,
+    )  # fmt: skip
+    torch.manual_seed(2)
+    model = transformers.ResNetForImageClassification(config)
+    for module in model.modules():  # statistics as pre-training leaves them, not 0 and 1
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    model.save_pretrained(folder)
+
+
+def make_job(kind: str, folder: Path) -> Job:
+    lora = {"kind": "lora", "rank": 2, "head": "shared"}
+    method: dict[str, Any] = {
+        "vit": {**lora, "targets": ["q_proj", "fc1"]},
+        "vit-head": {"kind": "head"},
+        "bert": {**lora, "targets": "all-linear", "alpha": 5.0},
+        "resnet": {**lora, "targets": "all-conv"},
+    }[kind]
+    source = "builtin:glyph-vit"
+    if kind in ("bert", "resnet"):
+        folder.mkdir()
+        {"bert": save_bert, "resnet": save_resnet}[kind](folder)
+        source = f"path:{folder}"
+    task = "text-classification" if kind == "bert" else "image-classification"
+    raw = {
+        "job": {"name": f"try-{kind}", "task": task, "labels": DIGITS if "vit" in kind else LABELS},
+        "backbone": {"source": source},
+        "method": method,
+        "data": {"max_length": 16},
+        "simulation": {"train": str(folder.parent / "secret-rows.jsonl"), "sites": 2},
+    }
+    return parse_job(raw, where="test")
+
+
+def make_inputs(kind: str) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    if kind == "bert":
+        ids = torch.randint(1, len(WORDS), (4, 6), generator=draw)
+        mask = torch.ones_like(ids)
+        mask[0, 3:] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+    side = 16 if kind == "resnet" else 8
+    return {"pixel_values": torch.randn(4, 1, side, side, generator=draw)}
+
+
+@torch.inference_mode()
+def logits(model: Any, kind: str) -> torch.Tensor:
+    return model.eval()(**make_inputs(kind)).logits.clone()  # type: ignore[no-any-return]
+
+
+class Exported:
+    """A run of two rounds with an adapter far from its initial values."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        job = make_job(kind, folder / "backbone")
+        self.bench: Workbench = open_workbench(job)
+        self.run = Run.create(folder / "runs", job)
+        self.plan: Plan = make_plan(job, self.bench, self.run.session)
+        start = self.bench.initial_of(self.plan.exchanged)
+        noise = np.random.default_rng(4).normal(0, 0.05, start.shape)
+        self.adapter: Vector = (start + noise).astype(np.float32)
+        for number in (1, 2):
+            record = RoundRecord(number, 2, (), 20, 0.5, 0.1, None, 10, 10, 1.0)
+            self.run.commit(State(number, self.adapter), record, self.plan.exchanged)
+        self.bench.put((self.plan.exchanged, self.adapter))
+        self.wanted = logits(self.bench.model, kind)
+        self.bench.put()
+        self.untrained = logits(self.bench.model, kind)
+
+    def peft(self, target: Path) -> Path:
+        export_adapter(self.run, self.bench, self.plan.exchanged, self.adapter, target)
+        return target
+
+    def merged(self, target: Path) -> Path:
+        export_merged(self.run, self.bench, self.plan.exchanged, self.adapter, target)
+        return target
+
+
+KINDS = ["vit", "vit-head", "bert", "resnet"]
+
+
+@pytest.fixture(params=KINDS)
+def exported(request: pytest.FixtureRequest, tmp_path: Path) -> Exported:
+    return Exported(request.param, tmp_path)
+
+
+def auto(kind: str) -> Any:
+    text = transformers.AutoModelForSequenceClassification
+    return text if kind == "bert" else transformers.AutoModelForImageClassification
+
+
+def test_the_adapter_loads_on_a_fresh_backbone(exported: Exported, tmp_path: Path) -> None:
+    folder = exported.peft(tmp_path / "out")
+    source = exported.bench.backbone.folder
+    # As the model card says.
+    count = len(exported.run.job.job.labels)
+    backbone = auto(exported.kind).from_pretrained(
+        source, num_labels=count, ignore_mismatched_sizes=True
+    )
+    model = PeftModel.from_pretrained(backbone, folder)
+    torch.testing.assert_close(logits(model, exported.kind), exported.wanted, rtol=0, atol=1e-5)
+    assert (exported.wanted - exported.untrained).abs().max() > 0.01
+
+
+def test_the_merged_model_loads_without_peft(exported: Exported, tmp_path: Path) -> None:
+    folder = exported.merged(tmp_path / "out")
+    model = auto(exported.kind).from_pretrained(folder)
+    assert not isinstance(model, PeftModel)
+    torch.testing.assert_close(logits(model, exported.kind), exported.wanted, rtol=0, atol=1e-5)
+    assert list(model.config.id2label.values()) == list(exported.run.job.job.labels)
+    # Merging did not change the model that is still in use here.
+    exported.bench.put((exported.plan.exchanged, exported.adapter))
+    torch.testing.assert_close(logits(exported.bench.model, exported.kind), exported.wanted)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_no_file_names_this_machines_folders(
+    exported: Exported, tmp_path: Path, merged: bool
+) -> None:
+    folder = (exported.merged if merged else exported.peft)(tmp_path / "out")
+    private = [str(tmp_path), str(Path.home()), str(exported.bench.backbone.folder.parent)]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) >= 3
+    for path in files:
+        content = path.read_bytes()
+        assert not [text for text in private if text.encode() in content], path.name
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_card_says_where_the_model_comes_from(
+    exported: Exported, tmp_path: Path, merged: bool
+) -> None:
+    folder = (exported.merged if merged else exported.peft)(tmp_path / "out")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    job = exported.run.job
+    assert "2 rounds of `fedavg`" in card
+    assert ", ".join(job.job.labels) in card
+    assert exported.bench.backbone.fingerprint in card
+    assert exported.run.name in card
+    assert job.job.task in card
+    assert ("merged into its weights" in card) == merged
+    assert ("PeftModel.from_pretrained" in card) == (not merged)
+
+
+@pytest.fixture
+def vit(tmp_path: Path) -> Exported:
+    return Exported("vit", tmp_path)
+
+
+def test_a_merged_text_model_keeps_its_tokenizer(tmp_path: Path) -> None:
+    folder = Exported("bert", tmp_path).merged(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("lost card")["input_ids"] == [7, 6]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_folder_of_somebody_else_is_not_replaced(
+    vit: Exported, tmp_path: Path, merged: bool
+) -> None:
+    target = tmp_path / "thesis"
+    target.mkdir()
+    (target / "chapter.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not an export of fedgraft") as caught:
+        (vit.merged if merged else vit.peft)(target)
+    assert caught.value.exit_code == 2
+    assert [path.name for path in target.iterdir()] == ["chapter.tex"]
+    assert (target / "chapter.tex").read_text() == "years of work"
+
+
+def test_a_model_of_somebody_else_is_not_replaced(vit: Exported, tmp_path: Path) -> None:
+    # A backbone folder has a config.json as a merged export has: it may be the only copy.
+    target = tmp_path / "precious"
+    save_resnet(target)
+    before = (target / "model.safetensors").read_bytes()
+    with pytest.raises(InputError):
+        vit.merged(target)
+    assert (target / "model.safetensors").read_bytes() == before
+
+
+def test_an_empty_folder_is_filled_and_an_earlier_export_replaced(
+    vit: Exported, tmp_path: Path
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    vit.peft(target)
+    first = (target / "adapter_model.safetensors").read_bytes()
+    (target / "stale.txt").write_text("of the first export")
+    vit.adapter = vit.adapter * np.float32(2)
+    vit.peft(target)
+    assert (target / "adapter_model.safetensors").read_bytes() != first
+    assert not (target / "stale.txt").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+def test_a_place_that_cannot_be_written_is_bad_input(vit: Exported, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot write") as caught:
+        vit.peft(tmp_path / "file" / "out")
+    assert "--out" in caught.value.hint
+
+
+def test_a_failed_export_leaves_the_earlier_one(
+    vit: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = vit.peft(tmp_path / "out")
+    before = (target / "adapter_model.safetensors").read_bytes()
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(vit.bench.model), "save_pretrained", full)
+    with pytest.raises(InputError, match="No space left"):
+        vit.peft(target)
+    assert (target / "adapter_model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")] == []
+
+
+def test_a_model_that_was_just_trained_with_dropout_can_be_exported(tmp_path: Path) -> None:
+    # In a simulation a site has trained on the very object that is exported.
+    vit = Exported("vit", tmp_path)
+    pixels = np.random.default_rng(0).normal(size=(8, 1, 8, 8)).astype(np.float32)
+    examples = ImageExamples(np.arange(8), pixels, np.arange(8))
+    job = vit.run.job
+    settings = job.training.model_copy(update={"dropout": 0.5})
+    train(
+        vit.bench.model,
+        vit.bench.layout.names,
+        examples,
+        settings=settings,
+        generator=torch.Generator().manual_seed(1),
+    )
+    model = auto("vit").from_pretrained(vit.merged(tmp_path / "out"))
+    torch.testing.assert_close(logits(model, "vit"), vit.wanted, rtol=0, atol=1e-5)
+
+
+def test_a_local_head_is_not_given_away(tmp_path: Path) -> None:
+    raw = make_job("vit", tmp_path).model_dump(mode="json", exclude_none=True)
+    raw["method"]["head"] = "local"
+    job = parse_job(raw, where="test")
+    bench, run = open_workbench(job), Run.create(tmp_path / "runs", job)
+    plan = make_plan(job, bench, run.session)
+    trained = bench.initial + np.float32(1)
+    bench.put((bench.layout, trained))  # what a site that shares this process left behind
+    export_adapter(run, bench, plan.exchanged, bench.initial_of(plan.exchanged), tmp_path / "out")
+    from safetensors.numpy import load_file
+
+    head = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    (bias,) = (value for name, value in head.items() if name.endswith("classifier.bias"))
+    where = next(name for name in bench.local.names if name.endswith("bias"))
+    assert np.array_equal(bias, bench.initial[bench.layout.slices[where]])
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "the head in this folder is untrained" in card
