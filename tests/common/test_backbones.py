@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -171,8 +173,7 @@ def test_a_hub_model_is_taken_in_the_revision_asked_for(hub: Path, saved: Path) 
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
 @pytest.mark.parametrize(
     "name",
-    ["pytorch_model.bin", "x.pt", "x.pth", "x.ckpt", "x.pkl", "x.pickle"]
-    + ["tf_model.h5", "flax_model.msgpack"],
+    ["model.bin", "x.pt", "x.pth", "x.ckpt", "x.pkl", "x.pickle", "tf_model.h5", "x.msgpack"],
 )
 def test_weights_that_can_run_code_are_refused_by_name(
     folder: Path, name: str, weights: str
@@ -257,6 +258,31 @@ def test_weights_of_other_shapes_than_the_configs_are_refused(folder: Path) -> N
     refused(lambda: open_model(folder))
 
 
+def move_weights(folder: Path, shard: Path, save: Callable[[Any, Path], None]) -> None:
+    """Put the weights into ``shard``, which an index file names: transformers follows it."""
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    weights.unlink()
+    shard.parent.mkdir(exist_ok=True)
+    save(tensors, shard)
+    where = os.path.relpath(shard, folder)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, where)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "decoy.safetensors").write_bytes(b"")
+
+
+@pytest.mark.parametrize("where", ["sub/w.bin", "sub/w.dat", "w.dat", "../w.bin"])
+def test_an_index_that_names_pickled_shards_is_refused(folder: Path, where: str) -> None:
+    move_weights(folder, folder / where, torch.save)
+    refused(lambda: open_model(folder))
+
+
+def test_shards_that_an_index_names_are_read_beside_it(original: nn.Module, folder: Path) -> None:
+    move_weights(folder, folder / "model-00001-of-00001.safetensors", save_file)
+    (folder / "decoy.safetensors").unlink()
+    assert same(open_model(folder).model, original)
+
+
 def test_a_model_of_another_task_is_refused(saved: Path) -> None:
     error = refused(lambda: open_model(saved, task=IMAGE))
     assert IMAGE in str(error)
@@ -303,6 +329,17 @@ def test_config_tokenizer_and_further_weights_are_in_the_fingerprint(
 def test_the_names_of_files_are_in_the_fingerprint(folder: Path) -> None:
     before = fingerprint(folder)
     (folder / "tokenizer.json").rename(folder / "tokens.json")
+    assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("where", ["sub/w.safetensors", "../w.safetensors"])
+def test_shards_elsewhere_are_refused_or_in_the_fingerprint(folder: Path, where: str) -> None:
+    move_weights(folder, folder / where, save_file)
+    try:
+        before = fingerprint(folder)
+    except BackboneError:
+        return
+    flip(folder / where, -1)
     assert fingerprint(folder) != before
 
 
@@ -359,12 +396,12 @@ def test_a_head_for_other_labels_is_drawn_afresh_and_the_rest_kept(
     loaded = open_model(saved, labels=labels)
     model: Any = loaded.model
     assert loaded.fresh_head
-    assert same(model.bert, original.bert)  # type: ignore[arg-type]
+    assert same(model.bert, original.get_submodule("bert"))
     assert model.classifier.weight.shape == (len(labels), 32)
     assert model.classifier.weight.any()
     assert not model.classifier.bias.any()
     if len(labels) == len(LABELS):
-        assert not torch.equal(model.classifier.weight, original.classifier.weight)  # type: ignore[union-attr]
+        assert not same(model.classifier, original.get_submodule("classifier"))
     assert model.config.id2label == dict(enumerate(labels))
 
 

@@ -1,4 +1,4 @@
-"""A job that exists is consistent and frozen: what must not validate, and what the defaults mean."""
+"""A job that exists is consistent and frozen: what does not validate, and what defaults mean."""
 
 from typing import Any
 
@@ -105,7 +105,7 @@ def test_lora_without_targets_is_refused_and_head_named_as_the_way_out() -> None
 def test_the_head_policy_of_lora_is_never_left_implicit() -> None:
     raw = raw_job()
     del raw["method"]["head"]
-    with pytest.raises(ValidationError, match="method.lora.head"):
+    with pytest.raises(ValidationError, match=r"method\.lora\.head"):
         Job.model_validate(raw)
 
 
@@ -185,8 +185,16 @@ def test_a_simulation_value_out_of_range_is_refused(key: str, bad: object) -> No
 
 @pytest.mark.parametrize(
     ("written", "seconds"),
-    [("90s", 90), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1.5 h", 5400), (" 2m ", 120)]
-    + [(45, 45), (0.5, 0.5)],
+    [
+        ("90s", 90),
+        ("30m", 1800),
+        ("2h", 7200),
+        ("1d", 86400),
+        ("1.5 h", 5400),
+        (" 2m ", 120),
+        (45, 45),
+        (0.5, 0.5),
+    ],
 )
 def test_a_duration_is_read_in_its_unit(written: object, seconds: float) -> None:
     assert make(rounds={"deadline": written}).rounds.deadline == seconds
@@ -241,7 +249,14 @@ def test_sites_get_the_job_without_the_simulation_and_its_paths() -> None:
 def test_a_job_and_its_sections_are_frozen() -> None:
     job = make(rounds={"early_stopping": {}}, simulation={"train": "x"})
     assert job.simulation is not None
-    parts = (job, job.job, job.backbone, job.method, job.training, job.training.schedule)
+    parts: tuple[Any, ...] = (
+        job,
+        job.job,
+        job.backbone,
+        job.method,
+        job.training,
+        job.training.schedule,
+    )
     parts += (job.rounds, job.rounds.early_stopping, job.aggregation, job.data)
     parts += (job.aggregation.server_optimizer, job.simulation, job.simulation.partition)
     for part in parts:

@@ -156,7 +156,7 @@ def test_sections_that_are_missing_or_no_tables_are_each_named(file: Path, text:
     [
         ("job.name=2024", "job.name"),
         ("job.labels=yes", "job.labels"),
-        ('job.labels=["a", 2]', "job.labels.1"),
+        ('job.labels=["a", "b", 3]', "job.labels.2"),
         ("job.seed=x", "job.seed"),
         ("backbone.source=[]", "backbone.source"),
         ("method.rank=many", "method.rank"),
@@ -432,7 +432,11 @@ def jobs(draw: st.DrawFn) -> Job:
             "workers": st.integers(0, 64),
         },
     )
-    how_many = {"cohort": st.integers(1, 4)}, {"fraction": st.floats(0.01, 1)}, {}
+    how_many: tuple[dict[str, st.SearchStrategy[Any]], ...] = (
+        {"cohort": st.integers(1, 4)},
+        {"fraction": st.floats(0.01, 1)},
+        {},
+    )
     raw = {
         "job": {
             "name": draw(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", fullmatch=True)),

@@ -326,7 +326,7 @@ def test_the_hash_of_an_array_is_known() -> None:
 
 def test_hashes_tell_values_dtypes_shapes_borders_and_order_apart() -> None:
     zero = np.zeros(4, np.float32)
-    variants = [
+    variants: list[tuple[np.ndarray[Any, Any], ...]] = [
         (),
         (zero,),
         (zero[:2], zero[2:]),
@@ -337,7 +337,7 @@ def test_hashes_tell_values_dtypes_shapes_borders_and_order_apart() -> None:
         (np.array([0, 0, 0, 1], np.float32),),
         (np.array([-0.0, 0, 0, 0], np.float32),),
         (zero, zero[:0]),
-        (np.float32(0).reshape(()),),
+        (np.array(0, np.float32),),
     ]
     assert len({array_hash(*arrays) for arrays in variants}) == len(variants)
 

@@ -95,7 +95,8 @@ def test_adding_leaves_both_tallies_as_they_were() -> None:
 def test_a_vector_brings_the_tally_back(pair: tuple[Labels, Labels], loss: float) -> None:
     tally = Tally.of(loss, *pair, 4)
     vector = tally.to_vector()
-    assert (vector.dtype, vector.shape) == (np.float64, (17,))
+    assert vector.dtype == np.float64
+    assert vector.shape == (17,)
     back = Tally.from_vector(vector, 4)
     assert back.loss == loss
     assert back.confusion.dtype == np.int64

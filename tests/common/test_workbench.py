@@ -191,7 +191,8 @@ def test_initial_of_a_part_is_that_part_of_the_initial_vector(bench: Workbench) 
 
 def test_initial_of_nothing_is_an_empty_vector(bench: Workbench) -> None:
     nothing = bench.initial_of(bench.layout.only([]))
-    assert (nothing.shape, nothing.dtype) == ((0,), np.float32)
+    assert nothing.shape == (0,)
+    assert nothing.dtype == np.float32
 
 
 @pytest.mark.parametrize(("policy", "stays"), [("shared", False), ("local", True)])

@@ -15,6 +15,7 @@ __all__ = [
     "Data",
     "EarlyStopping",
     "HeadMethod",
+    "IllegalJob",
     "Job",
     "LoraMethod",
     "Partition",
@@ -44,6 +45,14 @@ def _seconds(value: object) -> object:
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
+class IllegalJob(ValueError):
+    """Values that are fine one by one and impossible together; ``hint`` says what to change."""
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.hint = hint
+
+
 class _Section(BaseModel):
     """Frozen, and a key it does not know is an error rather than a silent default."""
 
@@ -62,7 +71,7 @@ class General(_Section):
     def _labels_differ(self) -> Self:
         twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
         if twice:
-            raise ValueError(f"labels named twice: {', '.join(twice)}")
+            raise IllegalJob(f"labels named twice: {', '.join(twice)}", "name each label once")
         return self
 
 
@@ -86,7 +95,7 @@ class LoraMethod(_Section):
     @model_validator(mode="after")
     def _has_targets(self) -> Self:
         if not self.targets:
-            raise ValueError('targets is empty: name modules, or use kind = "head"')
+            raise IllegalJob("targets is empty", 'name modules, or use kind = "head"')
         return self
 
 
@@ -122,7 +131,11 @@ class Training(_Section):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:
         if self.batch_size % self.accumulation:
-            raise ValueError("batch_size must be a multiple of accumulation")
+            raise IllegalJob(
+                f"batch_size = {self.batch_size} is no multiple of accumulation = "
+                f"{self.accumulation}",
+                "a step is made of whole micro-batches",
+            )
         return self
 
 
@@ -148,10 +161,11 @@ class Rounds(_Section):
     @model_validator(mode="after")
     def _one_cohort(self) -> Self:
         if self.cohort is not None and self.fraction is not None:
-            raise ValueError("give cohort or fraction, not both")
+            raise IllegalJob("both cohort and fraction are given", "keep one of them")
         if self.cohort is not None and self.min_sites > self.cohort:
-            raise ValueError(
-                f"min_sites = {self.min_sites} can never be reached with cohort = {self.cohort}"
+            raise IllegalJob(
+                f"min_sites = {self.min_sites} can never be reached with cohort = {self.cohort}",
+                "raise rounds.cohort or lower rounds.min_sites",
             )
         return self
 
@@ -159,15 +173,19 @@ class Rounds(_Section):
         """Whether rounds can work with ``sites`` sites.
 
         Raises:
-            ValueError: the cohort is larger, or ``min_sites`` can never be reached.
+            IllegalJob: the cohort is larger, or ``min_sites`` can never be reached.
         """
         if self.cohort is not None and self.cohort > sites:
-            raise ValueError(f"cohort = {self.cohort} is larger than the {sites} sites")
+            raise IllegalJob(
+                f"cohort = {self.cohort} is larger than the {sites} sites",
+                f"rounds.cohort = {sites}, or leave it out to ask every site",
+            )
         size = self.cohort_size(sites)
         if self.min_sites > size:
-            raise ValueError(
+            raise IllegalJob(
                 f"min_sites = {self.min_sites} can never be reached: a round asks {size} of "
-                f"{sites} sites"
+                f"{sites} sites",
+                "lower rounds.min_sites or ask more sites in a round",
             )
 
     def cohort_size(self, sites: int) -> int:
@@ -258,9 +276,15 @@ class Job(_Section):
     @model_validator(mode="after")
     def _pairs_are_legal(self) -> Self:
         if self.aggregation.rule == "ffa" and self.method.kind != "lora":
-            raise ValueError('rule "ffa" freezes LoRA\'s A: it needs method.kind = "lora"')
+            raise IllegalJob(
+                'rule "ffa" freezes LoRA\'s factor A, and method.kind = "head" has none',
+                'aggregation.rule = "fedavg", or method.kind = "lora"',
+            )
         if self.rounds.early_stopping and not self.data.validation:
-            raise ValueError("early_stopping watches federated validation: set data.validation > 0")
+            raise IllegalJob(
+                "early_stopping watches federated validation, and data.validation = 0 leaves none",
+                "data.validation = 0.1",
+            )
         if self.simulation is not None and self.simulation.sites is not None:
             self.rounds.check_sites(self.simulation.sites)
         return self

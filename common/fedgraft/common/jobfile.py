@@ -163,8 +163,9 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    hint = "" if kind == "value_error" else f"mend {key}"
-    return f"{key}: {message}{shown}", hint
+    if kind == "value_error":
+        return f"{key}: {message}{shown}", getattr(problem["ctx"]["error"], "hint", f"mend {key}")
+    return f"{key}: {message}{shown}", f"mend {key}"
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:

@@ -25,7 +25,7 @@ from pyarrow import parquet
 from fedgraft.client.examples import Indices
 from fedgraft.client.site import SiteConfig, SiteData, dump_site
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import Job, Partition, Simulation
+from fedgraft.common.job import IllegalJob, Job, Partition, Simulation
 from fedgraft.common.processors import open_image, to_channels
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.simulations.shifts import Shift, draw_shifts
@@ -105,8 +105,8 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
     )
     try:
         job.rounds.check_sites(len(sites))  # of a natural partition, known only now
-    except ValueError as error:
-        raise JobError(f"rounds: {error}", hint="mend rounds.cohort or rounds.min_sites") from None
+    except IllegalJob as error:
+        raise JobError(f"rounds: {error}", hint=error.hint) from None
     return PreparedSites(simulation, sites, index["skipped"])
 
 
