@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -35,8 +36,15 @@ SECRET = "patient Ada Lovelace"
 
 
 @pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def _log(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    # Flower keeps loggers from propagating to nobody's surprise but ours.
     logger = logging.getLogger("fedgraft")
     before = logger.propagate
     logger.propagate = True
@@ -196,9 +204,8 @@ def test_a_request_of_another_stage_is_refused(node: Node) -> None:
         {"job": "{"},
         {"job": "{}"},
         {"round": -1},
-        {"round": 10**30},
     ],
-    ids=["short", "matrix", "names", "no names", "json", "empty job", "negative", "far"],
+    ids=["short", "matrix", "names", "no names", "json", "empty job", "negative"],
 )
 @pytest.mark.parametrize("head", ["shared", "local"])
 def test_hostile_requests_are_refused_and_the_site_goes_on(
@@ -206,8 +213,8 @@ def test_hostile_requests_are_refused_and_the_site_goes_on(
 ) -> None:
     plan = make_plan_of(head=head)
     good = content_bytes(node.ask(training(plan), Stage.TRAIN))
-    if changes.get("round") != 10**30:  # Flower itself cannot carry that
-        assert node.refusal(training(plan, **changes), Stage.TRAIN).session == SESSION
+    said = node.refusal(training(plan, **changes), Stage.TRAIN)
+    assert said.session == SESSION
     assert content_bytes(node.ask(training(plan), Stage.TRAIN)) == good
 
 
@@ -229,8 +236,8 @@ def test_the_text_of_an_exception_stays_unsaid(
 ) -> None:
     def fail(participant: Participant, request: TrainRequest) -> None:
         try:
-            {}[SECRET]
-        except KeyError:
+            int(SECRET)
+        except ValueError:
             raise error(SECRET)  # noqa: B904  # chained on purpose: the cause quotes data, too
 
     monkeypatch.setattr(Participant, "splits", fail)

@@ -1,11 +1,13 @@
 """A site agrees only to what it has, trains as it is asked, and keeps its own head to itself."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedgraft.client.evaluation import evaluate
 from fedgraft.client.participant import NOTHING, Participant, Splits, open_participant
@@ -21,6 +23,14 @@ from fedgraft.server.rounds import Plan, make_plan
 from fedgraft.simulations.demo import digits
 
 SESSION = "0123456789abcdef" * 2
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make_job(*, rule: str = "fedavg", head: str = "shared", **training: Any) -> Job:
@@ -293,7 +303,8 @@ def _continued(place: Place, number: int, head: Vector | None) -> bytes:
         generator=torch_generator(place.job.job.seed, "train", number, "st-mary"),
         span=Span((number - 1) / 4, number / 4),
     )
-    return (read(bench.model, place.plan.exchanged) - request.adapter).tobytes()
+    update: Vector = read(bench.model, place.plan.exchanged) - request.adapter
+    return update.tobytes()
 
 
 def test_a_local_head_goes_on_from_the_round_before(private: Place) -> None:

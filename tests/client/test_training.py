@@ -109,7 +109,9 @@ def digits(count: int = 24) -> ImageExamples:
     pixels = (bunch.images[:count] / 16).astype(np.float32)[:, None]
     mean, std = pixels.mean((1, 2, 3), keepdims=True), pixels.std((1, 2, 3), keepdims=True)
     every = np.arange(count, dtype=np.int64)
-    return ImageExamples(bunch.target[:count].astype(np.int64), (pixels - mean) / (std + 0.05), every)
+    return ImageExamples(
+        bunch.target[:count].astype(np.int64), (pixels - mean) / (std + 0.05), every
+    )
 
 
 def noisy(bench: Workbench, scale: float = 0.05) -> Vector:
@@ -161,11 +163,11 @@ def slowly_trained(
     steps = wanted.epochs * math.ceil(len(examples) / wanted.batch_size)
     labels = torch.from_numpy(examples.labels)
     for _ in range(wanted.epochs):
-        for batch in torch.randperm(len(examples), generator=draw).split(wanted.batch_size):
+        for batch in torch.split(torch.randperm(len(examples), generator=draw), wanted.batch_size):
             model.zero_grad()
             logits = model(**examples.batch(batch.numpy())).logits
             loss = torch.nn.functional.cross_entropy(logits, labels[batch])
-            loss.backward()
+            torch.autograd.backward(loss)
             total += float(loss.detach()) * len(batch)
             gradients = [p.grad for _, p in pairs]
             for (_, parameter), gradient, start in zip(pairs, gradients, starts, strict=True):
@@ -329,8 +331,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(dropout: float)
 def test_the_global_generators_are_not_touched() -> None:
     bench = vit(dropout=0.3)
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002
-    ours, theirs = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    np.random.seed(5)
+    ours, theirs = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
     trained(bench, digits(), settings(dropout=0.3))
     assert torch.equal(torch.get_rng_state(), ours)
     assert np.array_equal(np.random.get_state()[1], theirs)  # type: ignore[index]

@@ -178,6 +178,25 @@ def test_a_value_of_the_wrong_type_is_named_by_its_key(file: Path, override: str
     assert error.hint == f"mend {key}"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (("method.targets=[]",), 'kind = "head"'),
+        (('job.labels=["a", "a"]',), "name each label once"),
+        (("rounds.cohort=2", "rounds.fraction=0.5"), "keep one of them"),
+        (("rounds.cohort=2", "rounds.min_sites=3"), "rounds.min_sites"),
+        (("rounds.cohort=5",), "rounds.cohort = 4"),
+        (("rounds.min_sites=5",), "rounds.min_sites"),
+        (("aggregation.rule=ffa", "method.kind=head"), 'method.kind = "lora"'),
+        (("rounds.early_stopping.patience=1", "data.validation=0"), "data.validation = 0.1"),
+    ],
+)
+def test_what_contradicts_itself_comes_with_a_way_out(
+    file: Path, overrides: tuple[str, ...], hint: str
+) -> None:
+    assert hint in refused(file, *overrides).hint
+
+
 def test_the_wrong_value_itself_is_shown(file: Path) -> None:
     assert "(got 'x')" in str(refused(file, "job.seed=x"))
 

@@ -1,6 +1,7 @@
-"""What a run gives away loads with plain peft and transformers, and computes what the run computed."""
+"""What a run gives away loads with plain peft and transformers, and computes the same."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.server.export import export_adapter, export_merged
 from fedgraft.server.rounds import Plan, RoundRecord, State, make_plan
 from fedgraft.server.runs import Run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 LABELS = ["north", "east", "south"]
 DIGITS = [str(digit) for digit in range(10)]
@@ -58,12 +68,12 @@ def save_resnet(folder: Path) -> None:
 
 def make_job(kind: str, folder: Path) -> Job:
     lora = {"kind": "lora", "rank": 2, "head": "shared"}
-    method: dict[str, Any] = {
+    methods: dict[str, dict[str, Any]] = {
         "vit": {**lora, "targets": ["q_proj", "fc1"]},
         "vit-head": {"kind": "head"},
         "bert": {**lora, "targets": "all-linear", "alpha": 5.0},
         "resnet": {**lora, "targets": "all-conv"},
-    }[kind]
+    }
     source = "builtin:glyph-vit"
     if kind in ("bert", "resnet"):
         folder.mkdir()
@@ -73,7 +83,7 @@ def make_job(kind: str, folder: Path) -> Job:
     raw = {
         "job": {"name": f"try-{kind}", "task": task, "labels": DIGITS if "vit" in kind else LABELS},
         "backbone": {"source": source},
-        "method": method,
+        "method": methods[kind],
         "data": {"max_length": 16},
         "simulation": {"train": str(folder.parent / "secret-rows.jsonl"), "sites": 2},
     }

@@ -92,7 +92,7 @@ class Site:
         return self.evaluate(self, wanted)
 
 
-class MemoryGrid(Grid):
+class MemoryGrid(Grid):  # type: ignore[misc]  # flwr is untyped here
     """These sites as nodes; a reply is made when it is pulled, and its bytes are added up."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -372,7 +372,10 @@ def _tally(*values: float, dtype: Any = np.float64) -> Callable[[Site, EvaluateR
         lambda site, request: Refusal(request.session, "loss-not-finite"),
         lambda site, request: None,
     ],
-    ids="nan short negative overflow loss best text round session died empty refusal late".split(),
+    ids=[
+        *("nan", "short", "negative", "overflow", "loss", "best", "text", "round", "session"),
+        *("died", "empty", "refusal", "late"),
+    ],
 )
 def test_a_bad_evaluation_does_not_count_but_the_update_does(
     evaluate: Callable[[Site, EvaluateRequest], Said],
@@ -407,7 +410,9 @@ def test_validation_that_no_site_could_do_is_none() -> None:
 
 def test_two_nodes_of_one_name_count_once() -> None:
     real, thief = Site("a", train=constant(1, 1, 1, 1)), Site("a", train=constant(9, 9, 9, 9))
-    outcome = federate(make_job(rounds={"count": 1}), [real, thief, Site("b", 10, constant(3, 3, 3, 3))])
+    outcome = federate(
+        make_job(rounds={"count": 1}), [real, thief, Site("b", 10, constant(3, 3, 3, 3))]
+    )
     assert outcome.state.adapter.tolist() == [2, 2, 2, 2]
     assert thief.trained == []
     assert outcome.warnings == [("refused to take part", (Dropped("a", "name-taken"),))]

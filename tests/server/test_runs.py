@@ -1,4 +1,4 @@
-"""A run's folder survives what happens to folders: crashes, torn lines, flipped bits, two owners."""
+"""A run's folder survives what happens to folders: crashes, torn lines, flipped bits."""
 
 import json
 import multiprocessing

@@ -34,7 +34,7 @@ TRAIN = TrainRequest("session", 1, "{}", ("w",), np.zeros(3, np.float32))
 TRAINED = TrainReply("session", 1, "layout", 5, 0.5, np.ones(3, np.float32))
 
 
-class ScriptedGrid(Grid):
+class ScriptedGrid(Grid):  # type: ignore[misc]  # flwr is untyped here
     """Nodes in memory: each answers a message with a record, an error or, with None, never.
 
     ``late[node]`` is after how many pulls of its message a node's reply is there.
@@ -194,9 +194,7 @@ def test_the_bytes_of_a_reply_are_counted() -> None:
 
 
 def test_waiting_backs_off_and_starts_afresh_after_a_reply() -> None:
-    transport, _, clock = federation(
-        {"a": says(TRAINED), "b": says(TRAINED)}, late={11: 4, 12: 14}
-    )
+    transport, _, clock = federation({"a": says(TRAINED), "b": says(TRAINED)}, late={11: 4, 12: 14})
     list(transport.ask(["a", "b"], Stage.TRAIN, TRAIN, 100.0))
     first, second = clock.pauses[:4], clock.pauses[4:]
     assert first[0] <= 0.002

@@ -6,6 +6,7 @@ import warnings
 from importlib import import_module
 
 import click
+import typer.core
 import typer.main
 
 from fedgraft.common.console import print_error
@@ -63,6 +64,7 @@ def command(context: click.Context, verbose: bool) -> None:
 
 def main() -> None:
     """Run the command; turn what goes wrong into a message and an exit code."""
+    typer.core.HAS_RICH = False  # it would escape "[default: ...]" for rich where it prints plain
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     verbose = bool({"-v", "--verbose"} & set(sys.argv))
     try:

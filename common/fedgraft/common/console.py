@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console as Rich
 from rich.progress import (
     BarColumn,
@@ -62,7 +63,9 @@ class Console:
         """A table of the result; every column but the first and the last is set right."""
         if self.as_json:
             return
-        table = Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+        )
         for index, name in enumerate(columns):
             inner = 0 < index < len(columns) - 1
             table.add_column(name, justify="right" if inner else "left", overflow="fold")

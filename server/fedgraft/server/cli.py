@@ -131,7 +131,7 @@ def runs(
     rows = [
         [
             line["run"],
-            line["created"],
+            line["created"][:16].replace("T", " "),
             f"{line['rounds']}/{line['of_rounds']}",
             "-" if line["accuracy"] is None else f"{100 * line['accuracy']:.1f} %",
             line["status"],

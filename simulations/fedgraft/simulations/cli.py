@@ -57,15 +57,15 @@ def simulate(
 
 def _show(console: Console, summary: dict[str, Any]) -> None:
     models = ("federated", "federated_tuned", "local_only", "head_only", "zero_shot", "central")
-    titles = ("federated", "+ tuned", "local", "head", "zero-shot", "central")
+    titles = ("fed.", "tuned", "local", "head", "zero", "central")
     rows = [
         [site["name"], str(site["examples"]), *(_share(site[m]) for m in models), site["outcome"]]
         for site in summary["sites"]
     ]
     pooled = [_share(summary["final"].get(model)) for model in models]
-    rows.append(["all, pooled", str(sum(s["examples"] for s in summary["sites"])), *pooled, ""])
+    rows.append(["pooled", str(sum(s["examples"] for s in summary["sites"])), *pooled, ""])
     title = "Accuracy on each site's own test set (%), and whether federating helped"
-    console.table(title, ["site", "examples", *titles, "federating"], rows)
+    console.table(title, ["site", "train", *titles, "federating"], rows)
     for site in summary["sites"]:
         console.text(site["verdict"])
     console.text("")

@@ -56,6 +56,8 @@ def _site(
     if federated is not None and alone is not None:
         judged = verdict(federated.correct, alone.correct, name=site.name)
         sentence, outcome = judged.sentence, judged.outcome
+        if (tuned := own["federated_tuned"]) is not None:
+            sentence += f" After a short fine-tune there: {100 * tuned.tally.accuracy:.1f} %."
     else:
         sentence = f"{site.name} has no model of its own to compare with: local_only was not run."
         outcome = "unknown"
