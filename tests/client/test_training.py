@@ -121,7 +121,7 @@ def noisy(bench: Workbench, scale: float = 0.05) -> Vector:
 
 def settings(**changes: Any) -> Training:
     plain = {"batch_size": 8, "learning_rate": 1e-3, "schedule": {"shape": "constant"}}
-    return Training.model_validate({"clip_norm": None, **plain, **changes})
+    return Training.model_validate({"clip_norm": 0, **plain, **changes})
 
 
 def trained(
@@ -172,7 +172,7 @@ def slowly_trained(
             gradients = [p.grad for _, p in pairs]
             for (_, parameter), gradient, start in zip(pairs, gradients, starts, strict=True):
                 gradient += wanted.proximal * (parameter.detach() - start)
-            if wanted.clip_norm is not None:
+            if wanted.clip_norm:
                 norm = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients))
                 for gradient in gradients:
                     gradient *= min(1.0, wanted.clip_norm / norm)
@@ -491,3 +491,41 @@ def test_evaluation_counts_every_example_once_in_order() -> None:
     assert measured.tally.confusion.sum(1).tolist() == np.bincount(examples.labels).tolist()
     wanted = float(torch.nn.functional.cross_entropy(logits, labels))
     assert measured.tally.mean_loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_evaluation_is_in_eval_mode_whatever_the_model_was_in(tmp_path: Path) -> None:
+    bench = bert(tmp_path)
+    bench.put()
+    quiet = evaluate(bench.model, texts(), classes=10).tally.loss
+    bench.model.train()
+    assert evaluate(bench.model, texts(), classes=10).tally.loss == quiet
+
+
+def test_training_leaves_the_model_in_eval_mode() -> None:
+    bench = vit(dropout=0.3)
+    trained(bench, digits(8), settings(dropout=0.3))
+    assert not any(module.training for module in bench.model.modules())
+
+
+def test_batch_norm_in_a_head_does_not_drift(tmp_path: Path) -> None:
+    # Its statistics are no adapter tensors: they would neither travel nor be reset between sites.
+    config = transformers.LevitConfig(
+        image_size=32, num_channels=1, hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2],
+        depths=[1, 1, 1], key_dim=[4, 4, 4], num_labels=10,
+        down_ops=[["Subsample", 4, 2, 4, 2, 2], ["Subsample", 4, 2, 4, 2, 2]],
+    )  # fmt: skip
+    transformers.LevitForImageClassification(config).save_pretrained(tmp_path)
+    raw = {
+        "job": {"name": "t", "task": "image-classification", "labels": [str(i) for i in range(10)]},
+        "backbone": {"source": f"path:{tmp_path}"},
+        "method": {"kind": "head"},
+    }
+    bench = open_workbench(parse_job(raw, where="test"))
+    pixels = np.random.default_rng(0).normal(size=(16, 1, 32, 32)).astype(np.float32)
+    examples = ImageExamples(np.arange(16) % 10, pixels, np.arange(16))
+    before = _state(bench)
+    trained(bench, examples, settings())
+    drifted = [
+        name for name, value in _state(bench).items() if not torch.equal(value, before[name])
+    ]
+    assert set(drifted) <= set(bench.layout.names)

@@ -140,7 +140,7 @@ def test_a_head_that_does_not_travel_leaves_the_head_method_nothing(policy: str)
         ("training", "learning_rate", float("inf")),
         ("training", "learning_rate", float("nan")),
         ("training", "weight_decay", -0.1),
-        ("training", "clip_norm", 0),
+        ("training", "clip_norm", -1),
         ("training", "precision", "fp8"),
         ("training", "proximal", -1),
         ("training", "schedule", {"warmup": 1.0}),

@@ -108,7 +108,7 @@ TALLY = Tally(2.5, np.array([[3, 1], [0, 4]]))
 
 
 def evaluated(tally: Any, *, session: str = "session", number: int = 3) -> Tally:
-    return check_evaluation(EvaluateReply(session, number, tally), EXPECTED, 2)
+    return check_evaluation(EvaluateReply(session, number, tally), EXPECTED, LIMITS, 2)
 
 
 def test_a_good_tally_is_read_back() -> None:

@@ -91,7 +91,7 @@ def train(
             total += loss.detach()
         if settings.proximal:
             gradient.add_(flat.detach() - anchor, alpha=settings.proximal)
-        if settings.clip_norm is not None:
+        if settings.clip_norm:
             gradient.mul_((settings.clip_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
         at = span.start + (span.end - span.start) * step / steps
         rate = learning_rate(settings.learning_rate, settings.schedule, at)

@@ -61,7 +61,7 @@ class Layout:
     def slices(self) -> dict[str, slice]:
         """Where each name lies."""
         ends = list(accumulate(prod(shape) for shape in self.shapes))
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][: len(ends)]
         return {n: slice(a, b) for n, a, b in zip(self.names, starts, ends, strict=True)}
 
     @cached_property
@@ -108,7 +108,7 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
         config = LoraConfig(r=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(job.job.seed, "adapter"))
-        return get_peft_model(model, config)
+        return get_peft_model(model, config).eval()
 
 
 def adapter_layout(model: PeftModel) -> Layout:

@@ -153,6 +153,12 @@ def _refuse_unsafe(folder: Path, source: str, weights: str) -> None:
             f"{source}: config.json asks to run code from the model's repository (auto_map)",
             hint="fedgraft never runs remote code: use an architecture that transformers ships",
         )
+    if (folder / "adapter_config.json").exists():
+        raise BackboneError(
+            f"{source}: this is an adapter, or has one beside the model",
+            hint="point backbone.source at the model itself, without adapter_config.json",
+        )
+    _refuse_shards_elsewhere(folder, source)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise BackboneError(
@@ -166,11 +172,32 @@ def _refuse_unsafe(folder: Path, source: str, weights: str) -> None:
         )
 
 
+def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
+    """An index may name any file, also a pickle or one that no fingerprint covers."""
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            bad = sorted(
+                str(name)
+                for name in names
+                if Path(name).name != name
+                or Path(name).suffix != ".safetensors"
+                or not (folder / name).is_file()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BackboneError(f"{source}: {index.name} is no index", hint="copy it again") from None
+        if bad:
+            raise BackboneError(
+                f"{source}: {index.name} names {bad[0]}, which is no .safetensors file beside it",
+                hint="save the model again with model.save_pretrained(DIR)",
+            )
+
+
 def _fingerprint(folder: Path, weights: str) -> str:
     if weights == "random":  # the config alone makes the model
         files = [folder / "config.json"]
     else:
-        files = sorted(path for path in folder.iterdir() if path.suffix in FINGERPRINTED)
+        files = sorted(p for p in folder.iterdir() if p.suffix in FINGERPRINTED and p.is_file())
     digest = hashlib.sha256(f"fedgraft-backbone/1 {weights}\n".encode())
     for path in files:
         with path.open("rb") as file:
@@ -203,13 +230,27 @@ def _build(backbone: Backbone, task: str, labels: Sequence[str]) -> tuple[nn.Mod
             output_loading_info=True,
             **heads,
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except Exception as error:  # loaders of hostile or torn files raise almost anything
         raise BackboneError(
             f"{backbone.source} cannot be loaded for {task}: {_first_line(error)}",
             hint=f"it must be a model that {TASKS[task].auto_class} can load",
         ) from None
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-    return model, set(info["missing_keys"]) | mismatched
+    missing = set(info["missing_keys"]) | mismatched
+    _refuse_random_layers(model, missing, backbone.source)
+    return model, missing
+
+
+def _refuse_random_layers(model: nn.Module, missing: set[str], source: str) -> None:
+    """A head may be missing, and a pooler often is; any other gap would be frozen noise."""
+    heads = tuple(f"{name}." for name in head_names(model))
+    gaps = sorted(key for key in missing if not key.startswith(heads) and ".pooler." not in key)
+    if gaps:
+        raise BackboneError(
+            f"{source}: {len(gaps)} weights of the backbone are missing or of another shape, "
+            f"such as {gaps[0]}",
+            hint="config.json and the weights do not belong together: copy the folder again",
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -10,9 +10,11 @@ import typer.core
 import typer.main
 
 from fedgraft.common.console import print_error
-from fedgraft.common.errors import FedgraftError
+from fedgraft.common.errors import FedgraftError, InputError
 
 __all__ = ["VERBS", "main"]
+
+VERBOSE = ("-v", "--verbose")  # before or after the verb
 
 # verb -> (where it lives, one line of help); a room left out of an install is simply not offered
 VERBS = {
@@ -66,20 +68,38 @@ def main() -> None:
     """Run the command; turn what goes wrong into a message and an exit code."""
     typer.core.HAS_RICH = False  # it would escape "[default: ...]" for rich where it prints plain
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    verbose = bool({"-v", "--verbose"} & set(sys.argv))
+    arguments = [argument for argument in sys.argv[1:] if argument not in VERBOSE]
     try:
-        code = command(standalone_mode=False)
-    except FedgraftError as error:
-        print_error(error)
-        if verbose:
-            traceback.print_exc()
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
+        code = command(arguments, standalone_mode=False)
+    except BaseException as error:
+        code = _explain(error)
+        if len(arguments) < len(sys.argv) - 1:
+            traceback.print_exception(error)
+        sys.exit(code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: BaseException) -> int:
+    """Say what went wrong and what to do; the exit code."""
+    if isinstance(error, FedgraftError):
+        print_error(error)
+        return error.exit_code
+    if isinstance(error, click.UsageError):
+        verb = error.ctx.command_path if error.ctx else "fedgraft"
+        print_error(InputError(error.format_message(), hint=f"{verb} --help"))
+        return 2
+    if isinstance(error, click.ClickException):
+        print_error(InputError(error.format_message()))
+        return 2
+    if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
+        sys.stderr.write("interrupted\n")
+        return 130
+    if isinstance(error, SystemExit):
+        return int(error.code or 0)
+    if isinstance(error, ModuleNotFoundError):
+        missing = f"the package {error.name} is not installed"
+        print_error(FedgraftError(missing, hint="pip install fedgraft again, into this Python"))
+    elif not isinstance(error, BrokenPipeError):
+        hint = "this is a fault in fedgraft: run it again with -v and report what that shows"
+        print_error(FedgraftError(f"unexpected {type(error).__name__}", hint=hint))
+    return 1

@@ -30,12 +30,13 @@ Baseline = Literal["zero_shot", "head_only", "local_only", "central"]
 BASELINES: tuple[Baseline, ...] = ("zero_shot", "head_only", "local_only", "central")
 HeadPolicy = Literal["shared", "local", "frozen"]
 
+NUMBERS = (int, float, int | None, float | None)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _seconds(value: object) -> object:
     """Turn ``"90s"``, ``"30m"``, ``"2h"``, ``"1d"`` or a number of seconds into seconds."""
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*([\d.]+)\s*([smhd])\s*", value)):
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)):
         return float(match[1]) * _UNITS[match[2]]
     if isinstance(value, str):
         raise ValueError('write a duration as "90s", "30m", "2h" or "1d"')
@@ -57,6 +58,16 @@ class _Section(BaseModel):
     """Frozen, and a key it does not know is an error rather than a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_not_1(cls, values: object) -> object:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and field and field.annotation in NUMBERS:
+                said = str(value).lower()
+                raise IllegalJob(f"{key} = {said}: a number is wanted", f"mend {key}")
+        return values
 
 
 class General(_Section):
@@ -124,7 +135,7 @@ class Training(_Section):
     weight_decay: float = Field(default=0.0, ge=0)
     schedule: Schedule = Schedule()
     dropout: float = Field(default=0.0, ge=0, lt=1, description="inside the head")
-    clip_norm: float | None = Field(default=1.0, gt=0)
+    clip_norm: float = Field(default=1.0, ge=0, description="of a step's gradient; 0 is off")
     precision: Literal["fp32", "bf16"] = "fp32"
     proximal: float = Field(default=0.0, ge=0, description="FedProx mu")
 

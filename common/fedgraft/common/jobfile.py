@@ -39,6 +39,7 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     for item in overrides:
         _override(overriding, item)
     _anchor_paths(overriding, Path.cwd())
+    _one_source_of_labels(raw, overriding)
     _merge(raw, overriding)
     _read_labels(raw)
     return parse_job(raw, where=str(path))
@@ -71,15 +72,16 @@ def read_text(path: Path) -> str:
         JobError: it is missing, a folder, unreadable or not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a label
     except FileNotFoundError:
         raise JobError(f"no file {path}", hint="`fedgraft init` writes one to start from") from None
     except UnicodeDecodeError as error:
         raise JobError(
             f"{path} is not UTF-8 (byte {error.start})", hint="save the file as UTF-8"
         ) from None
-    except OSError as error:
-        raise JobError(f"{path} cannot be read: {error.strerror}", hint="check the path") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a path"
+        raise JobError(f"{str(path)!r} cannot be read: {reason}", hint="check the path") from None
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -96,6 +98,15 @@ def _override(raw: dict[str, Any], item: str) -> None:
         if not isinstance(raw, dict):
             raise JobError(f"--set {item!r}: {part} is not a section", hint="name section.key")
     raw[parts[-1]] = value
+
+
+def _one_source_of_labels(raw: dict[str, Any], over: dict[str, Any]) -> None:
+    """An override of ``labels`` replaces the file's ``labels_from``, and the other way round."""
+    base, new = raw.get("job"), over.get("job")
+    if isinstance(base, dict) and isinstance(new, dict):
+        for given, other in (("labels", "labels_from"), ("labels_from", "labels")):
+            if given in new and other not in new:
+                base.pop(other, None)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
@@ -117,17 +128,18 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
         job["labels_from"] = _absolute(job["labels_from"], base, "job.labels_from")
     if isinstance(backbone, dict) and str(backbone.get("source")).startswith("path:"):
         path = backbone["source"].removeprefix("path:")
-        backbone["source"] = "path:" + _absolute(path, base, "backbone.source")
+        if path:  # an empty one is not the working directory
+            backbone["source"] = "path:" + _absolute(path, base, "backbone.source")
 
 
 def _absolute(text: str, base: Path, key: str) -> str:
-    filled = os.path.expanduser(os.path.expandvars(text))
-    if missing := re.search(r"\$\{?(\w+)\}?", filled):
-        raise JobError(
-            f"{key} = {text!r}: the environment variable {missing[1]} is not set",
-            hint=f"export {missing[1]}=..., or --set {key}=PATH",
-        )
-    return os.path.normpath(base / filled)
+    for name in re.findall(r"\$\{?(\w+)\}?", text):
+        if name not in os.environ:
+            raise JobError(
+                f"{key} = {text!r}: the environment variable {name} is not set",
+                hint=f"export {name}=..., or --set {key}=PATH",
+            )
+    return os.path.normpath(base / os.path.expanduser(os.path.expandvars(text)))
 
 
 def _read_labels(raw: dict[str, Any]) -> None:
@@ -150,6 +162,8 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     loc = [str(part) for part in problem["loc"]]
     if len(loc) > 1 and loc[0] == "method" and loc[1] in ("lora", "head"):
         loc = [loc[0], *loc[2:]]
+    if "targets" in loc:  # pydantic names every kind it could have been
+        return "method.targets is no list of module names", 'targets = ["query", "value"]'
     key = ".".join(loc) or "job"
     kind = problem["type"]
     if kind == "extra_forbidden":

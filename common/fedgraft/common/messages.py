@@ -152,12 +152,12 @@ def decode(record: RecordDict, *kinds: type[T]) -> T:
         MessageError: another kind or format, a field missing, unknown or of the wrong type.
     """
     config = record.config_records.get("payload")
-    if config is None:
-        raise MessageError("a message has no payload record")
+    if config is None or set(record) - {"payload", "arrays"}:
+        raise MessageError("a message has no payload record, or others beside it")
     values: dict[str, Any] = dict(config)
     name, version = values.pop("kind", None), values.pop("format", None)
     cls = next((kind for kind in kinds if kind.__name__ == name), None)
-    if cls is None or version != FORMAT:
+    if cls is None or type(version) is not int or version != FORMAT:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"a message is not a {wanted} of format {FORMAT}")
     values.update(_read_arrays(record))

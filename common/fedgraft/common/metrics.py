@@ -14,6 +14,8 @@ from fedgraft.common.errors import MessageError
 
 __all__ = ["Tally"]
 
+LARGEST = 2.0**40  # of any count: sums of them stay exact in int64 and float64
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -85,8 +87,10 @@ class Tally:
         Raises:
             MessageError: wrong length, not finite, or counts that are no counts.
         """
-        if vector.shape != (1 + classes**2,) or not np.isfinite(vector).all():
-            raise MessageError("a metrics vector has the wrong length or is not finite")
+        if vector.dtype != np.float64 or vector.shape != (1 + classes**2,):
+            raise MessageError("a metrics vector has the wrong length or type")
+        if not np.isfinite(vector).all() or (np.abs(vector) > LARGEST).any():
+            raise MessageError("a metrics vector is not finite or absurdly large")
         counts = vector[1:].astype(np.int64)
         if (counts < 0).any() or (counts != vector[1:]).any():
             raise MessageError("a metrics vector holds counts that are not whole numbers")

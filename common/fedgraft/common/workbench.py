@@ -57,7 +57,8 @@ class Workbench:
 
     def initial_of(self, layout: Layout) -> Vector:
         """The initial values of the tensors in ``layout``, float32 [layout.size]."""
-        return np.concatenate([self.initial[self.layout.slices[name]] for name in layout.names])
+        parts = [self.initial[self.layout.slices[name]] for name in layout.names]
+        return np.concatenate([np.empty(0, np.float32), *parts])
 
     def put(self, *parts: tuple[Layout, Vector]) -> None:
         """Reset the adapter to ``initial``, then write ``parts`` over it in order."""

@@ -258,7 +258,7 @@ def _evaluate(
         gathered.bytes_up += reply.bytes_up
         if isinstance(reply.payload, EvaluateReply):
             try:
-                total += check_evaluation(reply.payload, expected, classes)
+                total += check_evaluation(reply.payload, expected, job.aggregation, classes)
             except (InvalidReply, MessageError) as error:
                 gathered.drop(reply.site, f"evaluation: {error}")
         elif reply.failure != "no-examples":  # a small site may hold none out

@@ -53,15 +53,21 @@ def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> 
     )
 
 
-def check_evaluation(reply: EvaluateReply, expected: Expected, classes: int) -> Tally:
+def check_evaluation(
+    reply: EvaluateReply, expected: Expected, limits: Aggregation, classes: int
+) -> Tally:
     """The tally of a site's evaluation.
 
     Raises:
-        InvalidReply: ``wrong-session`` or ``wrong-round``.
+        InvalidReply: ``wrong-session``, ``wrong-round``, ``bad-count`` or ``bad-loss``.
         MessageError: the vector is no tally of ``classes`` classes.
     """
     _check_origin(reply, expected)
-    return Tally.from_vector(reply.tally, classes)
+    tally = Tally.from_vector(reply.tally, classes)
+    _raise_first(
+        {"bad-count": tally.examples > limits.max_examples, "bad-loss": tally.loss < 0.0}
+    )
+    return tally
 
 
 def _check_origin(reply: TrainReply | EvaluateReply, expected: Expected) -> None:
