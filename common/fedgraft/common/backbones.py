@@ -185,7 +185,9 @@ def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
                 or not (folder / name).is_file()
             )
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise BackboneError(f"{source}: {index.name} is no index", hint="copy it again") from None
+            raise BackboneError(
+                f"{source}: {index.name} is no index", hint="copy it again"
+            ) from None
         if bad:
             raise BackboneError(
                 f"{source}: {index.name} names {bad[0]}, which is no .safetensors file beside it",

@@ -64,9 +64,7 @@ def check_evaluation(
     """
     _check_origin(reply, expected)
     tally = Tally.from_vector(reply.tally, classes)
-    _raise_first(
-        {"bad-count": tally.examples > limits.max_examples, "bad-loss": tally.loss < 0.0}
-    )
+    _raise_first({"bad-count": tally.examples > limits.max_examples, "bad-loss": tally.loss < 0.0})
     return tally
 
 

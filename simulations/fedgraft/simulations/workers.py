@@ -47,7 +47,10 @@ class Workers:
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             context = multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(
-                self.count, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),)
+                self.count,
+                mp_context=context,
+                initializer=_die_with_parent,
+                initargs=(os.getpid(),),
             )
         return self._pool.submit(task, *arguments)
 
