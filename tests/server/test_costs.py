@@ -10,7 +10,8 @@ from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.costs import Costs, estimate_costs
-from fedgraft.server.rounds import Plan, RoundRecord, State, make_plan, run_round
+from fedgraft.server.rounds import Plan, make_plan, run_round
+from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.transport import Transport
 from fedgraft.simulations.demo import digits
 from fedgraft.simulations.grid import LocalGrid

@@ -20,8 +20,9 @@ from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.server.export import export_adapter, export_merged
-from fedgraft.server.rounds import Plan, RoundRecord, State, make_plan
+from fedgraft.server.rounds import Plan, make_plan
 from fedgraft.server.runs import Run
+from fedgraft.server.state import RoundRecord, State
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +120,7 @@ class Exported:
         noise = np.random.default_rng(4).normal(0, 0.05, start.shape)
         self.adapter: Vector = (start + noise).astype(np.float32)
         for number in (1, 2):
-            record = RoundRecord(number, 2, (), 20, 0.5, 0.1, None, 10, 10, 1.0)
+            record = RoundRecord(number, 2, 2, (), 20, 0.5, 0.1, None, 10, 10, 1.0)
             self.run.commit(State(number, self.adapter), record, self.plan.exchanged)
         self.bench.put((self.plan.exchanged, self.adapter))
         self.wanted = logits(self.bench.model, kind)

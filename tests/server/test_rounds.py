@@ -35,16 +35,8 @@ from fedgraft.common.messages import (
 from fedgraft.common.metrics import Tally
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.aggregation import optimizers
-from fedgraft.server.rounds import (
-    Dropped,
-    Plan,
-    RoundRecord,
-    State,
-    choose_cohort,
-    make_plan,
-    run_job,
-    run_round,
-)
+from fedgraft.server.rounds import Plan, choose_cohort, make_plan, run_job, run_round
+from fedgraft.server.state import Dropped, RoundRecord, State
 from fedgraft.server.transport import Transport
 
 Said = Any  # a payload, a record, a Flower error, or None for no reply at all

@@ -17,7 +17,7 @@ from fedgraft.common.adapters import Layout
 from fedgraft.common.errors import CheckpointError, InputError, RunError
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
-from fedgraft.server.rounds import Dropped, RoundRecord, State
+from fedgraft.server.state import Dropped, RoundRecord, State
 from fedgraft.server.runs import Run, list_runs
 
 LAYOUT = Layout(("base.q.lora_A.default.weight", "base.q.lora_B.default.weight"), ((2, 3), (4, 2)))
@@ -48,7 +48,7 @@ def make_state(number: int, **changes: Any) -> State:
 
 
 def make_record(number: int, dropped: tuple[Dropped, ...] = ()) -> RoundRecord:
-    return RoundRecord(number, 3, dropped, 30, 1 / number, 0.5, {"loss": 0.25}, 1000, 2000, 1.5)
+    return RoundRecord(number, 3, 3, dropped, 30, 1 / number, 0.5, {"loss": 0.25}, 1000, 2000, 1.5)
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_a_commit_that_fails_half_way_leaves_the_round_before(
     def full(*arguments: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fedgraft.server.runs.save_file", full)
+    monkeypatch.setattr("fedgraft.server.checkpoints.save_file", full)
     with pytest.raises(OSError, match="No space"):
         commit(run, 2)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgraft.client.participant import Participant, open_participant
-from fedgraft.common.errors import FedgraftError, SiteFailure
+from fedgraft.common.errors import DataError, FedgraftError, SiteFailure
 from fedgraft.common.messages import (
     EvaluateRequest,
     Payload,
@@ -65,8 +65,10 @@ def _answer(
     except SiteFailure as error:
         log.warning("%s refused: %s", kind.__name__, error.code)
         reply = Refusal(session, error.code)
-    except FedgraftError as error:  # our own words: no data in them
-        log.warning("%s refused: %s", kind.__name__, error)
+    except FedgraftError as error:
+        # Our own words, but those about data name labels; the site's doctor says more.
+        what = "" if isinstance(error, DataError) else f": {error}"
+        log.warning("%s refused: %s%s", kind.__name__, type(error).__name__, what)
         reply = Refusal(session, type(error).__name__)
     except Exception as error:
         where = "".join(traceback.format_tb(error.__traceback__))

@@ -139,6 +139,8 @@ class Participant:
     def _open(self, request: PlanRequest | TrainRequest | EvaluateRequest) -> tuple[Job, Workbench]:
         if not SESSION.fullmatch(request.session):  # it names a folder here
             raise SiteFailure("bad-session")
+        if getattr(request, "round", 1) < 1:
+            raise SiteFailure("bad-round")
         job = Job.model_validate_json(request.job)
         return job, open_workbench(job, device=self.device)
 

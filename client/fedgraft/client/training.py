@@ -22,6 +22,9 @@ from fedgraft.common.job import Schedule, Training
 __all__ = ["Span", "TrainingResult", "learning_rate", "train"]
 
 
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
 @dataclass(frozen=True)
 class Span:
     """Which part of the whole federation's training this is: shares from 0 to 1."""
@@ -176,6 +179,9 @@ def _set_modes(model: PeftModel, head_dropout: float, generator: torch.Generator
         if name != getattr(base, "base_model_prefix", ""):
             child.train()
             _seed_dropout(base, name, head_dropout, generator)
+            for module in child.modules():
+                if isinstance(module, BATCH_NORM):  # its statistics are no parameters: they stay
+                    module.eval()
     for module in base.modules():
         if isinstance(module, LoraLayer):
             module.lora_dropout.train()

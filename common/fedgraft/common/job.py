@@ -298,6 +298,11 @@ class Job(_Section):
                 "early_stopping watches federated validation, and data.validation = 0 leaves none",
                 "data.validation = 0.1",
             )
+        if self.rounds.early_stopping and self.method.head == "local":
+            raise IllegalJob(
+                "early_stopping may go back to an earlier adapter, local heads do not go back",
+                'method.head = "shared", or no early_stopping',
+            )
         if self.simulation is not None and self.simulation.sites is not None:
             self.rounds.check_sites(self.simulation.sites)
         return self

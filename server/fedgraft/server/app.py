@@ -15,8 +15,9 @@ from fedgraft.common.adapters import Vector
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import open_workbench
-from fedgraft.server.rounds import RoundRecord, State, make_plan, run_job
+from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
+from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.transport import Transport
 
 __all__ = ["app", "coordinate"]

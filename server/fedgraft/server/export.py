@@ -4,6 +4,7 @@ Either carries a model card that says where the numbers come from and what they 
 """
 
 import copy
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from fedgraft.server.runs import Run
 
 __all__ = ["export_adapter", "export_merged"]
 
+MARK = "fedgraft.json"
 NOT_COPIED = (".safetensors", ".md")
 REWRITTEN = ("config.json", "model.safetensors.index.json")
 
@@ -40,7 +42,7 @@ def export_adapter(
         bench.model.save_pretrained(target, save_embedding_layers=False)
         (target / "README.md").write_text(card, encoding="utf-8")
 
-    _replace_folder(folder, "adapter_config.json", write)
+    _replace_folder(folder, _facts(run, bench), write)
 
 
 def export_merged(
@@ -62,7 +64,7 @@ def export_merged(
                 shutil.copyfile(file, target / file.name)
         (target / "README.md").write_text(card, encoding="utf-8")
 
-    _replace_folder(folder, "config.json", write)
+    _replace_folder(folder, _facts(run, bench), write)
 
 
 def model_card(run: Run, bench: Workbench, *, merged: bool) -> str:
@@ -87,15 +89,31 @@ def model_card(run: Run, bench: Workbench, *, merged: bool) -> str:
     return environment.get_template("model_card.md.j2").render(facts)
 
 
+def _facts(run: Run, bench: Workbench) -> dict[str, Any]:
+    """What an export says of itself to machines."""
+    return {
+        "run": run.name,
+        "created": run.created,
+        "backbone": _public_name(bench.backbone.source),
+        "backbone_fingerprint": bench.backbone.fingerprint,
+    }
+
+
 def _public_name(source: str) -> str:
     """The backbone's name without this machine's folders."""
     kind, _, name = source.partition(":")
     return Path(name).name if kind == "path" else name.partition("@")[0]
 
 
-def _replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, then put it in the place of ``folder``."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / mark).exists():
+def _replace_folder(folder: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary folder, then put it in the place of ``folder``.
+
+    What is there already is replaced only if it carries our mark: an adapter or model of somebody
+    else looks just like ours.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file", hint="name a folder with --out")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise InputError(
             f"{folder} exists and is not an export of fedgraft", hint="name an empty folder"
         )
@@ -104,6 +122,7 @@ def _replace_folder(folder: Path, mark: str, write: Callable[[Path], None]) -> N
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         write(temporary)
+        (temporary / MARK).write_text(json.dumps(facts, indent=1), encoding="utf-8")
         temporary.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)

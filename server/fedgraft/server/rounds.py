@@ -6,8 +6,7 @@ numbers only through a rule, so it is the same for a simulation and for partner 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,11 +27,11 @@ from fedgraft.common.metrics import Tally
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.aggregation import RULES, RunningMean, optimizers
-from fedgraft.server.aggregation.optimizers import Moments
+from fedgraft.server.state import Dropped, RoundRecord, State
 from fedgraft.server.transport import Reply, Transport
 from fedgraft.server.validation import Expected, InvalidReply, check_evaluation, check_update
 
-__all__ = ["Dropped", "Plan", "RoundRecord", "State", "make_plan", "run_job", "run_round"]
+__all__ = ["Plan", "make_plan", "run_job", "run_round"]
 
 ATTEMPTS = 3  # at a round with too few sites, before the run gives up
 
@@ -45,55 +44,6 @@ class Plan:
     session: str
     exchanged: Layout
     request: PlanRequest
-
-
-@dataclass(frozen=True)
-class State:
-    """All that the next round depends on; a checkpoint is exactly this.
-
-    ``adapter`` float32 [exchanged.size]; ``best`` the adapter with the best federated validation
-    (None before the first); ``stale`` evaluations since then.
-    """
-
-    round: int
-    adapter: Vector
-    moments: Moments = field(default_factory=dict)
-    best: Vector | None = None
-    best_score: float | None = None
-    stale: int = 0
-
-    @property
-    def final(self) -> Vector:
-        """The adapter to keep: the best one where early stopping chose it, else the last."""
-        return self.adapter if self.best is None else self.best
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A site whose part of a round did not count, and the reason code."""
-
-    site: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class RoundRecord:
-    """What happened in one round; ``bytes_*`` are sums over its sites, ``seconds`` wall time."""
-
-    round: int
-    sites: int
-    dropped: tuple[Dropped, ...]
-    examples: int
-    train_loss: float
-    update_norm: float
-    validation: dict[str, float] | None
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self)
 
 
 def make_plan(job: Job, bench: Workbench, session: str) -> Plan:
@@ -135,7 +85,7 @@ def run_job(
         if refused:
             warn("refused to take part", refused)
         try:
-            state, record = run_round(plan, transport, state)
+            state, record = run_round(plan, transport, state, attempt)
         except TooFewSites as error:
             attempt += 1
             warn(str(error), ())
@@ -147,15 +97,19 @@ def run_job(
     return state
 
 
-def run_round(plan: Plan, transport: Transport, state: State) -> tuple[State, RoundRecord]:
+def run_round(
+    plan: Plan, transport: Transport, state: State, attempt: int = 0
+) -> tuple[State, RoundRecord]:
     """One round: train at the cohort, add up what is valid, step, evaluate.
+
+    Another ``attempt`` at a round that had too few sites draws another cohort.
 
     Raises:
         TooFewSites: fewer usable updates than ``min_sites``; ``state`` is then still the truth.
     """
     started = time.monotonic()
     job, number = plan.job, state.round + 1
-    cohort = choose_cohort(job, transport.sites, number)
+    cohort = choose_cohort(job, transport.sites, number, attempt)
     gathered = _gather_updates(plan, transport, cohort, number, state.adapter)
     if gathered.mean.count < job.rounds.min_sites:
         raise _too_few(job, number, gathered)
@@ -169,6 +123,7 @@ def run_round(plan: Plan, transport: Transport, state: State) -> tuple[State, Ro
         state = _judge(job, state, tally)
     record = RoundRecord(
         round=number,
+        asked=len(cohort),
         sites=gathered.mean.count,
         dropped=tuple(gathered.dropped),
         examples=gathered.examples,
@@ -182,13 +137,14 @@ def run_round(plan: Plan, transport: Transport, state: State) -> tuple[State, Ro
     return state, record
 
 
-def choose_cohort(job: Job, sites: Sequence[str], number: int) -> tuple[str, ...]:
-    """The sites of round ``number``: those whose hashed (seed, round, site) is smallest, sorted.
+def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0) -> tuple[str, ...]:
+    """The sites of round ``number``: those with the smallest hash of (seed, round, site), sorted.
 
     A site's chance does not depend on who else is present or in which order they came.
     """
     size = job.rounds.cohort_size(len(sites))
-    ranked = sorted(sites, key=lambda site: derive_seed(job.job.seed, "cohort", number, site))
+    draw = ("cohort", number, attempt)
+    ranked = sorted(sites, key=lambda site: derive_seed(job.job.seed, *draw, site))
     return tuple(sorted(ranked[:size]))
 
 
@@ -284,8 +240,14 @@ def _stopped(job: Job, state: State) -> bool:
 
 
 def _invite(plan: Plan, transport: Transport) -> list[Dropped]:
-    """Invite nodes that are new; those that did not join, with the reason."""
-    replies: list[Reply] = list(transport.invite(plan.request, plan.job.rounds.deadline))
+    """Invite nodes that are new; those that did not join, with the reason.
+
+    Who did not join once is asked again only when sites are missing: one node that hangs must not
+    cost every round its deadline.
+    """
+    rounds = plan.job.rounds
+    again = len(transport.sites) < rounds.min_sites
+    replies: list[Reply] = list(transport.invite(plan.request, rounds.deadline, again=again))
     return [Dropped(reply.site, reply.failure) for reply in replies if reply.payload is None]
 
 

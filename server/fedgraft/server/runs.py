@@ -8,39 +8,37 @@
     checkpoints/        round-000007.<sha256>.safetensors, the last two
     adapter/            the final adapter in PEFT format
 
-A checkpoint is one file, renamed into place after fsync, whose name holds the SHA-256 of its
-content: there is no moment at which a half-written one could be taken for a good one. Metrics of
-rounds after the checkpoint are cut off on resume, because those rounds are done again.
+Metrics of rounds after the checkpoint are cut off on resume, because those rounds are done again.
+Nothing here needs torch, so that looking at runs is quick.
 """
 
 import fcntl
-import hashlib
 import json
+import os
 import platform
-import re
 import secrets
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
-
-from fedgraft.common.adapters import Layout
-from fedgraft.common.errors import CheckpointError, InputError, RunError
-from fedgraft.common.files import write_atomically, write_text
+from fedgraft.common.errors import InputError, RunError
+from fedgraft.common.files import write_text
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job, parse_job
-from fedgraft.server.rounds import Dropped, RoundRecord, State
+from fedgraft.server.checkpoints import load_newest, save_checkpoint
+from fedgraft.server.state import Dropped, RoundRecord, State
+
+if TYPE_CHECKING:
+    from fedgraft.common.adapters import Layout
 
 __all__ = ["Run", "list_runs"]
 
-CHECKPOINT = re.compile(r"round-(\d{6})\.([0-9a-f]{64})\.safetensors")
-KEPT_CHECKPOINTS = 2
+CHECKPOINTS = "checkpoints"
 PACKAGES = ("fedgraft", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
 
 
@@ -52,12 +50,11 @@ class Run:
         try:
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             job = tomllib.loads((folder / "job.toml").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            self.session, self.created = str(facts["session"]), str(facts["created"])
+        except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
                 f"{folder} is not the folder of a run", hint="`fedgraft runs` lists them"
             ) from None
-        self.session: str = facts["session"]
-        self.created: str = facts["created"]
         self.job = parse_job(job, where=str(folder / "job.toml"))
         self._lock: IO[str] | None = None
 
@@ -84,7 +81,7 @@ class Run:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             write_text(folder / "job.toml", dump_job(job))
             write_text(folder / "environment.json", json.dumps(_environment(), indent=1))
             # Last: a folder with a run.json is complete.
@@ -133,41 +130,31 @@ class Run:
         sites = [{"site": drop.site, "reason": drop.reason} for drop in dropped]
         self.event("warning", what=what, sites=sites)
 
-    def commit(self, state: State, record: RoundRecord, layout: Layout) -> None:
+    def commit(self, state: State, record: RoundRecord, layout: "Layout") -> None:
         """Make a round durable: its metrics, then the checkpoint that makes them count."""
         _append(self.folder / "metrics.jsonl", record.to_json())
         for drop in record.dropped:
             self.event("dropped", round=record.round, site=drop.site, reason=drop.reason)
-        save_checkpoint(self.folder / "checkpoints", state, layout)
+        save_checkpoint(self.folder / CHECKPOINTS, state, layout.fingerprint)
         self.event("round", round=record.round, sites=record.sites)
 
-    def resume(self, layout: Layout) -> State | None:
+    def resume(self, layout: "Layout") -> State | None:
         """The newest state that can be trusted; None if no round was ever committed.
 
         Raises:
             CheckpointError: there are checkpoints, but none is intact and of this layout.
         """
-        state = self.latest(layout)
+        state, damaged = load_newest(self.folder / CHECKPOINTS, layout.fingerprint)
+        for name in damaged:
+            self.event("warning", what=f"checkpoint {name} is damaged", sites=[])
         self._cut_metrics(state.round if state else 0)
         if state:
             self.event("resumed", round=state.round)
         return state
 
-    def latest(self, layout: Layout) -> State | None:
-        """The state of the newest intact checkpoint, as ``resume`` without touching the run."""
-        folder = self.folder / "checkpoints"
-        found = _checkpoints(folder)
-        for path in reversed(found):
-            state = load_checkpoint(path, layout)
-            if state is not None:
-                return state
-            self.event("warning", what=f"checkpoint {path.name} is damaged", sites=[])
-        if found:
-            raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {folder} is intact",
-                hint="restore one from a backup, or start a new run",
-            )
-        return None
+    def latest(self, layout: "Layout") -> State | None:
+        """The newest state that can be trusted; as ``resume``, but leaves the run as it is."""
+        return load_newest(self.folder / CHECKPOINTS, layout.fingerprint)[0]
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write what the run came to; from then on it is finished."""
@@ -199,59 +186,12 @@ class Run:
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def save_checkpoint(folder: Path, state: State, layout: Layout) -> Path:
-    """Write ``state`` into ``folder`` and remove all but the newest two checkpoints."""
-    tensors = {"adapter": state.adapter, **{f"moment.{k}": v for k, v in state.moments.items()}}
-    if state.best is not None:
-        tensors["best"] = state.best
-    facts = {
-        "round": state.round,
-        "best_score": state.best_score,
-        "stale": state.stale,
-        "layout": layout.fingerprint,
-    }
-    draft = folder / "draft.safetensors"
-    write_atomically(draft, lambda path: save_file(tensors, path, {"state": json.dumps(facts)}))
-    name = f"round-{state.round:06d}.{_sha256(draft)}.safetensors"
-    write_atomically(folder / name, lambda path: draft.replace(path))
-    for old in _checkpoints(folder)[:-KEPT_CHECKPOINTS]:
-        old.unlink()
-    return folder / name
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files in ``folder``, oldest round first."""
-    return sorted(path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name))
-
-
-def load_checkpoint(path: Path, layout: Layout) -> State | None:
-    """The state in ``path``; None if its content is not what its name says, or not this layout."""
-    match = CHECKPOINT.fullmatch(path.name)
-    try:
-        if match is None or _sha256(path) != match[2]:
-            return None
-        with safe_open(path, framework="np") as file:
-            facts = json.loads(file.metadata()["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
-    if facts["layout"] != layout.fingerprint:
-        return None
-    moments = {k.removeprefix("moment."): v for k, v in tensors.items() if k.startswith("moment.")}
-    return State(
-        round=facts["round"],
-        adapter=tensors["adapter"],
-        moments=moments,
-        best=tensors.get("best"),
-        best_score=facts["best_score"],
-        stale=facts["stale"],
-    )
-
-
 def list_runs(parent: Path) -> list[Run]:
     """The runs below ``parent``, oldest first; folders that are none are passed over."""
-    folders = sorted(path.parent for path in parent.glob("*/run.json"))
-    runs = [Run(folder) for folder in folders]
+    runs = []
+    for path in sorted(parent.glob("*/run.json")):
+        with suppress(InputError):
+            runs.append(Run(path.parent))
     return sorted(runs, key=lambda run: run.created)
 
 
@@ -270,9 +210,12 @@ def _environment() -> dict[str, str]:
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    with path.open("a+b") as file:
+        # A line that was torn by a crash must not take this one with it.
+        torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
         file.flush()
+        os.fsync(file.fileno())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -286,8 +229,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -39,7 +39,7 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
 
 def bytes_per_site_round(history: list[dict[str, Any]]) -> tuple[int, int]:
     """Mean bytes (up, down) of one site in one round, evaluation included, as measured."""
-    asked = sum(line["sites"] + len({d["site"] for d in line["dropped"]}) for line in history)
+    asked = sum(line["asked"] for line in history)
     up = sum(line["bytes_up"] for line in history)
     down = sum(line["bytes_down"] for line in history)
     return round(up / max(asked, 1)), round(down / max(asked, 1))

@@ -4,6 +4,7 @@ The round's story cannot tell a simulation from a federation: both are a ``Grid`
 pulled one by one, so memory does not grow with the number of sites.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from fedgraft.common.messages import (
 __all__ = ["Reply", "Transport"]
 
 ANSWERS = {Stage.PLAN: PlanReply, Stage.TRAIN: TrainReply, Stage.EVALUATE: EvaluateReply}
+SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between pulls that brought nothing
 
 # Flower's error codes that mean more to a person than their number.
@@ -58,6 +60,7 @@ class Transport:
         self._clock = clock
         self._pause = pause
         self._nodes: dict[str, int] = {}
+        self._asked: set[int] = set()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -70,18 +73,37 @@ class Transport:
         while len(list(self._grid.get_node_ids())) < count and self._clock() < until:
             self._pause(LONGEST_PAUSE)
 
-    def invite(self, request: PlanRequest, deadline: float) -> Iterator[Reply]:
-        """Ask every node that is not yet known to take part; those that agree are known after."""
-        known = set(self._nodes.values())
-        new = {f"node {node}": node for node in self._grid.get_node_ids() if node not in known}
+    def invite(
+        self, request: PlanRequest, deadline: float, *, again: bool = True
+    ) -> Iterator[Reply]:
+        """Ask nodes to take part; those that agree are known by their site's name after.
+
+        Asks nodes that were never asked and, with ``again``, those that did not agree before. A site
+        whose node has left may come back with another node.
+        """
+        present = set(self._grid.get_node_ids())
+        self._nodes = {site: node for site, node in self._nodes.items() if node in present}
+        settled = set(self._nodes.values()) | (set() if again else self._asked)
+        new = {f"node {node}": node for node in sorted(present - settled)}
+        self._asked.update(new.values())
         for reply in self._ask(new, Stage.PLAN, request, deadline):
-            if not isinstance(reply.payload, PlanReply):
+            answer = reply.payload
+            if not isinstance(answer, PlanReply):
                 yield reply
-            elif reply.payload.site in self._nodes:
-                yield Reply(reply.payload.site, failure="name-taken", bytes_up=reply.bytes_up)
+            elif failure := self._refusal(answer, request.session):
+                known = answer.site if failure == "name-taken" else reply.site
+                yield Reply(known, failure=failure, bytes_up=reply.bytes_up)
             else:
-                self._nodes[reply.payload.site] = new[reply.site]
-                yield Reply(reply.payload.site, reply.payload, bytes_up=reply.bytes_up)
+                self._nodes[answer.site] = new[reply.site]
+                yield Reply(answer.site, answer, bytes_up=reply.bytes_up)
+
+    def _refusal(self, answer: PlanReply, session: str) -> str:
+        """Why a site that agreed is not taken; empty if it is."""
+        if answer.session != session:
+            return "wrong-session"
+        if not SITE_NAME.fullmatch(answer.site):  # it goes into files, tables and terminals
+            return "bad-name"
+        return "name-taken" if answer.site in self._nodes else ""
 
     def ask(
         self, sites: Sequence[str], stage: Stage, request: Payload, deadline: float
@@ -102,18 +124,29 @@ class Transport:
             Message(record, dst_node_id=node, message_type=stage.value, ttl=deadline)
             for node in nodes.values()
         ]
-        waiting = dict(zip(self._grid.push_messages(messages), nodes, strict=True))
+        sent = list(self._grid.push_messages(messages))
         del messages
+        # Flower answers a message it could not send with an empty id, a whole batch with none.
+        sent += [""] * (len(nodes) - len(sent))
+        waiting = {i: site for i, site in zip(sent, nodes, strict=True) if i}
+        for site in set(nodes) - set(waiting.values()):
+            yield Reply(site, failure="not-sent")
+        yield from self._collect(waiting, stage, until)
+
+    def _collect(self, waiting: dict[str, str], stage: Stage, until: float) -> Iterator[Reply]:
+        """The reply of every site in ``waiting`` (by message id) as it comes, or its lateness."""
         pause = FIRST_PAUSE
         while waiting and self._clock() < until:
             came = False
             for identifier in list(waiting):
                 for message in self._grid.pull_messages([identifier]):
-                    came = True
-                    yield self._read(waiting.pop(identifier), stage, message)
-            pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
+                    site = waiting.pop(identifier, None)
+                    if site is not None:  # else the reply came twice
+                        came = True
+                        yield self._read(site, stage, message)
             if waiting and not came:
                 self._pause(pause)
+            pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
         for site in waiting.values():
             yield Reply(site, failure="deadline")
 

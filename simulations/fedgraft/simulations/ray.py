@@ -17,8 +17,8 @@ from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.server.app import coordinate
-from fedgraft.server.rounds import RoundRecord
 from fedgraft.server.runs import Run
+from fedgraft.server.state import RoundRecord
 from fedgraft.server.transport import Transport
 from fedgraft.simulations.grid import NodeConfig
 

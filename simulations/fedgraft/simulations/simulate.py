@@ -17,8 +17,9 @@ from fedgraft.common.workbench import cache_folder, choose_device, open_workbenc
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
 from fedgraft.server.report import write_report
-from fedgraft.server.rounds import Plan, RoundRecord, State, make_plan, run_job
+from fedgraft.server.rounds import Plan, make_plan, run_job
 from fedgraft.server.runs import Run
+from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.summary import run_facts
 from fedgraft.server.transport import Transport
 from fedgraft.simulations.compare import Measured, Trial, head_only_job, start

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Vector
 from fedgraft.common.job import ServerOptimizer
+from fedgraft.server.state import Moments
 
-__all__ = ["Moments", "apply"]
-
-Moments = dict[str, NDArray[np.float64]]
+__all__ = ["apply"]
 
 
 def apply(
