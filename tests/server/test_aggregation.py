@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fedgraft.common.adapters import Layout
 from fedgraft.common.job import Aggregation, ServerOptimizer
 from fedgraft.server.aggregation import RULES, RunningMean
-from fedgraft.server.aggregation.optimizers import Moments, apply
+from fedgraft.server.aggregation.optimizers import apply
+from fedgraft.server.state import Moments
 
 LAYOUT = Layout(
     (

@@ -36,7 +36,7 @@ from fedgraft.common.metrics import Tally
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.aggregation import optimizers
 from fedgraft.server.rounds import Plan, choose_cohort, make_plan, run_job, run_round
-from fedgraft.server.state import Dropped, RoundRecord, State
+from fedgraft.server.state import Dropped, Moments, RoundRecord, State
 from fedgraft.server.transport import Transport
 
 Said = Any  # a payload, a record, a Flower error, or None for no reply at all
@@ -238,7 +238,7 @@ def test_the_servers_optimiser_moves_the_adapter_and_keeps_its_moments() -> None
     site = Site("a")
     outcome = federate(job, [site])
     x: Any = np.zeros(4, np.float32)
-    moments: optimizers.Moments = {}
+    moments: Moments = {}
     for request in site.trained:
         step = site.honest(request).update.astype(np.float64)
         x, moments = optimizers.apply(job.aggregation.server_optimizer, x, step, moments)

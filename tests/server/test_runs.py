@@ -17,8 +17,8 @@ from fedgraft.common.adapters import Layout
 from fedgraft.common.errors import CheckpointError, InputError, RunError
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
-from fedgraft.server.state import Dropped, RoundRecord, State
 from fedgraft.server.runs import Run, list_runs
+from fedgraft.server.state import Dropped, RoundRecord, State
 
 LAYOUT = Layout(("base.q.lora_A.default.weight", "base.q.lora_B.default.weight"), ((2, 3), (4, 2)))
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ def _open(shaping: str, device: str) -> Workbench:
     modality = TASKS[job.job.task].modality
     processor = load_processor(backbone.folder, modality, loaded.model.config)
     if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last real token
-        loaded.model.config.pad_token_id = processor.pad_id
+        config: Any = loaded.model.config
+        config.pad_token_id = processor.pad_id
     model = attach(loaded.model, job).to(device)
     layout = adapter_layout(model)
     return Workbench(

@@ -26,6 +26,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.toml"),
     template: Annotated[str, typer.Option(help="text or vision.")] = "text",
+    as_json: Json = False,
 ) -> None:
     """Write a commented job file to start from."""
     known = sorted(file.stem for file in TEMPLATES.glob("*.toml"))
@@ -40,7 +41,9 @@ def init(
         raise InputError(
             f"{path} cannot be written: {error.strerror}", hint="check the folder"
         ) from None
-    Console().text(f"wrote {path}\nnext: edit it, then fedgraft check {path}")
+    console = Console(as_json=as_json)
+    console.json({"job": str(path), "template": template})
+    console.text(f"wrote {path}\nnext: edit it, then fedgraft check {path}")
 
 
 def check(

@@ -78,8 +78,8 @@ class Transport:
     ) -> Iterator[Reply]:
         """Ask nodes to take part; those that agree are known by their site's name after.
 
-        Asks nodes that were never asked and, with ``again``, those that did not agree before. A site
-        whose node has left may come back with another node.
+        Asks nodes that were never asked and, with ``again``, those that did not agree before. A
+        site whose node has left may come back with another node.
         """
         present = set(self._grid.get_node_ids())
         self._nodes = {site: node for site, node in self._nodes.items() if node in present}

@@ -130,23 +130,25 @@ class _Simulation:
             wanted.append("federated_tuned")
         wanted.sort(key=lambda name: name != "central")  # one long task: start it first
         todo = [name for name in wanted if not (folder / f"{name}.json").exists()]
-        with console.steps("comparison", len(wanted), len(wanted) - len(todo)) as steps:
-            # Started together: the one long task, central, overlaps with the many short ones.
-            headed = self._head_only() if "head_only" in todo else None
-            trials = {name: headed if name == "head_only" else trial for name in todo}
-            started = {
-                name: start("federated" if name == "head_only" else name, chosen, self.workers)
-                for name, chosen in trials.items()
-                if chosen is not None
-            }
+        headed = self._head_only(console) if "head_only" in todo else None
+        trials = {name: headed if name == "head_only" else trial for name in todo}
+        # Started together: the one long task, central, overlaps with the many short ones.
+        started = {
+            name: start("federated" if name == "head_only" else name, chosen, self.workers)
+            for name, chosen in trials.items()
+            if chosen is not None
+        }
+        tasks = sum(len(running.tasks) for running in started.values() if running)
+        with console.steps("comparing", tasks) as steps:
             for name in todo:
                 running = started.get(name)
-                result = running.result() if running else None
-                save_measured(folder / f"{name}.json", result)
-                steps.done(name)
+                for task in running.tasks if running else ():
+                    task.result()
+                    steps.done(name)
+                save_measured(folder / f"{name}.json", running.result() if running else None)
         return {name: load_measured(folder / f"{name}.json") for name in wanted}
 
-    def _head_only(self) -> Trial | None:
+    def _head_only(self, console: Console) -> Trial | None:
         """The same federation with only the head training; None if that is this one."""
         job = head_only_job(self.job)
         if job.method == self.job.method:
@@ -154,9 +156,14 @@ class _Simulation:
         bench = open_workbench(job)
         plan = make_plan(job, bench, self.run.session)
         state = State(0, bench.initial_of(plan.exchanged))
-        state = run_job(
-            plan, self.transport(), state, commit=lambda state, record: None, warn=self.run.warn
-        )
+        with console.steps("head only", job.rounds.count) as steps:
+            state = run_job(
+                plan,
+                self.transport(),
+                state,
+                commit=lambda state, record: steps.done(_round_line(record)),
+                warn=self.run.warn,
+            )
         return self.trial(plan, state.final, state.round)
 
 
@@ -176,7 +183,7 @@ def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:
 def _round_line(record: RoundRecord) -> str:
     parts = [f"loss {record.train_loss:.3f}"]
     if record.validation is not None:
-        parts.append(f"validation {100 * record.validation['accuracy']:.1f} %")
+        parts.append(f"valid. {100 * record.validation['accuracy']:.1f} %")
     if record.dropped:
         parts.append("dropped " + ", ".join(f"{d.site} ({d.reason})" for d in record.dropped))
     return "  ".join(parts)

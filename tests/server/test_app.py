@@ -1,0 +1,34 @@
+"""The coordinator behind Flower's ServerApp: a job and a folder in the run's configuration."""
+
+from pathlib import Path
+
+import numpy as np
+from federations import adapter_of, digits_job, run_digits, write_digits
+from flwr.app import Context, RecordDict
+
+from fedgraft.common.jobfile import dump_job
+from fedgraft.server.app import app
+from fedgraft.server.runs import Run
+from fedgraft.simulations.grid import LocalGrid
+from fedgraft.simulations.simulate import prepare
+from fedgraft.simulations.workers import Workers
+
+
+def test_the_server_app_comes_to_the_adapter_of_the_simulation(tmp_path: Path) -> None:
+    options = (*write_digits(tmp_path / "digits", 60, 30), "rounds.count=2")
+    truth, _ = run_digits(tmp_path / "truth", *options)
+    job = digits_job(*options)
+    nodes = [
+        {"site": str(site.config), "state": str(tmp_path / site.name), "device": "cpu"}
+        for site in prepare(job).sites
+    ]
+    context = Context(
+        run_id=1,
+        node_id=1,
+        node_config={},
+        state=RecordDict(),
+        run_config={"job": dump_job(job), "run": str(tmp_path / "run")},
+    )
+    with Workers(0, device="cpu") as workers:
+        app(LocalGrid(nodes, workers), context)
+    assert np.array_equal(adapter_of(Run(tmp_path / "run")), adapter_of(truth))
