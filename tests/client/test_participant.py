@@ -320,7 +320,10 @@ def test_a_round_that_is_repeated_starts_from_the_same_head(private: Place) -> N
     replies = {number: private.site().train(private.training(number)) for number in (1, 2, 3)}
     again = private.site().train(private.training(3))
     assert wire(again) == wire(replies[3])
-    assert heads(private) == ["000002.safetensors", "000003.safetensors"]
+    assert heads(private) == ["000001.safetensors", "000002.safetensors", "000003.safetensors"]
+    # a coordinator whose last checkpoint is damaged goes back one more
+    again = private.site().train(private.training(2))
+    assert wire(again) == wire(replies[2])
 
 
 def test_a_site_that_was_not_asked_for_rounds_goes_on_from_its_last(private: Place) -> None:
@@ -330,10 +333,17 @@ def test_a_site_that_was_not_asked_for_rounds_goes_on_from_its_last(private: Pla
     assert reply.update.tobytes() == _continued(private, 4, head)
 
 
-def test_only_the_last_two_heads_are_kept(private: Place) -> None:
+def test_only_the_last_three_heads_are_kept(private: Place) -> None:
     for number in (1, 2, 3, 4):
         private.site().train(private.training(number))
-    assert heads(private) == ["000003.safetensors", "000004.safetensors"]
+    assert heads(private) == ["000002.safetensors", "000003.safetensors", "000004.safetensors"]
+
+
+def test_a_head_that_is_no_longer_kept_is_not_replaced_by_a_fresh_one(private: Place) -> None:
+    for number in (1, 2, 3, 4):
+        private.site().train(private.training(number))
+    with pytest.raises(SiteFailure, match="head-lost"):
+        private.site().train(private.training(2))
 
 
 def test_evaluation_uses_the_head_of_its_round(private: Place) -> None:

@@ -64,4 +64,4 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, message: str, hint: str) 
 def test_a_missing_file_says_where_it_comes_from(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="no file") as caught:
         load_site(tmp_path / "site.toml")
-    assert "site join" in caught.value.hint
+    assert "[data]" in caught.value.hint

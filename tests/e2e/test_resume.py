@@ -46,10 +46,11 @@ def dying_at(count: int, *, after: bool) -> Iterator[None]:
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
             left -= 1
-            if left == 0 and not after:
+            due = left == 0  # decided here, for operations may be made of operations
+            if due and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = operation(*args, **kwargs)
-            if left == 0:
+            if due:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
@@ -103,6 +104,37 @@ def test_killed_at_every_file_operation_it_resumes_to_the_same_bytes(
     else:
         pytest.fail("it never finished")
     assert deaths > 10
+
+
+def test_with_a_damaged_checkpoint_it_goes_back_one_and_comes_to_the_same_bytes(
+    tmp_path: Path, job: Job
+) -> None:
+    longer = job.model_copy(update={"rounds": job.rounds.model_copy(update={"count": 4})})
+    truth = federate(Run.create(tmp_path, longer).folder)
+    folder = Run.create(tmp_path, longer).folder
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=die_in_round, args=(folder, 4))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    newest = max((folder / "checkpoints").glob("round-*"))
+    assert newest.name.startswith("round-000003")
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert np.array_equal(federate(folder), truth)
+    assert [event["event"] for event in Run(folder).events()].count("warning") == 1
+
+
+def die_in_round(folder: Path, number: int) -> None:
+    """Die when the round is over and nothing of it is written: the sites have trained."""
+
+    def deadly(path: Path, line: dict[str, Any]) -> None:
+        if line.get("round") == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(path, line)
+
+    append = runs_module._append
+    runs_module._append = deadly
+    federate(folder)
 
 
 def test_killed_from_outside_and_resumed_by_the_command(tmp_path: Path) -> None:

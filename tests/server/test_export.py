@@ -310,3 +310,33 @@ def test_a_local_head_is_not_given_away(tmp_path: Path) -> None:
     assert np.array_equal(bias, bench.initial[bench.layout.slices[where]])
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "the head in this folder is untrained" in card
+
+
+@pytest.mark.parametrize("change", ["frozen-head", "random-weights"])
+def test_what_was_drawn_from_a_seed_is_given_along(tmp_path: Path, change: str) -> None:
+    """The backbone's folder does not have it: without it the adapter is of no use."""
+    job = make_job("resnet", tmp_path / "backbone")
+    if change == "frozen-head":
+        method = job.method.model_copy(update={"head": "frozen"})
+        job = job.model_copy(update={"method": method})
+    else:
+        backbone = job.backbone.model_copy(update={"weights": "random"})
+        job = job.model_copy(update={"backbone": backbone})
+    bench = open_workbench(job)
+    run = Run.create(tmp_path / "runs", job)
+    plan = make_plan(job, bench, run.session)
+    adapter = bench.initial_of(plan.exchanged) + np.float32(0.1)
+    export_adapter(run, bench, plan.exchanged, adapter, tmp_path / "out")
+    bench.put((plan.exchanged, adapter))
+    wanted = logits(bench.model, "resnet")
+    base = auto("resnet").from_pretrained(tmp_path / "out" / "backbone")
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    torch.testing.assert_close(logits(model, "resnet"), wanted, rtol=0, atol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "THIS_FOLDER/backbone" in card
+
+
+def test_an_adapter_that_needs_no_more_than_its_backbone_has_none_along(
+    vit: Exported, tmp_path: Path
+) -> None:
+    assert not (vit.peft(tmp_path / "out") / "backbone").exists()

@@ -300,7 +300,12 @@ def test_a_refusal_is_a_failure_with_its_code() -> None:
 
 
 def test_a_refusals_code_cannot_fill_the_log() -> None:
-    assert only_reply(says(Refusal("session", "x" * 10_000))).failure == "x" * 64
+    assert only_reply(says(Refusal("session", "x" * 10_000))).failure == "bad-code"
+
+
+@pytest.mark.parametrize("code", ["", "\x1b[2J all fine", "two\nlines", "a b"])
+def test_a_refusals_code_cannot_write_to_a_terminal(code: str) -> None:
+    assert only_reply(says(Refusal("session", code))).failure == "bad-code"
 
 
 def test_a_failure_of_one_site_does_not_touch_another() -> None:

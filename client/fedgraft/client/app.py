@@ -66,7 +66,7 @@ def _answer(
         log.warning("%s refused: %s", kind.__name__, error.code)
         reply = Refusal(session, error.code)
     except FedgraftError as error:
-        # Our own words, but those about data name labels; the site's doctor says more.
+        # Our own words, but those about data name labels.
         what = "" if isinstance(error, DataError) else f": {error}"
         log.warning("%s refused: %s%s", kind.__name__, type(error).__name__, what)
         reply = Refusal(session, type(error).__name__)

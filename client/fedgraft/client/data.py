@@ -28,7 +28,13 @@ from fedgraft.client.labels import LabelIndex, nearest_label
 from fedgraft.client.tables import Table, read_tables
 from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.job import Job
-from fedgraft.common.processors import ImageProcessor, Processor, TextProcessor, open_image
+from fedgraft.common.processors import (
+    ImageProcessor,
+    Processor,
+    TextProcessor,
+    open_image,
+    to_channels,
+)
 
 __all__ = [
     "Examples",
@@ -154,7 +160,7 @@ def _problems(places: Sequence[tuple[Table, int]]) -> list[DataError | None]:
         try:
             if table.contents[row] is None:
                 raise DataError("no image", hint="fill it in or remove the row")
-            open_image(table.contents[row])
+            to_channels(open_image(table.contents[row]), 3)  # also what decodes may be unusable
             found.append(None)
         except DataError as error:
             told = f"{table.place(row)}: {error}" if table.numbers else str(error)

@@ -20,7 +20,7 @@ from fedgraft.client.training import Span, train
 from fedgraft.common.adapters import Layout, Vector, read
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.files import write_atomically
-from fedgraft.common.job import Job
+from fedgraft.common.job import HeadMethod, Job
 from fedgraft.common.messages import (
     EvaluateReply,
     EvaluateRequest,
@@ -30,13 +30,20 @@ from fedgraft.common.messages import (
     TrainRequest,
 )
 from fedgraft.common.seeds import numpy_generator, torch_generator
-from fedgraft.common.workbench import Workbench, cache_folder, choose_device, open_workbench
+from fedgraft.common.workbench import (
+    Workbench,
+    cache_folder,
+    choose_device,
+    open_processor,
+    open_workbench,
+)
 
 __all__ = ["Participant", "Splits", "load_splits", "open_participant"]
 
 SESSION = re.compile(r"[0-9a-f]{32}")
 NOTHING = np.empty(0, np.int64)
-KEPT_STATES = 2  # the coordinator may repeat the last round after a crash, never an older one
+# The coordinator keeps two checkpoints: it may go back two rounds, to train from the head before.
+KEPT_STATES = 3
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ class Participant:
 
     def splits(self, job: Job) -> Splits:
         """This site's examples for the job."""
-        return load_splits(self.config, job, device=self.device)
+        return load_splits(self.config, job)
 
     def put(
         self, bench: Workbench, exchanged: Layout, request: TrainRequest | EvaluateRequest
@@ -145,15 +152,22 @@ class Participant:
         return job, open_workbench(job, device=self.device)
 
     def _local_head(self, session: str, last: int) -> Vector | None:
-        """The head kept in the newest round up to ``last``; None before the first."""
-        rounds = [path for path in self._kept(session) if int(path.stem) <= last]
+        """The head kept in the newest round up to ``last``; None before the first.
+
+        Raises:
+            SiteFailure: ``head-lost`` when only newer ones are left.
+        """
+        kept = self._kept(session)
+        rounds = [path for path in kept if int(path.stem) <= last]
+        if len(kept) == KEPT_STATES and not rounds:
+            raise SiteFailure("head-lost")
         return load_file(rounds[-1])["head"] if rounds else None
 
     def _keep_local(self, bench: Workbench, request: TrainRequest) -> None:
         if not bench.local.names:
             return
         path = self.state / request.session / f"{request.round:06d}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         head = read(bench.model, bench.local)
         write_atomically(path, lambda temporary: save_file({"head": head}, temporary))
         for old in self._kept(request.session)[:-KEPT_STATES]:
@@ -179,29 +193,28 @@ def _load_site(path: str) -> SiteConfig:
     return load_site(Path(path))
 
 
-def load_splits(config: SiteConfig, job: Job, *, device: str) -> Splits:
+def load_splits(config: SiteConfig, job: Job) -> Splits:
     """The site's encoded examples; read once per process, encoded once per machine.
 
     Raises:
         DataError: the site's files do not match the job's schema.
     """
-    # Only these sections shape the examples: rounds or training settings must not read them again.
-    reading = job.model_dump_json(include={"job", "backbone", "method", "data"})
-    return _load_splits(config.model_dump_json(), reading, device)
+    # Only these shape the examples: another method or number of rounds must not read them again.
+    shaping = job.model_copy(update={"method": HeadMethod(kind="head")})
+    reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
+    return _load_splits(config.model_dump_json(), reading)
 
 
 @lru_cache(maxsize=1024)
-def _load_splits(site: str, reading: str, device: str) -> Splits:
+def _load_splits(site: str, reading: str) -> Splits:
     config = SiteConfig.model_validate_json(site)
     job = Job.model_validate_json(reading)
-    bench = open_workbench(job, device=device)
+    backbone, processor = open_processor(job)
     cache = cache_folder() / "encoded"
 
     def encoded(path: str) -> Examples:
         rows = read_split(path, job, columns=config.data.columns, labels=config.data.labels)
-        return encode(
-            rows.dataset, bench.processor, job, cache=cache, key=bench.backbone.fingerprint
-        )
+        return encode(rows.dataset, processor, job, cache=cache, key=backbone.fingerprint)
 
     train = encoded(config.data.train)
     if config.data.validation:

@@ -1,7 +1,7 @@
 """The site's own configuration, ``site.toml``: where its data lies and what it calls things.
 
 Written by the site and read at the site. Nothing in it is ever fetched from a coordinator or sent
-to one, so a job cannot point a site at another file.
+to one, so a job cannot point a site at other data.
 """
 
 import difflib
@@ -55,7 +55,10 @@ def load_site(path: Path) -> SiteConfig:
         JobError: the file is missing, is not UTF-8 TOML, or does not describe a site.
     """
     if not path.exists():
-        raise JobError(f"no file {path}", hint="`fedgraft site join` writes a site.toml")
+        raise JobError(
+            f"no file {path}",
+            hint="it holds the site's name and [data] with the path of its training data",
+        )
     try:
         raw = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:

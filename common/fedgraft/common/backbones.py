@@ -18,7 +18,16 @@ from fedgraft.common.errors import BackboneError
 from fedgraft.common.job import Job
 from fedgraft.common.seeds import derive_seed
 
-__all__ = ["TASKS", "Backbone", "LoadedBackbone", "Task", "find_backbone", "head_names", "load"]
+__all__ = [
+    "TASKS",
+    "Backbone",
+    "LoadedBackbone",
+    "Task",
+    "find_backbone",
+    "head_names",
+    "load",
+    "read_config",
+]
 
 BUILTIN = Path(__file__).parent / "builtin"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -60,10 +69,14 @@ class Backbone:
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """The frozen model in eval mode; ``fresh_head`` says its head carries no pre-training."""
+    """The frozen model in eval mode; ``fresh_head`` says its head carries no pre-training.
+
+    ``drawn`` names the parameters that the folder does not have: they were drawn from a seed.
+    """
 
     model: nn.Module
     fresh_head: bool
+    drawn: tuple[str, ...]
     parameters: int
 
 
@@ -97,10 +110,33 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
         if fresh:
             for name in head_names(model):
                 _reset(model.get_submodule(name), model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model.requires_grad_(False)
+    heads = tuple(f"{name}." for name in head_names(model)) if fresh else ()
+    every = [name for name, _ in model.named_parameters()]
+    if backbone.weights == "random":
+        missing = set(every)
+    drawn = tuple(name for name in every if name in missing or (heads and name.startswith(heads)))
     count = sum(parameter.numel() for parameter in model.parameters())
-    return LoadedBackbone(model.eval(), fresh, count)
+    return LoadedBackbone(model.eval(), fresh, drawn, count)
+
+
+def read_config(backbone: Backbone) -> Any:
+    """The backbone's configuration as transformers understands it.
+
+    Raises:
+        BackboneError: transformers does not know this architecture.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            backbone.folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # hostile configs raise almost anything
+        raise BackboneError(
+            f"{backbone.source}: {_first_line(error)}",
+            hint="it must be a model that this version of transformers ships",
+        ) from None
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import sys
 import traceback
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 
 import click
 import typer.core
@@ -31,8 +32,8 @@ class LazyGroup(click.Group):
     """Import a verb's module on use, so that ``--help`` never pays for torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Verbs, in the table's order."""
-        return list(VERBS)
+        """Verbs of the rooms that are installed, in the table's order."""
+        return [verb for verb, (place, _) in VERBS.items() if _room_is_there(place)]
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Load one verb, or explain that this install does not have it."""
@@ -52,16 +53,20 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List verbs without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+            formatter.write_dl([(verb, VERBS[verb][1]) for verb in self.list_commands(ctx)])
+
+
+def _room_is_there(place: str) -> bool:
+    """Whether the package of ``package.module:function`` is part of this install."""
+    room = place.partition(":")[0].rpartition(".")[0]
+    return not room or find_spec(room) is not None
 
 
 @click.group(cls=LazyGroup)
 @click.option("-v", "--verbose", is_flag=True, help="Show a traceback when something fails.")
 @click.version_option(package_name="fedgraft", prog_name="fedgraft")
-@click.pass_context
-def command(context: click.Context, verbose: bool) -> None:
+def command(verbose: bool) -> None:
     """Federated transfer learning: adapters travel, data stays."""
-    context.obj = verbose
 
 
 def main() -> None:
@@ -84,6 +89,9 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, FedgraftError):
         print_error(error)
         return error.exit_code
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return 2
     if isinstance(error, click.UsageError):
         verb = error.ctx.command_path if error.ctx else "fedgraft"
         print_error(InputError(error.format_message(), hint=f"{verb} --help"))

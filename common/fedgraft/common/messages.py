@@ -9,9 +9,15 @@ that a site trains in.
 
 import dataclasses
 import hashlib
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar, get_type_hints
+
+# Flower reports usage, looks for updates and installs packages unless it is told not to.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict

@@ -24,13 +24,27 @@ from fedgraft.common.adapters import (
     read,
     write,
 )
-from fedgraft.common.backbones import TASKS, Backbone, find_backbone, load
+from fedgraft.common.backbones import (
+    TASKS,
+    Backbone,
+    LoadedBackbone,
+    find_backbone,
+    head_names,
+    load,
+    read_config,
+)
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.messages import array_hash
 from fedgraft.common.processors import Processor, TextProcessor, load_processor
 
-__all__ = ["Workbench", "cache_folder", "choose_device", "open_workbench"]
+__all__ = [
+    "Workbench",
+    "cache_folder",
+    "choose_device",
+    "open_processor",
+    "open_workbench",
+]
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class Workbench:
 
     ``layout`` names every adapter tensor, ``initial`` (float32 [layout.size]) is what they start
     from; ``fresh_head`` says that the head has no pre-training, so zero-shot means nothing.
+    ``drawn`` is the SHA-256 over frozen parameters that came from a seed instead of the backbone's
+    folder, empty if there are none: such a model cannot be rebuilt from folder and adapter alone.
     """
 
     head: str
@@ -48,6 +64,7 @@ class Workbench:
     layout: Layout
     initial: Vector
     fresh_head: bool
+    drawn: str
     backbone_parameters: int
 
     @property
@@ -67,12 +84,15 @@ class Workbench:
             write(self.model, layout, vector)
 
     def fixed_hash(self, trained: Iterable[str]) -> str:
-        """SHA-256 over the initial values of every tensor that is not in ``trained``.
+        """SHA-256 over what was drawn from a seed and neither trains nor travels.
 
-        They never travel, so coordinator and sites compare this to know that theirs are equal.
+        That is adapter tensors not in ``trained``, and drawn parameters of the backbone.
+        Coordinator and sites compare it: another version of a library might have drawn others.
         """
         rest = self.layout.only(set(self.layout.names) - set(trained))
-        return array_hash(*(self.initial[self.layout.slices[name]] for name in rest.names))
+        parts = [self.initial[self.layout.slices[name]] for name in rest.names]
+        drawn = [np.frombuffer(self.drawn.encode(), np.uint8)] if self.drawn else []
+        return array_hash(*parts, *drawn)
 
 
 def open_workbench(job: Job, *, device: str = "cpu") -> Workbench:
@@ -87,13 +107,12 @@ def open_workbench(job: Job, *, device: str = "cpu") -> Workbench:
     return _open(shaping, device)
 
 
-@lru_cache(maxsize=2)  # a federation and its head-only baseline
+@lru_cache(maxsize=4)  # a federation and its head-only baseline, at the coordinator and on a GPU
 def _open(shaping: str, device: str) -> Workbench:
     job = Job.model_validate_json(shaping)
-    backbone = find_backbone(job.backbone.source, weights=job.backbone.weights)
+    backbone, processor = open_processor(job)
     loaded = load(backbone, job)
-    modality = TASKS[job.job.task].modality
-    processor = load_processor(backbone.folder, modality, loaded.model.config)
+    drawn = _drawn_hash(loaded, head_trains=job.method.head != "frozen")
     if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last real token
         config: Any = loaded.model.config
         config.pad_token_id = processor.pad_id
@@ -107,8 +126,32 @@ def _open(shaping: str, device: str) -> Workbench:
         layout=layout,
         initial=read(model, layout),
         fresh_head=loaded.fresh_head,
+        drawn=drawn,
         backbone_parameters=loaded.parameters,
     )
+
+
+def open_processor(job: Job) -> tuple[Backbone, Processor]:
+    """The job's backbone, checked but not loaded, and what prepares inputs for it.
+
+    Raises:
+        BackboneError: the backbone cannot be found, or has no tokenizer or image settings.
+    """
+    return _open_processor(job.backbone.source, job.backbone.weights, TASKS[job.job.task].modality)
+
+
+@lru_cache(maxsize=2)
+def _open_processor(source: str, weights: str, modality: str) -> tuple[Backbone, Processor]:
+    backbone = find_backbone(source, weights=weights)
+    return backbone, load_processor(backbone.folder, modality, read_config(backbone))
+
+
+def _drawn_hash(loaded: LoadedBackbone, *, head_trains: bool) -> str:
+    """SHA-256 over the drawn parameters that stay frozen; empty if there are none."""
+    heads = tuple(f"{name}." for name in head_names(loaded.model)) if head_trains else ()
+    frozen = [name for name in loaded.drawn if not (heads and name.startswith(heads))]
+    parameters = dict(loaded.model.named_parameters())
+    return array_hash(*(parameters[name].numpy() for name in frozen)) if frozen else ""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -131,5 +174,10 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def cache_folder() -> Path:
-    """Where things that can be made again are kept: ``FEDGRAFT_CACHE``, else ~/.cache/fedgraft."""
-    return Path(os.environ.get("FEDGRAFT_CACHE") or Path.home() / ".cache" / "fedgraft")
+    """Where what can be made again is kept: ``FEDGRAFT_CACHE``, else ~/.cache/fedgraft.
+
+    For this user alone: it holds sites' examples, encoded.
+    """
+    folder = Path(os.environ.get("FEDGRAFT_CACHE") or Path.home() / ".cache" / "fedgraft")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder

@@ -85,13 +85,11 @@ def _simulated_sites(job: Any) -> dict[str, Any]:
     """The sites a simulation of the job would have; reads and validates all of its data."""
     from importlib import import_module  # simulations stand above the server, and may be absent
 
-    from fedgraft.common.workbench import cache_folder
-
     try:
-        partition = import_module("fedgraft.simulations.partition")
+        simulation = import_module("fedgraft.simulations.simulate")
     except ModuleNotFoundError:
         return {}
-    prepared = partition.prepare_sites(job, cache_folder() / "sites")
+    prepared = simulation.prepare(job)
     sites = [
         {"name": site.name, "examples": site.examples, "test_examples": site.test_examples}
         for site in prepared.sites

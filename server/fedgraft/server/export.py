@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.backbones import load
 from fedgraft.common.errors import InputError
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.runs import Run
@@ -21,6 +22,7 @@ from fedgraft.server.runs import Run
 __all__ = ["export_adapter", "export_merged"]
 
 MARK = "fedgraft.json"
+BASE = "backbone"
 NOT_COPIED = (".safetensors", ".md")
 REWRITTEN = ("config.json", "model.safetensors.index.json")
 
@@ -40,6 +42,9 @@ def export_adapter(
 
     def write(target: Path) -> None:
         bench.model.save_pretrained(target, save_embedding_layers=False)
+        if bench.drawn:  # the backbone's folder is not all of the model: give the rest along
+            base: Any = load(bench.backbone, run.job).model
+            base.save_pretrained(target / BASE)
         (target / "README.md").write_text(card, encoding="utf-8")
 
     _replace_folder(folder, _facts(run, bench), write)
@@ -81,6 +86,7 @@ def model_card(run: Run, bench: Workbench, *, merged: bool) -> str:
         "job": run.job,
         "bench": bench,
         "base": _public_name(bench.backbone.source),
+        "base_code": _base_code(bench.backbone.source),
         "merged": merged,
         "rounds": len(run.history()),
         "final": (run.summary() or {}).get("final", {}),
@@ -96,6 +102,8 @@ def _facts(run: Run, bench: Workbench) -> dict[str, Any]:
         "created": run.created,
         "backbone": _public_name(bench.backbone.source),
         "backbone_fingerprint": bench.backbone.fingerprint,
+        "task": run.job.job.task,
+        "labels": list(run.job.job.labels),
     }
 
 
@@ -103,6 +111,15 @@ def _public_name(source: str) -> str:
     """The backbone's name without this machine's folders."""
     kind, _, name = source.partition(":")
     return Path(name).name if kind == "path" else name.partition("@")[0]
+
+
+def _base_code(source: str) -> str:
+    """The first argument of ``from_pretrained`` for this backbone, as Python."""
+    kind, _, name = source.partition(":")
+    if kind != "hf":
+        return repr(f"FOLDER_OF/{_public_name(source)}")
+    repository, _, revision = name.partition("@")
+    return repr(repository) + (f", revision={revision!r}" if revision else "")
 
 
 def _replace_folder(folder: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:

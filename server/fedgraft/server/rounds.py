@@ -28,7 +28,7 @@ from fedgraft.common.seeds import derive_seed
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.aggregation import RULES, RunningMean, optimizers
 from fedgraft.server.state import Dropped, RoundRecord, State
-from fedgraft.server.transport import Reply, Transport
+from fedgraft.server.transport import SILENT, Reply, Transport
 from fedgraft.server.validation import Expected, InvalidReply, check_evaluation, check_update
 
 __all__ = ["Plan", "make_plan", "run_job", "run_round"]
@@ -118,20 +118,20 @@ def run_round(
         job.aggregation.server_optimizer, state.adapter, step, state.moments
     )
     state = replace(state, round=number, adapter=adapter, moments=moments)
-    tally = _evaluate(plan, transport, cohort, state, gathered)
-    if tally is not None:
-        state = _judge(job, state, tally)
+    checked = _evaluate(plan, transport, _judges(job, transport, cohort, gathered), state)
+    state = _judge(job, state, checked.tally)
+    tally = checked.tally
     record = RoundRecord(
         round=number,
         asked=len(cohort),
         sites=gathered.mean.count,
-        dropped=tuple(gathered.dropped),
+        dropped=(*gathered.dropped, *checked.dropped),
         examples=gathered.examples,
         train_loss=gathered.loss / gathered.examples,
         update_norm=float(np.linalg.norm(step)),
-        validation=None if tally is None else {**tally.summary(), "examples": tally.examples},
-        bytes_up=gathered.bytes_up,
-        bytes_down=gathered.bytes_down,
+        validation={**tally.summary(), "examples": tally.examples} if tally.examples else None,
+        bytes_up=gathered.bytes_up + checked.bytes_up,
+        bytes_down=gathered.bytes_down + checked.bytes_down,
         seconds=time.monotonic() - started,
     )
     return state, record
@@ -150,7 +150,7 @@ def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0)
 
 @dataclass
 class _Gathered:
-    """What a round has collected so far; grows by numbers, never by updates."""
+    """What training has collected so far; grows by numbers, never by updates."""
 
     mean: RunningMean
     dropped: list[Dropped] = field(default_factory=list)
@@ -190,42 +190,57 @@ def _gather_updates(
     return gathered
 
 
-def _evaluate(
-    plan: Plan, transport: Transport, cohort: Sequence[str], state: State, gathered: _Gathered
-) -> Tally | None:
-    """Federated validation of the new adapter at the round's cohort; None when not due."""
-    job = plan.job
+@dataclass
+class _Checked:
+    """What federated validation has collected so far; an empty tally when it was not due."""
+
+    tally: Tally
+    dropped: list[Dropped] = field(default_factory=list)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> _Checked:
+    """Federated validation of the new adapter at ``sites``, if it is due after this round."""
+    job, names = plan.job, plan.exchanged.names
+    checked = _Checked(Tally.empty(len(job.job.labels)))
     last = state.round == job.rounds.count
     if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
-        return None
-    request = EvaluateRequest(
-        plan.session,
-        state.round,
-        plan.request.job,
-        plan.exchanged.names,
-        "validation",
-        state.adapter,
-    )
-    expected = Expected(plan.session, state.round, plan.exchanged)
-    classes = len(job.job.labels)
-    gathered.bytes_down += wire_bytes(encode(request)) * len(cohort)
-    total = Tally.empty(classes)
-    for reply in transport.ask(cohort, Stage.EVALUATE, request, job.rounds.deadline):
-        gathered.bytes_up += reply.bytes_up
+        return checked
+    session, text = plan.session, plan.request.job
+    request = EvaluateRequest(session, state.round, text, names, "validation", state.adapter)
+    expected = Expected(session, state.round, plan.exchanged)
+    checked.bytes_down = wire_bytes(encode(request)) * len(sites)
+    for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
+        checked.bytes_up += reply.bytes_up
         if isinstance(reply.payload, EvaluateReply):
             try:
-                total += check_evaluation(reply.payload, expected, job.aggregation, classes)
+                checked.tally += check_evaluation(
+                    reply.payload, expected, job.aggregation, len(job.job.labels)
+                )
             except (InvalidReply, MessageError) as error:
-                gathered.drop(reply.site, f"evaluation: {error}")
+                checked.dropped.append(Dropped(reply.site, f"evaluation: {error}"))
         elif reply.failure != "no-examples":  # a small site may hold none out
-            gathered.drop(reply.site, f"evaluation: {reply.failure}")
-    return total if total.examples else None
+            checked.dropped.append(Dropped(reply.site, f"evaluation: {reply.failure}"))
+    return checked
+
+
+def _judges(
+    job: Job, transport: Transport, cohort: Sequence[str], gathered: _Gathered
+) -> tuple[str, ...]:
+    """Who evaluates: the cohort, or everyone where rounds must be comparable to stop early.
+
+    A site that did not answer is not waited for a second time.
+    """
+    silent = {drop.site for drop in gathered.dropped if drop.reason in SILENT}
+    sites = transport.sites if job.rounds.early_stopping else cohort
+    return tuple(site for site in sites if site not in silent)
 
 
 def _judge(job: Job, state: State, tally: Tally) -> State:
     """Early stopping: remember the best adapter by federated validation."""
     stopping = job.rounds.early_stopping
-    if stopping is None:
+    if stopping is None or not tally.examples:
         return state
     value = tally.summary()[stopping.metric]
     score = -value if stopping.metric == "loss" else value

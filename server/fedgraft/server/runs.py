@@ -18,12 +18,12 @@ import os
 import platform
 import secrets
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from fedgraft.common.errors import InputError, RunError
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Run", "list_runs"]
 
 CHECKPOINTS = "checkpoints"
+NONE: Mapping[str, str] = MappingProxyType({})
 PACKAGES = ("fedgraft", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
 
 
@@ -51,6 +52,7 @@ class Run:
             facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
             job = tomllib.loads((folder / "job.toml").read_text(encoding="utf-8"))
             self.session, self.created = str(facts["session"]), str(facts["created"])
+            self.inputs: dict[str, str] = dict(facts["inputs"])
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
                 f"{folder} is not the folder of a run", hint="`fedgraft runs` lists them"
@@ -59,26 +61,29 @@ class Run:
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, parent: Path, job: Job) -> Self:
+    def create(cls, parent: Path, job: Job, inputs: Mapping[str, str] = NONE) -> Self:
         """A new run of ``job`` in a new folder below ``parent``.
+
+        ``inputs`` identify what the job reads (hashes by name): a resumed run must find the same.
 
         Raises:
             InputError: nothing can be written there.
         """
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        return cls._write(parent / f"{job.job.name}-{stamp}-{secrets.token_hex(2)}", job)
+        return cls._write(parent / f"{job.job.name}-{stamp}-{secrets.token_hex(2)}", job, inputs)
 
     @classmethod
     def open_or_create(cls, folder: Path, job: Job) -> Self:
         """The run in ``folder``, or a new one there if the folder has none."""
-        return cls(folder) if (folder / "run.json").exists() else cls._write(folder, job)
+        return cls(folder) if (folder / "run.json").exists() else cls._write(folder, job, NONE)
 
     @classmethod
-    def _write(cls, folder: Path, job: Job) -> Self:
+    def _write(cls, folder: Path, job: Job, inputs: Mapping[str, str]) -> Self:
         facts = {
             "run": folder.name,
             "session": secrets.token_hex(16),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "inputs": dict(inputs),
         }
         try:
             (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
@@ -114,6 +119,19 @@ class Run:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def expect(self, inputs: Mapping[str, str]) -> None:
+        """Refuse to go on with other data, another backbone or another engine.
+
+        Raises:
+            RunError: an input is not what it was when the run began.
+        """
+        changed = [name for name, value in inputs.items() if self.inputs.get(name) != value]
+        if changed:
+            raise RunError(
+                f"since {self.folder} began, its {' and '.join(changed)} changed",
+                hint="bring back what it began with, or start a new run",
+            )
 
     @property
     def name(self) -> str:

@@ -1,7 +1,9 @@
 """What can be said of a run from its folder alone: parameters, bytes, settings."""
 
+from pathlib import Path
 from typing import Any
 
+from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.rounds import Plan
@@ -24,9 +26,9 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
             "labels": list(job.job.labels),
             "method": job.method.kind,
             "rule": job.aggregation.rule,
-            "backbone": job.backbone.source,
+            "backbone": _named(job.backbone.source),
         },
-        "job_toml": dump_job(job),
+        "job_toml": dump_job(_without_folders(job)),
         "environment": run.environment(),
         "rounds": len(history),
         "trained_parameters": plan.exchanged.size + bench.local.size,
@@ -35,6 +37,26 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
         "bytes_down_per_site_round": down,
         "protection": "none",
     }
+
+
+def _without_folders(job: Job) -> Job:
+    """The job for readers elsewhere: files by name, for a report is made to be passed on."""
+    changes: dict[str, Any] = {
+        "backbone": job.backbone.model_copy(update={"source": _named(job.backbone.source)})
+    }
+    if job.simulation is not None:
+        test = job.simulation.test
+        paths = {"train": _named(job.simulation.train), "test": test and _named(test)}
+        changes["simulation"] = job.simulation.model_copy(update=paths)
+    return job.model_copy(update=changes)
+
+
+def _named(source: str) -> str:
+    """``path:FOLDER/NAME`` or a path as its last part; ``hf:`` and ``builtin:`` as they are."""
+    if source.startswith(("hf:", "builtin:")):
+        return source
+    kind = "path:" if source.startswith("path:") else ""
+    return kind + Path(source).name
 
 
 def bytes_per_site_round(history: list[dict[str, Any]]) -> tuple[int, int]:

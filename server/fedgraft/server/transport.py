@@ -26,12 +26,15 @@ from fedgraft.common.messages import (
     wire_bytes,
 )
 
-__all__ = ["Reply", "Transport"]
+__all__ = ["SILENT", "Reply", "Transport"]
 
 ANSWERS = {Stage.PLAN: PlanReply, Stage.TRAIN: TrainReply, Stage.EVALUATE: EvaluateReply}
+CODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between pulls that brought nothing
 
+# Failures of sites that may not be there at all.
+SILENT = frozenset({"deadline", "expired", "site-unreachable", "not-sent"})
 # Flower's error codes that mean more to a person than their number.
 FLOWER_ERRORS = {2: "app-failed", 3: "expired", 5: "site-unreachable", 8: "app-died"}
 
@@ -159,6 +162,7 @@ class Transport:
             payload = decode(message.content, ANSWERS[stage], Refusal)
         except MessageError:
             return Reply(site, failure="malformed", bytes_up=size)
-        if isinstance(payload, Refusal):
-            return Reply(site, failure=payload.code[:64], bytes_up=size)
+        if isinstance(payload, Refusal):  # its code goes into events, tables and terminals
+            code = payload.code if CODE.fullmatch(payload.code) else "bad-code"
+            return Reply(site, failure=code, bytes_up=size)
         return Reply(site, payload, bytes_up=size)

@@ -25,13 +25,15 @@ def simulate(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder instead of a new one.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="local, or ray (extra: simulation).")] = "local",
+    engine: Annotated[
+        str | None, typer.Option(help="local (default), or ray (extra: simulation).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Run a whole federation on this machine with the code that partner sites run."""
     console = Console(as_json=as_json, quiet=quiet)
-    if engine not in ("local", "ray"):
+    if engine not in (None, "local", "ray"):
         raise InputError(f"no engine {engine}", hint="--engine local or --engine ray")
     if resume is not None and (job is not None or overrides):
         raise InputError(
@@ -40,12 +42,21 @@ def simulate(
     console.note("loading torch and transformers ...")
     from fedgraft.common.jobfile import load_job
     from fedgraft.server.runs import Run
-    from fedgraft.simulations.simulate import prepare
+    from fedgraft.simulations.simulate import inputs_of, prepare
     from fedgraft.simulations.simulate import simulate as run_simulation
 
-    loaded = Run(resume).job if resume else load_job(job or DEMO, tuple(overrides or ()))
-    prepared = prepare(loaded)  # before a run's folder exists: bad input leaves nothing behind
-    with Run(resume) if resume else Run.create(runs, loaded) as run:
+    old = Run(resume) if resume else None
+    if old is not None and (finished := old.summary()) is not None:
+        console.note(f"{resume} is finished")
+        console.json(finished)
+        _show(console, finished)
+        return
+    engine = engine or (old.inputs.get("engine", "local") if old else "local")
+    loaded = old.job if old else load_job(job or DEMO, tuple(overrides or ()))
+    prepared = prepare(loaded, engine)  # before a run's folder exists: bad input leaves none
+    inputs = inputs_of(loaded, prepared, engine)
+    with old or Run.create(runs, loaded, inputs) as run:
+        run.expect(inputs)
         try:
             summary = run_simulation(prepared, run, console, engine=engine)
         except BaseException:

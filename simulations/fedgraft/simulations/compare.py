@@ -2,7 +2,7 @@
 
     zero_shot        the backbone with its own head, untouched (only if that head knows the labels)
     head_only        the same federation, but only the head trains
-    local_only       each site alone, for as many epochs as it trains in the federation
+    local_only       each site alone, for as many epochs as a site trains in the federation
     central          one model on all sites' data pooled, as many epochs: if data could be shared
     federated        the federation's adapter
     federated_tuned  the federation's adapter after a short fine-tune at each site
@@ -24,13 +24,14 @@ from fedgraft.common.errors import SiteFailure
 from fedgraft.common.job import HeadMethod, Job, Training
 from fedgraft.common.messages import EvaluateRequest
 from fedgraft.common.metrics import Tally
-from fedgraft.common.seeds import torch_generator
+from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.simulations.grid import NodeConfig
 from fedgraft.simulations.workers import Workers
 
 __all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
 
+MOST_OTHERS = 50
 TUNED_RATE = 0.3  # of the federation's peak: the adapter is close to its optimum already
 
 
@@ -89,8 +90,9 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
     return Started([workers.submit(task, trial, site) for site in sites], _one_model)
 
 
-def _one_model(own: list[Evaluation]) -> Measured:
-    return Measured(tuple(own), (_sum(own),))
+def _one_model(own: list[Evaluation | None]) -> Measured:
+    known = [evaluation for evaluation in own if evaluation is not None]
+    return Measured(tuple(own), (_sum(known),) if known else ())
 
 
 def _separate_models(results: list[tuple[Evaluation, Tally] | None]) -> Measured:
@@ -118,13 +120,15 @@ class _Place:
         classes, precision = len(self.job.job.labels), self.job.training.precision
         return evaluate(self.bench.model, examples, classes=classes, precision=precision)
 
-    def train(self, examples: Examples, settings: Training, epochs: int, purpose: str) -> None:
-        name = self.participant.config.name
-        generator = torch_generator(self.job.job.seed, purpose, name)
-        names = self.bench.layout.names
-        train(
-            self.bench.model, names, examples, settings=settings, generator=generator, epochs=epochs
-        )
+    def train(self, examples: Examples, settings: Training, epochs: int, purpose: str) -> bool:
+        """Whether it could be done: a loss that is not finite must not end the comparison."""
+        generator = torch_generator(self.job.job.seed, purpose, self.participant.config.name)
+        model, names = self.bench.model, self.bench.layout.names
+        try:
+            train(model, names, examples, settings=settings, generator=generator, epochs=epochs)
+        except SiteFailure:
+            return False
+        return True
 
 
 def _place(trial: Trial, site: int) -> _Place:
@@ -133,19 +137,36 @@ def _place(trial: Trial, site: int) -> _Place:
     return _Place(trial.job, participant, bench, participant.splits(trial.job))
 
 
+def _budget(trial: Trial) -> int:
+    """Epochs that a site took part in, on average: only some may have been asked in a round."""
+    sites = len(trial.nodes)
+    share = trial.job.rounds.cohort_size(sites) / sites
+    return max(1, round(trial.round * share)) * trial.job.training.epochs
+
+
+def _sample(trial: Trial, site: int) -> list[int]:
+    """Sites other than ``site`` on whose test sets its own model is tried."""
+    others = [other for other in range(len(trial.nodes)) if other != site]
+    if len(others) <= MOST_OTHERS:
+        return others
+    draw = numpy_generator(trial.job.job.seed, "elsewhere", site)
+    return sorted(draw.choice(others, MOST_OTHERS, replace=False).tolist())
+
+
 def _federated(trial: Trial, site: int) -> Evaluation:
     place = _place(trial, site)
     _put_federated(trial, place)
     return place.test(place.splits.test)
 
 
-def _tuned(trial: Trial, site: int) -> Evaluation:
+def _tuned(trial: Trial, site: int) -> Evaluation | None:
     place = _place(trial, site)
     _put_federated(trial, place)
     settings = place.job.training
     settings = settings.model_copy(update={"learning_rate": settings.learning_rate * TUNED_RATE})
     epochs = place.job.simulation.finetune_epochs if place.job.simulation else 1
-    place.train(place.splits.train, settings, epochs, "finetune")
+    if not place.train(place.splits.train, settings, epochs, "finetune"):
+        return None
     return place.test(place.splits.test)
 
 
@@ -164,14 +185,13 @@ def _zero_shot(trial: Trial, site: int) -> Evaluation:
 def _local(trial: Trial, site: int) -> tuple[Evaluation, Tally] | None:
     place = _place(trial, site)
     place.bench.put()
-    epochs = place.job.rounds.count * place.job.training.epochs
-    try:
-        place.train(place.splits.train, place.job.training, epochs, "local-only")
-    except SiteFailure:
+    if not place.train(place.splits.train, place.job.training, _budget(trial), "local-only"):
         return None
-    tests = [_place(trial, other).splits.test for other in range(len(trial.nodes))]
-    everywhere = [place.test(examples) for examples in tests]
-    return everywhere[site], _sum(everywhere)
+    own = place.test(place.splits.test)
+    # Of thousands of sites a sample will do: all of them would be a million evaluations.
+    others = _sample(trial, site)
+    elsewhere = [place.test(_place(trial, other).splits.test) for other in others]
+    return own, _sum([own, *elsewhere])
 
 
 def _central(trial: Trial) -> Measured:
@@ -183,5 +203,6 @@ def _central(trial: Trial) -> Measured:
         changes = place.job.simulation.central.model_dump(exclude_none=True)
         settings = settings.model_copy(update=changes)
     pool = concatenate([other.splits.train for other in places])
-    place.train(pool, settings, place.job.rounds.count * settings.epochs, "central")
+    if not place.train(pool, settings, _budget(trial), "central"):
+        return _one_model([None] * len(places))
     return _one_model([place.test(other.splits.test) for other in places])

@@ -60,12 +60,13 @@ class SimulatedSite:
 
 @dataclass(frozen=True)
 class PreparedSites:
-    """The sites of a simulation and the section they come from.
+    """The sites of a simulation, the section and (by ``digest``) the rows they come from.
 
     ``skipped`` images did not decode and are at none of them.
     """
 
     settings: Simulation
+    digest: str
     sites: tuple[SimulatedSite, ...]
     skipped: int
 
@@ -107,7 +108,7 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
         job.rounds.check_sites(len(sites))  # of a natural partition, known only now
     except IllegalJob as error:
         raise JobError(f"rounds: {error}", hint=error.hint) from None
-    return PreparedSites(simulation, sites, index["skipped"])
+    return PreparedSites(simulation, folder.name, sites, index["skipped"])
 
 
 def partition(

@@ -14,15 +14,16 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
-from fedgraft.common.errors import InputError
+from fedgraft.common.errors import InputError, RunError
 from fedgraft.common.job import Job
 from fedgraft.server.app import coordinate
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord
 from fedgraft.server.transport import Transport
 from fedgraft.simulations.grid import NodeConfig
+from fedgraft.simulations.workers import cores
 
-__all__ = ["coordinate_on_ray"]
+__all__ = ["coordinate_on_ray", "require_ray"]
 
 JOINING = 60.0  # seconds for Ray to bring up its nodes
 
@@ -36,10 +37,7 @@ def coordinate_on_ray(
         InputError: Ray is not installed.
         FedgraftError: as ``coordinate``.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise InputError(
-            "the Ray engine is not installed", hint='pip install "fedgraft[simulation]"'
-        )
+    require_ray()
     from flwr.simulation import run_simulation
 
     server = ServerApp()
@@ -62,10 +60,20 @@ def coordinate_on_ray(
             num_supernodes=len(nodes),
             backend_config=_backend(nodes),
         )
+    if not outcome:
+        raise RunError("Ray ended before the federation began", hint="look at Ray's own messages")
     result = outcome[0]
     if isinstance(result, BaseException):
         raise result
     return result
+
+
+def require_ray() -> None:
+    """Raise InputError if Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise InputError(
+            "the Ray engine is not installed", hint='pip install "fedgraft[simulation]"'
+        )
 
 
 class _AtNode:
@@ -86,7 +94,8 @@ class _AtNode:
 
 def _backend(nodes: tuple[NodeConfig, ...]) -> dict[str, Any]:
     gpu = any(node.get("device") == "cuda" for node in nodes)
-    return {
-        "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if gpu else 0.0},
-        "init_args": {"include_dashboard": False, "num_cpus": os.cpu_count()},
-    }
+    init: dict[str, Any] = {"include_dashboard": False}
+    if "RAY_ADDRESS" not in os.environ:  # a cluster that runs already has its own idea of this
+        init["num_cpus"] = cores()
+    resources = {"num_cpus": 1, "num_gpus": 1.0 if gpu else 0.0}
+    return {"client_resources": resources, "init_args": init}

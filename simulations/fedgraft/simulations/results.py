@@ -25,7 +25,7 @@ def final_metrics(measured: Mapping[str, Measured | None], seed: int) -> dict[st
     final: dict[str, Any] = {}
     for name in COMPARISONS:
         result = measured.get(name)
-        if result is None or not result.pooled:
+        if result is None or not result.pooled or not result.pooled[0].examples:
             final[name] = None
         elif len(result.pooled) == 1 and name != "local_only":
             final[name] = _metrics(result.pooled[0], seed, "pooled", name)
@@ -49,7 +49,7 @@ def _site(
         result = measured.get(name)
         own[name] = result.own[index] if result is not None else None
     metrics = {
-        name: None if value is None else _metrics(value.tally, seed, site.name, name)
+        name: _metrics(value.tally, seed, site.name, name) if value and len(value.correct) else None
         for name, value in own.items()
     }
     federated, alone = own["federated"], own["local_only"]
@@ -59,7 +59,8 @@ def _site(
         if (tuned := own["federated_tuned"]) is not None:
             sentence += f" After a short fine-tune there: {100 * tuned.tally.accuracy:.1f} %."
     else:
-        sentence = f"{site.name} has no model of its own to compare with: local_only was not run."
+        could = "could not be trained" if measured.get("local_only") else "was not run"
+        sentence = f"{site.name} has no model of its own to compare with: local_only {could}."
         outcome = "unknown"
     return {
         "name": site.name,

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedgraft.client.participant import load_splits
+from fedgraft.client.site import load_site
 from fedgraft.common.adapters import Vector
 from fedgraft.common.console import Console
 from fedgraft.common.job import Job
@@ -26,26 +28,37 @@ from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
 from fedgraft.simulations.grid import LocalGrid, NodeConfig
 from fedgraft.simulations.memory import PeakMemory
 from fedgraft.simulations.partition import PreparedSites, SimulatedSite, prepare_sites
-from fedgraft.simulations.ray import coordinate_on_ray
+from fedgraft.simulations.ray import coordinate_on_ray, require_ray
 from fedgraft.simulations.results import final_metrics, load_measured, save_measured, site_results
 from fedgraft.simulations.workers import Workers
 
-__all__ = ["prepare", "simulate"]
+__all__ = ["inputs_of", "prepare", "simulate"]
 
 
-def prepare(job: Job) -> PreparedSites:
-    """Check all that can be wrong with a job before anything is written for it: data and backbone.
+def prepare(job: Job, engine: str = "local") -> PreparedSites:
+    """Find all that can be wrong with a job before anything is written for it.
+
+    What is loaded here, models and encoded examples, is shared by workers that are forked later.
 
     Raises:
         InputError: what is wrong.
     """
+    if engine == "ray":
+        require_ray()
     prepared = prepare_sites(job, cache_folder() / "sites")
     choose_device(prepared.settings.device)
-    # Also the baseline's: what is loaded before the workers fork is shared by them.
     wanted = (job, head_only_job(job)) if "head_only" in prepared.settings.baselines else (job,)
     for each in wanted:
         open_workbench(each)
+    for site in prepared.sites:
+        load_splits(load_site(site.config), job)
     return prepared
+
+
+def inputs_of(job: Job, prepared: PreparedSites, engine: str) -> dict[str, str]:
+    """What a run of ``job`` must find unchanged when it is resumed."""
+    backbone = open_workbench(job).backbone.fingerprint
+    return {"data": prepared.digest, "backbone": backbone, "engine": engine}
 
 
 def simulate(
@@ -71,14 +84,19 @@ def simulate(
         console.note(_headline(job, sites, plan))
         nodes = tuple(_node(site, run, device) for site in sites)
         simulation = _Simulation(job, settings, run, nodes, workers)
-        adapter = simulation.federate(console, engine)
+        behind = run.latest(plan.exchanged)
+        done = behind.round if behind else 0
+        earlier = sum(line["seconds"] for line in run.history()[:done])
+        adapter = simulation.federate(console, engine, done)
+        # At once, so that nothing which goes wrong in a comparison can cost the result.
+        export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
         trial = simulation.trial(plan, adapter, len(run.history()))
         measured = simulation.compare(trial, console)
     summary = {
         **run_facts(run, bench, plan),
         "engine": engine,
         "device": device,
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(earlier + time.monotonic() - started, 3),
         "peak_memory_mb": round(memory.megabytes, 1),
         "skipped_images": prepared.skipped,
         "final": final_metrics(measured, job.job.seed),
@@ -100,10 +118,9 @@ class _Simulation:
     nodes: tuple[NodeConfig, ...]
     workers: Workers
 
-    def federate(self, console: Console, engine: str) -> Vector:
-        """The federation itself; the final exchanged adapter."""
-        count, behind = self.job.rounds.count, len(self.run.history())
-        with console.steps("round", count, behind) as steps:
+    def federate(self, console: Console, engine: str, done: int) -> Vector:
+        """The federation itself, ``done`` rounds of it behind us; the final exchanged adapter."""
+        with console.steps("round", self.job.rounds.count, done) as steps:
 
             def on_round(record: RoundRecord) -> None:
                 steps.done(_round_line(record))

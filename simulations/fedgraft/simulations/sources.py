@@ -155,7 +155,7 @@ def _named_matches(pattern: str, key: str) -> dict[str, str]:
     for match in sorted(glob.glob(pattern)):
         found = re.fullmatch(regex, match)
         raw = "-".join(found.groups()) if found else Path(match).stem
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", raw).strip("-.")[:64]
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", raw).strip("-._")[:64]
         if not name or name in named:
             raise JobError(
                 f"{match} has no site name of its own ({name!r})",

@@ -11,12 +11,15 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
-__all__ = ["Workers"]
+from fedgraft.common.errors import RunError
+
+__all__ = ["Workers", "cores"]
 
 T = TypeVar("T")
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -31,7 +34,7 @@ class Workers:
 
     def __init__(self, count: int | None, *, device: str) -> None:
         forkable = sys.platform == "linux" and device == "cpu"
-        self.count = count if count is not None else _cores()
+        self.count = count if count is not None else cores()
         if not forkable or self.count == 1:
             self.count = 0
         if device == "cpu":
@@ -65,6 +68,11 @@ class Workers:
     ) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=error is None, cancel_futures=True)
+        if isinstance(error, BrokenProcessPool):
+            raise RunError(
+                "a worker process died; the system may have killed it for its memory",
+                hint="resume the run on a machine with more memory, or start it with fewer workers",
+            ) from None
 
 
 class _Later(Future[T]):
@@ -85,12 +93,13 @@ class _Later(Future[T]):
 
 
 def _die_with_parent(parent: int) -> None:
-    """Have the kernel kill this worker when its parent dies, however it dies."""
+    """Have the kernel kill this worker when its parent dies, and leave Ctrl-C to the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
