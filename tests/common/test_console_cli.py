@@ -165,7 +165,6 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
         (errors.DataError, 2),
         (errors.BackboneError, 2),
         (errors.AdapterError, 2),
-        (errors.PolicyError, 3),
         (errors.TooFewSites, 4),
         (errors.RunError, 1),
         (errors.CheckpointError, 1),

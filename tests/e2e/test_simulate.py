@@ -104,3 +104,22 @@ def test_ray_gives_the_same_adapter(tmp_path: Path) -> None:
     local, _ = run_digits(tmp_path / "local", *data, "rounds.count=2")
     ray, _ = run_digits(tmp_path / "ray", *data, "rounds.count=2", engine="ray")
     np.testing.assert_allclose(adapter_of(local), adapter_of(ray), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_built_in_federation_shows_transfer(tmp_path: Path) -> None:
+    """What the README promises of the default run, with nothing changed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fedgraft", "simulate", "--json", "-q"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    final = json.loads(done.stdout)["final"]
+    accuracy = {name: metrics["accuracy"] for name, metrics in final.items()}
+    assert accuracy["federated"] >= 0.84
+    assert accuracy["federated"] > accuracy["zero_shot"] + 0.05
+    assert accuracy["federated"] > accuracy["head_only"] + 0.05
+    assert accuracy["federated"] > final["local_only"]["best_accuracy"] + 0.05
+    assert accuracy["federated"] > accuracy["central"] - 0.06

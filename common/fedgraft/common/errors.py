@@ -6,7 +6,6 @@ FedgraftError            exit 1   base: ``str(error)`` says what, ``.hint`` says
 |   |-- DataError                 a data file: missing, empty, wrong column, label, encoding
 |   |-- BackboneError             the frozen model: missing, unsafe format, wrong kind
 |   `-- AdapterError              the adapter: targets that match nothing, layouts that differ
-|-- PolicyError          exit 3   a site's own policy said no
 |-- TooFewSites          exit 4   fewer sites answered than the job allows
 |-- RunError             exit 1   a run folder that cannot be used
 |   `-- CheckpointError           no checkpoint of the run can be trusted
@@ -23,7 +22,6 @@ __all__ = [
     "InputError",
     "JobError",
     "MessageError",
-    "PolicyError",
     "RunError",
     "SiteFailure",
     "TooFewSites",
@@ -60,12 +58,6 @@ class BackboneError(InputError):
 
 class AdapterError(InputError):
     """The adapter cannot be attached, or its layout is not the expected one."""
-
-
-class PolicyError(FedgraftError):
-    """A site's own policy refused."""
-
-    exit_code = 3
 
 
 class TooFewSites(FedgraftError):

@@ -7,11 +7,9 @@ shown as missing, never guessed: a report must come out of every run, also of on
 """
 
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fedgraft.common.errors import RunError
+from fedgraft.common.files import write_atomically
 from fedgraft.server import report_plots
 from fedgraft.server.report_plots import MODELS, Curve, Estimate, Picture
 
@@ -52,16 +51,10 @@ def write_report(folder: Path, summary: dict[str, Any], history: list[dict[str, 
     """
     page = _render(summary, history)
     path = folder / "report.html"
-    partial = folder / ".report.html.partial"
+    content = page.encode("utf-8", "replace")  # a lone surrogate in a label must not lose it all
     try:
-        with partial.open("wb") as file:
-            file.write(page.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomically(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         raise RunError(
             f"cannot write {path}: {error.strerror}", hint="make room or fix its permissions"
         ) from error
