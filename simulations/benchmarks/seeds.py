@@ -45,10 +45,10 @@ def table(summaries: list[dict[str, Any]]) -> str:
     ]
     for model in MODELS:
         found = [summary["final"][model] for summary in summaries]
-        if any(metrics is None for metrics in found):
+        values = [metrics["accuracy"] for metrics in found if metrics]
+        if not values:
             continue
-        values = [metrics["accuracy"] for metrics in found]
-        cells = " | ".join(f"{100 * value:.1f}" for value in values)
+        cells = " | ".join("not run" if m is None else f"{100 * m['accuracy']:.1f}" for m in found)
         lines.append(f"| {model.replace('_', ' ')} | {cells} | {mean_and_interval(values)} |")
     gaps = [
         s["final"]["central"]["accuracy"] - s["final"]["federated"]["accuracy"]

@@ -1,0 +1,381 @@
+"""The masking party: one site's side of secure aggregation, as a state machine.
+
+KEYS -> SHARES -> TRAIN -> CONFIRM -> UNMASK, each once a round and in this order (Bonawitz et al.
+2017, figure 4, active variant). Every method checks what the coordinator says *before* it answers;
+whatever goes wrong, the secrets of the round are wiped and the site abstains until a later round.
+
+Invariants: no round number is served twice, also across restarts; at most one survivor set is
+signed a round; of a neighbour's two secrets a share of at most one is ever revealed; the update
+leaves this object only under its own mask and those it shares with its neighbours.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.common.secagg.errors import (
+    InputRefused,
+    ParameterError,
+    PolicyRefused,
+    StageError,
+    StatementError,
+    TooFewParties,
+    blame,
+)
+from fedgraft.common.secagg.graph import Plan, arrange
+from fedgraft.common.secagg.keys import (
+    KEY_BYTES,
+    TAG_BYTES,
+    Entropy,
+    Exchange,
+    Identity,
+    commit,
+    derive,
+    draw,
+    open_sealed,
+    same,
+    seal,
+    wipe,
+)
+from fedgraft.common.secagg.masking import Mask, add_masks
+from fedgraft.common.secagg.quantize import encode_update, pack
+from fedgraft.common.secagg.shamir import split
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Confirmation,
+    Delivery,
+    Envelope,
+    KeysRequest,
+    MaskedInput,
+    Opening,
+    RevealedShare,
+    SealedShares,
+    SharesRequest,
+    Survivors,
+    UnmaskRequest,
+)
+from fedgraft.common.secagg.transcript import (
+    DIGEST_BYTES,
+    Frame,
+    Parameters,
+    Policy,
+    Roster,
+    advertisement_body,
+    check_advertisements,
+    check_bytes,
+    check_confirmation,
+    check_policy,
+    check_survivors,
+    context_hash,
+    hash_advertisements,
+    hash_survivors,
+    pair_info,
+    seal_info,
+    seed_info,
+    sign,
+)
+
+__all__ = ["MaskingParty", "State"]
+
+
+class State(Enum):
+    """What this site has done in the round; IDLE also after the end and after an abort."""
+
+    IDLE = auto()
+    ADVERTISED = auto()
+    SHARED = auto()
+    READY = auto()
+    MASKED = auto()
+    CONFIRMED = auto()
+
+
+@dataclass(repr=False, eq=False)
+class _Round:
+    """Everything of one round, secrets included; never printed, compared, copied or stored."""
+
+    frame: Frame
+    seed: bytearray
+    mask_pair: Exchange
+    seal_pair: Exchange
+    own: Advertisement | None = None
+    advertised: dict[int, Advertisement] = field(default_factory=dict)
+    advertised_hash: bytes = b""
+    plan: Plan | None = None
+    neighbours: tuple[int, ...] = ()
+    open_keys: dict[int, bytes] = field(default_factory=dict)
+    held: dict[int, bytearray] = field(default_factory=dict)
+    survivors: Survivors | None = None
+
+    def wipe_masks(self) -> None:
+        """Forget what made this site's own masks; shares held for others stay."""
+        wipe(self.seed)
+        self.mask_pair.wipe()
+        self.seal_pair.wipe()
+        self.open_keys.clear()
+
+    def wipe(self) -> None:
+        """Forget every secret."""
+        self.wipe_masks()
+        for share in self.held.values():
+            wipe(share)
+        self.held.clear()
+
+
+class MaskingParty:
+    """One site in one session.
+
+    ``roster`` and ``policy`` are the site's own files. ``highest_round`` is the last round that
+    this site ever began in this session, and ``persist`` stores it durably before a round is
+    answered. ``entropy`` is the source of all secrets.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: int,
+        identity: Identity,
+        roster: Roster,
+        policy: Policy,
+        parameters: Parameters,
+        persist: Callable[[int], None],
+        highest_round: int = 0,
+        entropy: Entropy = os.urandom,
+        threads: int = 1,
+    ) -> None:
+        if not 0 <= site < len(roster.keys) or not same(roster.keys[site], identity.public):
+            raise ParameterError("the roster has another key for this site")
+        self._site = site
+        self._identity = identity
+        self._roster = roster
+        self._policy = policy
+        self._parameters = parameters
+        self._persist = persist
+        self._highest = highest_round
+        self._entropy = entropy
+        self._threads = threads
+        self._state = State.IDLE
+        self._round: _Round | None = None
+
+    @property
+    def state(self) -> State:
+        """How far this site is in the round."""
+        return self._state
+
+    def abort(self) -> None:
+        """Wipe the round; call it when the coordinator has been silent for too long."""
+        if self._round is not None:
+            self._round.wipe()
+        self._round = None
+        self._state = State.IDLE
+
+    def __getstate__(self) -> NoReturn:
+        """Secrets stay in this process: no pickle, no copy."""
+        raise StageError("a masking party cannot be stored or copied")
+
+    @contextmanager
+    def _stage(self, needed: State, then: State) -> Iterator[_Round]:
+        """One stage: in order, and either complete or the round is wiped."""
+        try:
+            if self._state is not needed or self._round is None:
+                raise StageError(f"a round in state {self._state.name} is not {needed.name}")
+            yield self._round
+        except BaseException:
+            self.abort()
+            raise
+        self._state = then
+
+    def advertise(self, request: KeysRequest) -> Advertisement:
+        """KEYS: begin a round, with fresh keys; a round still under way is wiped.
+
+        Raises:
+            PolicyRefused: below the policy's floor, not the agreed context, or not in the cohort.
+            StageError: not later than every round ever served in this session.
+            StatementError: a malformed request.
+        """
+        self.abort()
+        check_policy(self._parameters, self._roster, self._policy)
+        if self._site not in self._parameters.cohort:
+            raise PolicyRefused("this site is not in the cohort")
+        context = context_hash(self._parameters, self._roster, self._policy)
+        if not same(check_bytes(request.context, DIGEST_BYTES, "a context"), context):
+            raise PolicyRefused("the coordinator has other parameters than this site")
+        check_bytes(request.model, DIGEST_BYTES, "a model hash")
+        if type(request.round) is not int or not request.round < 1 << 63:
+            raise StatementError("a round is not a 64-bit number")
+        if request.round <= self._highest:
+            raise StageError("this round, or a later one, was served before")
+        self._persist(request.round)  # before the answer: a crash in between costs only the round
+        self._highest = request.round
+        frame = Frame(context, request.round, request.model)
+        secrets = _Round(
+            frame,
+            seed=draw(self._entropy, KEY_BYTES),
+            mask_pair=Exchange.generate(self._entropy),
+            seal_pair=Exchange.generate(self._entropy),
+        )
+        keys = secrets.mask_pair.public, secrets.seal_pair.public, commit(secrets.seed)
+        unsigned = Advertisement(self._site, *keys, signature=b"")
+        body = advertisement_body(unsigned)
+        signature = sign(self._identity, frame, "keys", self._site, body)
+        secrets.own = Advertisement(self._site, *keys, signature=signature)
+        self._round, self._state = secrets, State.ADVERTISED
+        return secrets.own
+
+    def share(self, request: SharesRequest) -> SealedShares:
+        """SHARES: check everyone's keys, then seal shares of seed and mask key for neighbours.
+
+        Raises:
+            StatementError: an id, key or signature that is not valid, or another entry for us.
+            TooFewParties: fewer advertisements than must sign later.
+        """
+        with self._stage(State.ADVERTISED, State.SHARED) as now:
+            found = check_advertisements(
+                request.advertisements, now.frame, self._roster, self._parameters.cohort
+            )
+            if found.get(self._site) != now.own:
+                raise StatementError("our own advertisement was changed or left out")
+            if len(found) < self._parameters.plan.sign_threshold:
+                raise TooFewParties(f"only {len(found)} sites advertised keys")
+            now.advertised = found
+            now.advertised_hash = hash_advertisements(now.frame, found)
+            now.plan = self._parameters.plan.among(len(found))
+            graph = arrange(found, now.advertised_hash, now.plan.degree)
+            now.neighbours = graph.neighbours(self._site)
+            return SealedShares(self._site, self._seal_shares(now, now.plan.share_threshold))
+
+    def _seal_shares(self, now: _Round, threshold: int) -> tuple[Envelope, ...]:
+        holders = sorted((self._site, *now.neighbours))
+        secret = now.seed + now.mask_pair.private
+        points = [holder + 1 for holder in holders]
+        shares = dict(zip(holders, split(secret, threshold, points, self._entropy), strict=True))
+        wipe(secret)
+        now.held[self._site] = shares.pop(self._site)
+        envelopes = []
+        for other, share in shares.items():
+            with blame(other):
+                agreed = now.seal_pair.agree(now.advertised[other].seal_key)
+            there, back = (
+                derive(agreed, seal_info(now.frame, now.advertised_hash, *way))
+                for way in ((self._site, other), (other, self._site))
+            )
+            now.open_keys[other] = back
+            sealed = seal(there, bytes(share), now.advertised_hash)
+            wipe(share)
+            envelopes.append(Envelope(self._site, other, sealed))
+        return tuple(envelopes)
+
+    def accept(self, delivery: Delivery, model: bytes) -> None:
+        """TRAIN, before training: open what neighbours sealed; ``model`` is what we were sent.
+
+        Raises:
+            StatementError: ``model`` is not the one we advertised for, or an envelope is not from
+                a neighbour, not for us, not authentic or there twice.
+            TooFewParties: fewer shares than open a secret.
+        """
+        with self._stage(State.SHARED, State.READY) as now:
+            if not same(check_bytes(model, DIGEST_BYTES, "a model hash"), now.frame.model):
+                raise StatementError("the model is not the one that all sites signed for")
+            for envelope in delivery.envelopes:
+                sender = envelope.sender
+                if type(sender) is not int or sender not in now.neighbours:
+                    raise StatementError("an envelope is not from a neighbour")
+                if envelope.recipient != self._site or sender in now.held:
+                    raise StatementError("an envelope is not for us, or is there twice")
+                with blame(sender):
+                    sealed = check_bytes(
+                        envelope.ciphertext, 2 * KEY_BYTES + TAG_BYTES, "a sealed share"
+                    )
+                    now.held[sender] = open_sealed(
+                        now.open_keys[sender], sealed, now.advertised_hash
+                    )
+            assert now.plan is not None  # noqa: S101  # set in SHARED
+            if len(now.held) < now.plan.share_threshold:
+                raise TooFewParties(f"only {len(now.held)} neighbours shared their secrets")
+
+    def mask(
+        self,
+        update: NDArray[np.floating],
+        weight: int,
+        metrics: tuple[float, ...],
+        generator: np.random.Generator,
+    ) -> MaskedInput:
+        """TRAIN, after training: quantise, mask and pack ``update`` (float [length]).
+
+        ``metrics`` are at most two numbers to be summed over sites; ``generator`` rounds.
+
+        Raises:
+            InputRefused: not finite, out of range, or of another length.
+            StatementError: a neighbour's mask key cannot be used.
+        """
+        with self._stage(State.READY, State.MASKED) as now:
+            if update.shape != (self._parameters.length,):
+                raise InputRefused("the update has another length than the layout")
+            coding = self._parameters.coding
+            vector = encode_update(update, weight, metrics, coding, generator)
+            masks = [Mask(derive(now.seed, seed_info(now.frame, self._site)), 1)]
+            for other in sorted(set(now.held) - {self._site}):
+                with blame(other):
+                    agreed = now.mask_pair.agree(now.advertised[other].mask_key)
+                key = derive(agreed, pair_info(now.frame, now.advertised, self._site, other))
+                masks.append(Mask(key, 1 if self._site < other else -1))
+            add_masks(vector, masks, threads=self._threads)
+            packed = pack(vector, coding.ring_bits)
+            now.wipe_masks()
+            return MaskedInput(self._site, packed)
+
+    def confirm(self, survivors: Survivors) -> Confirmation:
+        """CONFIRM: sign the survivors, once.
+
+        Raises:
+            StatementError: not a chain U3 in U2 in U1, without us, or not the neighbours whose
+                shares we were given.
+            TooFewParties: fewer survivors than signatures, honesty or the policy need.
+        """
+        with self._stage(State.MASKED, State.CONFIRMED) as now:
+            check_survivors(survivors, now.advertised)
+            if self._site not in survivors.masked:
+                raise StatementError("our own input was left out")
+            if set(survivors.shared) & {self._site, *now.neighbours} != set(now.held):
+                raise StatementError("we were given other shares than the coordinator says")
+            fewest = max(self._parameters.plan.fewest_survivors, self._policy.min_cohort)
+            if len(survivors.masked) < fewest:
+                raise TooFewParties(f"only {len(survivors.masked)} of {fewest} sites survived")
+            now.survivors = survivors
+            agreed = hash_survivors(now.advertised_hash, survivors)
+            return Confirmation(
+                self._site, sign(self._identity, now.frame, "confirm", self._site, agreed)
+            )
+
+    def unmask(self, request: UnmaskRequest) -> Opening:
+        """UNMASK: reveal one share of each neighbour, then wipe everything.
+
+        Raises:
+            StatementError: a confirmation that is not valid, or two from one site.
+            TooFewParties: fewer confirmations than must agree.
+        """
+        with self._stage(State.CONFIRMED, State.IDLE) as now:
+            assert now.survivors is not None  # noqa: S101  # set in CONFIRMED
+            agreed = hash_survivors(now.advertised_hash, now.survivors)
+            signers = set()
+            for confirmation in request.confirmations:
+                check_confirmation(confirmation, now.frame, self._roster, now.survivors, agreed)
+                if confirmation.site in signers:
+                    raise StatementError("a site confirmed twice", culprits=(confirmation.site,))
+                signers.add(confirmation.site)
+            if len(signers) < self._parameters.plan.sign_threshold:
+                raise TooFewParties(f"only {len(signers)} sites confirmed the survivors")
+            alive = set(now.survivors.masked)
+            shares = tuple(
+                RevealedShare(
+                    owner, bytes(both[:KEY_BYTES] if owner in alive else both[KEY_BYTES:])
+                )
+                for owner, both in sorted(now.held.items())
+            )
+        self.abort()
+        return Opening(self._site, shares)

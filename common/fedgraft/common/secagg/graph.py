@@ -1,0 +1,169 @@
+"""Who shares secrets with whom, and how many must answer.
+
+Up to 128 parties everyone is everyone's neighbour; above, the neighbours are the ``degree`` nearest
+on a circle whose order is a hash of all advertised keys (Bell et al. 2020, section 3, with Harary
+graphs). Degree and threshold are the smallest for which
+
+- privacy: no honest party has ``threshold`` corrupt neighbours, and honest survivors are connected,
+  except with probability 2^-40;
+- correctness: every party has ``threshold`` survivors among itself and its neighbours, except
+  with probability 2^-20.
+
+Union bounds over exact hypergeometric tails, in integers, so that all parties agree on every
+platform. They hold for corrupt and dropped parties that were fixed before the circle was drawn: a
+coordinator that picks who drops *after* it saw the circle can at best split the sum into sums over
+arcs of it, and one that tries many sets of keys gains a factor per try. The complete graph has
+neither weakness.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import comb
+
+from fedgraft.common.secagg.errors import ParameterError
+
+__all__ = ["COMPLETE", "Graph", "Plan", "arrange", "plan_graph"]
+
+COMPLETE = 128  # parties up to which everyone is everyone's neighbour
+PRIVACY, CORRECTNESS = 40, 20  # bits
+FEWEST = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Degree and thresholds for ``parties`` of whom ``colluders`` collude and ``dropouts`` drop.
+
+    ``share_threshold`` shares open a secret; ``sign_threshold`` parties must sign the same
+    survivor set, more than half of the honest ones beyond all colluders, so no two sets can both
+    be signed.
+    """
+
+    parties: int
+    colluders: int
+    dropouts: int
+    degree: int
+    share_threshold: int
+    sign_threshold: int
+
+    @property
+    def fewest_survivors(self) -> int:
+        """Survivors without which nothing is unmasked: the signers, and two honest ones."""
+        return max(self.sign_threshold, self.colluders + 2)
+
+    def among(self, advertised: int) -> "Plan":
+        """The plan for the ``advertised`` parties that are left after the first stage.
+
+        All colluders may be among them, so a sparse graph is computed anew, for the same rate of
+        dropouts; signatures are still counted against all parties.
+
+        Raises:
+            ParameterError: fewer than ``sign_threshold`` are left, or more than there were.
+        """
+        if not self.sign_threshold <= advertised <= self.parties:
+            raise ParameterError("too few parties are left to sign")
+        if self.degree == self.parties - 1:
+            return replace(self, degree=advertised - 1)
+        dropouts = -(-self.dropouts * advertised // self.parties)
+        degree, threshold = _sparse(advertised, self.colluders, dropouts)
+        return replace(self, degree=degree, share_threshold=threshold)
+
+
+@lru_cache(maxsize=64)
+def plan_graph(parties: int, colluders: int, dropouts: int) -> Plan:
+    """Degree and thresholds for so many parties, colluders (T) and dropouts.
+
+    Raises:
+        ParameterError: fewer than 3 parties, no colluder assumed, fewer than 2 honest parties, or
+            more dropouts than the signature threshold can stand.
+    """
+    if parties < FEWEST or colluders < 1 or colluders + 2 > parties:
+        raise ParameterError("secure aggregation needs 3 parties, 2 of them honest, and T >= 1")
+    sign_threshold = (parties + colluders) // 2 + 1
+    if not 0 <= dropouts <= parties - sign_threshold:
+        raise ParameterError(
+            f"{parties} parties with {colluders} colluders stand {parties - sign_threshold} "
+            f"dropouts, not {dropouts}"
+        )
+    degree, threshold = _sparse(parties, colluders, dropouts)
+    return Plan(parties, colluders, dropouts, degree, threshold, sign_threshold)
+
+
+@lru_cache(maxsize=64)
+def _sparse(parties: int, colluders: int, dropouts: int) -> tuple[int, int]:
+    """Degree and Shamir threshold; the complete graph where no sparser one will do."""
+    threshold = 1
+    for degree in range(4, parties - 1, 2) if parties > COMPLETE else ():
+        # A larger neighbourhood never needs a smaller threshold, so the search goes on from here.
+        while not _rare(parties, parties - 1, colluders, degree, threshold, PRIVACY):
+            threshold += 1
+        missing = degree + 2 - threshold  # of the owner and its neighbours
+        if _rare(parties, parties - 1, dropouts, degree, missing, CORRECTNESS) and _connected(
+            parties, colluders + dropouts, degree // 2
+        ):
+            return degree, threshold
+    return parties - 1, max(colluders + 1, parties // 2 + 1)
+
+
+def _rare(times: int, population: int, marked: int, drawn: int, least: int, bits: int) -> bool:
+    """Whether ``times * P[at least `least` marked among `drawn`] < 2^-bits``, exactly."""
+    low = max(least, 0, drawn - (population - marked))
+    high = min(marked, drawn)
+    if low > high:
+        return True
+    term = comb(marked, low) * comb(population - marked, drawn - low)
+    tail = term
+    for count in range(low, high):
+        others = population - marked - drawn + count + 1
+        term = term * (marked - count) * (drawn - count) // ((count + 1) * others)
+        tail += term
+    return (times * tail) << bits < comb(population, drawn)
+
+
+def _connected(parties: int, bad: int, reach: int) -> bool:
+    """Whether a cut is rarer than 2^-40: two places with ``reach`` bad parties in a row each."""
+    if bad < 2 * reach:
+        return True
+    cuts = comb(parties, 2) * comb(parties - 2 * reach, bad - 2 * reach)
+    return cuts << PRIVACY < comb(parties, bad)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Parties on a circle, each joined to ``degree / 2`` on either side, or all to all."""
+
+    order: tuple[int, ...]
+    degree: int
+
+    def neighbours(self, site: int) -> tuple[int, ...]:
+        """Ids joined to ``site``, sorted, without itself.
+
+        Raises:
+            ParameterError: ``site`` is not on the circle.
+        """
+        if site not in self.order:
+            raise ParameterError("a site is not on the graph")
+        if self.degree >= len(self.order) - 1:
+            return tuple(sorted(other for other in self.order if other != site))
+        place, size = self.order.index(site), len(self.order)
+        reach = range(1, self.degree // 2 + 1)
+        return tuple(
+            sorted(self.order[(place + sign * step) % size] for step in reach for sign in (1, -1))
+        )
+
+    def holders(self, site: int) -> tuple[int, ...]:
+        """Ids that hold a share of ``site``'s secrets, sorted: its neighbours and itself."""
+        return tuple(sorted((site, *self.neighbours(site))))
+
+
+def arrange(sites: Iterable[int], seed: bytes, degree: int) -> Graph:
+    """Put ``sites`` on a circle in the order of SHA-256(label, ``seed``, id).
+
+    ``seed`` is the 32-byte hash of all advertisements.
+    """
+
+    def place(site: int) -> bytes:
+        return hashlib.sha256(b"fedgraft-secagg/1 graph" + seed + site.to_bytes(8, "big")).digest()
+
+    return Graph(tuple(sorted(sites, key=place)), degree)

@@ -1,0 +1,140 @@
+"""What the parties say to each other, stage by stage; free of any transport.
+
+Fields are ints, bytes of a fixed size, tuples of these, and one numpy array. They are data as it
+arrived: nothing in them is to be believed before ``transcript`` or a party has checked it. Fields
+that an outsider should not find in a log are left out of ``repr``.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Advertisement",
+    "Aggregate",
+    "Confirmation",
+    "Delivery",
+    "Envelope",
+    "KeysRequest",
+    "MaskedInput",
+    "Opening",
+    "RevealedShare",
+    "SealedShares",
+    "SharesRequest",
+    "Survivors",
+    "UnmaskRequest",
+]
+
+
+@dataclass(frozen=True)
+class KeysRequest:
+    """Coordinator: begin ``round``; ``context`` and ``model`` are SHA-256 digests."""
+
+    round: int
+    context: bytes
+    model: bytes
+
+
+@dataclass(frozen=True)
+class Advertisement:
+    """Site: two fresh X25519 keys (masks, sealing), SHA-256 of its seed, Ed25519 signature."""
+
+    site: int
+    mask_key: bytes
+    seal_key: bytes
+    commitment: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class SharesRequest:
+    """Coordinator: all advertisements of the round (U1)."""
+
+    advertisements: tuple[Advertisement, ...]
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """80 bytes from one site to another: a share of the seed and one of the mask key, sealed."""
+
+    sender: int
+    recipient: int
+    ciphertext: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class SealedShares:
+    """Site: one envelope for each neighbour."""
+
+    site: int
+    envelopes: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Coordinator: what a site's neighbours sealed for it, with the request to train."""
+
+    envelopes: tuple[Envelope, ...]
+
+
+@dataclass(frozen=True)
+class MaskedInput:
+    """Site: lanes and update, masked and packed, uint8 [``packed_size``]."""
+
+    site: int
+    packed: NDArray[np.uint8] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Coordinator: who shared (U2) and whose masked input it has (U3), both ascending."""
+
+    shared: tuple[int, ...]
+    masked: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """Site: Ed25519 signature over the hash of U1, U2 and U3."""
+
+    site: int
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class UnmaskRequest:
+    """Coordinator: the confirmations, which show that all saw the same survivors."""
+
+    confirmations: tuple[Confirmation, ...]
+
+
+@dataclass(frozen=True)
+class RevealedShare:
+    """32 bytes: a share of the owner's seed if it survived, else of its mask key, never both."""
+
+    owner: int
+    share: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Site: one share for each neighbour in U2 and for itself."""
+
+    site: int
+    shares: tuple[RevealedShare, ...]
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The sum over ``survivors``, checked: what the coordinator learns, and all it learns.
+
+    ``sums`` are quantised, int32 [d]: ``quantize.mean`` makes floats of them. ``metrics`` are
+    sums over sites. ``suspects`` sent wrong shares that the others made up for.
+    """
+
+    survivors: tuple[int, ...]
+    weight: int
+    metrics: tuple[float, ...]
+    sums: NDArray[np.int32] = field(repr=False)
+    suspects: tuple[int, ...]

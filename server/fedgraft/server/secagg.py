@@ -1,0 +1,346 @@
+"""The unmasking server: the coordinator's side of secure aggregation, as a state machine.
+
+One object a round. Replies are added one by one while a stage is open; a bad one is refused with
+its sender's name and changes nothing, so its site simply counts as dropped. Closing a stage
+gives the next request, or ends the round when too few are left (Bonawitz et al. 2017, figure 4).
+
+Invariants: masked inputs are summed into one vector and forgotten, so memory does not grow with the
+number of sites; the sum is opened at most once, for the survivors that enough sites signed; an
+``Aggregate`` exists only if every secret matched its advertisement and all check lanes hold.
+"""
+
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
+from enum import Enum, auto
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.common.secagg.errors import (
+    ParameterError,
+    StageError,
+    StatementError,
+    TooFewParties,
+    UnmaskError,
+    blame,
+)
+from fedgraft.common.secagg.graph import Graph, Plan, arrange
+from fedgraft.common.secagg.keys import (
+    KEY_BYTES,
+    TAG_BYTES,
+    Exchange,
+    commit,
+    derive,
+    same,
+)
+from fedgraft.common.secagg.masking import Mask, add_masks
+from fedgraft.common.secagg.quantize import LANES, add_packed, read_lanes, signed
+from fedgraft.common.secagg.shamir import recover
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Aggregate,
+    Confirmation,
+    Delivery,
+    Envelope,
+    KeysRequest,
+    MaskedInput,
+    Opening,
+    SealedShares,
+    SharesRequest,
+    Survivors,
+    UnmaskRequest,
+)
+from fedgraft.common.secagg.transcript import (
+    Frame,
+    Parameters,
+    Policy,
+    Roster,
+    check_advertisement,
+    check_bytes,
+    check_confirmation,
+    check_policy,
+    context_hash,
+    hash_advertisements,
+    hash_survivors,
+    pair_info,
+    seed_info,
+)
+
+__all__ = ["Stage", "UnmaskingServer"]
+
+
+class Stage(Enum):
+    """The replies that are being collected."""
+
+    KEYS = auto()
+    SHARES = auto()
+    TRAIN = auto()
+    CONFIRM = auto()
+    UNMASK = auto()
+    OVER = auto()
+
+
+class UnmaskingServer:
+    """One round of one session.
+
+    ``model`` is ``hash_model`` of what is trained in this round. Every ``add_`` raises
+    ``StatementError`` for a reply that is refused and ``StageError`` when its stage is not open;
+    every ``close_`` raises ``TooFewParties`` and ends the round when a threshold is missed.
+    """
+
+    def __init__(
+        self,
+        *,
+        roster: Roster,
+        policy: Policy,
+        parameters: Parameters,
+        round_number: int,
+        model: bytes,
+        threads: int = 1,
+    ) -> None:
+        check_policy(parameters, roster, policy)
+        self._roster = roster
+        self._parameters = parameters
+        self._fewest = max(parameters.plan.fewest_survivors, policy.min_cohort)
+        self._frame = Frame(context_hash(parameters, roster, policy), round_number, model)
+        self._threads = threads
+        self._probe = Exchange.generate()
+        self._stage = Stage.KEYS
+        self._advertised: dict[int, Advertisement] = {}
+        self._keys: set[bytes] = set()
+        self._advertised_hash = b""
+        self._plan: Plan = parameters.plan
+        self._graph = Graph((), 0)
+        self._boxes: dict[int, list[Envelope]] = {}
+        self._shared: set[int] = set()
+        self._masked: set[int] = set()
+        self._total: NDArray[np.uint32] | None = None
+        self._survivors = Survivors((), ())
+        self._confirmed: dict[int, Confirmation] = {}
+        self._openings: dict[int, dict[int, bytes]] = {}
+        self._suspects: set[int] = set()
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that is open."""
+        return self._stage
+
+    def abort(self) -> None:
+        """End the round and drop everything that was collected."""
+        self._stage = Stage.OVER
+        self._total = None
+        self._boxes.clear()
+        self._openings.clear()
+
+    def _need(self, stage: Stage) -> None:
+        if self._stage is not stage:
+            raise StageError(f"stage {stage.name} is not open, but {self._stage.name}")
+
+    @contextmanager
+    def _closing(self, stage: Stage, then: Stage) -> Iterator[None]:
+        """Close ``stage``; the round is over if that fails."""
+        self._need(stage)
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+        self._stage = then
+
+    def keys_request(self) -> KeysRequest:
+        """KEYS: what every site of the cohort is sent."""
+        self._need(Stage.KEYS)
+        return KeysRequest(self._frame.round, self._frame.context, self._frame.model)
+
+    def add_advertisement(self, advertisement: Advertisement) -> None:
+        """A site's keys; also refused if they would make an honest site fail later."""
+        self._need(Stage.KEYS)
+        cohort = self._parameters.cohort
+        check_advertisement(advertisement, self._frame, self._roster, cohort)
+        site = advertisement.site
+        with blame(site):
+            if site in self._advertised:
+                raise StatementError("advertised twice")
+            pair = {advertisement.mask_key, advertisement.seal_key}
+            if len(pair) != 2 or pair & self._keys:
+                raise StatementError("advertised a key that is not fresh")
+            for key in pair:
+                self._probe.agree(key)  # small order: honest neighbours would have to abort
+        self._keys |= pair
+        self._advertised[site] = advertisement
+
+    def close_keys(self) -> SharesRequest:
+        """All advertisements (U1), for every site that sent one."""
+        with self._closing(Stage.KEYS, Stage.SHARES):
+            if len(self._advertised) < self._fewest:
+                raise TooFewParties(f"only {len(self._advertised)} of {self._fewest} sites")
+            self._advertised = dict(sorted(self._advertised.items()))
+            self._advertised_hash = hash_advertisements(self._frame, self._advertised)
+            self._plan = self._parameters.plan.among(len(self._advertised))
+            self._graph = arrange(self._advertised, self._advertised_hash, self._plan.degree)
+            return SharesRequest(tuple(self._advertised.values()))
+
+    def add_shares(self, shares: SealedShares) -> None:
+        """A site's envelopes: exactly one for each of its neighbours."""
+        self._need(Stage.SHARES)
+        site = self._member(shares.site, self._advertised)
+        with blame(site):
+            if site in self._shared:
+                raise StatementError("shared twice")
+            recipients = [envelope.recipient for envelope in shares.envelopes]
+            if any(type(recipient) is not int for recipient in recipients) or tuple(
+                sorted(recipients)
+            ) != self._graph.neighbours(site):
+                raise StatementError("its envelopes are not for its neighbours")
+            for envelope in shares.envelopes:
+                if envelope.sender != site:
+                    raise StatementError("an envelope has another sender")
+                check_bytes(envelope.ciphertext, 2 * KEY_BYTES + TAG_BYTES, "a sealed share")
+        self._shared.add(site)
+        for envelope in shares.envelopes:
+            self._boxes.setdefault(envelope.recipient, []).append(envelope)
+
+    def close_shares(self) -> dict[int, Delivery]:
+        """For every site that shared (U2), the envelopes addressed to it."""
+        with self._closing(Stage.SHARES, Stage.TRAIN):
+            if len(self._shared) < self._fewest:
+                raise TooFewParties(f"only {len(self._shared)} of {self._fewest} sites shared")
+            boxes = {site: Delivery(tuple(self._boxes.get(site, ()))) for site in self._shared}
+            self._boxes.clear()
+            self._total = np.zeros(LANES + self._parameters.length, np.uint32)
+            return dict(sorted(boxes.items()))
+
+    def add_masked(self, masked: MaskedInput) -> None:
+        """A masked input; it is added to the sum and not kept."""
+        self._need(Stage.TRAIN)
+        site = self._member(masked.site, self._shared)
+        assert self._total is not None  # noqa: S101  # set when SHARES closed
+        with blame(site):
+            if site in self._masked:
+                raise StatementError("sent a masked input twice")
+            if not isinstance(masked.packed, np.ndarray):
+                raise StatementError("a masked input is not an array")
+            try:
+                add_packed(self._total, masked.packed, self._parameters.coding.ring_bits)
+            except ParameterError as error:
+                raise StatementError(str(error)) from None
+        self._masked.add(site)
+
+    def close_training(self) -> Survivors:
+        """Who shared and who is in the sum (U2 and U3), for the survivors to sign."""
+        with self._closing(Stage.TRAIN, Stage.CONFIRM):
+            if len(self._masked) < self._fewest:
+                raise TooFewParties(f"only {len(self._masked)} of {self._fewest} sites survived")
+            self._survivors = Survivors(tuple(sorted(self._shared)), tuple(sorted(self._masked)))
+            return self._survivors
+
+    def add_confirmation(self, confirmation: Confirmation) -> None:
+        """A survivor's signature over the survivors."""
+        self._need(Stage.CONFIRM)
+        agreed = hash_survivors(self._advertised_hash, self._survivors)
+        check_confirmation(confirmation, self._frame, self._roster, self._survivors, agreed)
+        if confirmation.site in self._confirmed:
+            raise StatementError("a site confirmed twice", culprits=(confirmation.site,))
+        self._confirmed[confirmation.site] = confirmation
+
+    def close_confirm(self) -> UnmaskRequest:
+        """All signatures, for those who signed."""
+        with self._closing(Stage.CONFIRM, Stage.UNMASK):
+            fewest = self._plan.sign_threshold
+            if len(self._confirmed) < fewest:
+                raise TooFewParties(f"only {len(self._confirmed)} of {fewest} sites confirmed")
+            return UnmaskRequest(tuple(self._confirmed.values()))
+
+    def add_opening(self, opening: Opening) -> None:
+        """One share of each of a site's neighbours in U2 and of itself."""
+        self._need(Stage.UNMASK)
+        site = self._member(opening.site, self._confirmed)
+        with blame(site):
+            if site in self._openings:
+                raise StatementError("opened twice")
+            shares: dict[int, bytes] = {}
+            for revealed in opening.shares:
+                if revealed.owner in shares:
+                    raise StatementError("two shares of one owner")
+                shares[revealed.owner] = check_bytes(revealed.share, KEY_BYTES, "a share")
+            if set(shares) != set(self._graph.holders(site)) & self._shared:
+                raise StatementError("its shares are not those of its neighbours")
+        self._openings[site] = shares
+
+    def finish(self) -> Aggregate:
+        """Open the sum.
+
+        Raises:
+            TooFewParties: some owner has fewer than ``share_threshold`` shares.
+            UnmaskError: a secret cannot be recovered, or the sum fails its checks. There is no
+                output then, and ``culprits`` names whom the failure points at.
+        """
+        with self._closing(Stage.UNMASK, Stage.OVER):
+            total, self._total = self._total, None
+            assert total is not None  # noqa: S101  # set when SHARES closed
+            masks = [mask for owner in sorted(self._shared) for mask in self._masks_of(owner)]
+            self._openings.clear()
+            add_masks(total, masks, threads=self._threads)
+            return self._read(total)
+
+    def _masks_of(self, owner: int) -> Iterator[Mask]:
+        """Masks that are still in the sum because of ``owner``, with the sign that removes them."""
+        advertisement = self._advertised[owner]
+        if owner in self._masked:
+            seed = self._recover(
+                owner, lambda secret: same(commit(secret), advertisement.commitment)
+            )
+            yield Mask(derive(seed, seed_info(self._frame, owner)), -1)
+            return
+        private = self._recover(
+            owner, lambda secret: same(Exchange(secret).public, advertisement.mask_key)
+        )
+        pair = Exchange(private)
+        for other in self._graph.neighbours(owner):
+            if other in self._masked:
+                agreed = pair.agree(self._advertised[other].mask_key)
+                key = derive(agreed, pair_info(self._frame, self._advertised, owner, other))
+                yield Mask(key, 1 if owner < other else -1)
+        pair.wipe()
+
+    def _recover(self, owner: int, accept: Callable[[bytes], bool]) -> bytes:
+        holders = [site for site in self._graph.holders(owner) if site in self._openings]
+        holders.sort(key=lambda site: site in self._suspects)  # who was wrong before comes last
+        threshold = self._plan.share_threshold
+        if len(holders) < threshold:
+            raise TooFewParties(f"only {len(holders)} of {threshold} shares of site {owner}")
+        points = [holder + 1 for holder in holders]
+        shares = [self._openings[holder][owner] for holder in holders]
+        found = recover(points, shares, threshold, accept)
+        if found is None:
+            raise UnmaskError(
+                f"no {threshold} shares of site {owner} agree with what it advertised",
+                culprits=(owner,),
+            )
+        self._suspects |= {point - 1 for point in found.wrong}
+        return found.secret
+
+    def _read(self, total: NDArray[np.uint32]) -> Aggregate:
+        coding, count = self._parameters.coding, len(self._masked)
+        lanes = read_lanes(total, coding)
+        if not lanes.intact or lanes.count != count:
+            raise UnmaskError("the check lanes do not hold: a site sent a malformed input")
+        if not count <= lanes.weight <= count * coding.max_weight:
+            raise UnmaskError("the sum of weights is impossible: a site sent a malformed input")
+        sums = signed(total[LANES:], coding.ring_bits)
+        limit = count * coding.levels
+        if sums.size and not (-limit <= int(sums.min()) and int(sums.max()) <= limit):
+            raise UnmaskError("the sum is out of range: a site sent a malformed input")
+        return Aggregate(
+            survivors=self._survivors.masked,
+            weight=lanes.weight,
+            metrics=lanes.metrics,
+            sums=sums,
+            suspects=tuple(sorted(self._suspects)),
+        )
+
+    @staticmethod
+    def _member(site: object, members: Container[int]) -> int:
+        if type(site) is not int or site not in members:
+            raise StatementError("a reply is from a site that is not in this stage")
+        return site
