@@ -1,7 +1,7 @@
 """Run a whole federation here: prepare sites, run the coordinator, compare, report.
 
-Everything is resumable: sites are found again by their hash, rounds continue from the run's last
-checkpoint, a comparison that was finished is read back.
+All of it can be resumed: sites are found again by their hash, rounds continue from the run's last
+checkpoint, a comparison that was finished is read back; one that was not starts anew.
 """
 
 import time
