@@ -369,3 +369,23 @@ def test_a_failed_write_leaves_the_old_report(
     with pytest.raises(RunError, match="No space left"):
         write_report(tmp_path, *make_run())
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_every_sites_macro_f1_has_its_interval(tmp_path: Path) -> None:
+    site = {
+        "name": "site-00",
+        "examples": 10,
+        "test_examples": 10,
+        "federated": {
+            "accuracy": 0.5,
+            "macro_f1": 0.4321,
+            "loss": 1.0,
+            "accuracy_interval": [0.4, 0.6],
+            "macro_f1_interval": [0.3215, 0.5437],
+        },
+        "verdict": "so so",
+        "outcome": "unclear",
+    }
+    page = write_report(tmp_path, {"sites": [site]}, []).read_text(encoding="utf-8")
+    assert "F1 43.2" in page
+    assert "32.1 to 54.4" in page or "32.2 to 54.4" in page
