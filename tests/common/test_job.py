@@ -272,3 +272,15 @@ def test_lists_become_tuples_so_that_nothing_in_a_job_can_change() -> None:
     assert job.job.labels == ("yes", "no")
     assert job.method.targets == ("query",)
     assert job.simulation.baselines == ()
+
+
+def test_early_stopping_with_local_heads_is_refused() -> None:
+    """It may go back to an earlier adapter; the heads at the sites would not go with it."""
+    raw = {
+        "job": {"name": "j", "task": "text-classification", "labels": ["a", "b"]},
+        "backbone": {"source": "path:x"},
+        "method": {"kind": "lora", "head": "local"},
+        "rounds": {"early_stopping": {}},
+    }
+    with pytest.raises(ValueError, match="local heads do not go back"):
+        Job.model_validate(raw)

@@ -451,6 +451,7 @@ def jobs(draw: st.DrawFn) -> Job:
             "workers": st.integers(0, 64),
         },
     )
+    stopping = st.none() | st.just({"metric": "accuracy"})
     how_many: tuple[dict[str, st.SearchStrategy[Any]], ...] = (
         {"cohort": st.integers(1, 4)},
         {"fraction": st.floats(0.01, 1)},
@@ -475,7 +476,7 @@ def jobs(draw: st.DrawFn) -> Job:
         "rounds": {
             **draw(st.sampled_from(how_many).flatmap(st.fixed_dictionaries)),
             "deadline": draw(rates),
-            "early_stopping": draw(st.none() | st.just({"metric": "accuracy"})),
+            "early_stopping": None if method.get("head") == "local" else draw(stopping),
         },
         "aggregation": {"max_examples": draw(counts)},
         "data": {"text": draw(words), "validation": draw(st.floats(0.01, 0.9))},

@@ -682,7 +682,8 @@ class _Forgetful(list[Any]):
 def test_memory_does_not_grow_with_the_number_of_sites() -> None:
     layout = Layout(("w",), ((2**18,),))  # 1 MB
     few, many = _peak_memory(20, layout), _peak_memory(200, layout)
-    assert many < few + 3 * 2**20
+    # Keeping the updates would take 180 MB more; what the garbage collector has not met yet, a few.
+    assert many < few + 18 * 2**20
 
 
 # The plan
