@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
-torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: torch's threads would only wait
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,7 +3,10 @@
 import dataclasses
 import hashlib
 import io
+import os
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -346,3 +349,17 @@ def test_the_hash_does_not_depend_on_how_an_array_lies_in_memory() -> None:
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     assert array_hash(array.T) == array_hash(array.T.copy())
     assert array_hash(array[:, ::2]) == array_hash(array[:, ::2].copy())
+
+
+def test_flower_is_told_not_to_phone_home() -> None:
+    """In a process that was told nothing, as a user's is; the tests' own has it set."""
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
+    code = (
+        "import os, fedgraft.common.messages; "
+        "print(*(os.environ[n] for n in ('FLWR_TELEMETRY_ENABLED', 'FLWR_DISABLE_UPDATE_CHECK', "
+        "'FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=quiet, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "1", "1"]

@@ -131,7 +131,7 @@ class MaskingParty:
     """One site in one session.
 
     ``roster`` and ``policy`` are the site's own files. ``highest_round`` is the last round that
-    this site ever began in this session, and ``persist`` stores it durably before a round is
+    this site ever began in the session, and ``persist`` stores it durably before a round is
     answered. ``entropy`` is the source of all secrets.
     """
 
@@ -195,7 +195,7 @@ class MaskingParty:
 
         Raises:
             PolicyRefused: below the policy's floor, not the agreed context, or not in the cohort.
-            StageError: not later than every round ever served in this session.
+            StageError: not later than every round ever served in the session.
             StatementError: a malformed request.
         """
         self.abort()

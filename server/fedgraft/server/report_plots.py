@@ -1,6 +1,6 @@
 """The figures of a run's report, as inline SVG that follows the page's light or dark palette.
 
-Matplotlib paints with placeholder colours, which become CSS variables afterwards: one file serves
+Matplotlib paints with stand-in colours, which become CSS variables afterwards: one file serves
 both colour schemes and print, and a model has one colour and one marker in every figure. Text
 stays text, so it can be read aloud, searched and selected. Figures are drawn as narrow as a phone,
 so that no screen shrinks their labels. No date, random id or font file: equal input, equal bytes.
