@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.client.secagg import MaskingParty
-from fedgraft.common.secagg.errors import SecAggError
+from fedgraft.common.secagg.errors import SecAggError, StageError
 from fedgraft.common.secagg.keys import Entropy, Identity
 from fedgraft.common.secagg.quantize import Coding
-from fedgraft.common.secagg.statements import Aggregate, UnmaskRequest
+from fedgraft.common.secagg.statements import Aggregate, Stage, UnmaskRequest
 from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_model
 from fedgraft.server.secagg import UnmaskingServer
 
@@ -70,7 +70,7 @@ class Federation:
             self.parameters = parameters_for(self.n, self.length)
         self.identities = [Identity.generate(stream(f"identity {i}")) for i in range(self.n)]
         self.roster = Roster(tuple(identity.public for identity in self.identities))
-        self.rounds: dict[int, int] = {}
+        self.claims: dict[int, tuple[int, int]] = {}
         self.sites = {site: self.open_site(site) for site in self.settings.cohort}
         generator = np.random.default_rng(7)
         self.updates = {
@@ -84,20 +84,25 @@ class Federation:
         return self.parameters
 
     def open_site(self, site: int, /, **changes: Any) -> MaskingParty:
-        """The site as it starts: what it remembers is its highest round."""
+        """The site as it starts: it remembers what it claimed, and nothing else."""
         arguments: dict[str, Any] = {
             "site": site,
             "identity": self.identities[site],
             "roster": self.roster,
             "policy": self.policy,
             "parameters": self.settings,
-            "persist": lambda number: self.rounds.__setitem__(site, number),
-            "highest_round": self.rounds.get(site, 0),
+            "claim": lambda *now: self.claim(site, now),
             "threads": self.threads,
         }
         if self.fixed:
             arguments["entropy"] = stream(f"site {site}")
         return MaskingParty(**(arguments | changes))
+
+    def claim(self, site: int, now: tuple[int, Stage]) -> None:
+        """What a site's disk does for it."""
+        if now <= self.claims.get(site, (0, 0)):
+            raise StageError("this stage, or a later one, was served before")
+        self.claims[site] = now
 
     def open_server(self, number: int = 1, **changes: Any) -> UnmaskingServer:
         arguments: dict[str, Any] = {

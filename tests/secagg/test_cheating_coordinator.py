@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from secagg.federation import MODEL, Federation, coding_for, parameters_for, refused
+from secagg.federation import MODEL, STAGES, Federation, coding_for, parameters_for, refused
 
-from fedgraft.client.secagg import MaskingParty, State
+from fedgraft.client.round_secrets import State
+from fedgraft.client.secagg import MaskingParty
 from fedgraft.common.secagg.errors import (
     ParameterError,
     PolicyRefused,
@@ -28,6 +29,7 @@ from fedgraft.common.secagg.statements import (
     Envelope,
     KeysRequest,
     SharesRequest,
+    Stage,
     Survivors,
     UnmaskRequest,
 )
@@ -65,7 +67,7 @@ def test_a_round_is_served_once_also_after_a_restart(five: Federation) -> None:
     request = dataclasses.replace(at(five, "keys"), round=4)
     site = five.sites[0]
     site.advertise(request)
-    assert five.rounds == {0: 4}
+    assert five.claims == {0: (4, Stage.KEYS)}
     for number in (4, 3, 0, -1):
         error = refused(site.advertise, dataclasses.replace(request, round=number))
         wiped(site, error, StageError)
@@ -75,13 +77,28 @@ def test_a_round_is_served_once_also_after_a_restart(five: Federation) -> None:
 
 
 def test_the_round_is_stored_before_it_is_answered(five: Federation) -> None:
-    def fail(_: int) -> None:
+    def fail(*_: int) -> None:
         raise OSError("disk full")
 
-    site = five.open_site(0, persist=fail)
+    site = five.open_site(0, claim=fail)
     with pytest.raises(OSError):
         site.advertise(at(five, "keys"))
     assert site.state is State.IDLE
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_no_stage_is_served_twice_from_a_copy_of_the_site_s_memory(
+    five: Federation, stage: str
+) -> None:
+    """Two messages at once, or memory brought back: two survivor sets would open a single input."""
+    server = five.open_server()
+    request = five.advance(server, "keys", until=stage)
+    memory = five.sites[0].remember()
+    copies = [five.open_site(0, memory=memory) for _ in range(2)]
+    serve = {"shares": "share", "train": "accept", "confirm": "confirm", "unmask": "unmask"}[stage]
+    arguments = (request[0], MODEL) if stage == "train" else (request,)
+    getattr(copies[0], serve)(*arguments)
+    wiped(copies[1], refused(getattr(copies[1], serve), *arguments), StageError)
 
 
 def test_a_site_restarted_in_a_round_abstains_from_it(five: Federation) -> None:
@@ -106,7 +123,7 @@ def test_a_malformed_or_foreign_request_is_refused(five: Federation, change: Any
     error = refused(site.advertise, dataclasses.replace(at(five, "keys"), **change))
     assert isinstance(error, PolicyRefused | StatementError)
     assert site.state is State.IDLE
-    assert five.rounds == {}
+    assert five.claims == {}
 
 
 @pytest.mark.parametrize(

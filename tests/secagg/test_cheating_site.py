@@ -26,9 +26,10 @@ from fedgraft.common.secagg.statements import (
     Opening,
     RevealedShare,
     SealedShares,
+    Stage,
 )
 from fedgraft.common.secagg.transcript import Frame, Policy, advertisement_body, sign
-from fedgraft.server.secagg import Stage, UnmaskingServer
+from fedgraft.server.secagg import UnmaskingServer
 
 
 @pytest.fixture
@@ -349,8 +350,7 @@ def test_a_mask_key_of_small_order_is_blamed_at_the_site_too(five: Federation) -
     site = five.sites[0]
     site.accept(boxes[0], MODEL)
     assert site._round is not None
-    small = dataclasses.replace(site._round.advertised[3], mask_key=bytes(32))
-    site._round.advertised[3] = small
+    site._round.mask_keys[3] = bytes(32)
     error = refused(five.contribute, 0)
     assert isinstance(error, StatementError)
     assert error.culprits == (3,)
@@ -420,7 +420,7 @@ def test_a_site_cannot_change_its_keys(five: Federation) -> None:
     server = five.open_server()
     request = server.keys_request()
     for _ in range(2):
-        advertisement = five.open_site(1, highest_round=0).advertise(request)
+        advertisement = five.open_site(1, claim=lambda *now: None).advertise(request)
         if server._advertised:
             error = refused(server.add_advertisement, advertisement)
             assert isinstance(error, StatementError)

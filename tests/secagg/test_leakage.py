@@ -128,8 +128,8 @@ def test_without_one_neighbours_mask_the_rest_says_nothing() -> None:
     assert victim is not None and colluder is not None
     seed, frame = bytes(victim.seed), victim.frame  # opened later, as it must be
     shared = derive(
-        colluder.mask_pair.agree(victim.advertised[0].mask_key),
-        pair_info(frame, colluder.advertised, 0, 2),
+        colluder.mask_pair.agree(colluder.mask_keys[0]),
+        pair_info(frame, {2: colluder.own.mask_key, **colluder.mask_keys}, 0, 2),
     )
     federation.sites[0].accept(boxes[0], MODEL)
     total = np.zeros(LANES + 4000, np.uint32)
@@ -178,10 +178,13 @@ def test_unmasking_wipes_the_shares_of_others() -> None:
 
 
 def test_a_party_cannot_be_stored_or_copied() -> None:
-    site = Federation(3).sites[0]
-    for store in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(StageError):
-            store(site)
+    federation = Federation(3)
+    site = federation.sites[0]
+    federation.drive(until="train")
+    for what in (site, site._round):
+        for store in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(StageError):
+                store(what)
 
 
 def test_reprs_show_no_content() -> None:

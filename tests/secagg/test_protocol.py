@@ -20,11 +20,11 @@ from secagg.federation import (
 )
 from secagg.replay import SURVIVORS, replay
 
-from fedgraft.client.secagg import State
+from fedgraft.client.round_secrets import State
 from fedgraft.common.secagg.errors import ParameterError, StageError, TooFewParties
 from fedgraft.common.secagg.graph import plan_graph
 from fedgraft.common.secagg.quantize import mean
-from fedgraft.server.secagg import Stage
+from fedgraft.common.secagg.statements import Stage
 
 CASE = json.loads(
     (Path(__file__).parents[1] / "vectors/secagg/transcript_n4.json").read_text(encoding="utf-8")
@@ -203,6 +203,22 @@ def test_states_and_stages_go_in_order() -> None:
         assert server.stage is after
     assert isinstance(refused(server.finish), StageError)
     assert isinstance(refused(server.keys_request), StageError)
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_a_site_goes_on_from_its_memory_at_every_stage(n: int) -> None:
+    """As where each message is answered by another process."""
+    federation = Federation(n)
+    server = federation.open_server()
+    answer: Any = None
+    for stage in STAGES:
+        answer = getattr(federation, f"do_{stage}")(server, answer, [1] if stage == "train" else ())
+        for site, party in federation.sites.items():
+            memory = party.remember()
+            assert (memory is None) == (stage == "unmask" and site not in federation.gone)
+            federation.sites[site] = federation.open_site(site, memory=memory)
+            assert federation.sites[site].remember() == memory
+    federation.check(answer)
 
 
 def test_too_many_parties_for_the_coding_are_refused_when_the_job_is_loaded() -> None:

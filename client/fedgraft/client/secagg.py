@@ -4,21 +4,22 @@ KEYS -> SHARES -> TRAIN -> CONFIRM -> UNMASK, each once a round and in this orde
 2017, figure 4, active variant). Every method checks what the coordinator says *before* it answers;
 whatever goes wrong, the secrets of the round are wiped and the site abstains until a later round.
 
-Invariants: no round number is served twice, also across restarts; at most one survivor set is
-signed a round; of a neighbour's two secrets a share of at most one is ever revealed; the update
-leaves this object only under its own mask and those it shares with its neighbours.
+Invariants: no stage of a round is served twice, also across restarts and by processes that run at
+once (``claim``); so at most one survivor set is signed a round, and of a neighbour's two secrets a
+share of at most one is ever revealed; the update leaves this object only under its own mask and
+those it shares with its neighbours.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgraft.client.round_secrets import Memory, Round, State
 from fedgraft.common.secagg.errors import (
     InputRefused,
     ParameterError,
@@ -57,6 +58,7 @@ from fedgraft.common.secagg.statements import (
     RevealedShare,
     SealedShares,
     SharesRequest,
+    Stage,
     Survivors,
     UnmaskRequest,
 )
@@ -81,58 +83,16 @@ from fedgraft.common.secagg.transcript import (
     sign,
 )
 
-__all__ = ["MaskingParty", "State"]
-
-
-class State(Enum):
-    """What this site has done in the round; IDLE also after the end and after an abort."""
-
-    IDLE = auto()
-    ADVERTISED = auto()
-    SHARED = auto()
-    READY = auto()
-    MASKED = auto()
-    CONFIRMED = auto()
-
-
-@dataclass(repr=False, eq=False)
-class _Round:
-    """Everything of one round, secrets included; never printed, compared, copied or stored."""
-
-    frame: Frame
-    seed: bytearray
-    mask_pair: Exchange
-    seal_pair: Exchange
-    own: Advertisement | None = None
-    advertised: dict[int, Advertisement] = field(default_factory=dict)
-    advertised_hash: bytes = b""
-    plan: Plan | None = None
-    neighbours: tuple[int, ...] = ()
-    open_keys: dict[int, bytes] = field(default_factory=dict)
-    held: dict[int, bytearray] = field(default_factory=dict)
-    survivors: Survivors | None = None
-
-    def wipe_masks(self) -> None:
-        """Forget what made this site's own masks; shares held for others stay."""
-        wipe(self.seed)
-        self.mask_pair.wipe()
-        self.seal_pair.wipe()
-        self.open_keys.clear()
-
-    def wipe(self) -> None:
-        """Forget every secret."""
-        self.wipe_masks()
-        for share in self.held.values():
-            wipe(share)
-        self.held.clear()
+__all__ = ["MaskingParty"]
 
 
 class MaskingParty:
     """One site in one session.
 
-    ``roster`` and ``policy`` are the site's own files. ``highest_round`` is the last round that
-    this site ever began in the session, and ``persist`` stores it durably before a round is
-    answered. ``entropy`` is the source of all secrets.
+    ``roster`` and ``policy`` are the site's own files. ``claim(round, stage)`` is called before a
+    stage is answered: it raises ``StageError`` unless this is later than everything this site ever
+    claimed in the session, and is durable when it returns. ``memory`` is what ``remember`` gave
+    after the stage before. ``entropy`` is the source of all secrets.
     """
 
     def __init__(
@@ -143,8 +103,8 @@ class MaskingParty:
         roster: Roster,
         policy: Policy,
         parameters: Parameters,
-        persist: Callable[[int], None],
-        highest_round: int = 0,
+        claim: Callable[[int, Stage], None],
+        memory: Memory | None = None,
         entropy: Entropy = os.urandom,
         threads: int = 1,
     ) -> None:
@@ -155,17 +115,21 @@ class MaskingParty:
         self._roster = roster
         self._policy = policy
         self._parameters = parameters
-        self._persist = persist
-        self._highest = highest_round
+        self._claim = claim
         self._entropy = entropy
         self._threads = threads
-        self._state = State.IDLE
-        self._round: _Round | None = None
+        self._state = State(memory.state) if memory else State.IDLE
+        self._round = Round.recall(memory) if memory else None
 
     @property
     def state(self) -> State:
         """How far this site is in the round."""
         return self._state
+
+    def remember(self) -> Memory | None:
+        """What the next stage needs, secrets included; None when no round is under way."""
+        now = self._round
+        return now.remember(self._parameters, self._state) if now is not None else None
 
     def abort(self) -> None:
         """Wipe the round; call it when the coordinator has been silent for too long."""
@@ -179,11 +143,13 @@ class MaskingParty:
         raise StageError("a masking party cannot be stored or copied")
 
     @contextmanager
-    def _stage(self, needed: State, then: State) -> Iterator[_Round]:
-        """One stage: in order, and either complete or the round is wiped."""
+    def _stage(self, needed: State, then: State, stage: Stage | None = None) -> Iterator[Round]:
+        """One step: in order, claimed if it begins a stage, and complete or the round is wiped."""
         try:
             if self._state is not needed or self._round is None:
                 raise StageError(f"a round in state {self._state.name} is not {needed.name}")
+            if stage is not None:
+                self._claim(self._round.frame.round, stage)
             yield self._round
         except BaseException:
             self.abort()
@@ -208,24 +174,15 @@ class MaskingParty:
         check_bytes(request.model, DIGEST_BYTES, "a model hash")
         if type(request.round) is not int or not request.round < 1 << 63:
             raise StatementError("a round is not a 64-bit number")
-        if request.round <= self._highest:
-            raise StageError("this round, or a later one, was served before")
-        self._persist(request.round)  # before the answer: a crash in between costs only the round
-        self._highest = request.round
+        self._claim(request.round, Stage.KEYS)
         frame = Frame(context, request.round, request.model)
-        secrets = _Round(
-            frame,
-            seed=draw(self._entropy, KEY_BYTES),
-            mask_pair=Exchange.generate(self._entropy),
-            seal_pair=Exchange.generate(self._entropy),
-        )
-        keys = secrets.mask_pair.public, secrets.seal_pair.public, commit(secrets.seed)
-        unsigned = Advertisement(self._site, *keys, signature=b"")
-        body = advertisement_body(unsigned)
-        signature = sign(self._identity, frame, "keys", self._site, body)
-        secrets.own = Advertisement(self._site, *keys, signature=signature)
-        self._round, self._state = secrets, State.ADVERTISED
-        return secrets.own
+        seed = draw(self._entropy, KEY_BYTES)
+        pairs = Exchange.generate(self._entropy), Exchange.generate(self._entropy)
+        unsigned = Advertisement(self._site, pairs[0].public, pairs[1].public, commit(seed), b"")
+        signature = sign(self._identity, frame, "keys", self._site, advertisement_body(unsigned))
+        own = replace(unsigned, signature=signature)
+        self._round, self._state = Round(frame, seed, *pairs, own), State.ADVERTISED
+        return own
 
     def share(self, request: SharesRequest) -> SealedShares:
         """SHARES: check everyone's keys, then seal shares of seed and mask key for neighbours.
@@ -234,7 +191,7 @@ class MaskingParty:
             StatementError: an id, key or signature that is not valid, or another entry for us.
             TooFewParties: fewer advertisements than must sign later.
         """
-        with self._stage(State.ADVERTISED, State.SHARED) as now:
+        with self._stage(State.ADVERTISED, State.SHARED, Stage.SHARES) as now:
             found = check_advertisements(
                 request.advertisements, now.frame, self._roster, self._parameters.cohort
             )
@@ -242,15 +199,20 @@ class MaskingParty:
                 raise StatementError("our own advertisement was changed or left out")
             if len(found) < self._parameters.plan.sign_threshold:
                 raise TooFewParties(f"only {len(found)} sites advertised keys")
-            now.advertised = found
+            now.advertised = tuple(found)
             now.advertised_hash = hash_advertisements(now.frame, found)
-            now.plan = self._parameters.plan.among(len(found))
-            graph = arrange(found, now.advertised_hash, now.plan.degree)
-            now.neighbours = graph.neighbours(self._site)
-            return SealedShares(self._site, self._seal_shares(now, now.plan.share_threshold))
+            graph = arrange(found, now.advertised_hash, self._plan(now).degree)
+            neighbours = [found[other] for other in graph.neighbours(self._site)]
+            now.mask_keys = {other.site: other.mask_key for other in neighbours}
+            return SealedShares(self._site, self._seal_shares(now, neighbours))
 
-    def _seal_shares(self, now: _Round, threshold: int) -> tuple[Envelope, ...]:
-        holders = sorted((self._site, *now.neighbours))
+    def _plan(self, now: Round) -> Plan:
+        """Degree and thresholds among those who advertised."""
+        return self._parameters.plan.among(len(now.advertised))
+
+    def _seal_shares(self, now: Round, neighbours: list[Advertisement]) -> tuple[Envelope, ...]:
+        seal_keys = {other.site: other.seal_key for other in neighbours}
+        threshold, holders = self._plan(now).share_threshold, sorted((self._site, *seal_keys))
         secret = now.seed + now.mask_pair.private
         points = [holder + 1 for holder in holders]
         shares = dict(zip(holders, split(secret, threshold, points, self._entropy), strict=True))
@@ -259,7 +221,7 @@ class MaskingParty:
         envelopes = []
         for other, share in shares.items():
             with blame(other):
-                agreed = now.seal_pair.agree(now.advertised[other].seal_key)
+                agreed = now.seal_pair.agree(seal_keys[other])
             there, back = (
                 derive(agreed, seal_info(now.frame, now.advertised_hash, *way))
                 for way in ((self._site, other), (other, self._site))
@@ -278,12 +240,12 @@ class MaskingParty:
                 a neighbour, not for us, not authentic or there twice.
             TooFewParties: fewer shares than open a secret.
         """
-        with self._stage(State.SHARED, State.READY) as now:
+        with self._stage(State.SHARED, State.READY, Stage.TRAIN) as now:
             if not same(check_bytes(model, DIGEST_BYTES, "a model hash"), now.frame.model):
                 raise StatementError("the model is not the one that all sites signed for")
             for envelope in delivery.envelopes:
                 sender = envelope.sender
-                if type(sender) is not int or sender not in now.neighbours:
+                if type(sender) is not int or sender not in now.mask_keys:
                     raise StatementError("an envelope is not from a neighbour")
                 if envelope.recipient != self._site or sender in now.held:
                     raise StatementError("an envelope is not for us, or is there twice")
@@ -294,8 +256,7 @@ class MaskingParty:
                     now.held[sender] = open_sealed(
                         now.open_keys[sender], sealed, now.advertised_hash
                     )
-            assert now.plan is not None  # noqa: S101  # set in SHARED
-            if len(now.held) < now.plan.share_threshold:
+            if len(now.held) < self._plan(now).share_threshold:
                 raise TooFewParties(f"only {len(now.held)} neighbours shared their secrets")
 
     def mask(
@@ -318,11 +279,12 @@ class MaskingParty:
                 raise InputRefused("the update has another length than the layout")
             coding = self._parameters.coding
             vector = encode_update(update, weight, metrics, coding, generator)
+            mask_keys = {self._site: now.mask_pair.public, **now.mask_keys}
             masks = [Mask(derive(now.seed, seed_info(now.frame, self._site)), 1)]
             for other in sorted(set(now.held) - {self._site}):
                 with blame(other):
-                    agreed = now.mask_pair.agree(now.advertised[other].mask_key)
-                key = derive(agreed, pair_info(now.frame, now.advertised, self._site, other))
+                    agreed = now.mask_pair.agree(mask_keys[other])
+                key = derive(agreed, pair_info(now.frame, mask_keys, self._site, other))
                 masks.append(Mask(key, 1 if self._site < other else -1))
             add_masks(vector, masks, threads=self._threads)
             packed = pack(vector, coding.ring_bits)
@@ -337,11 +299,11 @@ class MaskingParty:
                 shares we were given.
             TooFewParties: fewer survivors than signatures, honesty or the policy need.
         """
-        with self._stage(State.MASKED, State.CONFIRMED) as now:
+        with self._stage(State.MASKED, State.CONFIRMED, Stage.CONFIRM) as now:
             check_survivors(survivors, now.advertised)
             if self._site not in survivors.masked:
                 raise StatementError("our own input was left out")
-            if set(survivors.shared) & {self._site, *now.neighbours} != set(now.held):
+            if set(survivors.shared) & {self._site, *now.mask_keys} != set(now.held):
                 raise StatementError("we were given other shares than the coordinator says")
             fewest = max(self._parameters.plan.fewest_survivors, self._policy.min_cohort)
             if len(survivors.masked) < fewest:
@@ -359,8 +321,7 @@ class MaskingParty:
             StatementError: a confirmation that is not valid, or two from one site.
             TooFewParties: fewer confirmations than must agree.
         """
-        with self._stage(State.CONFIRMED, State.IDLE) as now:
-            assert now.survivors is not None  # noqa: S101  # set in CONFIRMED
+        with self._stage(State.CONFIRMED, State.IDLE, Stage.UNMASK) as now:
             agreed = hash_survivors(now.advertised_hash, now.survivors)
             signers = set()
             for confirmation in request.confirmations:

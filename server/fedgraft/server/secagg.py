@@ -11,7 +11,6 @@ number of sites; the sum is opened at most once, for the survivors that enough s
 
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
-from enum import Enum, auto
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +46,7 @@ from fedgraft.common.secagg.statements import (
     Opening,
     SealedShares,
     SharesRequest,
+    Stage,
     Survivors,
     UnmaskRequest,
 )
@@ -66,18 +66,7 @@ from fedgraft.common.secagg.transcript import (
     seed_info,
 )
 
-__all__ = ["Stage", "UnmaskingServer"]
-
-
-class Stage(Enum):
-    """The replies that are being collected."""
-
-    KEYS = auto()
-    SHARES = auto()
-    TRAIN = auto()
-    CONFIRM = auto()
-    UNMASK = auto()
-    OVER = auto()
+__all__ = ["UnmaskingServer"]
 
 
 class UnmaskingServer:
@@ -296,10 +285,11 @@ class UnmaskingServer:
             owner, lambda secret: same(Exchange(secret).public, advertisement.mask_key)
         )
         pair = Exchange(private)
+        keys = {site: said.mask_key for site, said in self._advertised.items()}
         for other in self._graph.neighbours(owner):
             if other in self._masked:
-                agreed = pair.agree(self._advertised[other].mask_key)
-                key = derive(agreed, pair_info(self._frame, self._advertised, owner, other))
+                agreed = pair.agree(keys[other])
+                key = derive(agreed, pair_info(self._frame, keys, owner, other))
                 yield Mask(key, 1 if owner < other else -1)
         pair.wipe()
 

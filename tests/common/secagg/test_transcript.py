@@ -218,7 +218,7 @@ def test_the_hash_of_advertisements_covers_them_all_in_any_order() -> None:
 
 
 def test_a_pair_agrees_on_its_info_and_nobody_else() -> None:
-    found = {site: advertise(site) for site in range(3)}
+    found = {site: advertise(site).mask_key for site in range(3)}
     assert t.pair_info(FRAME, found, 0, 2) == t.pair_info(FRAME, found, 2, 0)
     assert t.pair_info(FRAME, found, 0, 2) != t.pair_info(FRAME, found, 1, 2)
     ways = {t.seal_info(FRAME, MODEL, *way) for way in ((0, 1), (1, 0), (0, 2))}

@@ -6,6 +6,7 @@ that an outsider should not find in a log are left out of ``repr``.
 """
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,21 @@ __all__ = [
     "RevealedShare",
     "SealedShares",
     "SharesRequest",
+    "Stage",
     "Survivors",
     "UnmaskRequest",
 ]
+
+
+class Stage(IntEnum):
+    """The stages of a round, in order."""
+
+    KEYS = 1
+    SHARES = 2
+    TRAIN = 3
+    CONFIRM = 4
+    UNMASK = 5
+    OVER = 6
 
 
 @dataclass(frozen=True)

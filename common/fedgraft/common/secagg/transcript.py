@@ -8,7 +8,7 @@ kit, never from the coordinator.
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -228,10 +228,10 @@ def seed_info(frame: Frame, site: int) -> bytes:
     return statement(frame, "seed", site, b"")
 
 
-def pair_info(frame: Frame, advertised: dict[int, Advertisement], one: int, other: int) -> bytes:
+def pair_info(frame: Frame, mask_keys: Mapping[int, bytes], one: int, other: int) -> bytes:
     """HKDF info of the mask that two sites share; the same from both ends."""
     low, high = sorted((one, other))
-    keys = encode(high, advertised[low].mask_key, advertised[high].mask_key)
+    keys = encode(high, mask_keys[low], mask_keys[high])
     return statement(frame, "pair", low, keys)
 
 
