@@ -18,26 +18,22 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.messages import (
+from fedgraft.common.messages import Stage, array_hash, decode, encode, wire_bytes
+from fedgraft.common.payloads import (
     EvaluateReply,
     EvaluateRequest,
     Payload,
     PlanReply,
     PlanRequest,
     Refusal,
-    Stage,
     TrainReply,
     TrainRequest,
-    array_hash,
-    decode,
-    encode,
-    wire_bytes,
 )
 
 VECTOR = np.arange(5, dtype=np.float32)
 SAMPLES: dict[str, Payload] = {
     "PlanRequest": PlanRequest("s", "{}", "b", "l", ("x", "y"), "f"),
-    "PlanReply": PlanReply("s", "site-1", 12),
+    "PlanReply": PlanReply("s", "site-1"),
     "TrainRequest": TrainRequest("s", 3, "j", ("x",), VECTOR),
     "TrainReply": TrainReply("s", 3, "l", 12, 0.5, VECTOR),
     "EvaluateRequest": EvaluateRequest("s", 3, "j", ("x",), "test", VECTOR),

@@ -43,7 +43,7 @@ def test_the_running_mean_is_the_weighted_average_in_any_order(
     for index in order:
         mean.add(updates[index], float(weights[index]))
     wanted = np.average(updates.astype(np.float64), axis=0, weights=weights)
-    np.testing.assert_allclose(mean.mean(), wanted, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(mean.combined(), wanted, rtol=0, atol=1e-13)
     assert mean.count == count
     assert mean.weight == pytest.approx(weights.sum())
 
@@ -52,14 +52,14 @@ def test_the_sum_is_kept_in_float64() -> None:
     mean = RunningMean(1)
     mean.add(np.array([2**24], np.float32), 1.0)
     mean.add(np.array([1], np.float32), 1.0)
-    assert mean.mean().dtype == np.float64
-    assert mean.mean()[0] * 2 == 2**24 + 1  # float32 would round the one away
+    assert mean.combined().dtype == np.float64
+    assert mean.combined()[0] * 2 == 2**24 + 1  # float32 would round the one away
 
 
 def test_a_product_with_the_weight_does_not_overflow_float32() -> None:
     mean = RunningMean(1)
     mean.add(np.array([3e38], np.float32), 1e6)
-    assert mean.mean()[0] == pytest.approx(float(np.float32(3e38)))
+    assert mean.combined()[0] == pytest.approx(float(np.float32(3e38)))
 
 
 def test_adding_does_not_change_the_update() -> None:
@@ -83,7 +83,7 @@ def test_the_mean_holds_one_vector_whatever_was_added() -> None:
 
 def test_the_mean_of_nothing_is_an_error() -> None:
     with pytest.raises(ZeroDivisionError):
-        RunningMean(3).mean()
+        RunningMean(3).combined()
 
 
 # The rules
@@ -126,7 +126,7 @@ def _product_gap(rule: str) -> float:
         sent = np.concatenate([moved[layout.slices[name]] for name in exchanged.names])
         mean.add(sent, weight)
     merged = start.copy()
-    step = RULES[rule].merge(mean.mean())
+    step = RULES[rule].merge(mean.combined())
     for name in exchanged.names:
         merged[layout.slices[name]] += step[exchanged.slices[name]]
 

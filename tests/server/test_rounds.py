@@ -20,7 +20,9 @@ from fedgraft.common.adapters import Layout, is_factor_a, is_head
 from fedgraft.common.errors import TooFewSites
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
-from fedgraft.common.messages import (
+from fedgraft.common.messages import decode, encode, wire_bytes
+from fedgraft.common.metrics import Tally
+from fedgraft.common.payloads import (
     EvaluateReply,
     EvaluateRequest,
     PlanReply,
@@ -28,11 +30,7 @@ from fedgraft.common.messages import (
     Refusal,
     TrainReply,
     TrainRequest,
-    decode,
-    encode,
-    wire_bytes,
 )
-from fedgraft.common.metrics import Tally
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.aggregation import optimizers
 from fedgraft.server.rounds import Plan, choose_cohort, make_plan, run_job, run_round
@@ -74,7 +72,7 @@ class Site:
         kind = message.metadata.message_type
         if kind == "query.plan":
             request = decode(message.content, PlanRequest)
-            return PlanReply(request.session, self.name, self.examples)
+            return PlanReply(request.session, self.name)
         if kind == "train":
             asked = decode(message.content, TrainRequest)
             self.trained.append(asked)

@@ -12,18 +12,15 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgraft.common.messages import (
+from fedgraft.common.messages import Stage, decode, encode, wire_bytes
+from fedgraft.common.payloads import (
     EvaluateReply,
     Payload,
     PlanReply,
     PlanRequest,
     Refusal,
-    Stage,
     TrainReply,
     TrainRequest,
-    decode,
-    encode,
-    wire_bytes,
 )
 from fedgraft.server.transport import Reply, Transport
 
@@ -117,7 +114,7 @@ def site(name: str, reply: Answer = says(TRAINED)) -> Answer:  # noqa: B008
 
     def answer(message: Message) -> RecordDict | Error | None:
         if message.metadata.message_type == Stage.PLAN:
-            return encode(PlanReply("session", name, 5))
+            return encode(PlanReply("session", name))
         return reply(message)
 
     return answer
@@ -448,7 +445,7 @@ def test_a_name_that_is_none_is_not_taken(name: str) -> None:
 
 
 def test_an_agreement_to_another_session_is_none() -> None:
-    transport, replies, _ = invited({11: says(PlanReply("another", "amy", 5))})
+    transport, replies, _ = invited({11: says(PlanReply("another", "amy"))})
     assert transport.sites == ()
     assert [bool(reply.failure) for reply in replies] == [True]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fedgraft.common.adapters import Layout
 from fedgraft.common.errors import MessageError
 from fedgraft.common.job import Aggregation
-from fedgraft.common.messages import EvaluateReply, TrainReply
 from fedgraft.common.metrics import Tally
+from fedgraft.common.payloads import EvaluateReply, TrainReply
 from fedgraft.server.validation import Expected, InvalidReply, check_evaluation, check_update
 
 LAYOUT = Layout(("w",), ((4,),))

@@ -8,70 +8,131 @@ coordinator gets a reason code, never an exception's text, which may quote data.
 import logging
 import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedgraft.client.masked import MaskedParticipant
 from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.round_secrets import Memory
 from fedgraft.common.errors import DataError, FedgraftError, SiteFailure
-from fedgraft.common.messages import (
+from fedgraft.common.messages import decode, encode, recall, remember
+from fedgraft.common.payloads import (
+    ConfirmAsk,
     EvaluateRequest,
-    Payload,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
     PlanRequest,
     Refusal,
+    Reply,
+    Request,
+    SharesAsk,
     TrainRequest,
-    decode,
-    encode,
+    UnmaskAsk,
 )
 
 log = logging.getLogger("fedgraft.client")
 
 app = ClientApp()
 
-Request = TypeVar("Request", PlanRequest, TrainRequest, EvaluateRequest)
+Ask = TypeVar("Ask", bound=Request)
 
 
 @app.query("plan")
 def plan(message: Message, context: Context) -> Message:
     """Will this site take part in the job?"""
-    return _answer(message, context, PlanRequest, Participant.agree)
+    return _answer(message, context, lambda at, ask: at.agree(ask), PlanRequest)
+
+
+@app.query("keys")
+def keys(message: Message, context: Context) -> Message:
+    """Begin a masked round: advertise fresh keys."""
+    return _answer(message, context, _masked(context, MaskedParticipant.keys), KeysAsk)
+
+
+@app.query("shares")
+def shares(message: Message, context: Context) -> Message:
+    """Share the secrets of a masked round with neighbours."""
+    return _answer(message, context, _masked(context, MaskedParticipant.shares), SharesAsk)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the adapter on this site's data and reply with what changed."""
-    return _answer(message, context, TrainRequest, Participant.train)
+    """Train the adapter on this site's data and reply with what changed, in clear or masked."""
+
+    def handle(at: Participant, request: TrainRequest | MaskedTrain) -> Reply:
+        if isinstance(request, MaskedTrain):
+            return _masked(context, MaskedParticipant.train)(at, request)
+        at.check_clear(request)
+        return at.train(request)
+
+    return _answer(message, context, handle, TrainRequest, MaskedTrain)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the adapter on this site's data and reply with sums."""
-    return _answer(message, context, EvaluateRequest, Participant.evaluate)
+    """Evaluate the adapter on this site's data and reply with sums, in clear or masked."""
+
+    def handle(at: Participant, request: EvaluateRequest | MaskedEvaluate) -> Reply:
+        if isinstance(request, MaskedEvaluate):
+            return _masked(context, MaskedParticipant.evaluate)(at, request)
+        at.check_clear(request)
+        return at.evaluate(request)
+
+    return _answer(message, context, handle, EvaluateRequest, MaskedEvaluate)
+
+
+@app.query("confirm")
+def confirm(message: Message, context: Context) -> Message:
+    """Sign whose inputs are in the sum."""
+    return _answer(message, context, _masked(context, MaskedParticipant.confirm), ConfirmAsk)
+
+
+@app.query("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Reveal one share of each neighbour's secrets."""
+    return _answer(message, context, _masked(context, MaskedParticipant.unmask), UnmaskAsk)
+
+
+def _masked(
+    context: Context, handle: Callable[[MaskedParticipant, Ask], Reply]
+) -> Callable[[Participant, Ask], Reply]:
+    """``handle`` with the memory of the round under way, which Flower keeps for this node."""
+
+    def handled(at: Participant, request: Ask) -> Reply:
+        masked = MaskedParticipant(at, recall(context.state, Memory))
+        try:
+            return handle(masked, request)
+        finally:
+            remember(context.state, masked.memory)
+
+    return handled
 
 
 def _answer(
     message: Message,
     context: Context,
-    kind: type[Request],
-    handle: Callable[[Participant, Request], Payload],
+    handle: Callable[[Participant, Any], Reply],
+    *kinds: type[Request],
 ) -> Message:
-    session = ""
-    reply: Payload
+    session, what = "", message.metadata.message_type
+    reply: Reply
     try:
-        request = decode(message.content, kind)
+        request = decode(message.content, *kinds)
         session = request.session
         reply = handle(open_participant(context.node_config), request)
     except SiteFailure as error:
-        log.warning("%s refused: %s", kind.__name__, error.code)
+        log.warning("%s refused: %s", what, error.code)
         reply = Refusal(session, error.code)
     except FedgraftError as error:
         # Our own words, but those about data name labels.
-        what = "" if isinstance(error, DataError) else f": {error}"
-        log.warning("%s refused: %s%s", kind.__name__, type(error).__name__, what)
+        why = "" if isinstance(error, DataError) else f": {error}"
+        log.warning("%s refused: %s%s", what, type(error).__name__, why)
         reply = Refusal(session, type(error).__name__)
     except Exception as error:
         where = "".join(traceback.format_tb(error.__traceback__))
-        log.error("%s failed: %s\n%s", kind.__name__, type(error).__name__, where)
+        log.error("%s failed: %s\n%s", what, type(error).__name__, where)
         reply = Refusal(session, type(error).__name__)
     return Message(encode(reply), reply_to=message)

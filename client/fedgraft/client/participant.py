@@ -15,15 +15,19 @@ from safetensors.numpy import load_file, save_file
 
 from fedgraft.client.data import Examples, encode, read_split, split_validation
 from fedgraft.client.evaluation import evaluate
+from fedgraft.client.identity import load_identity
 from fedgraft.client.site import SiteConfig, load_site
 from fedgraft.client.training import Span, train
 from fedgraft.common.adapters import Layout, Vector, read
 from fedgraft.common.errors import SiteFailure
+from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.files import write_atomically
 from fedgraft.common.job import HeadMethod, Job
-from fedgraft.common.messages import (
+from fedgraft.common.metrics import Tally
+from fedgraft.common.payloads import (
     EvaluateReply,
     EvaluateRequest,
+    KeysAsk,
     PlanReply,
     PlanRequest,
     TrainReply,
@@ -67,20 +71,55 @@ class Participant:
         """Check that this site has the same backbone and adapter, and data for the job.
 
         Raises:
-            SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs`` or
-                ``no-examples``.
+            SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs``,
+                ``no-examples``, or a code of ``check_privacy``.
         """
-        job, bench = self._open(request)
+        job, bench = self.open(request)
+        self.check_privacy(job)
         if bench.backbone.fingerprint != request.backbone:
             raise SiteFailure("backbone-differs")
         if bench.layout.only(request.names).fingerprint != request.layout:
             raise SiteFailure("layout-differs")
         if bench.fixed_hash({*request.names, *bench.local.names}) != request.fixed:
             raise SiteFailure("fixed-differs")
-        examples = len(self.splits(job).train)
-        if not examples:
+        if not len(self.splits(job).train):
             raise SiteFailure("no-examples")
-        return PlanReply(request.session, self.config.name, examples)
+        return PlanReply(request.session, self.config.name)
+
+    def check_privacy(self, job: Job) -> None:
+        """Check that the job masks what this site will only send masked, and that it can.
+
+        Raises:
+            SiteFailure: ``secure-aggregation-required`` where this site is in a federation and
+                the job would have updates in clear, ``no-federation`` or ``not-in-roster``.
+        """
+        masked = job.privacy.secure_aggregation.enabled
+        if self.config.federation is not None and not masked:
+            raise SiteFailure("secure-aggregation-required")
+        if masked:
+            key = self.federation().sites.get(self.config.name)
+            if key != load_identity(self.state).public.hex():
+                raise SiteFailure("not-in-roster")
+
+    def federation(self) -> Federation:
+        """The federation this site is in, from its own file.
+
+        Raises:
+            SiteFailure: ``no-federation``.
+        """
+        if self.config.federation is None:
+            raise SiteFailure("no-federation")
+        return load_federation(Path(self.config.federation))
+
+    def check_clear(self, request: TrainRequest | EvaluateRequest) -> None:
+        """Check that the reply may go in clear.
+
+        Raises:
+            SiteFailure: ``secure-aggregation-required``.
+        """
+        job = self.open(request)[0]
+        if self.config.federation is not None or job.privacy.secure_aggregation.enabled:
+            raise SiteFailure("secure-aggregation-required")
 
     def train(self, request: TrainRequest) -> TrainReply:
         """One round of local training from the request's adapter.
@@ -88,7 +127,7 @@ class Participant:
         Raises:
             SiteFailure: the loss is not finite.
         """
-        job, bench = self._open(request)
+        job, bench = self.open(request)
         exchanged = bench.layout.only(request.names)
         examples = self.splits(job).train
         self.put(bench, exchanged, request)
@@ -113,20 +152,26 @@ class Participant:
         )
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        """Evaluate the request's adapter, with the site's own head where heads are local.
+        """The tally of the request's adapter, as a reply.
 
         Raises:
             SiteFailure: ``no-examples`` in that split.
         """
-        job, bench = self._open(request)
-        splits = self.splits(job)
+        tally = self.tally(request)
+        if not tally.examples:
+            raise SiteFailure("no-examples")
+        return EvaluateReply(request.session, request.round, tally.to_vector())
+
+    def tally(self, request: EvaluateRequest) -> Tally:
+        """Evaluate the request's adapter, with the site's own head where heads are local."""
+        job, bench = self.open(request)
+        splits, classes = self.splits(job), len(job.job.labels)
         examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
         if not examples:
-            raise SiteFailure("no-examples")
+            return Tally.empty(classes)
         self.put(bench, bench.layout.only(request.names), request)
-        classes, precision = len(job.job.labels), job.training.precision
-        measured = evaluate(bench.model, examples, classes=classes, precision=precision)
-        return EvaluateReply(request.session, request.round, measured.tally.to_vector())
+        precision = job.training.precision
+        return evaluate(bench.model, examples, classes=classes, precision=precision).tally
 
     def splits(self, job: Job) -> Splits:
         """This site's examples for the job."""
@@ -143,7 +188,14 @@ class Participant:
         parts = [(bench.local, own)] if own is not None else []
         bench.put(*parts, (exchanged, request.adapter))
 
-    def _open(self, request: PlanRequest | TrainRequest | EvaluateRequest) -> tuple[Job, Workbench]:
+    def open(
+        self, request: PlanRequest | KeysAsk | TrainRequest | EvaluateRequest
+    ) -> tuple[Job, Workbench]:
+        """The job that a request speaks of, and the workbench for it.
+
+        Raises:
+            SiteFailure: ``bad-session`` or ``bad-round``.
+        """
         if not SESSION.fullmatch(request.session):  # it names a folder here
             raise SiteFailure("bad-session")
         if getattr(request, "round", 1) < 1:
@@ -180,11 +232,13 @@ class Participant:
 def open_participant(node_config: Mapping[str, object]) -> Participant:
     """The participant that a Flower node's configuration names.
 
-    ``site`` is the path of its ``site.toml``; ``state`` and ``device`` may override the file's.
+    ``site`` is the path of its ``site.toml``; ``state``, ``device`` and ``federation`` may
+    override the file's.
     """
     config = _load_site(str(node_config["site"]))
-    if device := node_config.get("device"):
-        config = config.model_copy(update={"device": str(device)})
+    for key in ("device", "federation"):
+        if value := node_config.get(key):
+            config = config.model_copy(update={key: str(value)})
     return Participant(config, Path(str(node_config.get("state") or config.state)))
 
 

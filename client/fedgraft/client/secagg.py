@@ -122,6 +122,11 @@ class MaskingParty:
         self._round = Round.recall(memory) if memory else None
 
     @property
+    def parameters(self) -> Parameters:
+        """The session's parameters."""
+        return self._parameters
+
+    @property
     def state(self) -> State:
         """How far this site is in the round."""
         return self._state

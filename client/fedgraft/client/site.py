@@ -11,21 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from fedgraft.common.errors import JobError
 from fedgraft.common.jobfile import read_text
+from fedgraft.common.section import Section
 
 __all__ = ["SiteConfig", "SiteData", "dump_site", "load_site"]
 
 
-class _Section(BaseModel):
-    """Frozen, and a key it does not know is an error rather than a silent default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SiteData(_Section):
+class SiteData(Section):
     """``[data]``: files, folders or globs, and how the site's own names map to the job's.
 
     ``columns`` maps a column of the job's schema to the site's own column, ``labels`` a value of
@@ -35,15 +30,19 @@ class SiteData(_Section):
     train: str = Field(min_length=1)
     test: str | None = Field(default=None, min_length=1)
     validation: str | None = Field(default=None, min_length=1)
-    columns: dict[str, str] = {}
-    labels: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
 
 
-class SiteConfig(_Section):
-    """One site: its name, its data, its device, and the folder ``state`` for what it keeps."""
+class SiteConfig(Section):
+    """One site: its name, its data, its device, and the folder ``state`` for what it keeps.
+
+    ``federation`` is the path of the federation file; with one, updates leave only masked.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     state: str = Field(default="state", min_length=1)
+    federation: str | None = Field(default=None, min_length=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     data: SiteData
 
@@ -85,7 +84,10 @@ def _anchored(config: SiteConfig, base: Path) -> SiteConfig:
     named = ("train", "test", "validation")
     paths = {name: absolute(text) for name in named if (text := getattr(config.data, name))}
     data = config.data.model_copy(update=paths)
-    return config.model_copy(update={"state": absolute(config.state), "data": data})
+    here = {"state": absolute(config.state), "data": data}
+    if config.federation is not None:
+        here["federation"] = absolute(config.federation)
+    return config.model_copy(update=here)
 
 
 def _explain(problem: dict[str, Any]) -> tuple[str, str]:

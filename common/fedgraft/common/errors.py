@@ -6,7 +6,8 @@ FedgraftError            exit 1   base: ``str(error)`` says what, ``.hint`` says
 |   |-- DataError                 a data file: missing, empty, wrong column, label, encoding
 |   |-- BackboneError             the frozen model: missing, unsafe format, wrong kind
 |   `-- AdapterError              the adapter: targets that match nothing, layouts that differ
-|-- TooFewSites          exit 4   fewer sites answered than the job allows
+|-- RoundAborted         exit 1   a round came to nothing; another attempt may succeed
+|   `-- TooFewSites      exit 4   fewer sites answered than the job allows
 |-- RunError             exit 1   a run folder that cannot be used
 |   `-- CheckpointError           no checkpoint of the run can be trusted
 |-- MessageError         exit 1   a message that is not what the protocol says
@@ -22,6 +23,7 @@ __all__ = [
     "InputError",
     "JobError",
     "MessageError",
+    "RoundAborted",
     "RunError",
     "SiteFailure",
     "TooFewSites",
@@ -60,8 +62,12 @@ class AdapterError(InputError):
     """The adapter cannot be attached, or its layout is not the expected one."""
 
 
-class TooFewSites(FedgraftError):
-    """Fewer sites answered than the job's ``min_sites``."""
+class RoundAborted(FedgraftError):
+    """A round came to nothing: no update was applied and, under secure aggregation, none opened."""
+
+
+class TooFewSites(RoundAborted):
+    """Fewer sites answered than the job's ``min_sites`` or secure aggregation allow."""
 
     exit_code = 4
 

@@ -5,9 +5,12 @@ wrong with it is ``jobfile.py``. A ``Job`` that exists is consistent: illegal pa
 """
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from fedgraft.common.privacy import Privacy
+from fedgraft.common.section import IllegalJob, Section
 
 __all__ = [
     "Aggregation",
@@ -15,7 +18,6 @@ __all__ = [
     "Data",
     "EarlyStopping",
     "HeadMethod",
-    "IllegalJob",
     "Job",
     "LoraMethod",
     "Partition",
@@ -26,11 +28,14 @@ __all__ = [
     "Training",
 ]
 
+Rule = Literal["fedavg", "ffa", "median"]
+# Rules that must see each site's own update; the others need only the weighted sum of them.
+INDIVIDUAL: frozenset[Rule] = frozenset({"median"})
+
 Baseline = Literal["zero_shot", "head_only", "local_only", "central"]
 BASELINES: tuple[Baseline, ...] = ("zero_shot", "head_only", "local_only", "central")
 HeadPolicy = Literal["shared", "local", "frozen"]
 
-NUMBERS = (int, float, int | None, float | None)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -48,31 +53,7 @@ def _seconds(value: object) -> object:
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
-class IllegalJob(ValueError):
-    """Values that are fine one by one and impossible together; ``hint`` says what to change."""
-
-    def __init__(self, what: str, hint: str) -> None:
-        super().__init__(what)
-        self.hint = hint
-
-
-class _Section(BaseModel):
-    """Frozen, and a key it does not know is an error rather than a silent default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _true_is_not_1(cls, values: object) -> object:
-        for key, value in values.items() if isinstance(values, dict) else ():
-            field = cls.model_fields.get(key)
-            if isinstance(value, bool) and field and field.annotation in NUMBERS:
-                said = str(value).lower()
-                raise IllegalJob(f"{key} = {said}: a number is wanted", f"mend {key}")
-        return values
-
-
-class General(_Section):
+class General(Section):
     """``[job]``: the name, the task and its labels, and the seed everything random comes from."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
@@ -88,14 +69,14 @@ class General(_Section):
         return self
 
 
-class Backbone(_Section):
+class Backbone(Section):
     """``[backbone]``: the frozen model; ``weights = "random"`` takes only its ``config.json``."""
 
     source: str = Field(pattern=r"^(hf|path|builtin):.+$")
     weights: Literal["pretrained", "random"] = "pretrained"
 
 
-class LoraMethod(_Section):
+class LoraMethod(Section):
     """``kind = "lora"``: low-rank factors at ``targets``, and the head by its own policy."""
 
     kind: Literal["lora"]
@@ -112,14 +93,14 @@ class LoraMethod(_Section):
         return self
 
 
-class HeadMethod(_Section):
+class HeadMethod(Section):
     """``kind = "head"``: the backbone as feature extractor, only the shared head trains."""
 
     kind: Literal["head"]
     head: Literal["shared"] = "shared"
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """The learning rate over the whole federation: warm-up, then ``shape`` down to ``floor``."""
 
     shape: Literal["cosine", "linear", "constant"] = "cosine"
@@ -127,7 +108,7 @@ class Schedule(_Section):
     floor: float = Field(default=0.0, ge=0, le=1, description="share of the peak rate")
 
 
-class Training(_Section):
+class Training(Section):
     """``[training]``: one site's local steps of AdamW in one round."""
 
     epochs: int = Field(default=1, ge=1)
@@ -152,7 +133,7 @@ class Training(_Section):
         return self
 
 
-class EarlyStopping(_Section):
+class EarlyStopping(Section):
     """Stop when federated validation has not improved for ``patience`` evaluations."""
 
     metric: Literal["loss", "accuracy", "macro_f1"] = "loss"
@@ -160,7 +141,7 @@ class EarlyStopping(_Section):
     min_delta: float = Field(default=0.0, ge=0)
 
 
-class Rounds(_Section):
+class Rounds(Section):
     """``[rounds]``: how many, with whom, and how long to wait for them."""
 
     count: int = Field(default=10, ge=1)
@@ -208,7 +189,7 @@ class Rounds(_Section):
         return min(sites, self.cohort) if self.cohort is not None else sites
 
 
-class ServerOptimizer(_Section):
+class ServerOptimizer(Section):
     """How the aggregate moves the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.")."""
 
     kind: Literal["none", "momentum", "adam", "yogi"] = "none"
@@ -218,17 +199,17 @@ class ServerOptimizer(_Section):
     tau: float = Field(default=1e-3, gt=0)
 
 
-class Aggregation(_Section):
+class Aggregation(Section):
     """``[aggregation]``: the rule, the weights, and what a reply may at most be."""
 
-    rule: Literal["fedavg", "ffa"] = "fedavg"
+    rule: Rule = "fedavg"
     weights: Literal["examples", "uniform"] = "examples"
     server_optimizer: ServerOptimizer = ServerOptimizer()
     max_update_norm: float = Field(default=1000.0, gt=0)
     max_examples: int = Field(default=1_000_000, ge=1)
 
 
-class Data(_Section):
+class Data(Section):
     """``[data]``: the schema every site must offer, and how rows become tensors."""
 
     text: str = "text"
@@ -240,7 +221,7 @@ class Data(_Section):
     normalize: Literal["backbone", "per-image"] = "backbone"
 
 
-class Partition(_Section):
+class Partition(Section):
     """How a simulation splits one data set over its sites.
 
     ``dirichlet``: each class over the sites by Dirichlet(alpha) (Hsu et al. 2019); ``iid``: evenly;
@@ -252,14 +233,14 @@ class Partition(_Section):
     min_examples: int = Field(default=2, ge=1)
 
 
-class CentralTraining(_Section):
+class CentralTraining(Section):
     """Settings of the pooled reference where they differ from a site's (absent: the same)."""
 
     learning_rate: float | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, ge=1)
 
 
-class Simulation(_Section):
+class Simulation(Section):
     """``[simulation]``: stands for the sites; never sent to a site."""
 
     sites: int | None = Field(default=None, ge=1, description="from the data if natural")
@@ -274,7 +255,7 @@ class Simulation(_Section):
     workers: int | None = Field(default=None, ge=0, description="processes; the cores if absent")
 
 
-class Job(_Section):
+class Job(Section):
     """One job; everything random in it is derived from ``job.seed``."""
 
     job: General
@@ -283,6 +264,7 @@ class Job(_Section):
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregation: Aggregation = Aggregation()
+    privacy: Privacy = Privacy()
     data: Data = Data()
     simulation: Simulation | None = None
 
@@ -303,9 +285,34 @@ class Job(_Section):
                 "early_stopping may go back to an earlier adapter, local heads do not go back",
                 'method.head = "shared", or no early_stopping',
             )
+        if self.aggregation.rule in INDIVIDUAL and self.privacy.secure_aggregation.enabled:
+            others = ", ".join(f'"{rule}"' for rule in get_args(Rule) if rule not in INDIVIDUAL)
+            raise IllegalJob(
+                f'rule "{self.aggregation.rule}" must see each site\'s own update, and secure '
+                "aggregation shows the coordinator only their sum",
+                f"aggregation.rule = one of {others}, "
+                "or privacy.secure_aggregation.enabled = false",
+            )
         if self.simulation is not None and self.simulation.sites is not None:
-            self.rounds.check_sites(self.simulation.sites)
+            self.check_sites(self.simulation.sites)
+        elif self.rounds.cohort is not None:
+            self._check_cohort(self.rounds.cohort)
         return self
+
+    def check_sites(self, sites: int) -> None:
+        """Whether rounds can work with ``sites`` sites.
+
+        Raises:
+            IllegalJob: the cohort would be too large or too small.
+        """
+        self.rounds.check_sites(sites)
+        self._check_cohort(self.rounds.cohort_size(sites))
+        if self.rounds.early_stopping:  # all of them evaluate
+            self._check_cohort(sites)
+
+    def _check_cohort(self, cohort: int) -> None:
+        if self.privacy.secure_aggregation.enabled:
+            self.privacy.secure_aggregation.plan(cohort)
 
     def for_sites(self) -> "Job":
         """The job as sites get it: without the simulation section and its paths."""

@@ -1,18 +1,19 @@
-"""What coordinator and site say to each other: one typed payload per stage, and its codec.
+"""The codec between typed payloads and Flower's records.
 
-A payload is a frozen dataclass of strings, numbers and arrays. On the wire it is one Flower
-``RecordDict`` with one ``ConfigRecord`` and, if it has arrays, one ``ArrayRecord``: few, flat
-records, because Flower moves every nested object in a request of its own. Arrays travel as plain
-numpy (pickles refused), so the dtype is what it says; adapters are float32 whatever the precision
-that a site trains in.
+A payload (``payloads.py``) is on the wire one Flower ``RecordDict`` with one ``ConfigRecord`` and,
+if it has arrays, one ``ArrayRecord``: few, flat records, because Flower moves every nested object
+in a request of its own. Arrays travel as plain numpy (pickles refused), so the dtype is what it
+says; adapters are float32 whatever the precision that a site trains in.
 """
 
-import dataclasses
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from typing import Any, TypeVar, get_type_hints
+from functools import cache
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 # Flower reports usage, looks for updates and installs packages unless it is told not to.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -25,19 +26,17 @@ from numpy.typing import NDArray
 
 from fedgraft.common.errors import MessageError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 __all__ = [
-    "EvaluateReply",
-    "EvaluateRequest",
-    "Payload",
-    "PlanReply",
-    "PlanRequest",
-    "Refusal",
+    "Shared",
     "Stage",
-    "TrainReply",
-    "TrainRequest",
     "array_hash",
     "decode",
     "encode",
+    "recall",
+    "remember",
     "wire_bytes",
 ]
 
@@ -48,107 +47,51 @@ class Stage(StrEnum):
     """A request and its reply inside a round; the value is Flower's message type."""
 
     PLAN = "query.plan"
+    KEYS = "query.keys"
+    SHARES = "query.shares"
     TRAIN = "train"
     EVALUATE = "evaluate"
+    CONFIRM = "query.confirm"
+    UNMASK = "query.unmask"
 
 
-@dataclass(frozen=True)
-class PlanRequest:
-    """Coordinator to site, once a session: will you take part in this job?
+T = TypeVar("T")
+Shared = dict[int, tuple[NDArray[Any], Array]]  # by identity; an array in it keeps its own
 
-    ``job`` is ``Job.for_sites()`` as JSON; ``layout`` the fingerprint of the exchanged adapter;
-    ``fixed`` the SHA-256 of the adapter tensors that are not exchanged but must be equal.
+
+def encode(payload: "DataclassInstance", arrays: Shared | None = None) -> RecordDict:
+    """The payload as a Flower record.
+
+    ``arrays`` may be shared by calls with payloads that hold the same arrays (by identity), which
+    are then serialised once.
     """
-
-    session: str
-    job: str
-    backbone: str
-    layout: str
-    names: tuple[str, ...]
-    fixed: str
-
-
-@dataclass(frozen=True)
-class PlanReply:
-    """The site takes part; ``site`` is its name, ``examples`` its training examples."""
-
-    session: str
-    site: str
-    examples: int
-
-
-@dataclass(frozen=True)
-class TrainRequest:
-    """Train from this adapter, float32 [layout size]; ``names`` are its tensors, all trained."""
-
-    session: str
-    round: int
-    job: str
-    names: tuple[str, ...]
-    adapter: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class TrainReply:
-    """``update`` = trained minus received adapter, float32; ``loss`` the mean training loss."""
-
-    session: str
-    round: int
-    layout: str
-    examples: int
-    loss: float
-    update: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class EvaluateRequest:
-    """Evaluate this adapter on the site's ``split``: ``validation`` or ``test``."""
-
-    session: str
-    round: int
-    job: str
-    names: tuple[str, ...]
-    split: str
-    adapter: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class EvaluateReply:
-    """``tally`` is ``Tally.to_vector()``."""
-
-    session: str
-    round: int
-    tally: NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """The site did not do it; ``code`` is a reason code or a class name, never a message's text."""
-
-    session: str
-    code: str
-
-
-Payload = (
-    PlanRequest | PlanReply | TrainRequest | TrainReply | EvaluateRequest | EvaluateReply | Refusal
-)
-T = TypeVar("T", bound=Payload)
-
-
-def encode(payload: Payload) -> RecordDict:
-    """The payload as a Flower record."""
+    shared = {} if arrays is None else arrays
     config: dict[str, Any] = {"kind": type(payload).__name__, "format": FORMAT}
-    arrays: dict[str, Array] = {}
-    for field in dataclasses.fields(payload):
-        value = getattr(payload, field.name)
+    found: dict[str, Array] = {}
+    for key, value in _flatten("", payload):
         if isinstance(value, np.ndarray):
-            arrays[field.name] = Array(value)
+            if id(value) not in shared:
+                shared[id(value)] = (value, Array(value))
+            found[key] = shared[id(value)][1]
         else:
-            config[field.name] = list(value) if isinstance(value, tuple) else value
+            config[key] = value
     record = RecordDict({"payload": ConfigRecord(config)})
-    if arrays:
-        record["arrays"] = ArrayRecord(arrays)
+    if found:
+        record["arrays"] = ArrayRecord(found)
     return record
+
+
+def _flatten(prefix: str, payload: "DataclassInstance") -> Iterator[tuple[str, Any]]:
+    """Fields as flat keys: ``outer.inner``; a tuple of dataclasses is a list for each field."""
+    for name, hint in _hints(type(payload)).items():
+        key, value = prefix + name, getattr(payload, name)
+        if is_dataclass(hint):
+            yield from _flatten(f"{key}.", value)
+        elif element := _dataclass_in(hint):
+            for column in fields(element):
+                yield f"{key}.{column.name}", [getattr(each, column.name) for each in value]
+        else:
+            yield key, list(value) if isinstance(value, tuple) else value
 
 
 def decode(record: RecordDict, *kinds: type[T]) -> T:
@@ -167,10 +110,58 @@ def decode(record: RecordDict, *kinds: type[T]) -> T:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"a message is not a {wanted} of format {FORMAT}")
     values.update(_read_arrays(record))
-    hints = get_type_hints(cls)
-    if set(values) != set(hints):
+    payload = _build(cls, "", values)
+    if values:
         raise MessageError(f"a {name} has other fields than it should")
-    return cls(**{key: _typed(f"{name}.{key}", values[key], hints[key]) for key in hints})
+    return payload
+
+
+def _build(cls: Callable[..., T], prefix: str, values: dict[str, Any]) -> T:
+    """A ``cls`` from the flat keys that ``_flatten`` gave, which are taken out of ``values``."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(cls).items():
+        key = prefix + name
+        if isinstance(hint, type) and is_dataclass(hint):
+            found[name] = _build(hint, f"{key}.", values)
+        elif element := _dataclass_in(hint):
+            parts = _hints(element).items()
+            columns = [
+                _take(values, f"{key}.{part}", GenericAlias(tuple, (kind, ...)))
+                for part, kind in parts
+            ]
+            if len({len(column) for column in columns}) != 1:
+                raise MessageError(f"{key} has lists of different lengths")
+            found[name] = tuple(element(*row) for row in zip(*columns, strict=True))
+        else:
+            found[name] = _take(values, key, hint)
+    return cls(**found)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Fields of a dataclass with their types, in order."""
+    return get_type_hints(cls)
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """``X`` if ``hint`` is ``tuple[X, ...]`` of a dataclass X, else None."""
+    arguments = get_args(hint)
+    return arguments[0] if get_origin(hint) is tuple and is_dataclass(arguments[0]) else None
+
+
+def _take(values: dict[str, Any], key: str, hint: Any) -> Any:
+    """The value of ``key``, of the type that ``hint`` says: a scalar, a tuple of one, an array."""
+    value = values.pop(key, None)
+    if get_origin(hint) is tuple:
+        kind = get_args(hint)[0]
+        if isinstance(value, list) and all(type(item) is kind for item in value):
+            return tuple(value)
+    elif hint in (str, int, float, bytes):
+        if type(value) is hint:
+            return value
+    elif isinstance(value, np.ndarray):
+        return value
+    raise MessageError(f"{key} is missing or has the wrong type")
 
 
 def _read_arrays(record: RecordDict) -> dict[str, NDArray[Any]]:
@@ -181,16 +172,17 @@ def _read_arrays(record: RecordDict) -> dict[str, NDArray[Any]]:
         raise MessageError(f"an array cannot be read ({type(error).__name__})") from None
 
 
-def _typed(where: str, value: Any, hint: Any) -> Any:
-    if hint == tuple[str, ...]:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif hint in (str, int, float):
-        if type(value) is hint:
-            return value
-    elif isinstance(value, np.ndarray):
-        return value
-    raise MessageError(f"{where} has the wrong type")
+def remember(state: RecordDict, memory: "DataclassInstance | None") -> None:
+    """Keep ``memory`` in a node's ``state``, which Flower holds in memory; None drops it."""
+    state.pop("memory", None)
+    if memory is not None:
+        state["memory"] = encode(memory)["payload"]
+
+
+def recall(state: RecordDict, kind: type[T]) -> T | None:
+    """What ``remember`` kept; None if there is nothing."""
+    kept = state.get("memory")
+    return None if kept is None else decode(RecordDict({"payload": kept}), kind)
 
 
 def wire_bytes(record: RecordDict) -> int:

@@ -12,9 +12,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
+from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import open_workbench
+from fedgraft.server.masked import Masking
 from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
@@ -27,12 +29,17 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the job in ``run_config["job"]`` (TOML) into the folder ``run_config["run"]``."""
+    """Run the job in ``run_config["job"]`` (TOML) into the folder ``run_config["run"]``.
+
+    ``run_config["federation"]`` is the path of the federation file, for secure aggregation.
+    """
     job = parse_job(tomllib.loads(str(context.run_config["job"])), where="job")
+    path = str(context.run_config.get("federation") or "")
+    federation = load_federation(Path(path)) if path else None
     with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:
         transport = Transport(grid)
         transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
-        coordinate(transport, job, run)
+        coordinate(transport, job, run, federation=federation)
 
 
 def coordinate(
@@ -40,18 +47,22 @@ def coordinate(
     job: Job,
     run: Run,
     *,
+    federation: Federation | None = None,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
 ) -> Vector:
     """Run the job from the run's last checkpoint; the final exchanged adapter, float32.
 
-    ``on_round`` is called after each round is durable.
+    ``federation`` holds the sites' public keys; secure aggregation needs it. ``on_round`` is
+    called after each round is durable.
 
     Raises:
+        InputError: the job asks for secure aggregation and there is no ``federation``.
         TooFewSites: the sites do not suffice.
         CheckpointError: the run has checkpoints and none can be trusted.
     """
     bench = open_workbench(job)
-    plan = make_plan(job, bench, run.session)
+    masking = Masking(federation, run.next_masked_round) if federation else None
+    plan = make_plan(job, bench, run.session, masking)
     state = run.resume(plan.exchanged) or State(0, bench.initial_of(plan.exchanged))
 
     def commit(state: State, record: RoundRecord) -> None:

@@ -6,15 +6,9 @@ import numpy as np
 import torch
 
 from fedgraft.common.job import Job
-from fedgraft.common.messages import (
-    EvaluateReply,
-    EvaluateRequest,
-    TrainReply,
-    TrainRequest,
-    encode,
-    wire_bytes,
-)
+from fedgraft.common.messages import encode, wire_bytes
 from fedgraft.common.metrics import Tally
+from fedgraft.common.payloads import EvaluateReply, EvaluateRequest, TrainReply, TrainRequest
 from fedgraft.common.processors import ImageProcessor
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.rounds import Plan

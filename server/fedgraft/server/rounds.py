@@ -6,28 +6,27 @@ numbers only through a rule, so it is the same for a simulation and for partner 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedgraft.common.adapters import Layout, Vector
-from fedgraft.common.errors import MessageError, TooFewSites
+from fedgraft.common.errors import InputError, MessageError, RoundAborted, TooFewSites
 from fedgraft.common.job import Job
-from fedgraft.common.messages import (
+from fedgraft.common.messages import Stage
+from fedgraft.common.metrics import Tally
+from fedgraft.common.payloads import (
     EvaluateReply,
     EvaluateRequest,
     PlanRequest,
-    Stage,
     TrainReply,
     TrainRequest,
-    encode,
-    wire_bytes,
 )
-from fedgraft.common.metrics import Tally
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.workbench import Workbench
-from fedgraft.server.aggregation import RULES, RunningMean, optimizers
-from fedgraft.server.state import Dropped, RoundRecord, State
+from fedgraft.server.aggregation import RULES, optimizers
+from fedgraft.server.masked import Masking, check_masked, gather_masked
+from fedgraft.server.state import Checked, Dropped, Gathered, RoundRecord, State, Traffic
 from fedgraft.server.transport import SILENT, Reply, Transport
 from fedgraft.server.validation import Expected, InvalidReply, check_evaluation, check_update
 
@@ -44,9 +43,10 @@ class Plan:
     session: str
     exchanged: Layout
     request: PlanRequest
+    masking: Masking | None = None
 
 
-def make_plan(job: Job, bench: Workbench, session: str) -> Plan:
+def make_plan(job: Job, bench: Workbench, session: str, masking: Masking | None = None) -> Plan:
     """Which tensors travel under the job's rule and head policy, and the invitation to sites."""
     rule = RULES[job.aggregation.rule]
     local = set(bench.local.names)
@@ -60,7 +60,8 @@ def make_plan(job: Job, bench: Workbench, session: str) -> Plan:
         names=names,
         fixed=bench.fixed_hash({*names, *local}),
     )
-    return Plan(job, session, exchanged, request)
+    masked = job.privacy.secure_aggregation.enabled
+    return Plan(job, session, exchanged, request, masking if masked else None)
 
 
 def run_job(
@@ -77,8 +78,14 @@ def run_job(
     told of sites that do not take part, or of a round that did not count.
 
     Raises:
-        TooFewSites: a round had fewer than ``min_sites`` usable replies three times in a row.
+        InputError: the job asks for secure aggregation and the plan has no ``masking``.
+        RoundAborted: a round came to nothing three times in a row; TooFewSites if fewer than
+            ``min_sites`` replies, or than secure aggregation needs, were usable.
     """
+    if plan.job.privacy.secure_aggregation.enabled and plan.masking is None:
+        raise InputError(
+            "secure aggregation needs the sites' public keys", hint="name the federation file"
+        )
     attempt = 0
     while state.round < plan.job.rounds.count and not _stopped(plan.job, state):
         refused = _invite(plan, transport)
@@ -86,7 +93,7 @@ def run_job(
             warn("refused to take part", refused)
         try:
             state, record = run_round(plan, transport, state, attempt)
-        except TooFewSites as error:
+        except RoundAborted as error:
             attempt += 1
             warn(str(error), ())
             if attempt == ATTEMPTS:
@@ -105,36 +112,60 @@ def run_round(
     Another ``attempt`` at a round that had too few sites draws another cohort.
 
     Raises:
-        TooFewSites: fewer usable updates than ``min_sites``; ``state`` is then still the truth.
+        RoundAborted: the round came to nothing; ``state`` is then still the truth.
     """
     started = time.monotonic()
     job, number = plan.job, state.round + 1
     cohort = choose_cohort(job, transport.sites, number, attempt)
-    gathered = _gather_updates(plan, transport, cohort, number, state.adapter)
-    if gathered.mean.count < job.rounds.min_sites:
-        raise _too_few(job, number, gathered)
-    step = RULES[job.aggregation.rule].merge(gathered.mean.mean())
+    gathered = _train(plan, transport, cohort, number, state.adapter)
+    step = RULES[job.aggregation.rule].merge(gathered.update)
     adapter, moments = optimizers.apply(
         job.aggregation.server_optimizer, state.adapter, step, state.moments
     )
     state = replace(state, round=number, adapter=adapter, moments=moments)
     checked = _evaluate(plan, transport, _judges(job, transport, cohort, gathered), state)
-    state = _judge(job, state, checked.tally)
-    tally = checked.tally
+    tally, traffic = checked.tally, (gathered.traffic, checked.traffic)
+    state = _judge(job, state, tally)
     record = RoundRecord(
         round=number,
         asked=len(cohort),
-        sites=gathered.mean.count,
-        dropped=(*gathered.dropped, *checked.dropped),
+        sites=gathered.count,
+        dropped=tuple(drop for part in traffic for drop in part.dropped),
         examples=gathered.examples,
-        train_loss=gathered.loss / gathered.examples,
+        train_loss=gathered.loss,
         update_norm=float(np.linalg.norm(step)),
         validation={**tally.summary(), "examples": tally.examples} if tally.examples else None,
-        bytes_up=gathered.bytes_up + checked.bytes_up,
-        bytes_down=gathered.bytes_down + checked.bytes_down,
+        bytes_up=sum(part.bytes_up for part in traffic),
+        bytes_down=sum(part.bytes_down for part in traffic),
         seconds=time.monotonic() - started,
+        masked=gathered.masked,
     )
     return state, record
+
+
+def _train(
+    plan: Plan, transport: Transport, cohort: Sequence[str], number: int, adapter: Vector
+) -> Gathered:
+    """Train ``adapter`` at the cohort, masked if the job says so."""
+    job, names = plan.job, plan.exchanged.names
+    request = TrainRequest(plan.session, number, plan.request.job, names, adapter)
+    if plan.masking:
+        return gather_masked(plan.masking, job, transport, cohort, request, plan.exchanged)
+    return gather_clear(job, transport, cohort, request, plan.exchanged)
+
+
+def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> Checked:
+    """Federated validation of the new adapter at ``sites``, if it is due after this round."""
+    job, names = plan.job, plan.exchanged.names
+    last = state.round == job.rounds.count
+    if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
+        return Checked(Tally.empty(len(job.job.labels)), Traffic())
+    request = EvaluateRequest(
+        plan.session, state.round, plan.request.job, names, "validation", state.adapter
+    )
+    if plan.masking:
+        return check_masked(plan.masking, job, transport, sites, request)
+    return check_clear(job, transport, sites, request, plan.exchanged)
 
 
 def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0) -> tuple[str, ...]:
@@ -148,91 +179,71 @@ def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0)
     return tuple(sorted(ranked[:size]))
 
 
-@dataclass
-class _Gathered:
-    """What training has collected so far; grows by numbers, never by updates."""
+def gather_clear(
+    job: Job, transport: Transport, cohort: Sequence[str], request: TrainRequest, exchanged: Layout
+) -> Gathered:
+    """Have the cohort train; each valid update goes into the rule's collector.
 
-    mean: RunningMean
-    dropped: list[Dropped] = field(default_factory=list)
-    examples: int = 0
-    loss: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def drop(self, site: str, reason: str) -> None:
-        self.dropped.append(Dropped(site, reason))
-
-
-def _gather_updates(
-    plan: Plan, transport: Transport, cohort: Sequence[str], number: int, adapter: Vector
-) -> _Gathered:
-    """Ask the cohort to train; each valid update goes into the running mean and is forgotten."""
-    job, names = plan.job, plan.exchanged.names
-    request = TrainRequest(plan.session, number, plan.request.job, names, adapter)
-    expected = Expected(plan.session, number, plan.exchanged)
-    gathered = _Gathered(RunningMean(plan.exchanged.size))
-    gathered.bytes_down = wire_bytes(encode(request)) * len(cohort)
+    Raises:
+        TooFewSites: fewer than ``min_sites`` updates were usable.
+    """
+    collector = RULES[job.aggregation.rule].collect(exchanged.size)
+    expected = Expected(request.session, request.round, exchanged)
+    traffic, examples, loss = Traffic(), 0, 0.0
     for reply in transport.ask(cohort, Stage.TRAIN, request, job.rounds.deadline):
-        gathered.bytes_up += reply.bytes_up
+        traffic.count(reply)
         update = reply.payload
         if not isinstance(update, TrainReply):
-            gathered.drop(reply.site, reply.failure)
+            traffic.drop(reply.site, reply.failure)
             continue
         try:
             check_update(update, expected, job.aggregation)
         except InvalidReply as error:
-            gathered.drop(reply.site, str(error))
+            traffic.drop(reply.site, str(error))
             continue
         by_examples = job.aggregation.weights == "examples"
-        gathered.mean.add(update.update, float(update.examples) if by_examples else 1.0)
-        gathered.examples += update.examples
-        gathered.loss += update.loss * update.examples
-    return gathered
+        collector.add(update.update, float(update.examples) if by_examples else 1.0)
+        examples += update.examples
+        loss += update.loss * update.examples
+    if collector.count < job.rounds.min_sites:
+        raise _too_few(job, request.round, collector.count, traffic)
+    return Gathered(collector.combined(), collector.count, examples, loss / examples, traffic)
 
 
-@dataclass
-class _Checked:
-    """What federated validation has collected so far; an empty tally when it was not due."""
-
-    tally: Tally
-    dropped: list[Dropped] = field(default_factory=list)
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-
-def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> _Checked:
-    """Federated validation of the new adapter at ``sites``, if it is due after this round."""
-    job, names = plan.job, plan.exchanged.names
-    checked = _Checked(Tally.empty(len(job.job.labels)))
-    last = state.round == job.rounds.count
-    if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
-        return checked
-    session, text = plan.session, plan.request.job
-    request = EvaluateRequest(session, state.round, text, names, "validation", state.adapter)
-    expected = Expected(session, state.round, plan.exchanged)
-    checked.bytes_down = wire_bytes(encode(request)) * len(sites)
+def check_clear(
+    job: Job,
+    transport: Transport,
+    sites: Sequence[str],
+    request: EvaluateRequest,
+    exchanged: Layout,
+) -> Checked:
+    """Have ``sites`` evaluate; the sum of their tallies."""
+    checked = Checked(Tally.empty(len(job.job.labels)), Traffic())
+    expected = Expected(request.session, request.round, exchanged)
     for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
-        checked.bytes_up += reply.bytes_up
+        checked.traffic.count(reply)
         if isinstance(reply.payload, EvaluateReply):
             try:
-                checked.tally += check_evaluation(
+                tally = check_evaluation(
                     reply.payload, expected, job.aggregation, len(job.job.labels)
                 )
             except (InvalidReply, MessageError) as error:
-                checked.dropped.append(Dropped(reply.site, f"evaluation: {error}"))
+                checked.traffic.drop(reply.site, f"evaluation: {error}")
+            else:
+                checked = replace(checked, tally=checked.tally + tally)
         elif reply.failure != "no-examples":  # a small site may hold none out
-            checked.dropped.append(Dropped(reply.site, f"evaluation: {reply.failure}"))
+            checked.traffic.drop(reply.site, f"evaluation: {reply.failure}")
     return checked
 
 
 def _judges(
-    job: Job, transport: Transport, cohort: Sequence[str], gathered: _Gathered
+    job: Job, transport: Transport, cohort: Sequence[str], gathered: Gathered
 ) -> tuple[str, ...]:
     """Who evaluates: the cohort, or everyone where rounds must be comparable to stop early.
 
     A site that did not answer is not waited for a second time.
     """
-    silent = {drop.site for drop in gathered.dropped if drop.reason in SILENT}
+    silent = {drop.site for drop in gathered.traffic.dropped if drop.reason in SILENT}
     sites = transport.sites if job.rounds.early_stopping else cohort
     return tuple(site for site in sites if site not in silent)
 
@@ -262,14 +273,17 @@ def _invite(plan: Plan, transport: Transport) -> list[Dropped]:
     """
     rounds = plan.job.rounds
     again = len(transport.sites) < rounds.min_sites
-    replies: list[Reply] = list(transport.invite(plan.request, rounds.deadline, again=again))
+    members = plan.masking.federation.ids if plan.masking else None
+    replies: list[Reply] = list(
+        transport.invite(plan.request, rounds.deadline, again=again, members=members)
+    )
     return [Dropped(reply.site, reply.failure) for reply in replies if reply.payload is None]
 
 
-def _too_few(job: Job, number: int, gathered: _Gathered) -> TooFewSites:
-    reasons = ", ".join(f"{drop.site}: {drop.reason}" for drop in gathered.dropped[:5])
+def _too_few(job: Job, number: int, count: int, traffic: Traffic) -> TooFewSites:
+    reasons = ", ".join(f"{drop.site}: {drop.reason}" for drop in traffic.dropped[:5])
     return TooFewSites(
-        f"round {number}: {gathered.mean.count} usable updates, min_sites is "
+        f"round {number}: {count} usable updates, min_sites is "
         f"{job.rounds.min_sites}" + (f" ({reasons})" if reasons else ""),
         hint="look at the sites named, raise rounds.deadline, or lower rounds.min_sites",
     )

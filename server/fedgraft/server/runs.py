@@ -5,6 +5,7 @@
     environment.json    versions and machine                  written once
     events.jsonl        what happened, appended
     metrics.jsonl       one line a round, appended before the round's checkpoint
+    masked_rounds       how many masked rounds were begun, under secure aggregation
     checkpoints/        round-000007.<sha256>.safetensors, the last two
     adapter/            the final adapter in PEFT format
 
@@ -173,6 +174,16 @@ class Run:
     def latest(self, layout: "Layout") -> State | None:
         """The newest state that can be trusted; as ``resume``, but leaves the run as it is."""
         return load_newest(self.folder / CHECKPOINTS, layout.fingerprint)[0]
+
+    def next_masked_round(self) -> int:
+        """A number for a masked round: greater each time, whatever crashed in between.
+
+        Sites answer each number once, so a round that is done again needs another.
+        """
+        path = self.folder / "masked_rounds"
+        number = int(path.read_text(encoding="utf-8")) + 1 if path.exists() else 1
+        write_text(path, f"{number}\n")
+        return number
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write what the run came to; from then on it is finished."""

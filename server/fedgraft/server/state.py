@@ -1,12 +1,17 @@
 """What a federation is at the end of a round, and what happened in it: plain, frozen values."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Dropped", "Moments", "RoundRecord", "State"]
+from fedgraft.common.metrics import Tally
+
+if TYPE_CHECKING:
+    from fedgraft.server.transport import Reply
+
+__all__ = ["Checked", "Dropped", "Gathered", "Moments", "RoundRecord", "State", "Traffic"]
 
 Moments = dict[str, NDArray[np.float64]]
 
@@ -40,25 +45,69 @@ class Dropped:
     reason: str
 
 
+@dataclass
+class Traffic:
+    """Bytes of the payloads that a stage sent and received, and the sites it lost."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
+
+    def count(self, reply: "Reply") -> None:
+        """Count what was sent to a site and what came back."""
+        self.bytes_up += reply.bytes_up
+        self.bytes_down += reply.bytes_down
+
+    def drop(self, site: str, reason: str) -> None:
+        """Note that ``site`` does not count, and why."""
+        self.dropped.append(Dropped(site, reason))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What training at a cohort came to: the combined update, float64 [exchanged.size].
+
+    ``count`` sites are in it; ``examples`` (None where nobody counts them) and ``loss``, the mean
+    training loss, are over all of them. ``masked`` says how the sum was protected.
+    """
+
+    update: NDArray[np.float64]
+    count: int
+    examples: int | None
+    loss: float
+    traffic: Traffic
+    masked: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What federated validation came to; an empty tally when it was not due or did not succeed."""
+
+    tally: Tally
+    traffic: Traffic
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """What happened in one round.
 
     ``asked`` sites were in the cohort, ``sites`` gave an update that counted; ``bytes_*`` are sums
-    over the cohort, ``seconds`` wall time.
+    over the cohort, ``seconds`` wall time. ``masked`` says how secure aggregation protected the
+    round (None without it); ``examples`` is None where nobody counts them.
     """
 
     round: int
     asked: int
     sites: int
     dropped: tuple[Dropped, ...]
-    examples: int
+    examples: int | None
     train_loss: float
     update_norm: float
     validation: dict[str, float] | None
     bytes_up: int
     bytes_down: int
     seconds: float
+    masked: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""

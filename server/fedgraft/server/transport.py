@@ -6,29 +6,52 @@ pulled one by one, so memory does not grow with the number of sites.
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.messages import (
+from fedgraft.common.messages import Shared, Stage, decode, encode, wire_bytes
+from fedgraft.common.payloads import (
+    ConfirmAsk,
     EvaluateReply,
+    EvaluateRequest,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
     Payload,
     PlanReply,
     PlanRequest,
     Refusal,
-    Stage,
+    Request,
+    SharesAsk,
     TrainReply,
-    decode,
-    encode,
-    wire_bytes,
+    TrainRequest,
+    UnmaskAsk,
+)
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Confirmation,
+    MaskedInput,
+    Opening,
+    SealedShares,
 )
 
 __all__ = ["SILENT", "Reply", "Transport"]
 
-ANSWERS = {Stage.PLAN: PlanReply, Stage.TRAIN: TrainReply, Stage.EVALUATE: EvaluateReply}
+ANSWERS: dict[type[Request], type[Payload]] = {
+    PlanRequest: PlanReply,
+    TrainRequest: TrainReply,
+    EvaluateRequest: EvaluateReply,
+    KeysAsk: Advertisement,
+    SharesAsk: SealedShares,
+    MaskedTrain: MaskedInput,
+    MaskedEvaluate: MaskedInput,
+    ConfirmAsk: Confirmation,
+    UnmaskAsk: Opening,
+}
 CODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between pulls that brought nothing
@@ -47,6 +70,7 @@ class Reply:
     payload: Payload | None = None
     failure: str = ""
     bytes_up: int = 0
+    bytes_down: int = 0
 
 
 class Transport:
@@ -77,12 +101,18 @@ class Transport:
             self._pause(LONGEST_PAUSE)
 
     def invite(
-        self, request: PlanRequest, deadline: float, *, again: bool = True
+        self,
+        request: PlanRequest,
+        deadline: float,
+        *,
+        again: bool = True,
+        members: Container[str] | None = None,
     ) -> Iterator[Reply]:
         """Ask nodes to take part; those that agree are known by their site's name after.
 
         Asks nodes that were never asked and, with ``again``, those that did not agree before. A
-        site whose node has left may come back with another node.
+        site whose node has left may come back with another node. Of sites that are not among
+        ``members``, if given, none takes part.
         """
         present = set(self._grid.get_node_ids())
         self._nodes = {site: node for site, node in self._nodes.items() if node in present}
@@ -93,76 +123,119 @@ class Transport:
             answer = reply.payload
             if not isinstance(answer, PlanReply):
                 yield reply
-            elif failure := self._refusal(answer, request.session):
-                known = answer.site if failure == "name-taken" else reply.site
-                yield Reply(known, failure=failure, bytes_up=reply.bytes_up)
+            elif failure := self._refusal(answer, request.session, members):
+                known = answer.site if failure in ("name-taken", "not-in-roster") else reply.site
+                yield replace(reply, site=known, payload=None, failure=failure)
             else:
                 self._nodes[answer.site] = new[reply.site]
-                yield Reply(answer.site, answer, bytes_up=reply.bytes_up)
+                yield replace(reply, site=answer.site)
 
-    def _refusal(self, answer: PlanReply, session: str) -> str:
+    def _refusal(self, answer: PlanReply, session: str, members: Container[str] | None) -> str:
         """Why a site that agreed is not taken; empty if it is."""
         if answer.session != session:
             return "wrong-session"
         if not SITE_NAME.fullmatch(answer.site):  # it goes into files, tables and terminals
             return "bad-name"
+        if members is not None and answer.site not in members:
+            return "not-in-roster"
         return "name-taken" if answer.site in self._nodes else ""
 
     def ask(
-        self, sites: Sequence[str], stage: Stage, request: Payload, deadline: float
+        self,
+        sites: Iterable[str],
+        stage: Stage,
+        request: Request | Mapping[str, Request],
+        deadline: float,
     ) -> Iterator[Reply]:
-        """Send ``request`` to ``sites``; one reply for each, within ``deadline`` seconds.
+        """Send ``request``, or each its own, to ``sites``; one reply for each within ``deadline``.
 
-        A site that refuses, fails, sends something else or is late yields a reply with a
-        ``failure`` code instead of a payload.
+        A site that refuses, fails, sends something else or is late (in seconds) yields a reply with
+        a ``failure`` code instead of a payload. Nothing is sent twice.
         """
         return self._ask({site: self._nodes[site] for site in sites}, stage, request, deadline)
 
     def _ask(
-        self, nodes: dict[str, int], stage: Stage, request: Payload, deadline: float
+        self,
+        nodes: dict[str, int],
+        stage: Stage,
+        request: Request | Mapping[str, Request],
+        deadline: float,
     ) -> Iterator[Reply]:
         until = self._clock() + deadline
-        record = encode(request)
+        asked = list(_encoded(nodes, request))
         messages = [
-            Message(record, dst_node_id=node, message_type=stage.value, ttl=deadline)
-            for node in nodes.values()
+            Message(one.record, dst_node_id=one.node, message_type=stage.value, ttl=deadline)
+            for one in asked
         ]
         sent = list(self._grid.push_messages(messages))
         del messages
         # Flower answers a message it could not send with an empty id, a whole batch with none.
-        sent += [""] * (len(nodes) - len(sent))
-        waiting = {i: site for i, site in zip(sent, nodes, strict=True) if i}
-        for site in set(nodes) - set(waiting.values()):
-            yield Reply(site, failure="not-sent")
-        yield from self._collect(waiting, stage, until)
+        sent += [""] * (len(asked) - len(sent))
+        for identifier, one in zip(sent, asked, strict=True):
+            if not identifier:
+                yield Reply(one.site, failure="not-sent")
+        waiting = {
+            identifier: replace(one, record=None)  # the grid has it; here it would be kept
+            for identifier, one in zip(sent, asked, strict=True)
+            if identifier
+        }
+        del asked
+        yield from self._collect(waiting, until)
 
-    def _collect(self, waiting: dict[str, str], stage: Stage, until: float) -> Iterator[Reply]:
+    def _collect(self, waiting: dict[str, "_Asked"], until: float) -> Iterator[Reply]:
         """The reply of every site in ``waiting`` (by message id) as it comes, or its lateness."""
         pause = FIRST_PAUSE
         while waiting and self._clock() < until:
             came = False
             for identifier in list(waiting):
                 for message in self._grid.pull_messages([identifier]):
-                    site = waiting.pop(identifier, None)
-                    if site is not None:  # else the reply came twice
+                    asked = waiting.pop(identifier, None)
+                    if asked is not None:  # else the reply came twice
                         came = True
-                        yield self._read(site, stage, message)
+                        yield self._read(asked, message)
             if waiting and not came:
                 self._pause(pause)
             pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
-        for site in waiting.values():
-            yield Reply(site, failure="deadline")
+        for asked in waiting.values():
+            yield Reply(asked.site, failure="deadline", bytes_down=asked.size)
 
-    def _read(self, site: str, stage: Stage, message: Message) -> Reply:
+    def _read(self, asked: "_Asked", message: Message) -> Reply:
+        reply = Reply(asked.site, bytes_down=asked.size)
         if message.has_error():
             code = message.error.code
-            return Reply(site, failure=FLOWER_ERRORS.get(code, f"flower-error-{code}"))
-        size = wire_bytes(message.content)
+            return replace(reply, failure=FLOWER_ERRORS.get(code, f"flower-error-{code}"))
+        reply = replace(reply, bytes_up=wire_bytes(message.content))
         try:
-            payload = decode(message.content, ANSWERS[stage], Refusal)
+            payload = decode(message.content, ANSWERS[asked.kind], Refusal)
         except MessageError:
-            return Reply(site, failure="malformed", bytes_up=size)
+            return replace(reply, failure="malformed")
         if isinstance(payload, Refusal):  # its code goes into events, tables and terminals
             code = payload.code if CODE.fullmatch(payload.code) else "bad-code"
-            return Reply(site, failure=code, bytes_up=size)
-        return Reply(site, payload, bytes_up=size)
+            return replace(reply, failure=code)
+        return replace(reply, payload=payload)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One site's request on its way: its kind, its ``size`` in bytes, the record until sent."""
+
+    site: str
+    node: int
+    kind: type[Request]
+    size: int
+    record: RecordDict | None
+
+
+def _encoded(
+    nodes: Mapping[str, int], request: Request | Mapping[str, Request]
+) -> Iterator[_Asked]:
+    """The request of every site, encoded; what several have in common is encoded once."""
+    arrays: Shared = {}
+    records: dict[int, tuple[RecordDict, int]] = {}
+    for site, node in nodes.items():
+        own = request[site] if isinstance(request, Mapping) else request
+        if id(own) not in records:  # requests live as long as this does
+            record = encode(own, arrays)
+            records[id(own)] = record, wire_bytes(record)
+        record, size = records[id(own)]
+        yield _Asked(site, node, type(own), size, record)

@@ -10,8 +10,8 @@ import numpy as np
 from fedgraft.common.adapters import Layout
 from fedgraft.common.errors import FedgraftError
 from fedgraft.common.job import Aggregation
-from fedgraft.common.messages import EvaluateReply, TrainReply
 from fedgraft.common.metrics import Tally
+from fedgraft.common.payloads import EvaluateReply, TrainReply
 
 __all__ = ["Expected", "InvalidReply", "check_evaluation", "check_update"]
 

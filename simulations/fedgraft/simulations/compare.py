@@ -22,8 +22,8 @@ from fedgraft.client.training import train
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.job import HeadMethod, Job, Training
-from fedgraft.common.messages import EvaluateRequest
 from fedgraft.common.metrics import Tally
+from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.simulations.grid import NodeConfig

@@ -36,7 +36,7 @@ class _Asked:
 
     identifier: str
     message: Message
-    future: "Future[Message] | None" = None
+    future: "Future[tuple[Message, RecordDict]] | None" = None
 
 
 class LocalGrid(Grid):
@@ -50,6 +50,7 @@ class LocalGrid(Grid):
     ) -> None:
         self._app = app
         self._nodes = {SERVER + 1 + index: dict(config) for index, config in enumerate(nodes)}
+        self._states = {node: RecordDict() for node in self._nodes}
         self._workers = workers
         self._run = Run.create_empty(1)
         self._asked: deque[_Asked] = deque()
@@ -108,13 +109,16 @@ class LocalGrid(Grid):
             self._start_some()
             if not self._asked or self._asked[0].identifier != identifier:
                 continue
-            future = self._asked[0].future
+            asked = self._asked[0]
+            assert asked.future is not None  # noqa: S101  # the oldest was started above
             try:
-                replies.append(future.result(WAIT) if future else None)
+                reply, state = asked.future.result(WAIT)
             except TimeoutError:
                 continue
+            self._states[asked.message.metadata.dst_node_id] = state
+            replies.append(reply)
             self._asked.popleft()
-        return [reply for reply in replies if reply is not None]
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -131,7 +135,7 @@ class LocalGrid(Grid):
         for asked in itertools.islice(self._asked, ahead):
             if asked.future is None:
                 node = asked.message.metadata.dst_node_id
-                arguments = (self._app, asked.message, node, self._nodes[node])
+                arguments = (self._app, asked.message, node, self._nodes[node], self._states[node])
                 asked.future = self._workers.submit(_answer, *arguments)
 
 
@@ -141,13 +145,18 @@ def _load_app(reference: str) -> ClientApp:
     return getattr(import_module(module), attribute)
 
 
-def _answer(reference: str, message: Message, node: int, config: dict[str, str]) -> Message:
-    """What one node does with one message; an exception becomes Flower's error code, as there."""
+def _answer(
+    reference: str, message: Message, node: int, config: dict[str, str], state: RecordDict
+) -> tuple[Message, RecordDict]:
+    """What one node does with one message, and its state after it, which any worker may go on with.
+
+    An exception becomes Flower's error code, as there.
+    """
     context = Context(
         run_id=message.metadata.run_id,
         node_id=node,
         node_config=config,
-        state=RecordDict(),
+        state=state,
         run_config={},
     )
     try:
@@ -157,4 +166,4 @@ def _answer(reference: str, message: Message, node: int, config: dict[str, str])
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         reply = Message(Error(code, type(error).__name__), reply_to=message)
     reply.metadata.__dict__["_message_id"] = f"{message.metadata.message_id}-reply"
-    return reply
+    return reply, context.state

@@ -25,8 +25,9 @@ from pyarrow import parquet
 from fedgraft.client.examples import Indices
 from fedgraft.client.site import SiteConfig, SiteData, dump_site
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import IllegalJob, Job, Partition, Simulation
+from fedgraft.common.job import Job, Partition, Simulation
 from fedgraft.common.processors import open_image, to_channels
+from fedgraft.common.section import IllegalJob
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.simulations.shifts import Shift, draw_shifts
 from fedgraft.simulations.sources import (
@@ -105,7 +106,7 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
         for site in index["sites"]
     )
     try:
-        job.rounds.check_sites(len(sites))  # of a natural partition, known only now
+        job.check_sites(len(sites))  # of a natural partition, known only now
     except IllegalJob as error:
         raise JobError(f"rounds: {error}", hint=error.hint) from None
     return PreparedSites(simulation, folder.name, sites, index["skipped"])

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import InputError, RunError
+from fedgraft.common.federation import Federation
 from fedgraft.common.job import Job
 from fedgraft.server.app import coordinate
 from fedgraft.server.runs import Run
@@ -29,7 +30,12 @@ JOINING = 60.0  # seconds for Ray to bring up its nodes
 
 
 def coordinate_on_ray(
-    job: Job, run: Run, nodes: tuple[NodeConfig, ...], *, on_round: Callable[[RoundRecord], None]
+    job: Job,
+    run: Run,
+    nodes: tuple[NodeConfig, ...],
+    *,
+    federation: Federation | None = None,
+    on_round: Callable[[RoundRecord], None],
 ) -> Vector:
     """Run the job with these nodes as Ray actors; the final exchanged adapter, float32.
 
@@ -48,7 +54,9 @@ def coordinate_on_ray(
         try:
             transport = Transport(grid)
             transport.wait_for(len(nodes), JOINING)
-            outcome.append(coordinate(transport, job, run, on_round=on_round))
+            outcome.append(
+                coordinate(transport, job, run, federation=federation, on_round=on_round)
+            )
         except BaseException as error:  # carried over to the thread that waits
             outcome.append(error)
 

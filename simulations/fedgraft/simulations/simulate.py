@@ -18,6 +18,7 @@ from fedgraft.common.job import Simulation as SimulationSettings
 from fedgraft.common.workbench import cache_folder, choose_device, open_workbench
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
+from fedgraft.server.masked import Masking
 from fedgraft.server.report import write_report
 from fedgraft.server.rounds import Plan, make_plan, run_job
 from fedgraft.server.runs import Run
@@ -26,6 +27,7 @@ from fedgraft.server.summary import run_facts
 from fedgraft.server.transport import Transport
 from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
 from fedgraft.simulations.grid import LocalGrid, NodeConfig
+from fedgraft.simulations.identities import FILE, found_federation
 from fedgraft.simulations.memory import PeakMemory
 from fedgraft.simulations.partition import PreparedSites, SimulatedSite, prepare_sites
 from fedgraft.simulations.ray import coordinate_on_ray, require_ray
@@ -80,10 +82,12 @@ def simulate(
             run.event("skipped-images", count=prepared.skipped)
             console.note(f"left out {prepared.skipped} images that do not decode")
         bench = open_workbench(job)
-        plan = make_plan(job, bench, run.session)
+        federation = found_federation(job, run.folder / "sites", [site.name for site in sites])
+        masking = Masking(federation, run.next_masked_round) if federation else None
+        plan = make_plan(job, bench, run.session, masking)
         console.note(_headline(job, sites, plan))
         nodes = tuple(_node(site, run, device) for site in sites)
-        simulation = _Simulation(job, settings, run, nodes, workers)
+        simulation = _Simulation(job, settings, run, nodes, workers, masking)
         behind = run.latest(plan.exchanged)
         done = behind.round if behind else 0
         earlier = sum(line["seconds"] for line in run.history()[:done])
@@ -117,6 +121,7 @@ class _Simulation:
     run: Run
     nodes: tuple[NodeConfig, ...]
     workers: Workers
+    masking: Masking | None
 
     def federate(self, console: Console, engine: str, done: int) -> Vector:
         """The federation itself, ``done`` rounds of it behind us; the final exchanged adapter."""
@@ -125,9 +130,14 @@ class _Simulation:
             def on_round(record: RoundRecord) -> None:
                 steps.done(_round_line(record))
 
+            federation = self.masking.federation if self.masking else None
             if engine == "ray":
-                return coordinate_on_ray(self.job, self.run, self.nodes, on_round=on_round)
-            return coordinate(self.transport(), self.job, self.run, on_round=on_round)
+                return coordinate_on_ray(
+                    self.job, self.run, self.nodes, federation=federation, on_round=on_round
+                )
+            return coordinate(
+                self.transport(), self.job, self.run, federation=federation, on_round=on_round
+            )
 
     def transport(self) -> Transport:
         """The sites in this process; the clock stands, for waiting for a core is not being late."""
@@ -171,7 +181,7 @@ class _Simulation:
         if job.method == self.job.method:
             return None
         bench = open_workbench(job)
-        plan = make_plan(job, bench, self.run.session)
+        plan = make_plan(job, bench, self.run.session, self.masking)
         state = State(0, bench.initial_of(plan.exchanged))
         with console.steps("head only", job.rounds.count) as steps:
             state = run_job(
@@ -185,8 +195,11 @@ class _Simulation:
 
 
 def _node(site: SimulatedSite, run: Run, device: str) -> NodeConfig:
-    state = run.folder / "sites" / site.name
-    return {"site": str(site.config), "state": str(state), "device": device}
+    sites = run.folder / "sites"
+    node = {"site": str(site.config), "state": str(sites / site.name), "device": device}
+    if run.job.privacy.secure_aggregation.enabled:
+        node["federation"] = str(sites / FILE)
+    return node
 
 
 def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:

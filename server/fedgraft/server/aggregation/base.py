@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout, Vector
 
-__all__ = ["Rule", "RunningMean"]
+__all__ = ["Collector", "Rule", "RunningMean"]
 
 
 class Rule(Protocol):
@@ -26,8 +26,32 @@ class Rule(Protocol):
         """Names of the tensors in ``layout`` that sites train and send."""
         ...
 
-    def merge(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The step of the global adapter, from the weighted mean of the updates, both [d]."""
+    def collect(self, size: int) -> "Collector":
+        """Something that takes the updates of one round, float32 [size] each."""
+        ...
+
+    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The step of the global adapter, from what ``collect`` combined, both [d].
+
+        For a rule that needs only sums that is the weighted mean, whoever computed it.
+        """
+        ...
+
+
+class Collector(Protocol):
+    """Takes updates one by one and combines them."""
+
+    @property
+    def count(self) -> int:
+        """Updates so far."""
+        ...
+
+    def add(self, update: Vector, weight: float) -> None:
+        """Take ``update``, float32 [size], with a positive ``weight``."""
+        ...
+
+    def combined(self) -> NDArray[np.float64]:
+        """All of them combined, float64 [size]; ZeroDivisionError if there are none."""
         ...
 
 
@@ -45,7 +69,7 @@ class RunningMean:
         self.weight += weight
         self.count += 1
 
-    def mean(self) -> NDArray[np.float64]:
+    def combined(self) -> NDArray[np.float64]:
         """The weighted mean so far, float64 [size].
 
         Raises:

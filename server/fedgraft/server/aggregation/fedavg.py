@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout
+from fedgraft.server.aggregation.base import RunningMean
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class FedAvg:
         """All of them."""
         return layout.names
 
-    def merge(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    def collect(self, size: int) -> RunningMean:
+        """The weighted mean."""
+        return RunningMean(size)
+
+    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean itself."""
-        return mean
+        return combined

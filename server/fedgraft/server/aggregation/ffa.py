@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout, is_factor_a
+from fedgraft.server.aggregation.base import RunningMean
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class Ffa:
         """Factors B and the head."""
         return tuple(name for name in layout.names if not is_factor_a(name))
 
-    def merge(self, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    def collect(self, size: int) -> RunningMean:
+        """The weighted mean."""
+        return RunningMean(size)
+
+    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean itself."""
-        return mean
+        return combined

@@ -1,0 +1,61 @@
+"""The site's identity: an Ed25519 private key that is made at the site and never leaves it."""
+
+import os
+import stat
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedgraft.common.errors import InputError
+from fedgraft.common.files import write_atomically
+from fedgraft.common.secagg.keys import Identity
+
+__all__ = ["load_identity", "make_identity"]
+
+FILE = "identity.pem"
+
+
+def make_identity(state: Path) -> Identity:
+    """The identity in the folder ``state``; a new one if there is none yet.
+
+    Raises:
+        InputError: the file there is no private key, or others may read it.
+    """
+    path = state / FILE
+    if not path.exists():
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        pem = Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        write_atomically(path, lambda temporary: _write_private(temporary, pem))
+    return load_identity(state)
+
+
+def load_identity(state: Path) -> Identity:
+    """The identity in the folder ``state`` (PKCS #8 in PEM, mode 0600).
+
+    Raises:
+        InputError: there is none, it is no Ed25519 private key, or others may read it.
+    """
+    path = state / FILE
+    try:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise InputError(f"{path} can be read by others", hint=f"chmod 600 {path}")
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except FileNotFoundError:
+        raise InputError(f"no identity {path}", hint="a site makes it when it joins") from None
+    except (ValueError, TypeError, OSError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise InputError(
+            f"{path} is no Ed25519 private key", hint="restore it, or join the federation again"
+        )
+    return Identity(key.private_bytes_raw())
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)

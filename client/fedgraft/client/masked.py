@@ -1,0 +1,166 @@
+"""The site's side of a masked round: what ``participant`` does, under the masks of ``secagg``.
+
+KEYS -> SHARES -> TRAIN or EVALUATE -> CONFIRM -> UNMASK. Whatever goes wrong wipes the round, and
+the coordinator is told that this site abstains, or whose fault it is, and nothing else: a reason
+could say something about the data. The reason is in the site's own log.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from fedgraft.client.claims import Claims
+from fedgraft.client.identity import load_identity
+from fedgraft.client.participant import Participant
+from fedgraft.client.round_secrets import Memory
+from fedgraft.client.secagg import MaskingParty
+from fedgraft.common.errors import SiteFailure
+from fedgraft.common.payloads import (
+    ConfirmAsk,
+    EvaluateRequest,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
+    SharesAsk,
+    TrainRequest,
+    UnmaskAsk,
+)
+from fedgraft.common.secagg.errors import ParameterError, PolicyRefused, SecAggError
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Confirmation,
+    MaskedInput,
+    Opening,
+    SealedShares,
+)
+from fedgraft.common.secagg.transcript import Parameters, Policy
+from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.terms import evaluation_terms, floor_for, hash_work, training_terms
+
+__all__ = ["MaskedParticipant"]
+
+log = logging.getLogger("fedgraft.client")
+
+STAGES = ("train", "evaluate")
+
+
+class MaskedParticipant:
+    """One site in a masked round; ``memory`` is what it must be given back at the next stage."""
+
+    def __init__(self, participant: Participant, memory: Memory | None) -> None:
+        self.participant = participant
+        self.memory = memory
+
+    def keys(self, ask: KeysAsk) -> Advertisement:
+        """Begin a round: check the terms, and advertise fresh keys."""
+        with self._abstaining():
+            job, bench = self.participant.open(ask)
+            if ask.stage not in STAGES or not job.privacy.secure_aggregation.enabled:
+                raise PolicyRefused("the coordinator asks for something else than was agreed")
+            if ask.stage == "train":
+                exchanged = bench.layout.only(ask.names)
+                parameters = training_terms(job, ask.session, ask.cohort, exchanged)
+            else:
+                parameters = evaluation_terms(job, ask.session, ask.cohort)
+            policy = floor_for(self.participant.federation().policy, parameters, ask.stage)
+            with self._party(parameters, policy, None) as party:
+                return party.advertise(ask.request)
+
+    def shares(self, ask: SharesAsk) -> SealedShares:
+        """Check everyone's keys; share secrets with neighbours."""
+        with self._abstaining(), self._resumed(ask.session) as party:
+            return party.share(ask.request)
+
+    def train(self, request: MaskedTrain) -> MaskedInput:
+        """Train, and mask the update, the number of examples and the loss."""
+        with self._abstaining(), self._resumed(request.session) as party:
+            party.accept(request.delivery, _hash(request.train))
+            job = self.participant.open(request.train)[0]
+            trained = self.participant.train(request.train)
+            coding = party.parameters.coding
+            weight = trained.examples if job.aggregation.weights == "examples" else 1
+            clipped = float(np.mean(np.abs(trained.update) > coding.clip))
+            metrics = (trained.loss * weight / coding.max_weight, clipped)
+            draw = numpy_generator(
+                job.job.seed, "rounding", request.train.round, self.participant.config.name
+            )
+            return party.mask(trained.update, weight, metrics, draw)
+
+    def evaluate(self, request: MaskedEvaluate) -> MaskedInput:
+        """Evaluate, and mask what was counted; a site without examples counts none."""
+        with self._abstaining(), self._resumed(request.session) as party:
+            party.accept(request.delivery, _hash(request.evaluate))
+            tally = self.participant.tally(request.evaluate)
+            counts = tally.confusion.reshape(-1).astype(np.float64)
+            if counts.max(initial=0.0) > party.parameters.coding.clip:
+                raise SiteFailure("too-many-examples")
+            draw = np.random.default_rng(0)  # rounds whole numbers: it decides nothing
+            return party.mask(counts, 1, (tally.loss,), draw)
+
+    def confirm(self, ask: ConfirmAsk) -> Confirmation:
+        """Sign who is in the sum."""
+        with self._abstaining(), self._resumed(ask.session) as party:
+            return party.confirm(ask.survivors)
+
+    def unmask(self, ask: UnmaskAsk) -> Opening:
+        """Reveal one share of each neighbour and forget the round."""
+        with self._abstaining(), self._resumed(ask.session) as party:
+            return party.unmask(ask.request)
+
+    @contextmanager
+    def _resumed(self, session: str) -> Iterator[MaskingParty]:
+        memory = self.memory
+        if memory is None or memory.parameters.session.hex() != session:
+            raise SiteFailure("abstained", "no round of this session is under way")
+        policy = self.participant.federation().policy
+        with self._party(memory.parameters, policy, memory) as party:
+            yield party
+
+    @contextmanager
+    def _party(
+        self, parameters: Parameters, policy: Policy, memory: Memory | None
+    ) -> Iterator[MaskingParty]:
+        """The site's masking party; its memory afterwards is ours."""
+        at = self.participant
+        federation = at.federation()
+        party = MaskingParty(
+            site=federation.ids.get(at.config.name, -1),
+            identity=load_identity(at.state),
+            roster=federation.roster,
+            policy=policy,
+            parameters=parameters,
+            claim=Claims(at.state / parameters.session.hex() / "claims"),
+            memory=memory,
+        )
+        self.memory = None
+        try:
+            yield party
+        except BaseException:
+            party.abort()
+            raise
+        self.memory = party.remember()
+
+    @contextmanager
+    def _abstaining(self) -> Iterator[None]:
+        """Turn every failure into a code that says nothing about the data."""
+        try:
+            yield
+        except Exception as error:
+            self.memory = None
+            what = f": {error}" if isinstance(error, SecAggError | SiteFailure) else ""
+            log.warning("abstained from a masked round: %s%s", type(error).__name__, what)
+            raise SiteFailure(_code(error)) from None
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, SecAggError) and error.culprits:
+        return f"blames-{error.culprits[0]}"
+    return "terms-refused" if isinstance(error, PolicyRefused | ParameterError) else "abstained"
+
+
+def _hash(request: TrainRequest | EvaluateRequest) -> bytes:
+    if request.adapter.dtype != np.float32:  # others could differ where their hashes do not
+        raise SiteFailure("abstained", "the adapter is not float32")
+    return hash_work(request)

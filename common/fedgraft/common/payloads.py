@@ -1,0 +1,210 @@
+"""What coordinator and site say to each other: one typed payload per stage.
+
+A payload is a frozen dataclass of strings, numbers, bytes, arrays, and of such dataclasses. What a
+site replies in a masked round are the statements of ``common.secagg``.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Confirmation,
+    Delivery,
+    KeysRequest,
+    MaskedInput,
+    Opening,
+    SealedShares,
+    SharesRequest,
+    Survivors,
+    UnmaskRequest,
+)
+
+__all__ = [
+    "ConfirmAsk",
+    "EvaluateReply",
+    "EvaluateRequest",
+    "KeysAsk",
+    "MaskedEvaluate",
+    "MaskedTrain",
+    "Payload",
+    "PlanReply",
+    "PlanRequest",
+    "Refusal",
+    "Reply",
+    "Request",
+    "SharesAsk",
+    "TrainReply",
+    "TrainRequest",
+    "UnmaskAsk",
+]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """Coordinator to site, once a session: will you take part in this job?
+
+    ``job`` is ``Job.for_sites()`` as JSON; ``layout`` the fingerprint of the exchanged adapter;
+    ``fixed`` the SHA-256 of the adapter tensors that are not exchanged but must be equal.
+    """
+
+    session: str
+    job: str
+    backbone: str
+    layout: str
+    names: tuple[str, ...]
+    fixed: str
+
+
+@dataclass(frozen=True)
+class PlanReply:
+    """The site takes part; ``site`` is its name."""
+
+    session: str
+    site: str
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Train from this adapter, float32 [layout size]; ``names`` are its tensors, all trained."""
+
+    session: str
+    round: int
+    job: str
+    names: tuple[str, ...]
+    adapter: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """``update`` = trained minus received adapter, float32; ``loss`` the mean training loss."""
+
+    session: str
+    round: int
+    layout: str
+    examples: int
+    loss: float
+    update: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Evaluate this adapter on the site's ``split``: ``validation`` or ``test``."""
+
+    session: str
+    round: int
+    job: str
+    names: tuple[str, ...]
+    split: str
+    adapter: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class EvaluateReply:
+    """``tally`` is ``Tally.to_vector()``."""
+
+    session: str
+    round: int
+    tally: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The site did not do it; ``code`` is a reason code or a class name, never a message's text."""
+
+    session: str
+    code: str
+
+
+@dataclass(frozen=True)
+class KeysAsk:
+    """Begin a masked round, the sites with the ids in ``cohort`` together.
+
+    ``request.model`` commits to the work that will follow: training in round ``round``, or
+    evaluating after it (``stage``), of an adapter that is sent only then.
+    """
+
+    session: str
+    job: str
+    names: tuple[str, ...]
+    stage: str
+    round: int
+    cohort: tuple[int, ...]
+    request: KeysRequest
+
+
+@dataclass(frozen=True)
+class SharesAsk:
+    """Everyone's keys: share your secrets with your neighbours."""
+
+    session: str
+    request: SharesRequest
+
+
+@dataclass(frozen=True)
+class MaskedTrain:
+    """Train, then reply with a ``MaskedInput`` under the masks agreed on."""
+
+    train: TrainRequest
+    delivery: Delivery
+
+    @property
+    def session(self) -> str:
+        """The session, as every request names it."""
+        return self.train.session
+
+
+@dataclass(frozen=True)
+class MaskedEvaluate:
+    """Evaluate, then reply with a ``MaskedInput`` under the masks agreed on."""
+
+    evaluate: EvaluateRequest
+    delivery: Delivery
+
+    @property
+    def session(self) -> str:
+        """The session, as every request names it."""
+        return self.evaluate.session
+
+
+@dataclass(frozen=True)
+class ConfirmAsk:
+    """Whose inputs are in the sum: sign it."""
+
+    session: str
+    survivors: Survivors
+
+
+@dataclass(frozen=True)
+class UnmaskAsk:
+    """Enough have signed: reveal one share of each neighbour."""
+
+    session: str
+    request: UnmaskRequest
+
+
+Request = (
+    PlanRequest
+    | TrainRequest
+    | EvaluateRequest
+    | KeysAsk
+    | SharesAsk
+    | MaskedTrain
+    | MaskedEvaluate
+    | ConfirmAsk
+    | UnmaskAsk
+)
+Reply = (
+    PlanReply
+    | TrainReply
+    | EvaluateReply
+    | Advertisement
+    | SealedShares
+    | MaskedInput
+    | Confirmation
+    | Opening
+    | Refusal
+)
+Payload = Request | Reply

@@ -1,0 +1,79 @@
+"""The terms of a masked round: what coordinator and sites compute alike from job and cohort.
+
+A masked round trains, or it evaluates. A site derives the terms from the job, its own model and
+its own federation file; the coordinator's word counts for the cohort alone, and whoever computes
+other terms has another context, so that no signature fits.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedgraft.common.adapters import Layout
+from fedgraft.common.job import Job
+from fedgraft.common.payloads import EvaluateRequest, TrainRequest
+from fedgraft.common.secagg.quantize import Coding
+from fedgraft.common.secagg.transcript import (
+    Parameters,
+    Policy,
+    digest,
+    encode,
+    hash_model,
+)
+
+__all__ = ["TALLY_LIMIT", "evaluation_terms", "floor_for", "hash_work", "training_terms"]
+
+TALLY_LIMIT = 131072.0  # nats: the largest sum of losses over one site's validation examples
+
+
+def training_terms(
+    job: Job, session: str, cohort: tuple[int, ...], exchanged: Layout
+) -> Parameters:
+    """Terms of a round that trains ``exchanged``; ``cohort`` are ids, ascending.
+
+    Raises:
+        ParameterError: the cohort is too small, too large or malformed.
+    """
+    by_examples = job.aggregation.weights == "examples"
+    coding = job.privacy.secure_aggregation.coding(by_examples=by_examples)
+    layout = bytes.fromhex(exchanged.fingerprint)
+    return _terms(job, session, cohort, layout, exchanged.size, coding)
+
+
+def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Parameters:
+    """Terms of a round that evaluates: a vector of classes^2 counts, summed exactly.
+
+    With ``clip`` equal to the number of levels and a weight of 1, quantising leaves an integer as
+    it is: it is multiplied by 1, and ``floor(x + U)`` with U below 1 is x.
+
+    Raises:
+        ParameterError: as ``training_terms``.
+    """
+    parties = job.privacy.secure_aggregation.max_sites
+    bits = (((1 << 31) - 1) // parties + 1).bit_length()
+    levels = (1 << (bits - 1)) - 1
+    coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=TALLY_LIMIT)
+    classes = len(job.job.labels)
+    layout = digest("tally", *job.job.labels)
+    return _terms(job, session, cohort, layout, classes**2, coding)
+
+
+def _terms(
+    job: Job, session: str, cohort: tuple[int, ...], layout: bytes, length: int, coding: Coding
+) -> Parameters:
+    colluders, dropouts = job.privacy.secure_aggregation.numbers(len(cohort))
+    return Parameters(bytes.fromhex(session), cohort, layout, length, colluders, dropouts, coding)
+
+
+def floor_for(policy: Policy, parameters: Parameters, stage: str) -> Policy:
+    """The floor for a round: the ceiling of ``clip`` is one for updates, not for counts."""
+    return policy if stage == "train" else replace(policy, max_clip=parameters.coding.clip)
+
+
+def hash_work(request: TrainRequest | EvaluateRequest) -> bytes:
+    """What all sites of a round must be asked alike: the adapter, and what is done with it."""
+    split = request.split if isinstance(request, EvaluateRequest) else "train"
+    settings = encode(
+        type(request).__name__, request.session, request.round, request.job, split, *request.names
+    )
+    return hash_model(np.asarray(request.adapter), settings)
