@@ -60,7 +60,7 @@ def make_run(
         "engine": "local", "device": "cuda", "seconds": 7325.0, "peak_memory_mb": 2048.0,
         "rounds": rounds, "trained_parameters": 77_000, "total_parameters": 22_000_000,
         "bytes_up_per_site_round": 308_000, "bytes_down_per_site_round": 309_000,
-        "protection": "none",
+        "protection": {"protocol": "none"},
         "final": {"federated": metrics(0.881, 2000), "central": metrics(0.902, 2000),
                   "local_only": {**metrics(0.704, 2000), "best_accuracy": 0.7931},
                   "head_only": metrics(0.763, 2000), "zero_shot": None},
@@ -158,7 +158,7 @@ def test_a_usual_run_says_what_it_should(tmp_path: Path) -> None:
     assert "2 h 2 min" in text
     assert "No site was dropped in any round." in text
     assert "Updates travelled in clear to the coordinator in this run" in text
-    assert "not in this version of fedgraft" in text
+    assert "the coordinator sees only the sum over sites" in text
     assert "up to 0.5 verdicts on average" in text
     assert 'name = "wards"' in text.replace("&#34;", '"')
     assert page.count("<svg") == 4
@@ -187,7 +187,7 @@ def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
 def test_nothing_from_data_becomes_markup(tmp_path: Path) -> None:
     summary, history = make_run()
     summary.update(run=ATTACK, folder=ATTACK, job_toml=ATTACK, status=ATTACK, engine=ATTACK,
-                   device=ATTACK, protection=ATTACK, environment={ATTACK: ATTACK})  # fmt: skip
+                   device=ATTACK, protection={"protocol": ATTACK, "cohort": [ATTACK, 3]}, environment={ATTACK: ATTACK})  # fmt: skip
     summary["job"] = {key: ATTACK for key in ("name", "task", "method", "rule", "backbone")}
     summary["job"]["labels"] = [ATTACK]
     for site in summary["sites"]:
@@ -345,10 +345,16 @@ def test_the_headline_counts_what_the_verdicts_say(
 
 def test_other_protection_is_not_called_clear(tmp_path: Path) -> None:
     summary, history = make_run()
-    summary["protection"] = "something else"
+    summary["protection"] = {
+        "protocol": "fedgraft-secagg/1", "rounds": 4, "cohort": [10, 10], "survivors": [8, 10],
+        "clip": 0.1, "error_bound": 2.5e-5, "clipped": None,
+    }  # fmt: skip
     text = visible(written(tmp_path, summary, history))
     assert "in clear" not in text
-    assert "as the run recorded it: something else" in text
+    for told in ("Every update was masked", "fedgraft-secagg/1", "8 to 10", "2.5e-05", "±0.100"):
+        assert told in text
+    assert "What this does not do" in text
+    assert "not recorded" in text  # thresholds, which this run did not note
 
 
 def test_a_folder_that_is_not_there_is_a_run_error(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ class Participant:
 
         Raises:
             SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs``,
-                ``no-examples``, or a code of ``check_privacy``.
+                ``no-examples``, or a code of ``check_privacy``. Where updates are masked,
+                ``not-eligible`` for too few or too many examples.
         """
         job, bench = self.open(request)
         self.check_privacy(job)
@@ -82,7 +83,11 @@ class Participant:
             raise SiteFailure("layout-differs")
         if bench.fixed_hash({*request.names, *bench.local.names}) != request.fixed:
             raise SiteFailure("fixed-differs")
-        if not len(self.splits(job).train):
+        examples, masked = len(self.splits(job).train), job.privacy.secure_aggregation
+        by_examples = job.aggregation.weights == "examples"
+        if masked.enabled and (not examples or (by_examples and examples > masked.max_weight)):
+            raise SiteFailure("not-eligible")  # not which of the two
+        if not examples:
             raise SiteFailure("no-examples")
         return PlanReply(request.session, self.config.name)
 

@@ -55,6 +55,7 @@ def check(
     from fedgraft.common.jobfile import load_job
     from fedgraft.common.workbench import open_workbench
     from fedgraft.server.costs import estimate_costs
+    from fedgraft.server.protection import protection_facts
     from fedgraft.server.rounds import make_plan
 
     console = Console(as_json=as_json)
@@ -72,6 +73,7 @@ def check(
         "bytes_down_per_site_round": costs.bytes_down,
         "estimated_memory_mb": round(costs.memory_mb),
         "zero_shot": not bench.fresh_head,
+        "protection": protection_facts(loaded, []),
         "sites": [],
         "skipped_images": 0,
     }
@@ -106,6 +108,7 @@ def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
         ["sent by a site", f"{up:,} bytes a round, {up * rounds / 1e6:,.1f} MB in all"],
         ["sent to a site", f"{down:,} bytes a round, {down * rounds / 1e6:,.1f} MB in all"],
         ["memory at a site", f"about {facts['estimated_memory_mb']:,} MB"],
+        ["protection", _protection(facts["protection"])],
         ["zero-shot", "yes: the head knows these labels" if facts["zero_shot"] else "no"],
     ]
     if facts["sites"]:
@@ -115,6 +118,15 @@ def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
             text += f"; {facts['skipped_images']:,} images do not decode and are left out"
         rows.append(["simulation", text])
     console.table(f"{facts['job']}: valid", ["what", "how much"], rows)
+
+
+def _protection(facts: dict[str, Any]) -> str:
+    if facts["protocol"] == "none":
+        return "none: the coordinator sees each site's update"
+    return (
+        f"secure aggregation: the coordinator sees sums ({facts['ring_bits']}-bit ring, "
+        f"clip {facts['clip']:g})"
+    )
 
 
 def runs(

@@ -6,6 +6,7 @@ from typing import Any
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job
 from fedgraft.common.workbench import Workbench
+from fedgraft.server.protection import protection_facts
 from fedgraft.server.rounds import Plan
 from fedgraft.server.runs import Run
 
@@ -35,7 +36,7 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
         "total_parameters": bench.backbone_parameters,
         "bytes_up_per_site_round": up,
         "bytes_down_per_site_round": down,
-        "protection": "none",
+        "protection": protection_facts(job, history),
     }
 
 

@@ -109,7 +109,22 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
         job.check_sites(len(sites))  # of a natural partition, known only now
     except IllegalJob as error:
         raise JobError(f"rounds: {error}", hint=error.hint) from None
+    _check_weights(job, sites)
     return PreparedSites(simulation, folder.name, sites, index["skipped"])
+
+
+def _check_weights(job: Job, sites: tuple[SimulatedSite, ...]) -> None:
+    """Refuse now what every site with too many examples would refuse later."""
+    masked = job.privacy.secure_aggregation
+    largest = max(sites, key=lambda site: site.examples)
+    if not masked.enabled or job.aggregation.weights != "examples":
+        return
+    if largest.examples > masked.max_weight:
+        raise JobError(
+            f"{largest.name} has {largest.examples:,} training examples, more than "
+            f"privacy.secure_aggregation.max_weight = {masked.max_weight:,}",
+            hint=f"max_weight = {largest.examples}, or another partition",
+        )
 
 
 def partition(
