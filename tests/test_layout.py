@@ -1,6 +1,7 @@
 """The rules of the house, checked: rooms, import directions, who may touch what, file sizes."""
 
 import ast
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ FLOWER = {
     "simulations/grid.py",
     "simulations/ray.py",
 }
+PROTOCOL = {"client/secagg.py", "client/round_secrets.py", "server/secagg.py"}
+INPUT_AND_OUTPUT = {"pathlib", "logging", "socket", "subprocess", "shutil", "tempfile", "random"}
 SOURCES = sorted(path for room in ROOMS for path in (ROOT / room / "fedgraft").rglob("*.py"))
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 
@@ -60,6 +63,26 @@ def test_only_the_edges_speak_flower(path: Path) -> None:
 def test_no_cli_module_imports_torch_at_the_top(path: Path) -> None:
     heavy = {"torch", "transformers", "peft", "datasets", "flwr", "numpy"}
     assert not heavy & {name.split(".")[0] for name in imports(path, anywhere=False)}
+
+
+def is_protocol(path: Path) -> bool:
+    """Secure aggregation itself: both state machines, and what they compute alike."""
+    name = place(path)
+    return name.startswith("common/secagg/") or name in PROTOCOL
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if is_protocol(p)], ids=place)
+def test_the_protocol_rests_on_little_and_touches_nothing(path: Path) -> None:
+    for name in imports(path, anywhere=True):
+        first = name.split(".")[0]
+        ours = name.startswith("fedgraft.common.secagg") or name == "fedgraft.client.round_secrets"
+        assert first in sys.stdlib_module_names | {"numpy", "cryptography"} or ours, name
+        assert first not in INPUT_AND_OUTPUT, name
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("open", "print", "input"), ast.unparse(node)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "os":
+            assert node.attr == "urandom"
 
 
 @each_source
