@@ -282,5 +282,9 @@ def words(key: bytes, count: int) -> list[int]:
 
 def pack(vector: Sequence[int], ring_bits: int) -> bytes:
     lanes = b"".join((word % 2**32).to_bytes(4, "little") for word in vector[:8])
-    width = ring_bits // 8
-    return lanes + b"".join((word % 2**ring_bits).to_bytes(width, "little") for word in vector[8:])
+    planes = {16: [(0, 2)], 24: [(0, 2), (16, 1)], 32: [(0, 4)]}[ring_bits]
+    return lanes + b"".join(
+        ((word >> shift) % 256**width).to_bytes(width, "little")
+        for shift, width in planes
+        for word in vector[8:]
+    )

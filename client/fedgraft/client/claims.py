@@ -27,7 +27,6 @@ class Claims:
             StageError: this stage, or a later one, was claimed before.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh = not self._path.exists()
         with self._path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
             file.seek(0)
@@ -39,8 +38,8 @@ class Claims:
             file.write(b"\n" * bool(torn) + f"{number} {stage.name}\n".encode())
             file.flush()
             os.fsync(file.fileno())
-        if fresh:
-            _sync_folder(self._path.parent)
+            for folder in self._path.parents[:2]:  # a file that is not found again claims nothing
+                _sync_folder(folder)
 
 
 def _last(text: bytes) -> tuple[int, int]:

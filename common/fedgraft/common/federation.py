@@ -94,10 +94,11 @@ def load_federation(path: Path) -> Federation:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise JobError(
-            f"{path}: {where or 'sites'}: {message}",
-            hint="[sites] maps a site's name to its Ed25519 public key, 64 hex digits",
-        ) from None
+        hint = "[sites] maps a site's name to its Ed25519 public key, 64 hex digits"
+        if where.startswith("secure_aggregation"):
+            hint = f"mend {where}"
+        own = getattr(first.get("ctx", {}).get("error"), "hint", hint)
+        raise JobError(f"{path}: {where or 'sites'}: {message}", hint=own) from None
 
 
 def dump_federation(federation: Federation) -> str:

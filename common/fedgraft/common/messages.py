@@ -109,7 +109,10 @@ def decode(record: RecordDict, *kinds: type[T]) -> T:
     if cls is None or type(version) is not int or version != FORMAT:
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise MessageError(f"a message is not a {wanted} of format {FORMAT}")
-    values.update(_read_arrays(record))
+    arrays = _read_arrays(record)
+    if arrays.keys() & values.keys():
+        raise MessageError(f"a {name} has a field twice")
+    values.update(arrays)
     payload = _build(cls, "", values)
     if values:
         raise MessageError(f"a {name} has other fields than it should")

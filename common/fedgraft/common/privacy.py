@@ -45,7 +45,7 @@ class SecureAggregation(Section):
             self.coding(by_examples=True)
         except ParameterError as error:
             raise IllegalJob(
-                str(error), "lower max_sites or value_bits, or take ring_bits = 32"
+                str(error), "lower max_sites, value_bits or max_weight, or take ring_bits = 32"
             ) from None
         return self
 

@@ -75,7 +75,7 @@ def gather_masked(
     talk = _Conversation(masking, job, transport, cohort)
     parameters, total = talk.hold(request, terms, job.rounds.min_sites)
     coding, count = parameters.coding, len(total.survivors)
-    update = mean(total.sums, total.weight, coding)
+    update = mean(total.sums, total.weight, coding).astype(np.float64)
     if not float(np.linalg.norm(update)) <= job.aggregation.max_update_norm:
         raise RoundAborted(
             f"round {request.round}: the mean update is larger than max_update_norm",

@@ -105,6 +105,7 @@ class UnmaskingServer:
         self._masked: set[int] = set()
         self._total: NDArray[np.uint32] | None = None
         self._survivors = Survivors((), ())
+        self._agreed = b""
         self._confirmed: dict[int, Confirmation] = {}
         self._openings: dict[int, dict[int, bytes]] = {}
         self._suspects: set[int] = set()
@@ -221,24 +222,24 @@ class UnmaskingServer:
             if len(self._masked) < self._fewest:
                 raise TooFewParties(f"only {len(self._masked)} of {self._fewest} sites survived")
             self._survivors = Survivors(tuple(sorted(self._shared)), tuple(sorted(self._masked)))
+            self._agreed = hash_survivors(self._advertised_hash, self._survivors)
             return self._survivors
 
     def add_confirmation(self, confirmation: Confirmation) -> None:
         """A survivor's signature over the survivors."""
         self._need(Stage.CONFIRM)
-        agreed = hash_survivors(self._advertised_hash, self._survivors)
-        check_confirmation(confirmation, self._frame, self._roster, self._survivors, agreed)
+        check_confirmation(confirmation, self._frame, self._roster, self._survivors, self._agreed)
         if confirmation.site in self._confirmed:
             raise StatementError("a site confirmed twice", culprits=(confirmation.site,))
         self._confirmed[confirmation.site] = confirmation
 
     def close_confirm(self) -> UnmaskRequest:
-        """All signatures, for those who signed."""
+        """As many signatures as it takes, for all who signed."""
         with self._closing(Stage.CONFIRM, Stage.UNMASK):
             fewest = self._plan.sign_threshold
             if len(self._confirmed) < fewest:
                 raise TooFewParties(f"only {len(self._confirmed)} of {fewest} sites confirmed")
-            return UnmaskRequest(tuple(self._confirmed.values()))
+            return UnmaskRequest(tuple(self._confirmed.values())[:fewest])
 
     def add_opening(self, opening: Opening) -> None:
         """One share of each of a site's neighbours in U2 and of itself."""

@@ -75,14 +75,17 @@ def _add_range(part: Words, masks: Sequence[Mask], start: int, chunk: int) -> No
     target, words = stream.data, stream[: 4 * chunk].view("<u4")
     first_block = (start // 4).to_bytes(BLOCK, "big")
     for group in range(0, len(masks), GROUP):
-        ciphers = [
-            (Cipher(algorithms.AES(mask.key), modes.CTR(first_block)).encryptor(), mask.sign)
+        steps = [
+            (
+                Cipher(algorithms.AES(mask.key), modes.CTR(first_block)).encryptor().update_into,
+                np.add if mask.sign > 0 else np.subtract,
+            )
             for mask in masks[group : group + GROUP]
         ]
         for low in range(0, part.size, chunk):
             piece = part[low : low + chunk]
-            size = piece.size
-            for cipher, sign in ciphers:
-                cipher.update_into(zeros[: 4 * size], target)
-                (np.add if sign > 0 else np.subtract)(piece, words[:size], out=piece)
+            nothing, given = zeros[: 4 * piece.size], words[: piece.size]
+            for encrypt_into, combine in steps:
+                encrypt_into(nothing, target)
+                combine(piece, given, piece)
     stream[:] = 0

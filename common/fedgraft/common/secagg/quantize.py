@@ -148,10 +148,14 @@ def _round(
     return exact
 
 
-def mean(sums: NDArray[np.int32], weight: int, coding: Coding) -> NDArray[np.float64]:
-    """Weighted mean of the clipped updates, float64 [d], from their quantised sums."""
+def mean(sums: NDArray[np.int32], weight: int, coding: Coding) -> NDArray[np.float32]:
+    """Weighted mean of the clipped updates, in place: float32 [d] on the memory of ``sums``."""
     step = coding.clip * coding.max_weight / (coding.levels * weight)
-    return np.multiply(sums, step, dtype=np.float64)
+    means = sums.view(np.float32)
+    for low in range(0, sums.size, PIECE):
+        piece = slice(low, low + PIECE)
+        means[piece] = np.multiply(sums[piece], step, dtype=np.float64)
+    return means
 
 
 def error_bound(count: int, weight: int, coding: Coding) -> float:
@@ -201,34 +205,31 @@ def packed_size(length: int, ring_bits: int) -> int:
 
 
 def pack(vector: Words, ring_bits: int) -> Bytes:
-    """The upload, uint8 [packed_size]: lanes whole, of every element the low ``ring_bits``.
+    """The upload, uint8 [packed_size], little-endian.
 
-    Little-endian.
+    The lanes whole; then the low 16 bits of every element; then, in a ring of 24 bits, the 8 bits
+    above of every element. In a ring of 32 bits elements are whole.
     """
     length = vector.size - LANES
     packed = np.empty(packed_size(length, ring_bits), np.uint8)
     packed[: 4 * LANES] = vector[:LANES].astype("<u4").view(np.uint8)
-    body, out = vector[LANES:], packed[4 * LANES :]
-    width = ring_bits // 8
-    for low in range(0, length, PIECE):
-        piece = body[low : low + PIECE]
-        target = out[width * low : width * (low + piece.size)]
-        if ring_bits == 24:
-            target[:] = _pack_three(piece)
-        else:
-            target[:] = piece.astype(f"<u{width}").view(np.uint8)
+    low, high = _planes(packed, length, ring_bits)
+    for start in range(0, length, PIECE):
+        piece, place = vector[LANES + start :][:PIECE], slice(start, start + PIECE)
+        low[place] = piece  # keeps as many low bits as fit
+        if high is not None:
+            high[place] = piece >> np.uint32(16)
     return packed
 
 
-def _pack_three(words: Words) -> Bytes:
-    """Four words of 24 bits make three of 32; far faster than copying bytes."""
-    padded = words if words.size % 4 == 0 else np.append(words, np.zeros(-words.size % 4, "u4"))
-    a, b, c, d = padded.reshape(-1, 4).T
-    out = np.empty((padded.size // 4, 3), "<u4")
-    out[:, 0] = a & 0xFFFFFF | b << 24
-    out[:, 1] = b >> 8 & 0xFFFF | c << 16
-    out[:, 2] = c >> 16 & 0xFF | d << 8
-    return out.view(np.uint8).reshape(-1)[: 3 * words.size]
+def _planes(
+    packed: Bytes, length: int, ring_bits: int
+) -> tuple[NDArray[np.unsignedinteger], Bytes | None]:
+    """Views of an upload: the low bits of its elements and, for 24 bits, the 8 bits above them."""
+    body = packed[4 * LANES :]
+    if ring_bits == 32:
+        return body.view("<u4"), None
+    return body[: 2 * length].view("<u2"), body[2 * length :] if ring_bits == 24 else None
 
 
 def add_packed(total: Words, packed: Bytes, ring_bits: int) -> None:
@@ -244,28 +245,9 @@ def add_packed(total: Words, packed: Bytes, ring_bits: int) -> None:
     if packed.dtype != np.uint8 or packed.shape != (size,) or not packed.flags.c_contiguous:
         raise ParameterError("an upload has the wrong size or type")
     total[:LANES] += packed[: 4 * LANES].view("<u4")
-    body, source = total[LANES:], packed[4 * LANES :]
-    width = ring_bits // 8
-    for low in range(0, length, PIECE):
-        piece = body[low : low + PIECE]
-        given = source[width * low : width * (low + piece.size)]
-        if ring_bits == 24:
-            _add_three(piece, given)
-        else:
-            piece += given.view(f"<u{width}")
-
-
-def _add_three(piece: Words, given: Bytes) -> None:
-    whole = piece.size // 4 * 4
-    w0, w1, w2 = given[: 3 * whole].view("<u4").reshape(-1, 3).T
-    quads = piece[:whole].reshape(-1, 4)
-    quads[:, 0] += w0
-    quads[:, 1] += (w0 >> 24) + (w1 << 8)
-    quads[:, 2] += (w1 >> 16) + (w2 << 16)
-    quads[:, 3] += w2 >> 8
-    rest = piece.size - whole
-    if rest:
-        bytes_left, tail = np.zeros(12, np.uint8), np.zeros(4, np.uint32)
-        bytes_left[: 3 * rest] = given[3 * whole :]
-        _add_three(tail, bytes_left)
-        piece[whole:] += tail[:rest]
+    low, high = _planes(packed, length, ring_bits)
+    for start in range(0, length, PIECE):
+        piece, place = total[LANES + start :][:PIECE], slice(start, start + PIECE)
+        piece += low[place]
+        if high is not None:
+            piece += high[place].astype(np.uint32) << np.uint32(16)
