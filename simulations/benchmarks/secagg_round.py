@@ -27,14 +27,14 @@ from fedgraft.common.errors import InputError
 from fedgraft.common.secagg.errors import SecAggError
 from fedgraft.common.secagg.keys import Identity
 from fedgraft.common.secagg.quantize import LANES, default_coding, encode_update, mean
-from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_model
+from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_adapter, hash_model
 from fedgraft.server.secagg import UnmaskingServer
 
 __all__ = ["Federation", "Meter", "Pass", "aes_rate", "federate", "play", "replay"]
 
 CLIP, MOST_WEIGHT, METRICS = 0.05, 1000, (1.25,)
 AES_BYTES = 1 << 29  # a thread: long enough for a steady rate
-MODEL = hash_model(np.zeros(1, np.float32), b"")
+MODEL = hash_model(hash_adapter(np.zeros(1, np.float32)), b"")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Federation:
             policy=self.policy,
             parameters=self.parameters,
             claim=lambda *_: None,
+            pledge=lambda *_: None,
             threads=self.threads,
         )
 

@@ -12,12 +12,13 @@ from fedgraft.client.secagg import MaskingParty
 from fedgraft.common.secagg.errors import SecAggError, StageError
 from fedgraft.common.secagg.keys import Entropy, Identity
 from fedgraft.common.secagg.quantize import Coding
-from fedgraft.common.secagg.statements import Aggregate, Stage, UnmaskRequest
-from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_model
+from fedgraft.common.secagg.statements import Aggregate, Stage, Survivors, UnmaskRequest
+from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_adapter, hash_model
 from fedgraft.server.secagg import UnmaskingServer
 
 STAGES = ("keys", "shares", "train", "confirm", "unmask")
-MODEL = hash_model(np.arange(3, dtype=np.float32), b"settings")
+ADAPTER = hash_adapter(np.arange(3, dtype=np.float32))
+MODEL = hash_model(ADAPTER, b"settings")  # of round 1
 SESSION = bytes(range(16))
 
 
@@ -70,6 +71,7 @@ class Federation:
             self.parameters = parameters_for(self.n, self.length)
         self.identities = [Identity.generate(stream(f"identity {i}")) for i in range(self.n)]
         self.roster = Roster(tuple(identity.public for identity in self.identities))
+        self.pledges: dict[tuple[int, bytes], bytes] = {}
         self.claims: dict[int, tuple[int, int]] = {}
         self.sites = {site: self.open_site(site) for site in self.settings.cohort}
         generator = np.random.default_rng(7)
@@ -92,6 +94,7 @@ class Federation:
             "policy": self.policy,
             "parameters": self.settings,
             "claim": lambda *now: self.claim(site, now),
+            "pledge": lambda work, total: self.pledge(site, work, total),
             "threads": self.threads,
         }
         if self.fixed:
@@ -104,13 +107,17 @@ class Federation:
             raise StageError("this stage, or a later one, was served before")
         self.claims[site] = now
 
+    def pledge(self, site: int, work: bytes, total: bytes) -> None:
+        if self.pledges.setdefault((site, work), total) != total:
+            raise StageError("this work was summed before, over other sites")
+
     def open_server(self, number: int = 1, **changes: Any) -> UnmaskingServer:
         arguments: dict[str, Any] = {
             "roster": self.roster,
             "policy": self.policy,
             "parameters": self.settings,
             "round_number": number,
-            "model": MODEL,
+            "model": MODEL if number == 1 else hash_model(ADAPTER, b"%d" % number),
             "threads": self.threads,
         }
         return UnmaskingServer(**(arguments | changes))
@@ -174,7 +181,7 @@ class Federation:
 
     def do_train(self, server: UnmaskingServer, boxes: Any, drop: Collection[int] = ()) -> Any:
         for site in self.alive(drop):
-            self.sites[site].accept(boxes[site], MODEL)
+            self.sites[site].accept(boxes[site], server._frame.model)
             server.add_masked(self.contribute(site))
         return server.close_training()
 
@@ -203,6 +210,17 @@ class Federation:
             answer = getattr(self, f"do_{stage}")(server, answer, (drops or {}).get(stage, ()))
         assert isinstance(answer, Aggregate)
         return answer
+
+
+def among(survivors: Survivors, masked: tuple[int, ...]) -> Survivors:
+    """The survivors as a coordinator shows them that left some out of the sum."""
+    signed = dict(zip(survivors.masked, survivors.signatures, strict=True))
+    return Survivors(survivors.shared, masked, tuple(signed[site] for site in masked))
+
+
+def unsigned(shared: tuple[int, ...], masked: tuple[int, ...]) -> Survivors:
+    """Survivors that must be refused before a signature is looked at."""
+    return Survivors(shared, masked, (b"",) * len(masked))
 
 
 def refused(call: Any, *arguments: Any) -> SecAggError:

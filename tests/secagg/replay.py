@@ -113,6 +113,9 @@ def replay(case: dict[str, Any]) -> dict[str, Any]:  # noqa: C901  # one story, 
         ],
         "envelopes": [[envelope(s, r).hex() for r in SITES if r != s] for s in SITES],
         "masked": [masked(site).hex() for site in SURVIVORS],
+        "masked_signatures": [
+            signed("masked", site, slow.encode(advertised, *SITES)).hex() for site in SURVIVORS
+        ],
         "confirmations": [signed("confirm", site, agreed).hex() for site in SURVIVORS],
         "openings": [[share.hex() for share in openings[site]] for site in SURVIVORS],
         "sums": column_sums([plain(site)[8:] for site in SURVIVORS]),

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from secagg.federation import MODEL, STAGES, Federation, coding_for, parameters_for, refused
+from secagg.federation import (
+    MODEL,
+    STAGES,
+    Federation,
+    among,
+    coding_for,
+    parameters_for,
+    refused,
+    unsigned,
+)
 
 from fedgraft.client.round_secrets import State
 from fedgraft.client.secagg import MaskingParty
@@ -38,6 +47,7 @@ from fedgraft.common.secagg.transcript import (
     Policy,
     advertisement_body,
     context_hash,
+    hash_adapter,
     hash_model,
     sign,
 )
@@ -239,7 +249,7 @@ def test_too_few_advertisements_are_refused(five: Federation) -> None:
 
 def test_sites_with_different_models_never_share_a_round(five: Federation) -> None:
     server = five.open_server()
-    other = hash_model(np.zeros(3, np.float32), b"settings")
+    other = hash_model(hash_adapter(np.zeros(3, np.float32)), b"settings")
     request = server.keys_request()
     advertisements = [
         five.sites[site].advertise(request if site else dataclasses.replace(request, model=other))
@@ -342,14 +352,14 @@ def test_survivor_sets_that_are_not_signed(
     five: Federation, shared: Any, masked: Any, kind: type[SecAggError]
 ) -> None:
     at(five, "confirm")
-    error = refused(five.sites[0].confirm, Survivors(shared, masked))
+    error = refused(five.sites[0].confirm, unsigned(shared, masked))
     wiped(five.sites[0], error, kind)
 
 
 def test_the_policys_minimum_counts_survivors_too() -> None:
     federation = Federation(5, policy=Policy(1, 5, 16, 1.0))
     at(federation, "confirm")
-    error = refused(federation.sites[0].confirm, Survivors((0, 1, 2, 3, 4), (0, 1, 2, 3)))
+    error = refused(federation.sites[0].confirm, unsigned((0, 1, 2, 3, 4), (0, 1, 2, 3)))
     wiped(federation.sites[0], error, TooFewParties)
 
 
@@ -360,15 +370,80 @@ def test_enough_honest_survivors_are_asked_for_even_when_signatures_are_fewer() 
     assert parameters.plan.fewest_survivors == 5
     at(federation, "confirm")
     everyone = (0, 1, 2, 3, 4, 5)
-    error = refused(federation.sites[0].confirm, Survivors(everyone, (0, 1, 2, 3)))
+    error = refused(federation.sites[0].confirm, unsigned(everyone, (0, 1, 2, 3)))
     wiped(federation.sites[0], error, TooFewParties)
 
 
 def test_a_second_survivor_set_is_never_signed(five: Federation) -> None:
     survivors = at(five, "confirm")
     five.sites[0].confirm(survivors)
-    other = Survivors(survivors.shared, survivors.masked[:-1])
+    other = among(survivors, survivors.masked[:-1])
     wiped(five.sites[0], refused(five.sites[0].confirm, other), StageError)
+
+
+def test_the_same_work_is_never_summed_over_other_sites(five: Federation) -> None:
+    """The difference of the two sums would be the update of the site that was left out."""
+    five.check(five.run())
+    again = five.open_server(2, model=MODEL)
+    survivors = five.advance(again, "keys", until="confirm")
+    fewer = among(survivors, (0, 1, 2, 3))
+    wiped(five.sites[0], refused(five.sites[0].confirm, fewer), StageError)
+
+
+def test_the_same_work_may_be_summed_again_over_the_same_sites(five: Federation) -> None:
+    """As after a crash of the coordinator."""
+    first = five.run()
+    again = five.open_server(2, model=MODEL)
+    answer = five.advance(again, "keys")
+    np.testing.assert_array_equal(first.sums, answer.sums)
+
+
+@pytest.mark.parametrize(("n", "colluders"), [(3, 1), (5, 2), (6, 3), (10, 3), (150, 15)])
+def test_shares_withheld_from_one_site_leave_its_input_closed(n: int, colluders: int) -> None:
+    """One site is shown only shares of sites that collude or will be said to have dropped.
+
+    It then shares no mask with anyone else, and its own would be opened by all the others. But
+    what it was given stands in its signature, and its honest neighbours do not confirm.
+    """
+    coding = coding_for(n, ring_bits=32)
+    parameters = parameters_for(n, 5, colluders=colluders, coding=coding)
+    federation = Federation(n, parameters=parameters)
+    server = federation.open_server()
+    boxes = federation.advance(server, "keys", until="train")
+    victim = federation.sites[0]
+    few = server._plan.share_threshold - 1
+    withheld = set(server._graph.neighbours(0)) - {e.sender for e in boxes[0].envelopes[:few]}
+    if not withheld:  # n = 3: everything is needed
+        return
+    victim.accept(Delivery(boxes[0].envelopes[:few]), MODEL)
+    masked = federation.contribute(0)
+    assert isinstance(refused(server.add_masked, masked), StatementError)
+    # A coordinator that cheats goes on all the same.
+    server._masked[0] = masked.signature
+    for site in range(1, n):
+        federation.sites[site].accept(boxes[site], MODEL)
+        server.add_masked(federation.contribute(site))
+    survivors = server.close_training()
+    for neighbour in server._graph.neighbours(0):
+        error = refused(federation.sites[neighbour].confirm, survivors)
+        wiped(federation.sites[neighbour], error, StatementError)
+        assert error.culprits == (0,)
+
+
+def test_memory_of_other_parameters_is_refused(five: Federation) -> None:
+    at(five, "confirm")
+    memory = five.sites[0].remember()
+    weaker = parameters_for(5, 5, colluders=2)
+    with pytest.raises(ParameterError):
+        five.open_site(0, parameters=weaker, memory=memory)
+
+
+def test_nothing_is_remembered_between_accepting_and_masking(five: Federation) -> None:
+    """Two copies would mask two inputs alike, and their difference is not masked at all."""
+    box = at(five, "train")[0]
+    five.sites[0].accept(box, MODEL)
+    with pytest.raises(StageError):
+        five.sites[0].remember()
 
 
 # --- UNMASK -------------------------------------------------------------------------------------
@@ -380,16 +455,15 @@ def test_no_site_ever_gives_both_kinds_of_share(five: Federation) -> None:
     assert sorted(share.owner for share in opening.shares) == [0, 1, 2, 3, 4]
     assert {len(share.share) for share in opening.shares} == {32}
     wiped(site, refused(site.unmask, request), StageError)
-    survivors = Survivors((0, 1, 2, 3, 4), (0, 1, 2, 3))
+    survivors = unsigned((0, 1, 2, 3, 4), (0, 1, 2, 3))
     wiped(site, refused(site.confirm, survivors), StageError)
 
 
 def test_a_split_view_of_survivors_is_not_unmasked(five: Federation) -> None:
     """Two survivor sets, each signed by those that were shown it: neither reaches t_sig."""
     server = five.open_server()
-    five.advance(server, "keys", until="confirm")
-    everyone = (0, 1, 2, 3, 4)
-    views = [Survivors(everyone, (0, 1, 2, 3)), Survivors(everyone, (0, 1, 2, 4))]
+    survivors = five.advance(server, "keys", until="confirm")
+    views = [among(survivors, (0, 1, 2, 3)), among(survivors, (0, 1, 2, 4))]
     signed = [five.sites[site].confirm(views[site > 1 and site == 4]) for site in (0, 1, 2, 3, 4)]
     wiped(
         five.sites[4], refused(five.sites[4].unmask, UnmaskRequest(tuple(signed))), StatementError
@@ -439,7 +513,7 @@ def test_nothing_works_out_of_order(five: Federation) -> None:
         "share": (SharesRequest(()),),
         "accept": (Delivery(()), MODEL),
         "mask": (np.zeros(5), 1, (), np.random.default_rng(0)),
-        "confirm": (Survivors((), ()),),
+        "confirm": (Survivors((), (), ()),),
         "unmask": (UnmaskRequest(()),),
     }
     for name, arguments in requests.items():

@@ -102,7 +102,8 @@ def test_equal_inputs_look_different_between_sites_and_rounds() -> None:
     federation = Federation(4, length=64)
     seen = []
     for number in (1, 2):
-        boxes = federation.advance(federation.open_server(number), "keys", until="train")
+        server = federation.open_server(number, model=MODEL)
+        boxes = federation.advance(server, "keys", until="train")
         for site in range(4):
             federation.updates[site] = np.full(64, 0.25, np.float32)
             federation.weights[site] = 100
@@ -194,7 +195,7 @@ def test_reprs_show_no_content() -> None:
     now = site._round
     assert now is not None
     shown = f"{site!r} {now!r} {server!r}"
-    assert repr(MaskedInput(1, np.full(4, 65, np.uint8))) == "MaskedInput(site=1)"
+    assert "65" not in repr(MaskedInput(1, np.full(4, 65, np.uint8), b""))
     for share in now.held.values():
         assert bytes(share).hex() not in shown
         assert repr(bytes(share)) not in shown

@@ -45,10 +45,13 @@ def test_the_fixed_transcript_byte_for_byte() -> None:
         assert [envelope.ciphertext.hex() for envelope in reply.envelopes] == wanted
         server.add_shares(reply)
     boxes = server.close_shares()
-    for site, wanted in zip(SURVIVORS, messages["masked"], strict=True):
+    for site, wanted, signature in zip(
+        SURVIVORS, messages["masked"], messages["masked_signatures"], strict=True
+    ):
         federation.sites[site].accept(boxes[site], MODEL)
         masked = federation.contribute(site)
         assert masked.packed.tobytes().hex() == wanted
+        assert masked.signature.hex() == signature
         server.add_masked(masked)
     survivors = server.close_training()
     for site, wanted in zip(SURVIVORS, messages["confirmations"], strict=True):

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedgraft.client.masked import MaskedParticipant
+from fedgraft.client.masked import Kept, MaskedParticipant
 from fedgraft.client.participant import Participant, open_participant
-from fedgraft.client.round_secrets import Memory
 from fedgraft.common.errors import DataError, FedgraftError, SiteFailure
 from fedgraft.common.messages import decode, encode, recall, remember
 from fedgraft.common.payloads import (
@@ -102,11 +101,11 @@ def _masked(
     """``handle`` with the memory of the round under way, which Flower keeps for this node."""
 
     def handled(at: Participant, request: Ask) -> Reply:
-        masked = MaskedParticipant(at, recall(context.state, Memory))
+        masked = MaskedParticipant(at, recall(context.state, Kept))
         try:
             return handle(masked, request)
         finally:
-            remember(context.state, masked.memory)
+            remember(context.state, masked.kept)
 
     return handled
 

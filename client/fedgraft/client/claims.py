@@ -1,21 +1,25 @@
-"""Which stages of masked rounds this site has ever begun, on its disk, so that none begins twice.
+"""What this site has begun and agreed to in masked rounds, on its disk, so that nothing is twice.
 
 A coordinator that could have a stage answered twice (two messages at once, a restart, memory
-brought back from a copy) could have two survivor sets signed and open one site's update.
+brought back from a copy) could have two survivor sets signed and open one site's update. One that
+could have the same work summed over two sets of sites would learn their difference.
 """
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from fedgraft.common.secagg.errors import StageError
 from fedgraft.common.secagg.statements import Stage
 
-__all__ = ["Claims"]
+__all__ = ["Claims", "Pledges"]
 
 
 class Claims:
-    """The claims of one session: a file with a line ``ROUND STAGE`` for each, oldest first."""
+    """The stages begun in one session: a file with a line ``ROUND STAGE`` for each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -26,30 +30,64 @@ class Claims:
         Raises:
             StageError: this stage, or a later one, was claimed before.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with self._path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
-            file.seek(0)
-            text = file.read()
-            if (number, stage) <= _last(text):
+        with _ledger(self._path) as (lines, append):
+            latest = (0, 0)
+            for first, second in lines:
+                if first.isdecimal() and second in Stage.__members__:
+                    latest = max(latest, (int(first), Stage[second].value))
+            if (number, stage) <= latest:
                 raise StageError("this stage of the round, or a later one, was served before")
-            # A line torn by a power cut was never answered; it must not swallow this one.
-            torn = text and not text.endswith(b"\n")
-            file.write(b"\n" * bool(torn) + f"{number} {stage.name}\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-            for folder in self._path.parents[:2]:  # a file that is not found again claims nothing
-                _sync_folder(folder)
+            append(f"{number} {stage.name}")
 
 
-def _last(text: bytes) -> tuple[int, int]:
-    """The latest claim in the file; (0, 0) if there is none."""
-    latest = (0, 0)
-    for line in text.split(b"\n")[:-1]:
-        number, _, name = line.partition(b" ")
-        if number.isdigit() and name.decode(errors="replace") in Stage.__members__:
-            latest = max(latest, (int(number), Stage[name.decode()].value))
-    return latest
+class Pledges:
+    """The sums that this site ever agreed to: a file with a line ``WORK SUM`` (hex) for each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __call__(self, work: bytes, total: bytes) -> None:
+        """Agree that ``work`` is summed over the sites that ``total`` stands for; durable.
+
+        Raises:
+            StageError: this site agreed to another sum of the same work.
+        """
+        with _ledger(self._path) as (lines, append):
+            agreed = {second for first, second in lines if first == work.hex()}
+            if agreed - {total.hex()}:
+                raise StageError("this work was summed before, over other sites")
+            if not agreed:
+                append(f"{work.hex()} {total.hex()}")
+
+
+@contextmanager
+def _ledger(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
+    """The pairs in a file that only grows, locked, and how to add a line durably."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
+        file.seek(0)
+        text = file.read()
+        # What follows the last line end was torn by a power cut, and never answered.
+        file.truncate(text.rfind(b"\n") + 1)
+        whole = text.decode(errors="replace").split("\n")[:-1]
+        lines = [(first, second) for first, _, second in (line.partition(" ") for line in whole)]
+        yield lines, _Append(path, file, text)
+
+
+class _Append:
+    """Adds lines to an open ledger that holds ``text``."""
+
+    def __init__(self, path: Path, file: IO[bytes], text: bytes) -> None:
+        self._path, self._file, self._text = path, file, text
+
+    def __call__(self, line: str) -> None:
+        """Add one line; durable when this returns."""
+        self._file.write(f"{line}\n".encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for folder in () if self._text else self._path.parents[:2]:  # both may be new
+            _sync_folder(folder)
 
 
 def _sync_folder(path: Path) -> None:

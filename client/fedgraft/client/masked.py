@@ -6,17 +6,20 @@ could say something about the data. The reason is in the site's own log.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
-from fedgraft.client.claims import Claims
+from fedgraft.client.claims import Claims, Pledges
 from fedgraft.client.identity import load_identity
 from fedgraft.client.participant import Participant
 from fedgraft.client.round_secrets import Memory
 from fedgraft.client.secagg import MaskingParty
 from fedgraft.common.errors import SiteFailure
+from fedgraft.common.job import Job
 from fedgraft.common.payloads import (
     ConfirmAsk,
     EvaluateRequest,
@@ -28,6 +31,7 @@ from fedgraft.common.payloads import (
     UnmaskAsk,
 )
 from fedgraft.common.secagg.errors import ParameterError, PolicyRefused, SecAggError
+from fedgraft.common.secagg.keys import same
 from fedgraft.common.secagg.statements import (
     Advertisement,
     Confirmation,
@@ -37,35 +41,53 @@ from fedgraft.common.secagg.statements import (
 )
 from fedgraft.common.secagg.transcript import Parameters, Policy
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.terms import evaluation_terms, floor_for, hash_work, training_terms
+from fedgraft.common.terms import (
+    describe,
+    evaluation_terms,
+    floor_for,
+    hash_work,
+    training_terms,
+)
 
-__all__ = ["MaskedParticipant"]
+__all__ = ["Kept", "MaskedParticipant"]
 
 log = logging.getLogger("fedgraft.client")
 
 STAGES = ("train", "evaluate")
+LIFETIME = 86400.0  # seconds that a round may take; a simulation on one machine takes its time
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a site keeps of a round between two messages, and ``until`` when (Unix time)."""
+
+    until: float
+    memory: Memory
 
 
 class MaskedParticipant:
-    """One site in a masked round; ``memory`` is what it must be given back at the next stage."""
+    """One site in a masked round; ``kept`` is what it must be given back at the next stage."""
 
-    def __init__(self, participant: Participant, memory: Memory | None) -> None:
+    def __init__(self, participant: Participant, kept: Kept | None) -> None:
         self.participant = participant
-        self.memory = memory
+        self.kept = kept
 
     def keys(self, ask: KeysAsk) -> Advertisement:
         """Begin a round: check the terms, and advertise fresh keys."""
         with self._abstaining():
-            job, bench = self.participant.open(ask)
-            if ask.stage not in STAGES or not job.privacy.secure_aggregation.enabled:
+            work, at = ask.work, self.participant
+            job, bench = at.open(ask.session, work.job, work.round)
+            if work.stage not in STAGES or not job.privacy.secure_aggregation.enabled:
                 raise PolicyRefused("the coordinator asks for something else than was agreed")
-            if ask.stage == "train":
-                exchanged = bench.layout.only(ask.names)
+            if not same(hash_work(work), ask.request.model):
+                raise PolicyRefused("the hash of the work is of other work")
+            if work.stage == "train":
+                exchanged = bench.layout.only(work.names)
                 parameters = training_terms(job, ask.session, ask.cohort, exchanged)
             else:
                 parameters = evaluation_terms(job, ask.session, ask.cohort)
-            policy = floor_for(self.participant.federation().policy, parameters, ask.stage)
-            with self._party(parameters, policy, None) as party:
+            policy = floor_for(at.federation().policy, parameters, work.stage)
+            with self._party(parameters, policy, None, time.time() + LIFETIME) as party:
                 return party.advertise(ask.request)
 
     def shares(self, ask: SharesAsk) -> SealedShares:
@@ -77,8 +99,8 @@ class MaskedParticipant:
         """Train, and mask the update, the number of examples and the loss."""
         with self._abstaining(), self._resumed(request.session) as party:
             party.accept(request.delivery, _hash(request.train))
-            job = self.participant.open(request.train)[0]
             trained = self.participant.train(request.train)
+            job = Job.model_validate_json(request.train.job)
             coding = party.parameters.coding
             weight = trained.examples if job.aggregation.weights == "examples" else 1
             clipped = float(np.mean(np.abs(trained.update) > coding.clip))
@@ -96,8 +118,7 @@ class MaskedParticipant:
             counts = tally.confusion.reshape(-1).astype(np.float64)
             if counts.max(initial=0.0) > party.parameters.coding.clip:
                 raise SiteFailure("too-many-examples")
-            draw = np.random.default_rng(0)  # rounds whole numbers: it decides nothing
-            return party.mask(counts, 1, (tally.loss,), draw)
+            return party.mask(counts, 1, (tally.loss,), None)  # whole numbers: nothing to round
 
     def confirm(self, ask: ConfirmAsk) -> Confirmation:
         """Sign who is in the sum."""
@@ -111,18 +132,20 @@ class MaskedParticipant:
 
     @contextmanager
     def _resumed(self, session: str) -> Iterator[MaskingParty]:
-        memory = self.memory
-        if memory is None or memory.parameters.session.hex() != session:
+        kept = self.kept
+        if kept is None or kept.memory.parameters.session.hex() != session:
             raise SiteFailure("abstained", "no round of this session is under way")
-        policy = self.participant.federation().policy
-        with self._party(memory.parameters, policy, memory) as party:
+        if time.time() > kept.until:
+            raise SiteFailure("abstained", "the round began too long ago")
+        policy, memory = self.participant.federation().policy, kept.memory
+        with self._party(memory.parameters, policy, memory, kept.until) as party:
             yield party
 
     @contextmanager
     def _party(
-        self, parameters: Parameters, policy: Policy, memory: Memory | None
+        self, parameters: Parameters, policy: Policy, memory: Memory | None, until: float
     ) -> Iterator[MaskingParty]:
-        """The site's masking party; its memory afterwards is ours."""
+        """The site's masking party; what it must remember afterwards is kept."""
         at = self.participant
         federation = at.federation()
         party = MaskingParty(
@@ -132,15 +155,17 @@ class MaskedParticipant:
             policy=policy,
             parameters=parameters,
             claim=Claims(at.state / parameters.session.hex() / "claims"),
+            pledge=Pledges(at.state / "sums"),
             memory=memory,
         )
-        self.memory = None
+        self.kept = None
         try:
             yield party
         except BaseException:
             party.abort()
             raise
-        self.memory = party.remember()
+        left = party.remember()
+        self.kept = Kept(until, left) if left else None
 
     @contextmanager
     def _abstaining(self) -> Iterator[None]:
@@ -148,7 +173,7 @@ class MaskedParticipant:
         try:
             yield
         except Exception as error:
-            self.memory = None
+            self.kept = None
             what = f": {error}" if isinstance(error, SecAggError | SiteFailure) else ""
             log.warning("abstained from a masked round: %s%s", type(error).__name__, what)
             raise SiteFailure(_code(error)) from None
@@ -163,4 +188,4 @@ def _code(error: Exception) -> str:
 def _hash(request: TrainRequest | EvaluateRequest) -> bytes:
     if request.adapter.dtype != np.float32:  # others could differ where their hashes do not
         raise SiteFailure("abstained", "the adapter is not float32")
-    return hash_work(request)
+    return hash_work(describe(request))

@@ -27,7 +27,6 @@ from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import (
     EvaluateReply,
     EvaluateRequest,
-    KeysAsk,
     PlanReply,
     PlanRequest,
     TrainReply,
@@ -75,7 +74,7 @@ class Participant:
                 ``no-examples``, or a code of ``check_privacy``. Where updates are masked,
                 ``not-eligible`` for too few or too many examples.
         """
-        job, bench = self.open(request)
+        job, bench = self.open(request.session, request.job)
         self.check_privacy(job)
         if bench.backbone.fingerprint != request.backbone:
             raise SiteFailure("backbone-differs")
@@ -122,7 +121,7 @@ class Participant:
         Raises:
             SiteFailure: ``secure-aggregation-required``.
         """
-        job = self.open(request)[0]
+        job = self.open(request.session, request.job, request.round)[0]
         if self.config.federation is not None or job.privacy.secure_aggregation.enabled:
             raise SiteFailure("secure-aggregation-required")
 
@@ -132,17 +131,19 @@ class Participant:
         Raises:
             SiteFailure: the loss is not finite.
         """
-        job, bench = self.open(request)
+        job, bench = self.open(request.session, request.job, request.round)
         exchanged = bench.layout.only(request.names)
         examples = self.splits(job).train
         self.put(bench, exchanged, request)
         rounds = job.rounds.count
+        again = (request.attempt,) if request.attempt else ()
+        draw = ("train", request.round, self.config.name, *again)
         result = train(
             bench.model,
             (*exchanged.names, *bench.local.names),
             examples,
             settings=job.training,
-            generator=torch_generator(job.job.seed, "train", request.round, self.config.name),
+            generator=torch_generator(job.job.seed, *draw),
             span=Span((request.round - 1) / rounds, request.round / rounds),
         )
         self._keep_local(bench, request)
@@ -169,7 +170,7 @@ class Participant:
 
     def tally(self, request: EvaluateRequest) -> Tally:
         """Evaluate the request's adapter, with the site's own head where heads are local."""
-        job, bench = self.open(request)
+        job, bench = self.open(request.session, request.job, request.round)
         splits, classes = self.splits(job), len(job.job.labels)
         examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
         if not examples:
@@ -193,20 +194,18 @@ class Participant:
         parts = [(bench.local, own)] if own is not None else []
         bench.put(*parts, (exchanged, request.adapter))
 
-    def open(
-        self, request: PlanRequest | KeysAsk | TrainRequest | EvaluateRequest
-    ) -> tuple[Job, Workbench]:
+    def open(self, session: str, job: str, number: int = 1) -> tuple[Job, Workbench]:
         """The job that a request speaks of, and the workbench for it.
 
         Raises:
             SiteFailure: ``bad-session`` or ``bad-round``.
         """
-        if not SESSION.fullmatch(request.session):  # it names a folder here
+        if not SESSION.fullmatch(session):  # it names a folder here
             raise SiteFailure("bad-session")
-        if getattr(request, "round", 1) < 1:
+        if number < 1:
             raise SiteFailure("bad-round")
-        job = Job.model_validate_json(request.job)
-        return job, open_workbench(job, device=self.device)
+        loaded = Job.model_validate_json(job)
+        return loaded, open_workbench(loaded, device=self.device)
 
     def _local_head(self, session: str, last: int) -> Vector | None:
         """The head kept in the newest round up to ``last``; None before the first.

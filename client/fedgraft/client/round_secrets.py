@@ -66,7 +66,7 @@ class Round:
     mask_keys: dict[int, bytes] = field(default_factory=dict)  # of the neighbours
     open_keys: dict[int, bytes] = field(default_factory=dict)
     held: dict[int, bytearray] = field(default_factory=dict)
-    survivors: Survivors = field(default_factory=lambda: Survivors((), ()))
+    survivors: Survivors = field(default_factory=lambda: Survivors((), (), ()))
 
     @classmethod
     def recall(cls, memory: Memory) -> "Round":
@@ -75,8 +75,8 @@ class Round:
         return cls(
             memory.frame,
             bytearray(memory.seed),
-            Exchange(memory.mask_private),
-            Exchange(memory.seal_private),
+            _exchange(memory.mask_private),
+            _exchange(memory.seal_private),
             memory.own,
             memory.advertised,
             memory.advertised_hash,
@@ -123,3 +123,11 @@ class Round:
         for share in self.held.values():
             wipe(share)
         self.held.clear()
+
+
+def _exchange(private: bytes) -> Exchange:
+    """The key pair again; one that was wiped stays unusable."""
+    pair = Exchange(private)
+    if not any(private):
+        pair.wipe()
+    return pair

@@ -29,7 +29,7 @@ from fedgraft.common.secagg.errors import (
     TooFewParties,
     blame,
 )
-from fedgraft.common.secagg.graph import Plan, arrange
+from fedgraft.common.secagg.graph import Graph, Plan, arrange
 from fedgraft.common.secagg.keys import (
     KEY_BYTES,
     TAG_BYTES,
@@ -72,11 +72,15 @@ from fedgraft.common.secagg.transcript import (
     check_advertisements,
     check_bytes,
     check_confirmation,
+    check_held,
     check_policy,
     check_survivors,
     context_hash,
+    digest,
+    encode,
     hash_advertisements,
     hash_survivors,
+    held_body,
     pair_info,
     seal_info,
     seed_info,
@@ -91,8 +95,10 @@ class MaskingParty:
 
     ``roster`` and ``policy`` are the site's own files. ``claim(round, stage)`` is called before a
     stage is answered: it raises ``StageError`` unless this is later than everything this site ever
-    claimed in the session, and is durable when it returns. ``memory`` is what ``remember`` gave
-    after the stage before. ``entropy`` is the source of all secrets.
+    claimed in the session, and is durable when it returns. ``pledge(model, sum)`` is called before
+    survivors are confirmed: it raises ``StageError`` if this site ever, in any session, confirmed
+    another sum of the same work, since the difference of the two could be one site's. ``memory``
+    is what ``remember`` gave after the stage before. ``entropy`` is the source of all secrets.
     """
 
     def __init__(
@@ -104,18 +110,22 @@ class MaskingParty:
         policy: Policy,
         parameters: Parameters,
         claim: Callable[[int, Stage], None],
+        pledge: Callable[[bytes, bytes], None],
         memory: Memory | None = None,
         entropy: Entropy = os.urandom,
         threads: int = 1,
     ) -> None:
         if not 0 <= site < len(roster.keys) or not same(roster.keys[site], identity.public):
             raise ParameterError("the roster has another key for this site")
+        if memory is not None and memory.parameters != parameters:
+            raise ParameterError("the memory is of a round with other parameters")
         self._site = site
         self._identity = identity
         self._roster = roster
         self._policy = policy
         self._parameters = parameters
         self._claim = claim
+        self._pledge = pledge
         self._entropy = entropy
         self._threads = threads
         self._state = State(memory.state) if memory else State.IDLE
@@ -132,8 +142,14 @@ class MaskingParty:
         return self._state
 
     def remember(self) -> Memory | None:
-        """What the next stage needs, secrets included; None when no round is under way."""
+        """What the next stage needs, secrets included; None when no round is under way.
+
+        Raises:
+            StageError: between ``accept`` and ``mask``: a copy could mask a second input alike.
+        """
         now = self._round
+        if self._state is State.READY:
+            raise StageError("a round is not interrupted while it trains")
         return now.remember(self._parameters, self._state) if now is not None else None
 
     def abort(self) -> None:
@@ -206,14 +222,17 @@ class MaskingParty:
                 raise TooFewParties(f"only {len(found)} sites advertised keys")
             now.advertised = tuple(found)
             now.advertised_hash = hash_advertisements(now.frame, found)
-            graph = arrange(found, now.advertised_hash, self._plan(now).degree)
-            neighbours = [found[other] for other in graph.neighbours(self._site)]
+            neighbours = [found[other] for other in self._graph(now).neighbours(self._site)]
             now.mask_keys = {other.site: other.mask_key for other in neighbours}
             return SealedShares(self._site, self._seal_shares(now, neighbours))
 
     def _plan(self, now: Round) -> Plan:
         """Degree and thresholds among those who advertised."""
         return self._parameters.plan.among(len(now.advertised))
+
+    def _graph(self, now: Round) -> Graph:
+        """Who shares secrets with whom."""
+        return arrange(now.advertised, now.advertised_hash, self._plan(now).degree)
 
     def _seal_shares(self, now: Round, neighbours: list[Advertisement]) -> tuple[Envelope, ...]:
         seal_keys = {other.site: other.seal_key for other in neighbours}
@@ -269,11 +288,12 @@ class MaskingParty:
         update: NDArray[np.floating],
         weight: int,
         metrics: tuple[float, ...],
-        generator: np.random.Generator,
+        generator: np.random.Generator | None,
     ) -> MaskedInput:
         """TRAIN, after training: quantise, mask and pack ``update`` (float [length]).
 
-        ``metrics`` are at most two numbers to be summed over sites; ``generator`` rounds.
+        ``metrics`` are at most two numbers to be summed over sites; ``generator`` rounds, or None
+        where ``update`` is of whole levels.
 
         Raises:
             InputRefused: not finite, out of range, or of another length.
@@ -294,7 +314,9 @@ class MaskingParty:
             add_masks(vector, masks, threads=self._threads)
             packed = pack(vector, coding.ring_bits)
             now.wipe_masks()
-            return MaskedInput(self._site, packed)
+            given = held_body(now.advertised_hash, now.held)
+            signature = sign(self._identity, now.frame, "masked", self._site, given)
+            return MaskedInput(self._site, packed, signature)
 
     def confirm(self, survivors: Survivors) -> Confirmation:
         """CONFIRM: sign the survivors, once.
@@ -313,8 +335,20 @@ class MaskingParty:
             fewest = max(self._parameters.plan.fewest_survivors, self._policy.min_cohort)
             if len(survivors.masked) < fewest:
                 raise TooFewParties(f"only {len(survivors.masked)} of {fewest} sites survived")
-            now.survivors = survivors
+            graph = self._graph(now)
+            for other in sorted(set(now.held) & set(survivors.masked) - {self._site}):
+                check_held(
+                    survivors,
+                    other,
+                    graph.holders(other),
+                    now.frame,
+                    self._roster,
+                    now.advertised_hash,
+                )
             agreed = hash_survivors(now.advertised_hash, survivors)
+            total = digest("sum", self._roster.hash, encode(*survivors.masked))
+            self._pledge(now.frame.model, total)
+            now.survivors = replace(survivors, signatures=())
             return Confirmation(
                 self._site, sign(self._identity, now.frame, "confirm", self._site, agreed)
             )

@@ -39,6 +39,7 @@ __all__ = [
     "TrainReply",
     "TrainRequest",
     "UnmaskAsk",
+    "Work",
 ]
 
 
@@ -68,10 +69,14 @@ class PlanReply:
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """Train from this adapter, float32 [layout size]; ``names`` are its tensors, all trained."""
+    """Train from this adapter, float32 [layout size]; ``names`` are its tensors, all trained.
+
+    ``attempt`` counts from 0: a round that came to nothing is done again with other draws.
+    """
 
     session: str
     round: int
+    attempt: int
     job: str
     names: tuple[str, ...]
     adapter: NDArray[Any]
@@ -119,18 +124,30 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a masked round does: ``train`` in round ``round``, or ``evaluate`` after it (``stage``).
+
+    ``adapter`` is the SHA-256 of an adapter that is sent only when the masks are agreed on.
+    """
+
+    stage: str
+    round: int
+    attempt: int
+    split: str
+    job: str
+    names: tuple[str, ...]
+    adapter: bytes
+
+
+@dataclass(frozen=True)
 class KeysAsk:
     """Begin a masked round, the sites with the ids in ``cohort`` together.
 
-    ``request.model`` commits to the work that will follow: training in round ``round``, or
-    evaluating after it (``stage``), of an adapter that is sent only then.
+    ``work`` and ``request.model`` commit to what will follow.
     """
 
     session: str
-    job: str
-    names: tuple[str, ...]
-    stage: str
-    round: int
+    work: Work
     cohort: tuple[int, ...]
     request: KeysRequest
 

@@ -11,17 +11,25 @@ import numpy as np
 
 from fedgraft.common.adapters import Layout
 from fedgraft.common.job import Job
-from fedgraft.common.payloads import EvaluateRequest, TrainRequest
+from fedgraft.common.payloads import EvaluateRequest, TrainRequest, Work
 from fedgraft.common.secagg.quantize import Coding
 from fedgraft.common.secagg.transcript import (
     Parameters,
     Policy,
     digest,
     encode,
+    hash_adapter,
     hash_model,
 )
 
-__all__ = ["TALLY_LIMIT", "evaluation_terms", "floor_for", "hash_work", "training_terms"]
+__all__ = [
+    "TALLY_LIMIT",
+    "describe",
+    "evaluation_terms",
+    "floor_for",
+    "hash_work",
+    "training_terms",
+]
 
 TALLY_LIMIT = 131072.0  # nats: the largest sum of losses over one site's validation examples
 
@@ -43,8 +51,8 @@ def training_terms(
 def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Parameters:
     """Terms of a round that evaluates: a vector of classes^2 counts, summed exactly.
 
-    With ``clip`` equal to the number of levels and a weight of 1, quantising leaves an integer as
-    it is: it is multiplied by 1, and ``floor(x + U)`` with U below 1 is x.
+    With ``clip`` equal to the number of levels, a weight of 1 and no random rounding, quantising
+    leaves an integer as it is.
 
     Raises:
         ParameterError: as ``training_terms``.
@@ -70,10 +78,21 @@ def floor_for(policy: Policy, parameters: Parameters, stage: str) -> Policy:
     return policy if stage == "train" else replace(policy, max_clip=parameters.coding.clip)
 
 
-def hash_work(request: TrainRequest | EvaluateRequest) -> bytes:
-    """What all sites of a round must be asked alike: the adapter, and what is done with it."""
-    split = request.split if isinstance(request, EvaluateRequest) else "train"
-    settings = encode(
-        type(request).__name__, request.session, request.round, request.job, split, *request.names
+def describe(request: TrainRequest | EvaluateRequest) -> Work:
+    """The work that a request asks for, its adapter by hash alone."""
+    trains = isinstance(request, TrainRequest)
+    return Work(
+        stage="train" if trains else "evaluate",
+        round=request.round,
+        attempt=request.attempt if isinstance(request, TrainRequest) else 0,
+        split="train" if isinstance(request, TrainRequest) else request.split,
+        job=request.job,
+        names=request.names,
+        adapter=hash_adapter(np.asarray(request.adapter)),
     )
-    return hash_model(np.asarray(request.adapter), settings)
+
+
+def hash_work(work: Work) -> bytes:
+    """What all sites of a round must be asked alike; the same in every session."""
+    settings = encode(work.stage, work.round, work.attempt, work.split, work.job, *work.names)
+    return hash_model(work.adapter, settings)

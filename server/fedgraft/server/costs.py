@@ -39,7 +39,7 @@ from fedgraft.common.secagg.statements import (
     Survivors,
     UnmaskRequest,
 )
-from fedgraft.common.terms import evaluation_terms, training_terms
+from fedgraft.common.terms import describe, evaluation_terms, training_terms
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.rounds import Plan
 
@@ -98,9 +98,11 @@ def _masks(job: Job) -> bool:
 def _requests(plan: Plan) -> tuple[TrainRequest, EvaluateRequest | None]:
     """What a round asks: to train and, where there is validation, to evaluate."""
     adapter = np.zeros(plan.exchanged.size, np.float32)
-    shared = plan.session, 1, plan.request.job, plan.exchanged.names
-    evaluate = EvaluateRequest(*shared, "validation", adapter) if plan.job.data.validation else None
-    return TrainRequest(*shared, adapter), evaluate
+    session, job, names = plan.session, plan.request.job, plan.exchanged.names
+    train = TrainRequest(session, 1, 0, job, names, adapter)
+    if not plan.job.data.validation:
+        return train, None
+    return train, EvaluateRequest(session, 1, job, names, "validation", adapter)
 
 
 def _clear_messages(plan: Plan) -> Messages:
@@ -130,7 +132,6 @@ def _masked_stages(plan: Plan, work: TrainRequest | EvaluateRequest) -> Messages
     cohort = tuple(range(_cohort(job)))
     numbers = job.privacy.secure_aggregation.plan(len(cohort))
     neighbours = cohort[1 : numbers.degree + 1]
-    stage = "train" if isinstance(work, TrainRequest) else "evaluate"
     keys = KeysRequest(1, digest, digest)
     advertised = tuple(Advertisement(s, digest, digest, digest, bytes(64)) for s in cohort)
     envelopes = tuple(Envelope(0, other, bytes(80)) for other in neighbours)
@@ -144,16 +145,16 @@ def _masked_stages(plan: Plan, work: TrainRequest | EvaluateRequest) -> Messages
     size = packed_size(terms.length, terms.coding.ring_bits)
     shares = tuple(RevealedShare(owner, digest) for owner in (0, *neighbours))
     down: list[Request] = [
-        KeysAsk(session, work.job, work.names, stage, 1, cohort, keys),
+        KeysAsk(session, describe(work), cohort, keys),
         SharesAsk(session, SharesRequest(advertised)),
         task,
-        ConfirmAsk(session, Survivors(cohort, cohort)),
+        ConfirmAsk(session, Survivors(cohort, cohort, tuple(said.signature for said in signed))),
         UnmaskAsk(session, UnmaskRequest(signed)),
     ]
     up: list[Reply] = [
         advertised[0],
         SealedShares(0, envelopes),
-        MaskedInput(0, np.zeros(size, np.uint8)),
+        MaskedInput(0, np.zeros(size, np.uint8), bytes(64)),
         signed[0],
         Opening(0, shares),
     ]

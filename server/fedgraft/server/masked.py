@@ -37,7 +37,13 @@ from fedgraft.common.secagg.errors import (
 from fedgraft.common.secagg.quantize import error_bound, mean
 from fedgraft.common.secagg.statements import Aggregate
 from fedgraft.common.secagg.transcript import Parameters
-from fedgraft.common.terms import evaluation_terms, floor_for, hash_work, training_terms
+from fedgraft.common.terms import (
+    describe,
+    evaluation_terms,
+    floor_for,
+    hash_work,
+    training_terms,
+)
 from fedgraft.server.secagg import UnmaskingServer
 from fedgraft.server.state import Checked, Gathered, Traffic
 from fedgraft.server.transport import Transport
@@ -164,25 +170,15 @@ class _Conversation:
         self, parameters: Parameters, request: TrainRequest | EvaluateRequest, min_sites: int
     ) -> Aggregate:
         """The five stages, in order."""
-        trains, session = isinstance(request, TrainRequest), request.session
-        work = Stage.TRAIN if trains else Stage.EVALUATE
-        federation = self.masking.federation
+        session, work, federation = request.session, describe(request), self.masking.federation
         server = UnmaskingServer(
             roster=federation.roster,
-            policy=floor_for(federation.policy, parameters, work.value),
+            policy=floor_for(federation.policy, parameters, work.stage),
             parameters=parameters,
             round_number=self.masking.next_number(),
-            model=hash_work(request),
+            model=hash_work(work),
         )
-        begin = KeysAsk(
-            session,
-            request.job,
-            request.names,
-            work.value,
-            request.round,
-            parameters.cohort,
-            server.keys_request(),
-        )
+        begin = KeysAsk(session, work, parameters.cohort, server.keys_request())
         asks = dict.fromkeys(parameters.cohort, begin)
         sites = self._ask(Stage.KEYS, asks, server.add_advertisement)
         share = SharesAsk(session, server.close_keys())
@@ -194,7 +190,7 @@ class _Conversation:
             else MaskedEvaluate(request, delivery)
             for site, delivery in deliveries.items()
         }
-        self._ask(work, tasks, server.add_masked)
+        self._ask(Stage(work.stage), tasks, server.add_masked)
         survivors = server.close_training()
         if len(survivors.masked) < min_sites:
             raise TooFewParties(f"only {len(survivors.masked)} sites, min_sites is {min_sites}")

@@ -117,7 +117,7 @@ def run_round(
     started = time.monotonic()
     job, number = plan.job, state.round + 1
     cohort = choose_cohort(job, transport.sites, number, attempt)
-    gathered = _train(plan, transport, cohort, number, state.adapter)
+    gathered = _train(plan, transport, cohort, (number, attempt), state.adapter)
     step = RULES[job.aggregation.rule].merge(gathered.update)
     adapter, moments = optimizers.apply(
         job.aggregation.server_optimizer, state.adapter, step, state.moments
@@ -144,11 +144,15 @@ def run_round(
 
 
 def _train(
-    plan: Plan, transport: Transport, cohort: Sequence[str], number: int, adapter: Vector
+    plan: Plan,
+    transport: Transport,
+    cohort: Sequence[str],
+    number: tuple[int, int],
+    adapter: Vector,
 ) -> Gathered:
-    """Train ``adapter`` at the cohort, masked if the job says so."""
+    """Train ``adapter`` at the cohort, masked if the job says so; (round, attempt) ``number``."""
     job, names = plan.job, plan.exchanged.names
-    request = TrainRequest(plan.session, number, plan.request.job, names, adapter)
+    request = TrainRequest(plan.session, *number, plan.request.job, names, adapter)
     if plan.masking:
         return gather_masked(plan.masking, job, transport, cohort, request, plan.exchanged)
     return gather_clear(job, transport, cohort, request, plan.exchanged)

@@ -9,6 +9,7 @@ number of sites; the sum is opened at most once, for the survivors that enough s
 ``Aggregate`` exists only if every secret matched its advertisement and all check lanes hold.
 """
 
+import math
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 
@@ -26,15 +27,17 @@ from fedgraft.common.secagg.errors import (
 from fedgraft.common.secagg.graph import Graph, Plan, arrange
 from fedgraft.common.secagg.keys import (
     KEY_BYTES,
+    SIGNATURE_BYTES,
     TAG_BYTES,
     Exchange,
     commit,
     derive,
     same,
+    verify,
 )
 from fedgraft.common.secagg.masking import Mask, add_masks
 from fedgraft.common.secagg.quantize import LANES, add_packed, read_lanes, signed
-from fedgraft.common.secagg.shamir import recover
+from fedgraft.common.secagg.shamir import BUDGET, recover
 from fedgraft.common.secagg.statements import (
     Advertisement,
     Aggregate,
@@ -62,8 +65,10 @@ from fedgraft.common.secagg.transcript import (
     context_hash,
     hash_advertisements,
     hash_survivors,
+    held_body,
     pair_info,
     seed_info,
+    statement,
 )
 
 __all__ = ["UnmaskingServer"]
@@ -102,13 +107,13 @@ class UnmaskingServer:
         self._graph = Graph((), 0)
         self._boxes: dict[int, list[Envelope]] = {}
         self._shared: set[int] = set()
-        self._masked: set[int] = set()
+        self._masked: dict[int, bytes] = {}
         self._total: NDArray[np.uint32] | None = None
-        self._survivors = Survivors((), ())
+        self._survivors = Survivors((), (), ())
         self._agreed = b""
         self._confirmed: dict[int, Confirmation] = {}
         self._openings: dict[int, dict[int, bytes]] = {}
-        self._suspects: set[int] = set()
+        self._disputes: set[tuple[int, int]] = set()
 
     @property
     def stage(self) -> Stage:
@@ -183,7 +188,7 @@ class UnmaskingServer:
             ) != self._graph.neighbours(site):
                 raise StatementError("its envelopes are not for its neighbours")
             for envelope in shares.envelopes:
-                if envelope.sender != site:
+                if type(envelope.sender) is not int or envelope.sender != site:
                     raise StatementError("an envelope has another sender")
                 check_bytes(envelope.ciphertext, 2 * KEY_BYTES + TAG_BYTES, "a sealed share")
         self._shared.add(site)
@@ -210,18 +215,26 @@ class UnmaskingServer:
                 raise StatementError("sent a masked input twice")
             if not isinstance(masked.packed, np.ndarray):
                 raise StatementError("a masked input is not an array")
+            check_bytes(masked.signature, SIGNATURE_BYTES, "a signature")
+            given = held_body(self._advertised_hash, self._held(site))
+            signed_body = statement(self._frame, "masked", site, given)
+            verify(self._roster.keys[site], masked.signature, signed_body)
             try:
                 add_packed(self._total, masked.packed, self._parameters.coding.ring_bits)
             except ParameterError as error:
                 raise StatementError(str(error)) from None
-        self._masked.add(site)
+        self._masked[site] = masked.signature
 
     def close_training(self) -> Survivors:
         """Who shared and who is in the sum (U2 and U3), for the survivors to sign."""
         with self._closing(Stage.TRAIN, Stage.CONFIRM):
             if len(self._masked) < self._fewest:
                 raise TooFewParties(f"only {len(self._masked)} of {self._fewest} sites survived")
-            self._survivors = Survivors(tuple(sorted(self._shared)), tuple(sorted(self._masked)))
+            self._survivors = Survivors(
+                tuple(sorted(self._shared)),
+                tuple(sorted(self._masked)),
+                tuple(signature for _, signature in sorted(self._masked.items())),
+            )
             self._agreed = hash_survivors(self._advertised_hash, self._survivors)
             return self._survivors
 
@@ -253,7 +266,7 @@ class UnmaskingServer:
                 if revealed.owner in shares:
                     raise StatementError("two shares of one owner")
                 shares[revealed.owner] = check_bytes(revealed.share, KEY_BYTES, "a share")
-            if set(shares) != set(self._graph.holders(site)) & self._shared:
+            if set(shares) != self._held(site):
                 raise StatementError("its shares are not those of its neighbours")
         self._openings[site] = shares
 
@@ -296,7 +309,8 @@ class UnmaskingServer:
 
     def _recover(self, owner: int, accept: Callable[[bytes], bool]) -> bytes:
         holders = [site for site in self._graph.holders(owner) if site in self._openings]
-        holders.sort(key=lambda site: site in self._suspects)  # who was wrong before comes last
+        wrong_before = {holder for _, holder in self._disputes}
+        holders.sort(key=lambda site: site in wrong_before)  # they come last
         threshold = self._plan.share_threshold
         if len(holders) < threshold:
             raise TooFewParties(f"only {len(holders)} of {threshold} shares of site {owner}")
@@ -304,11 +318,14 @@ class UnmaskingServer:
         shares = [self._openings[holder][owner] for holder in holders]
         found = recover(points, shares, threshold, accept)
         if found is None:
+            # With t honest holders whose shares were all tried together, only the owner is left.
+            honest = len(holders) - self._parameters.colluders
+            sure = honest >= threshold and math.comb(len(holders), threshold) <= BUDGET
             raise UnmaskError(
                 f"no {threshold} shares of site {owner} agree with what it advertised",
-                culprits=(owner,),
+                culprits=(owner,) if sure else (),
             )
-        self._suspects |= {point - 1 for point in found.wrong}
+        self._disputes |= {(owner, point - 1) for point in found.wrong}
         return found.secret
 
     def _read(self, total: NDArray[np.uint32]) -> Aggregate:
@@ -327,8 +344,12 @@ class UnmaskingServer:
             weight=lanes.weight,
             metrics=lanes.metrics,
             sums=sums,
-            suspects=tuple(sorted(self._suspects)),
+            disputes=tuple(sorted(self._disputes)),
         )
+
+    def _held(self, site: int) -> set[int]:
+        """The owners whose shares ``site`` holds: its neighbours in U2, and itself."""
+        return set(self._graph.holders(site)) & self._shared
 
     @staticmethod
     def _member(site: object, members: Container[int]) -> int:

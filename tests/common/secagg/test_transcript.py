@@ -26,6 +26,9 @@ field = st.one_of(
 )
 
 
+SIGNED = (b"1", b"2", b"3")
+
+
 def typed(fields: list[Any]) -> list[tuple[str, Any]]:
     return [(type(v).__name__, struct.pack(">d", v) if type(v) is float else v) for v in fields]
 
@@ -54,14 +57,16 @@ def test_other_fields_cannot_be_encoded(bad: Any) -> None:
 def test_the_model_hash_covers_adapter_and_settings() -> None:
     adapter = np.arange(4, dtype=np.float32)
     seen = {
-        t.hash_model(adapter, b"a"),
-        t.hash_model(adapter, b"b"),
-        t.hash_model(adapter + 1, b"a"),
-        t.hash_model(adapter[:3], b"a"),
-        t.hash_model(adapter[:0], b""),
+        t.hash_model(t.hash_adapter(adapter), b"a"),
+        t.hash_model(t.hash_adapter(adapter), b"b"),
+        t.hash_model(t.hash_adapter(adapter + 1), b"a"),
+        t.hash_model(t.hash_adapter(adapter[:3]), b"a"),
+        t.hash_model(t.hash_adapter(adapter[:0]), b""),
     }
     assert len(seen) == 5
-    assert t.hash_model(adapter, b"a") == t.hash_model(np.arange(8, dtype="f4")[:4], b"a")
+    assert t.hash_model(t.hash_adapter(adapter), b"a") == t.hash_model(
+        t.hash_adapter(np.arange(8, dtype="f4")[:4]), b"a"
+    )
 
 
 CHANGES: dict[str, dict[str, Any]] = {
@@ -229,25 +234,26 @@ def test_a_pair_agrees_on_its_info_and_nobody_else() -> None:
 @pytest.mark.parametrize(
     "survivors",
     [
-        Survivors((0, 1, 2), (0, 1, 3)),
-        Survivors((0, 1, 9), (0, 1)),
-        Survivors((1, 0, 2), (0, 1)),
-        Survivors((0, 1, 2), (0, 0)),
-        Survivors((0, 1, 2), (0, 1.0)),  # type: ignore[arg-type]
-        Survivors((0, 1, 2), [0, 1]),  # type: ignore[arg-type]
+        Survivors((0, 1, 2), (0, 1, 3), SIGNED),
+        Survivors((0, 1, 9), (0, 1), SIGNED[:2]),
+        Survivors((1, 0, 2), (0, 1), SIGNED[:2]),
+        Survivors((0, 1, 2), (0, 1), SIGNED),
+        Survivors((0, 1, 2), (0, 0), SIGNED[:2]),
+        Survivors((0, 1, 2), (0, 1.0), SIGNED[:2]),  # type: ignore[arg-type]
+        Survivors((0, 1, 2), [0, 1], SIGNED[:2]),  # type: ignore[arg-type]
     ],
 )
 def test_survivors_that_are_no_chain_are_refused(survivors: Survivors) -> None:
-    t.check_survivors(Survivors((0, 1, 2), (0, 1)), range(4))
+    t.check_survivors(Survivors((0, 1, 2), (0, 1), SIGNED[:2]), range(4))
     with pytest.raises(StatementError):
         t.check_survivors(survivors, range(4))
 
 
 def test_a_confirmation_is_a_survivors_signature_over_the_survivors() -> None:
     federation = Federation(4)
-    survivors = Survivors((0, 1, 2), (0, 1))
+    survivors = Survivors((0, 1, 2), (0, 1), SIGNED[:2])
     agreed = t.hash_survivors(MODEL, survivors)
-    other = t.hash_survivors(MODEL, Survivors((0, 1), (0, 1)))
+    other = t.hash_survivors(MODEL, Survivors((0, 1), (0, 1), SIGNED[:2]))
     assert agreed != other
 
     def confirm(site: Any, over: bytes, key: Identity, kind: str = "confirm") -> None:

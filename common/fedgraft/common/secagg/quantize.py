@@ -72,7 +72,8 @@ class Coding:
         if self.max_weight < 1 or self.parties * self.max_weight > WORD:
             raise ParameterError("sums of weights overflow 32 bits: lower max_weight")
         for limit in (self.clip, self.metric_limit):
-            if not (math.isfinite(limit) and limit > 0):
+            # So small that levels / limit is infinite would make garbage of a zero.
+            if not (0 < limit < math.inf and math.isfinite(self.levels / limit)):
                 raise ParameterError("clip and metric_limit must be positive and finite")
 
     @property
@@ -104,11 +105,12 @@ def encode_update(
     weight: int,
     metrics: tuple[float, ...],
     coding: Coding,
-    generator: np.random.Generator,
+    generator: np.random.Generator | None,
 ) -> Words:
     """Lanes and quantised ``update`` (float [d]) as uint32 [8 + d], before any mask.
 
-    ``generator`` decides the rounding only; it must not be shared between sites.
+    ``generator`` decides the rounding only; it must not be shared between sites. None rounds down:
+    for values that are whole levels already, which then stay what they are.
 
     Raises:
         InputRefused: a value or metric that is not finite, a metric beyond its limit, or a weight
@@ -134,14 +136,15 @@ def encode_update(
 
 
 def _round(
-    values: NDArray[np.floating], weight: int, coding: Coding, generator: np.random.Generator
+    values: NDArray[np.floating], weight: int, coding: Coding, generator: np.random.Generator | None
 ) -> NDArray[np.float64]:
     exact = values.astype(np.float64)  # before the clip: float32(0.1) is more than 0.1
     if not np.isfinite(exact).all():
         raise InputRefused("the update is not finite")
     np.clip(exact, -coding.clip, coding.clip, out=exact)
     exact *= weight / coding.max_weight * coding.levels / coding.clip
-    exact += generator.random(exact.size)
+    if generator is not None:
+        exact += generator.random(exact.size)
     np.floor(exact, out=exact)
     # Adding U < 1 to S may round up to S + 1 in floating point; one such site would overflow.
     np.clip(exact, -coding.levels, coding.levels, out=exact)

@@ -93,18 +93,26 @@ class Delivery:
 
 @dataclass(frozen=True)
 class MaskedInput:
-    """Site: lanes and update, masked and packed, uint8 [``packed_size``]."""
+    """Site: lanes and update, masked and packed, uint8 [``packed_size``].
+
+    ``signature`` covers whose shares the site was given, which decides with whom it shares masks.
+    """
 
     site: int
     packed: NDArray[np.uint8] = field(repr=False)
+    signature: bytes
 
 
 @dataclass(frozen=True)
 class Survivors:
-    """Coordinator: who shared (U2) and whose masked input it has (U3), both ascending."""
+    """Coordinator: who shared (U2) and whose masked input it has (U3), both ascending.
+
+    ``signatures`` are those of the masked inputs, in the order of ``masked``.
+    """
 
     shared: tuple[int, ...]
     masked: tuple[int, ...]
+    signatures: tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
@@ -143,11 +151,12 @@ class Aggregate:
     """The sum over ``survivors``, checked: what the coordinator learns, and all it learns.
 
     ``sums`` are quantised, int32 [d]: ``quantize.mean`` makes floats of them. ``metrics`` are
-    sums over sites. ``suspects`` sent wrong shares that the others made up for.
+    sums over sites. ``disputes`` are pairs (owner, holder) where the holder's share did not fit
+    the others': one of the two is to blame, and the sum is right nevertheless.
     """
 
     survivors: tuple[int, ...]
     weight: int
     metrics: tuple[float, ...]
     sums: NDArray[np.int32] = field(repr=False)
-    suspects: tuple[int, ...]
+    disputes: tuple[tuple[int, int], ...]

@@ -7,6 +7,7 @@ kit, never from the coordinator.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.secagg.errors import ParameterError, PolicyRefused, StatementError, blame
-from fedgraft.common.secagg.graph import Plan, plan_graph
+from fedgraft.common.secagg.graph import FEWEST, Plan, plan_graph
 from fedgraft.common.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, Identity, verify
 from fedgraft.common.secagg.quantize import Coding
 from fedgraft.common.secagg.statements import Advertisement, Confirmation, Survivors
@@ -32,14 +33,17 @@ __all__ = [
     "check_advertisements",
     "check_bytes",
     "check_confirmation",
+    "check_held",
     "check_policy",
     "check_survivors",
     "context_hash",
     "digest",
     "encode",
+    "hash_adapter",
     "hash_advertisements",
     "hash_model",
     "hash_survivors",
+    "held_body",
     "pair_info",
     "seal_info",
     "seed_info",
@@ -84,10 +88,15 @@ def digest(*fields: Field) -> bytes:
     return hashlib.sha256(encode(*fields)).digest()
 
 
-def hash_model(adapter: NDArray[np.float32], settings: bytes) -> bytes:
-    """Hash of what a site is asked to train: the global adapter, float32 [d], and how."""
+def hash_adapter(adapter: NDArray[np.float32]) -> bytes:
+    """Hash of a global adapter, float32 [d]."""
     content = np.ascontiguousarray(adapter, "<f4").tobytes()
-    return digest("model", hashlib.sha256(content).digest(), adapter.size, settings)
+    return digest("adapter", hashlib.sha256(content).digest(), adapter.size)
+
+
+def hash_model(adapter: bytes, settings: bytes) -> bytes:
+    """Hash of what a site is asked to do: with which adapter (its hash), and what."""
+    return digest("model", adapter, settings)
 
 
 @dataclass(frozen=True)
@@ -118,12 +127,19 @@ class Policy:
 
     ``colluders`` (T) is the fewest that must be assumed to collude, ``min_cohort`` the fewest sites
     in a sum, ``min_ring_bits`` and ``max_clip`` bound the coding.
+
+    Raises:
+        ParameterError: a number that would let everything pass.
     """
 
     colluders: int
     min_cohort: int
     min_ring_bits: int
     max_clip: float
+
+    def __post_init__(self) -> None:
+        if self.colluders < 1 or self.min_cohort < FEWEST or not 0 < self.max_clip < math.inf:
+            raise ParameterError("a policy is a floor: T >= 1, 3 sites, and a finite clip")
 
 
 @dataclass(frozen=True)
@@ -323,6 +339,36 @@ def check_survivors(survivors: Survivors, advertised: Iterable[int]) -> None:
         raise StatementError("survivors are not ascending ids")
     if not (set(masked) <= set(shared) <= set(advertised)):
         raise StatementError("survivors are not among those who advertised and shared")
+    if len(survivors.signatures) != len(masked):
+        raise StatementError("there is not one signature for each survivor")
+
+
+def held_body(advertised: bytes, held: Iterable[int]) -> bytes:
+    """What a masked input's signature covers: U1 (its hash) and the owners of the shares held."""
+    return encode(advertised, *sorted(held))
+
+
+def check_held(
+    survivors: Survivors,
+    site: int,
+    holders: Iterable[int],
+    frame: Frame,
+    roster: Roster,
+    advertised: bytes,
+) -> None:
+    """Check that ``site`` was given the shares of all its ``holders`` that are in U2.
+
+    Or else it may share masks only with sites that collude or are said to have dropped, and its
+    update would lie bare once its own mask is opened.
+
+    Raises:
+        StatementError: its signature says something else.
+    """
+    signature = survivors.signatures[survivors.masked.index(site)]
+    held = held_body(advertised, set(holders) & set(survivors.shared))
+    with blame(site):
+        check_bytes(signature, SIGNATURE_BYTES, "a signature")
+        verify(roster.keys[site], signature, statement(frame, "masked", site, held))
 
 
 def hash_survivors(advertised: bytes, survivors: Survivors) -> bytes:
