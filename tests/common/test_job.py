@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedgraft.common.job import Job, LoraMethod
+from fedgraft.common.errors import JobError
+from fedgraft.common.job import INDIVIDUAL, Job, LoraMethod
+from fedgraft.common.jobfile import parse_job
 
 Raw = dict[str, Any]
 
@@ -31,6 +33,18 @@ def refusal(**sections: Raw) -> str:
     with pytest.raises(ValidationError) as caught:
         make(**sections)
     return str(caught.value)
+
+
+def explained(**sections: Raw) -> JobError:
+    """The same as a person meets it."""
+    with pytest.raises(JobError) as caught:
+        parse_job(raw_job(**sections), where="job.toml")
+    return caught.value
+
+
+def masked(**keys: object) -> Raw:
+    """A ``[privacy]`` section with secure aggregation."""
+    return {"secure_aggregation": {"enabled": True, **keys}}
 
 
 # --- pairs that contradict each other
@@ -114,6 +128,90 @@ def test_a_head_that_does_not_travel_leaves_the_head_method_nothing(policy: str)
     refusal(method={"kind": "head", "head": policy})
 
 
+# --- secure aggregation
+
+
+def test_secure_aggregation_is_off_unless_it_is_asked_for() -> None:
+    assert make().privacy.secure_aggregation.enabled is False
+    assert make(privacy=masked()).privacy.secure_aggregation.enabled is True
+
+
+def test_the_median_is_a_rule_of_its_own() -> None:
+    assert make(aggregation={"rule": "median"}).aggregation.rule in INDIVIDUAL
+
+
+@pytest.mark.parametrize("rule", sorted(INDIVIDUAL))
+def test_a_rule_that_sees_each_update_is_refused_where_nobody_may(rule: str) -> None:
+    error = explained(aggregation={"rule": rule}, privacy=masked())
+    assert f'rule "{rule}" must see each site\'s own update' in str(error)
+    assert '"fedavg"' in error.hint and '"ffa"' in error.hint
+    assert rule not in error.hint
+    assert "privacy.secure_aggregation.enabled = false" in error.hint
+    assert make(aggregation={"rule": rule}, privacy={"secure_aggregation": {}})
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "ffa"])
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+def test_a_rule_that_needs_only_sums_works_masked(rule: str, weights: str) -> None:
+    assert make(aggregation={"rule": rule, "weights": weights}, privacy=masked())
+
+
+@pytest.mark.parametrize(
+    "few",
+    [
+        {"rounds": {"cohort": 2}},
+        {"rounds": {"cohort": 1}},
+        {"simulation": {"train": "x", "sites": 2}},
+        {"rounds": {"cohort": 2}, "simulation": {"train": "x", "sites": 9}},
+        {"rounds": {"fraction": 0.2}, "simulation": {"train": "x", "sites": 10}},
+    ],
+)
+def test_a_sum_over_fewer_than_three_sites_protects_nobody(few: dict[str, Raw]) -> None:
+    error = explained(privacy=masked(), **few)
+    assert "protects nobody" in str(error)
+    assert "at least 3 sites" in error.hint
+    assert make(**few)
+
+
+def test_three_sites_are_enough_to_hide_among() -> None:
+    assert make(privacy=masked(), rounds={"cohort": 3})
+    assert make(privacy=masked(), simulation={"train": "x", "sites": 3})
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        {"rounds": {"cohort": 11}},
+        {"simulation": {"train": "x", "sites": 11}},
+        {"rounds": {"fraction": 0.11}, "simulation": {"train": "x", "sites": 100}},
+    ],
+)
+def test_a_cohort_that_could_overflow_the_sum_is_refused(many: dict[str, Raw]) -> None:
+    error = explained(privacy=masked(max_sites=10), **many)
+    assert "a round of 11 sites is larger than max_sites = 10" in str(error)
+    assert "privacy.secure_aggregation.max_sites = 11" in error.hint
+    assert make(privacy=masked(max_sites=11), **many)
+
+
+def test_early_stopping_has_every_site_evaluate_and_so_every_site_counts() -> None:
+    simulation = {"train": "x", "sites": 20}
+    rounds: Raw = {"cohort": 5}
+    assert make(privacy=masked(max_sites=10), rounds=rounds, simulation=simulation)
+    rounds |= {"early_stopping": {}}
+    error = explained(privacy=masked(max_sites=10), rounds=rounds, simulation=simulation)
+    assert "20 sites is larger than max_sites = 10" in str(error)
+    assert "privacy.secure_aggregation.max_sites = 20" in error.hint
+    assert make(privacy=masked(max_sites=20), rounds=rounds, simulation=simulation)
+
+
+def test_natural_sites_are_checked_once_they_are_known() -> None:
+    job = make(privacy=masked(max_sites=10), rounds={"early_stopping": {}})
+    job.check_sites(10)
+    for sites, why in ((11, "larger than max_sites"), (2, "protects nobody")):
+        with pytest.raises(ValueError, match=why):
+            job.check_sites(sites)
+
+
 # --- single values
 
 
@@ -153,7 +251,7 @@ def test_a_head_that_does_not_travel_leaves_the_head_method_nothing(policy: str)
         ("rounds", "min_sites", 0),
         ("rounds", "evaluate_every", 0),
         ("rounds", "early_stopping", {"patience": 0}),
-        ("aggregation", "rule", "median"),
+        ("aggregation", "rule", "krum"),
         ("aggregation", "weights", "age"),
         ("aggregation", "max_update_norm", 0),
         ("aggregation", "max_examples", 0),
@@ -161,6 +259,22 @@ def test_a_head_that_does_not_travel_leaves_the_head_method_nothing(policy: str)
         ("data", "validation", 1.0),
         ("data", "max_length", 3),
         ("data", "normalize", "none"),
+        ("privacy", "secure_aggregation", {"clip": 0}),
+        ("privacy", "secure_aggregation", {"clip": float("inf")}),
+        ("privacy", "secure_aggregation", {"max_sites": 2}),
+        ("privacy", "secure_aggregation", {"max_sites": 65536}),
+        ("privacy", "secure_aggregation", {"max_weight": 0}),
+        ("privacy", "secure_aggregation", {"ring_bits": 20}),
+        ("privacy", "secure_aggregation", {"value_bits": 1}),
+        ("privacy", "secure_aggregation", {"value_bits": 33}),
+        ("privacy", "secure_aggregation", {"colluders": -0.1}),
+        ("privacy", "secure_aggregation", {"colluders": 0.5}),
+        ("privacy", "secure_aggregation", {"colluders": 1}),
+        ("privacy", "secure_aggregation", {"dropouts": 0.5}),
+        ("privacy", "secure_aggregation", {"max_sites": True}),
+        ("privacy", "secure_aggregation", {"value_bits": True}),
+        ("privacy", "secure_aggregation", {"mode": "semi-honest"}),
+        ("privacy", "epsilon", 1.0),
     ],
 )
 def test_a_value_out_of_range_is_refused(section: str, key: str, bad: object) -> None:

@@ -14,7 +14,6 @@ from fedgraft.common.secagg.errors import ParameterError, StatementError, TooFew
 from fedgraft.common.secagg.keys import derive, seal
 from fedgraft.common.secagg.quantize import LANES, Coding, add_packed, pack
 from fedgraft.common.secagg.statements import (
-    Confirmation,
     Delivery,
     Envelope,
     Opening,
@@ -80,9 +79,9 @@ def test_signatures_are_bytes_and_nothing_like_them(five: Federation) -> None:
     server = five.open_server(2)
     survivors = five.advance(server, "keys", until="confirm")
     good = five.sites[1].confirm(survivors)
-    likes = (bytearray(good.signature), "0" * 64, None)
-    for like in likes:
-        assert refused(server.add_confirmation, Confirmation(1, like)).culprits == (1,)
+    for like in (bytearray(good.signature), "0" * 64, None):
+        bad: Any = dataclasses.replace(good, signature=like)
+        assert refused(server.add_confirmation, bad).culprits == (1,)
 
 
 def test_the_coordinator_holds_the_policys_minimum_too() -> None:

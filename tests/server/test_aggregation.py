@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout
-from fedgraft.common.job import Aggregation, ServerOptimizer
+from fedgraft.common.job import INDIVIDUAL, Aggregation, ServerOptimizer
 from fedgraft.server.aggregation import RULES, RunningMean
+from fedgraft.server.aggregation.median import PIECE
 from fedgraft.server.aggregation.optimizers import apply
 from fedgraft.server.state import Moments
 
@@ -101,11 +102,110 @@ def test_ffa_keeps_the_factors_a_at_home() -> None:
     assert RULES["ffa"].exchanges(LAYOUT) == LAYOUT.names[2:]
 
 
+def test_a_job_knows_which_rules_must_see_each_update() -> None:
+    assert {name for name, rule in RULES.items() if rule.needs == "individual"} == INDIVIDUAL
+    assert {rule.needs for rule in RULES.values()} == {"sum", "individual"}
+
+
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_these_rules_need_only_sums_and_step_by_the_mean(name: str) -> None:
-    mean = np.linspace(-1, 1, 9)
-    assert RULES[name].needs == "sum"
-    assert RULES[name].merge(mean).tolist() == np.linspace(-1, 1, 9).tolist()
+def test_a_rule_steps_by_what_was_combined(name: str) -> None:
+    combined = np.linspace(-1, 1, 9)
+    assert RULES[name].merge(combined).tolist() == np.linspace(-1, 1, 9).tolist()
+
+
+@pytest.mark.parametrize("name", sorted(set(RULES) - INDIVIDUAL))
+def test_what_a_rule_that_needs_only_sums_collects_is_the_weighted_mean(name: str) -> None:
+    """Then it does not matter that under masks somebody else computes it."""
+    collector = RULES[name].collect(2)
+    collector.add(np.array([1, -3], np.float32), 1.0)
+    collector.add(np.array([5, 5], np.float32), 3.0)
+    assert collector.combined().tolist() == [4.0, 3.0]
+    assert collector.count == 2
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_no_updates_cannot_be_combined(name: str) -> None:
+    collector = RULES[name].collect(3)
+    assert collector.count == 0
+    with pytest.raises(ZeroDivisionError):
+        collector.combined()
+
+
+# The median
+
+
+def _median(updates: NDArray[np.float32], weights: list[float]) -> NDArray[np.float64]:
+    collector = RULES["median"].collect(updates.shape[1])
+    for update, weight in zip(updates, weights, strict=True):
+        collector.add(update, weight)
+    assert collector.count == len(updates)
+    return collector.combined()
+
+
+def test_the_median_exchanges_every_tensor() -> None:
+    assert RULES["median"].exchanges(LAYOUT) == LAYOUT.names
+
+
+@given(st.integers(1, 12), st.integers(0, 9), st.integers(0, 2**32 - 1))
+def test_the_median_is_numpys_coordinate_by_coordinate(count: int, size: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    updates = draw.normal(size=(count, size)).astype(np.float32)
+    combined = _median(updates, [1.0] * count)
+    assert combined.dtype == np.float64
+    assert combined.tolist() == np.median(updates, axis=0).tolist()
+
+
+@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 3])
+def test_the_median_does_not_depend_on_where_pieces_end(size: int) -> None:
+    updates = np.random.default_rng(size).normal(size=(4, size)).astype(np.float32)
+    assert np.array_equal(_median(updates, [1.0] * 4), np.median(updates, axis=0))
+
+
+def test_the_median_of_an_even_number_lies_between_the_two_in_the_middle() -> None:
+    updates = np.array([[1.0], [2.0], [4.0], [100.0]], np.float32)
+    assert _median(updates, [1.0] * 4).tolist() == [3.0]
+
+
+def test_sites_count_alike_in_the_median_whatever_their_weight() -> None:
+    updates = np.array([[1.0], [2.0], [3.0]], np.float32)
+    assert _median(updates, [1e6, 1.0, 0.5]).tolist() == [2.0]
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1e30, -1e30, 3e38]))
+def test_one_wild_site_cannot_move_the_median_beyond_the_others(seed: int, wild: float) -> None:
+    draw = np.random.default_rng(seed)
+    honest = draw.normal(size=(4, 6)).astype(np.float32)
+    signs = draw.choice([-1.0, 1.0], size=(1, 6))
+    updates = np.concatenate([honest, (wild * signs).astype(np.float32)])
+    combined = _median(updates, [1.0] * 5)
+    assert (combined >= honest.min(axis=0)).all()
+    assert (combined <= honest.max(axis=0)).all()
+    mean = RunningMean(6)
+    for update in updates:
+        mean.add(update, 1.0)
+    assert (np.abs(mean.combined()) > 1e20).all()  # the mean goes where the wild one wants
+
+
+def test_combining_changes_none_of_the_updates() -> None:
+    updates = np.array([[3.0, 1.0], [1.0, 2.0], [2.0, 3.0]], np.float32)
+    before = updates.tolist()
+    _median(updates, [1.0] * 3)
+    assert updates.tolist() == before
+
+
+def test_the_median_holds_the_updates_and_copies_them_only_piece_by_piece() -> None:
+    size = 8 * PIECE
+    collector = RULES["median"].collect(size)
+    for _ in range(8):
+        collector.add(np.ones(size, np.float32), 1.0)
+    tracemalloc.start()
+    collector.combined()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * size + 8 * 4 * size / 2  # the result, and less than half of a copy of all
+
+
+# Where the rules meet
 
 
 def _product_gap(rule: str) -> float:

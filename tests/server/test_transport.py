@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,20 +14,46 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgraft.common.messages import Stage, decode, encode, wire_bytes
 from fedgraft.common.payloads import (
+    ConfirmAsk,
     EvaluateReply,
+    EvaluateRequest,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
     Payload,
     PlanReply,
     PlanRequest,
     Refusal,
+    Request,
+    SharesAsk,
     TrainReply,
     TrainRequest,
+    UnmaskAsk,
+    Work,
+)
+from fedgraft.common.payloads import (
+    Reply as AnyReply,
+)
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Confirmation,
+    Delivery,
+    Envelope,
+    KeysRequest,
+    MaskedInput,
+    Opening,
+    RevealedShare,
+    SealedShares,
+    SharesRequest,
+    Survivors,
+    UnmaskRequest,
 )
 from fedgraft.server.transport import Reply, Transport
 
 Answer = Callable[[Message], RecordDict | Error | None]
 
 PLAN = PlanRequest("session", "{}", "backbone", "layout", ("w",), "fixed")
-TRAIN = TrainRequest("session", 1, "{}", ("w",), np.zeros(3, np.float32))
+TRAIN = TrainRequest("session", 1, 0, "{}", ("w",), np.zeros(3, np.float32))
 TRAINED = TrainReply("session", 1, "layout", 5, 0.5, np.ones(3, np.float32))
 
 
@@ -190,6 +216,38 @@ def test_the_bytes_of_a_reply_are_counted() -> None:
     assert reply.bytes_up == wire_bytes(encode(TRAINED)) > 3 * 4
 
 
+def test_the_bytes_of_a_request_are_counted_with_its_reply_whatever_that_is() -> None:
+    sites: dict[str, Answer] = {
+        "a": says(TRAINED),
+        "b": says(Refusal("session", "no-examples")),
+        "c": lambda message: RecordDict(),
+        "d": lambda message: Error(2, ""),
+        "e": silent,
+    }
+    transport, _, _ = federation(sites)
+    replies = {r.site: r for r in transport.ask(list("abcde"), Stage.TRAIN, TRAIN, 5.0)}
+    sent = wire_bytes(encode(TRAIN))
+    assert sent > TRAIN.adapter.nbytes
+    assert {name: replies[name].bytes_down for name in "abcde"} == dict.fromkeys("abcde", sent)
+    assert [bool(replies[name].bytes_up) for name in "abcde"] == [True, True, False, False, False]
+
+
+def test_an_invitation_costs_bytes_too() -> None:
+    _, replies, _ = invited({11: site("amy"), 12: silent})
+    assert [reply.bytes_down for reply in replies] == [wire_bytes(encode(PLAN))] * 2
+
+
+def test_what_was_never_sent_cost_nothing() -> None:
+    class Narrow(ScriptedGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            return []
+
+    transport = Transport(Narrow({}), clock=Clock(), pause=lambda seconds: None)
+    transport._nodes["a"] = 11
+    (reply,) = transport.ask(["a"], Stage.TRAIN, TRAIN, 10.0)
+    assert (reply.failure, reply.bytes_down) == ("not-sent", 0)
+
+
 def test_waiting_backs_off_and_starts_afresh_after_a_reply() -> None:
     transport, _, clock = federation({"a": says(TRAINED), "b": says(TRAINED)}, late={11: 4, 12: 14})
     list(transport.ask(["a", "b"], Stage.TRAIN, TRAIN, 100.0))
@@ -198,6 +256,137 @@ def test_waiting_backs_off_and_starts_afresh_after_a_reply() -> None:
     assert first == [first[0] * 2**n for n in range(4)]
     assert second[:4] == first
     assert second[-1] == max(second) == 0.25
+
+
+# To each its own
+
+VECTOR = np.zeros(1000, np.float32)
+TASKS: dict[str, Request] = {  # one adapter, and what each site's neighbours sealed for it
+    name: MaskedTrain(
+        replace(TRAIN, adapter=VECTOR), Delivery((Envelope(0, place, name.encode() * 99),) * place)
+    )
+    for place, name in enumerate("abc")
+}
+MASKED = MaskedInput(0, np.zeros(7, np.uint8), b"signature")
+
+
+def test_each_site_gets_the_request_that_is_meant_for_it() -> None:
+    transport, grid, _ = federation({name: says(MASKED) for name in "abc"})
+    backwards = {name: TASKS[name] for name in "cba"}
+    replies = list(transport.ask(["a", "c"], Stage.TRAIN, backwards, 10.0))
+    assert failures(replies) == [("a", ""), ("c", "")]
+    assert [message.metadata.dst_node_id for message in grid.sent] == [11, 13]
+    for name, message, reply in zip("ac", grid.sent, replies, strict=True):
+        got, meant = decode(message.content, MaskedTrain), TASKS[name]
+        assert isinstance(meant, MaskedTrain)
+        assert got.delivery == meant.delivery
+        assert got.train.adapter.tobytes() == VECTOR.tobytes()
+        assert reply.bytes_down == wire_bytes(encode(meant))
+
+
+def test_sites_are_not_asked_only_because_there_is_a_request_for_them() -> None:
+    transport, grid, _ = federation({name: says(MASKED) for name in "abc"})
+    list(transport.ask(["b"], Stage.TRAIN, TASKS, 10.0))
+    assert [message.metadata.dst_node_id for message in grid.sent] == [12]
+
+
+def test_a_site_without_a_request_of_its_own_is_a_mistake_and_nothing_is_sent() -> None:
+    transport, grid, _ = federation({name: says(MASKED) for name in "abc"})
+    with pytest.raises(KeyError):
+        list(transport.ask(["a", "b"], Stage.TRAIN, {"a": TASKS["a"]}, 10.0))
+    assert grid.sent == []
+
+
+def test_what_the_requests_have_in_common_is_held_once() -> None:
+    transport, grid, _ = federation({name: says(MASKED) for name in "abc"})
+    list(transport.ask(list("abc"), Stage.TRAIN, TASKS, 10.0))
+    adapters = {id(message.content["arrays"]["train.adapter"].data) for message in grid.sent}
+    assert len(grid.sent) == 3
+    assert len(adapters) == 1
+
+
+def test_each_reply_is_read_as_the_answer_to_its_own_request() -> None:
+    mixed: dict[str, Request] = {"a": TRAIN, "b": TASKS["b"], "c": TRAIN, "d": TASKS["b"]}
+    answers = {"a": says(TRAINED), "b": says(MASKED), "c": says(MASKED), "d": says(TRAINED)}
+    transport, _, _ = federation(answers, late={11: 3, 12: 2, 13: 1})
+    replies = list(transport.ask(list("abcd"), Stage.TRAIN, mixed, 10.0))
+    assert sorted(failures(replies)) == [
+        ("a", ""),
+        ("b", ""),
+        ("c", "malformed"),
+        ("d", "malformed"),
+    ]
+
+
+# Which reply belongs to which request
+
+EVALUATE = EvaluateRequest("session", 1, "{}", ("w",), "test", np.zeros(3, np.float32))
+WORK = Work("train", 1, 0, "train", "{}", ("w",), b"adapter")
+ADVERTISED = Advertisement(1, b"mask", b"seal", b"commitment", b"signature")
+ASKED: dict[type[Request], tuple[Stage, Request, type[AnyReply]]] = {
+    TrainRequest: (Stage.TRAIN, TRAIN, TrainReply),
+    EvaluateRequest: (Stage.EVALUATE, EVALUATE, EvaluateReply),
+    KeysAsk: (
+        Stage.KEYS,
+        KeysAsk("session", WORK, (0, 1, 2), KeysRequest(1, b"c", b"m")),
+        Advertisement,
+    ),
+    SharesAsk: (Stage.SHARES, SharesAsk("session", SharesRequest((ADVERTISED,))), SealedShares),
+    MaskedTrain: (Stage.TRAIN, MaskedTrain(TRAIN, Delivery(())), MaskedInput),
+    MaskedEvaluate: (Stage.EVALUATE, MaskedEvaluate(EVALUATE, Delivery(())), MaskedInput),
+    ConfirmAsk: (
+        Stage.CONFIRM,
+        ConfirmAsk("session", Survivors((0, 1), (0,), (b"x",))),
+        Confirmation,
+    ),
+    UnmaskAsk: (Stage.UNMASK, UnmaskAsk("session", UnmaskRequest(())), Opening),
+}
+ANSWERS: tuple[AnyReply, ...] = (
+    PlanReply("session", "amy"),
+    TRAINED,
+    EvaluateReply("session", 1, np.zeros(5)),
+    ADVERTISED,
+    SealedShares(1, (Envelope(1, 0, b"sealed"),)),
+    MASKED,
+    Confirmation(1, b"signature"),
+    Opening(1, (RevealedShare(0, b"share"),)),
+)
+
+
+def test_every_request_and_every_reply_is_tried() -> None:
+    assert {PlanRequest, *ASKED} == set(get_args(Request))
+    assert {Refusal, *map(type, ANSWERS)} == set(get_args(AnyReply))
+
+
+@pytest.mark.parametrize("kind", ASKED, ids=lambda kind: str(kind.__name__))
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: type(answer).__name__)
+def test_only_the_reply_that_belongs_to_a_request_is_taken(
+    kind: type[Request], answer: AnyReply
+) -> None:
+    stage, request, right = ASKED[kind]
+    transport, grid, _ = federation({"a": says(answer)})
+    (reply,) = transport.ask(["a"], stage, request, 10.0)
+    assert grid.sent[0].metadata.message_type == stage.value
+    if type(answer) is right:
+        assert type(reply.payload) is right
+        assert reply.failure == ""
+    else:
+        assert (reply.payload, reply.failure) == (None, "malformed")
+
+
+@pytest.mark.parametrize("kind", ASKED, ids=lambda kind: str(kind.__name__))
+def test_every_request_may_be_refused(kind: type[Request]) -> None:
+    stage, request, _ = ASKED[kind]
+    transport, _, _ = federation({"a": says(Refusal("session", "abstained"))})
+    (reply,) = transport.ask(["a"], stage, request, 10.0)
+    assert (reply.payload, reply.failure) == (None, "abstained")
+
+
+@pytest.mark.parametrize("answer", ANSWERS[1:], ids=lambda answer: type(answer).__name__)
+def test_an_invitation_is_answered_by_an_agreement_or_not_at_all(answer: AnyReply) -> None:
+    transport, replies, _ = invited({11: says(answer)})
+    assert failures(replies) == [("node 11", "malformed")]
+    assert transport.sites == ()
 
 
 # The deadline
@@ -243,7 +432,7 @@ def test_no_time_is_waited_when_all_are_there() -> None:
 )
 def test_an_error_of_flower_becomes_a_reason(code: int, failure: str) -> None:
     reply = only_reply(lambda message: Error(code, "Traceback: patient Ada"))
-    assert reply == Reply("a", failure=failure)
+    assert reply == Reply("a", failure=failure, bytes_down=wire_bytes(encode(TRAIN)))
 
 
 def _with(payload: Payload, **changes: Any) -> RecordDict:
@@ -372,6 +561,43 @@ def test_messages_that_are_too_large_to_send_are_every_sites_failure() -> None:
     ]
 
 
+# Nothing is sent twice
+
+
+def test_whatever_becomes_of_a_request_it_is_sent_once() -> None:
+    """A site answers each stage of a masked round once: a second copy would look like an attack."""
+    sites: dict[str, Answer] = {
+        "a": says(TRAINED),
+        "b": says(Refusal("session", "no-examples")),
+        "c": lambda message: RecordDict(),
+        "d": lambda message: Error(5, ""),
+        "e": silent,
+        "f": says(TRAINED),
+    }
+    transport, grid, _ = federation(sites, late={16: 9})
+    replies = list(transport.ask(list("abcdef"), Stage.TRAIN, TRAIN, 30.0))
+    assert [message.metadata.dst_node_id for message in grid.sent] == [11, 12, 13, 14, 15, 16]
+    assert sorted(reply.site for reply in replies) == list("abcdef")
+
+
+def test_what_could_not_be_sent_is_not_tried_again() -> None:
+    pushed: list[int] = []
+
+    class Lossy(ScriptedGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            batch = list(messages)
+            pushed.extend(message.metadata.dst_node_id for message in batch)
+            return [""] * len(batch)
+
+    clock = Clock()
+    transport = Transport(Lossy({}), clock=clock, pause=clock.pause)
+    transport._nodes.update({"a": 11, "b": 12})
+    replies = list(transport.ask(["a", "b"], Stage.TRAIN, TRAIN, 10.0))
+    assert failures(replies) == [("a", "not-sent"), ("b", "not-sent")]
+    assert pushed == [11, 12]
+    assert clock.pauses == []  # there is nothing to wait for
+
+
 # Who takes part
 
 
@@ -434,6 +660,48 @@ def test_a_site_that_registers_anew_takes_part_again() -> None:
     (reply,) = transport.ask(["amy"], Stage.TRAIN, TRAIN, 5.0)
     assert isinstance(reply.payload, TrainReply)
     assert reply.payload.examples == 21
+
+
+def test_only_members_take_part_and_others_are_named() -> None:
+    clock = Clock()
+    grid = ScriptedGrid({11: site("zoe"), 12: site("eve"), 13: site("amy"), 14: silent})
+    transport = Transport(grid, clock=clock, pause=clock.pause)
+    replies = list(transport.invite(PLAN, 5.0, members={"amy": 0, "bob": 1, "zoe": 2}))
+    assert failures(replies) == [
+        ("zoe", ""),
+        ("eve", "not-in-roster"),
+        ("amy", ""),
+        ("node 14", "deadline"),
+    ]
+    assert replies[1].payload is None
+    assert replies[1].bytes_up > 0
+    assert transport.sites == ("amy", "zoe")
+    with pytest.raises(KeyError):
+        list(transport.ask(["eve"], Stage.TRAIN, TRAIN, 5.0))
+
+
+def test_where_nobody_is_a_member_nobody_takes_part() -> None:
+    transport = Transport(ScriptedGrid({11: site("amy")}), clock=Clock(), pause=lambda s: None)
+    replies = list(transport.invite(PLAN, 5.0, members=()))
+    assert failures(replies) == [("amy", "not-in-roster")]
+    assert transport.sites == ()
+
+
+def test_a_name_that_is_none_is_never_shown_even_where_members_are_known() -> None:
+    transport = Transport(ScriptedGrid({11: site("\x1b[2J")}), clock=Clock(), pause=lambda s: None)
+    replies = list(transport.invite(PLAN, 5.0, members={"amy"}))
+    assert failures(replies) == [("node 11", "bad-name")]
+
+
+def test_who_did_not_agree_is_asked_again_only_on_request() -> None:
+    transport, _, grid = invited({11: site("amy"), 12: says(Refusal("session", "no-examples"))})
+    grid.sent.clear()
+    grid.nodes[13] = site("cid")
+    list(transport.invite(PLAN, 5.0, again=False))
+    assert [message.metadata.dst_node_id for message in grid.sent] == [13]
+    grid.sent.clear()
+    list(transport.invite(PLAN, 5.0))
+    assert [message.metadata.dst_node_id for message in grid.sent] == [12]
 
 
 @pytest.mark.parametrize("name", ["", "../etc", "a\nb", "\x1b[2J", "x" * 65, "a b"])

@@ -91,7 +91,10 @@ class _Append:
 
 
 def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:  # not ours, so we did not make it
+        return
     try:
         os.fsync(folder)
     finally:

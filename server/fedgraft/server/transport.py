@@ -231,11 +231,11 @@ def _encoded(
 ) -> Iterator[_Asked]:
     """The request of every site, encoded; what several have in common is encoded once."""
     arrays: Shared = {}
-    records: dict[int, tuple[RecordDict, int]] = {}
+    records: dict[int, tuple[Request, RecordDict, int]] = {}  # by identity, which they keep theirs
     for site, node in nodes.items():
         own = request[site] if isinstance(request, Mapping) else request
-        if id(own) not in records:  # requests live as long as this does
+        if id(own) not in records:
             record = encode(own, arrays)
-            records[id(own)] = record, wire_bytes(record)
-        record, size = records[id(own)]
+            records[id(own)] = own, record, wire_bytes(record)
+        _, record, size = records[id(own)]
         yield _Asked(site, node, type(own), size, record)
