@@ -356,6 +356,21 @@ def test_survivor_sets_that_are_not_signed(
     wiped(five.sites[0], error, kind)
 
 
+def test_survivors_that_all_have_signed_are_looked_at_all_the_same(five: Federation) -> None:
+    survivors = at(five, "confirm")
+    for bent in (
+        among(survivors, (1, 2, 3, 4)),  # without us
+        dataclasses.replace(survivors, shared=(0, 1, 2, 3, 4, 5)),  # U2 not in U1
+        dataclasses.replace(survivors, signatures=(*survivors.signatures, b"")),
+        dataclasses.replace(
+            survivors, signatures=tuple(bytearray(one) for one in survivors.signatures)
+        ),
+    ):
+        site = five.open_site(0, memory=five.sites[0].remember(), claim=lambda *_: None)
+        wiped(site, refused(site.confirm, bent), StatementError)
+    five.sites[0].confirm(survivors)
+
+
 def test_the_policys_minimum_counts_survivors_too() -> None:
     federation = Federation(5, policy=Policy(1, 5, 16, 1.0))
     at(federation, "confirm")
@@ -424,6 +439,7 @@ def test_shares_withheld_from_one_site_leave_its_input_closed(n: int, colluders:
         federation.sites[site].accept(boxes[site], MODEL)
         server.add_masked(federation.contribute(site))
     survivors = server.close_training()
+    wiped(victim, refused(victim.confirm, survivors), StatementError)
     for neighbour in server._graph.neighbours(0):
         error = refused(federation.sites[neighbour].confirm, survivors)
         wiped(federation.sites[neighbour], error, StatementError)

@@ -79,9 +79,32 @@ def test_signatures_are_bytes_and_nothing_like_them(five: Federation) -> None:
     server = five.open_server(2)
     survivors = five.advance(server, "keys", until="confirm")
     good = five.sites[1].confirm(survivors)
-    for like in (bytearray(good.signature), "0" * 64, None):
+    others: tuple[Any, ...] = (bytearray(good.signature), "0" * 64, None)
+    for like in others:
         bad: Any = dataclasses.replace(good, signature=like)
         assert refused(server.add_confirmation, bad).culprits == (1,)
+
+
+def test_an_input_s_signature_is_bytes_and_an_envelope_s_sender_an_integer(
+    five: Federation,
+) -> None:
+    server = five.open_server()
+    request = five.advance(server, "keys", until="shares")
+    sealed = five.sites[1].share(request)
+    likes: tuple[Any, ...] = (1.0, True)
+    for like in likes:
+        envelopes = (dataclasses.replace(sealed.envelopes[0], sender=like), *sealed.envelopes[1:])
+        error = refused(server.add_shares, dataclasses.replace(sealed, envelopes=envelopes))
+        assert isinstance(error, StatementError)
+    server.add_shares(sealed)
+    for site in (0, 2, 3, 4):
+        server.add_shares(five.sites[site].share(request))
+    boxes = server.close_shares()
+    five.sites[1].accept(boxes[1], MODEL)
+    masked = five.contribute(1)
+    bad = dataclasses.replace(masked, signature=bytearray(masked.signature))
+    assert isinstance(refused(server.add_masked, bad), StatementError)
+    server.add_masked(masked)
 
 
 def test_the_coordinator_holds_the_policys_minimum_too() -> None:
@@ -152,7 +175,14 @@ def test_a_coding_that_cannot_divide_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "numbers", [(0, 3, 24, 1.0), (1, 2, 24, 1.0), (1, 3, 24, 0.0), (1, 3, 24, float("nan"))]
+    "numbers",
+    [
+        (0, 3, 24, 1.0),
+        (1, 2, 24, 1.0),
+        (1, 3, 24, 0.0),
+        (1, 3, 24, float("nan")),
+        (1, 3, 24, float("inf")),
+    ],
 )
 def test_a_policy_that_lets_everything_pass_is_refused(numbers: Any) -> None:
     with pytest.raises(ParameterError):
