@@ -1,6 +1,7 @@
 """What a site answers through Flower: payloads, reason codes, and never a word of its data."""
 
 import logging
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,15 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from masked_federations import Consortium, make_job
+from masked_talk import Node as Seat
+from masked_talk import Talk
 
 from fedgraft.client.app import app
+from fedgraft.client.identity import FILE as IDENTITY
+from fedgraft.client.identity import make_identity
 from fedgraft.client.participant import Participant
+from fedgraft.common.federation import Federation, dump_federation
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.messages import Stage, decode, encode
 from fedgraft.common.payloads import (
@@ -28,6 +35,7 @@ from fedgraft.common.payloads import (
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.rounds import Plan, make_plan
 from fedgraft.simulations.demo import digits
+from fedgraft.simulations.identities import FILE
 
 SESSION = "0123456789abcdef" * 2
 SECRET = "patient Ada Lovelace"
@@ -97,7 +105,7 @@ def make_plan_of(task: str = "image", **method: Any) -> Plan:
 
 def training(plan: Plan, **changes: Any) -> TrainRequest:
     adapter = open_workbench(plan.job).initial_of(plan.exchanged)
-    request = TrainRequest(SESSION, 1, plan.request.job, plan.exchanged.names, adapter)
+    request = TrainRequest(SESSION, 1, 0, plan.request.job, plan.exchanged.names, adapter)
     return replace(request, **changes)
 
 
@@ -151,7 +159,7 @@ def test_a_refusal_carries_the_reason_code_and_the_session(
 ) -> None:
     request = replace(make_plan_of().request, backbone="f" * 64)
     assert node.refusal(request, Stage.PLAN) == Refusal(SESSION, "backbone-differs")
-    assert "PlanRequest refused: backbone-differs" in caplog.text
+    assert "query.plan refused: backbone-differs" in caplog.text
 
 
 def test_a_session_that_names_another_folder_is_refused(node: Node, tmp_path: Path) -> None:
@@ -281,3 +289,86 @@ def test_a_site_file_that_is_missing_is_a_refusal_without_its_path(
     record = node.ask(make_plan_of().request, Stage.PLAN)
     assert decode(record, Refusal) == Refusal(SESSION, "JobError")
     assert str(tmp_path).encode() not in content_bytes(record)
+
+
+# Secure aggregation
+
+
+@pytest.fixture
+def consortium(tmp_path: Path) -> Consortium:
+    return Consortium(tmp_path, make_job(), sites=4)
+
+
+def test_a_site_in_a_federation_refuses_a_job_that_would_have_updates_in_clear(
+    tmp_path: Path, consortium: Consortium
+) -> None:
+    clear = Consortium(tmp_path / "clear", make_job(masked=False))
+    node = Seat(consortium.node("ash"))
+    assert node.code(clear.plan.request, "plan") == "secure-aggregation-required"
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["masked job", "clear job"])
+@pytest.mark.parametrize("federation", [True, False], ids=["federation", "no federation"])
+def test_what_must_be_masked_is_never_sent_in_clear(
+    tmp_path: Path, masked: bool, federation: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = Consortium(tmp_path / "member", make_job(validation=0.25))
+    asking = Consortium(tmp_path / "asking", make_job(validation=0.25, masked=masked))
+    config = member.node("ash")
+    if not federation:
+        del config["federation"]
+    node = Seat(config)
+    if not masked and not federation:  # nobody asks for masks: this is what it then does
+        assert isinstance(node.ask(asking.training(), "train"), TrainReply)
+        return
+    monkeypatch.delattr(Participant, "train")  # it must not come to this
+    monkeypatch.delattr(Participant, "evaluate")
+    assert node.code(asking.training(), "train") == "secure-aggregation-required"
+    assert node.code(asking.evaluating(), "evaluate") == "secure-aggregation-required"
+
+
+def spoil_config(consortium: Consortium, node: Seat) -> None:
+    del node.config["federation"]
+
+
+def spoil_roster(consortium: Consortium, node: Seat) -> None:
+    sites = {site: key for site, key in consortium.known.sites.items() if site != "ash"}
+    (consortium.folder / FILE).write_text(dump_federation(Federation(sites=sites)))
+
+
+def spoil_key(consortium: Consortium, node: Seat) -> None:
+    (consortium.folder / "ash" / IDENTITY).unlink()
+    make_identity(consortium.folder / "ash")
+
+
+def spoil_identity(consortium: Consortium, node: Seat) -> None:
+    (consortium.folder / "ash" / IDENTITY).unlink()
+
+
+def spoil_mode(consortium: Consortium, node: Seat) -> None:
+    (consortium.folder / "ash" / IDENTITY).chmod(stat.S_IRUSR | stat.S_IRGRP)
+
+
+def spoil_file(consortium: Consortium, node: Seat) -> None:
+    (consortium.folder / FILE).write_text("[sites")
+
+
+MEMBERSHIP = [
+    (spoil_config, "no-federation", "abstained"),
+    (spoil_roster, "not-in-roster", "terms-refused"),
+    (spoil_key, "not-in-roster", "terms-refused"),
+    (spoil_identity, "InputError", "abstained"),
+    (spoil_mode, "InputError", "abstained"),
+    (spoil_file, "JobError", "abstained"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "at_plan", "at_keys"), MEMBERSHIP)
+def test_a_site_that_is_no_member_takes_no_part(
+    consortium: Consortium, spoil: Any, at_plan: str, at_keys: str
+) -> None:
+    node = Seat(consortium.node("ash"))
+    spoil(consortium, node)
+    assert node.code(consortium.plan.request, "plan") == at_plan
+    assert node.code(Talk(consortium).keys, "keys") == at_keys
+    assert node.memory is None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Privacy", "SecureAggregation"]
 
 FINEST = 20  # bits of a quantised value: more would be lost in float32 anyway
-LOSS_LIMIT = 64.0  # nats; a site whose mean training loss is beyond has diverged
+LOSS_LIMIT = 64.0  # nats times weight / max_weight: with a full weight, a loss that has diverged
 FEWEST = 3
 
 
