@@ -80,7 +80,7 @@ class Place:
 
     def training(self, number: int = 1, *, seed: int = 0, session: str = SESSION) -> TrainRequest:
         names = self.plan.exchanged.names
-        return TrainRequest(session, number, self.plan.request.job, names, self.adapter(seed))
+        return TrainRequest(session, number, 0, self.plan.request.job, names, self.adapter(seed))
 
     def evaluating(self, number: int = 1, *, split: str = "test") -> EvaluateRequest:
         names, text = self.plan.exchanged.names, self.plan.request.job

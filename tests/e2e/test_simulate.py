@@ -107,6 +107,21 @@ def test_ray_gives_the_same_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_masked_rounds_on_ray_come_to_the_same_bits(tmp_path: Path) -> None:
+    """A site's memory goes from actor to actor; masked sums are exact in any order."""
+    pytest.importorskip("ray", reason="the Ray engine needs the extra `simulation`")
+    masked = (
+        *write_digits(tmp_path / "digits", 120, 60),
+        "rounds.count=2",
+        "privacy.secure_aggregation.enabled=true",
+    )
+    local, _ = run_digits(tmp_path / "local", *masked)
+    ray, summary = run_digits(tmp_path / "ray", *masked, engine="ray")
+    np.testing.assert_array_equal(adapter_of(local), adapter_of(ray))
+    assert summary["protection"]["survivors"] == [3, 3]
+
+
+@pytest.mark.slow
 def test_the_built_in_federation_shows_transfer(tmp_path: Path) -> None:
     """What the README promises of the default run, with nothing changed."""
     done = subprocess.run(

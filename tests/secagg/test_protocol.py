@@ -154,14 +154,15 @@ def test_random_drops_among_32(seed: int) -> None:
     federation.check(federation.run(drops))
 
 
-def test_a_sparse_graph_of_150() -> None:
-    parameters = parameters_for(
-        150, 20, colluders=3, dropouts=15, coding=coding_for(150, value_bits=16)
-    )
-    assert parameters.plan.degree < 60
-    federation = Federation(150, length=20, parameters=parameters)
-    gone = np.random.default_rng(5).permutation(150)[:15].tolist()
-    drops = {stage: gone[3 * i : 3 * i + 3] for i, stage in enumerate(STAGES)}
+def test_a_sparse_graph_of_200_with_a_fifth_dropping_anywhere() -> None:
+    coding = coding_for(200, ring_bits=32, value_bits=20)
+    parameters = parameters_for(200, 20, colluders=20, dropouts=40, coding=coding)
+    assert (parameters.plan.degree, parameters.plan.share_threshold) == (42, 20)
+    federation = Federation(200, length=20, parameters=parameters)
+    generator = np.random.default_rng(5)
+    drops: dict[str, list[int]] = {}
+    for site in generator.permutation(200)[:40].tolist():
+        drops.setdefault(STAGES[int(generator.integers(5))], []).append(site)
     federation.check(federation.run(drops))
 
 

@@ -187,7 +187,8 @@ def test_a_users_matplotlib_settings_change_nothing(tmp_path: Path) -> None:
 def test_nothing_from_data_becomes_markup(tmp_path: Path) -> None:
     summary, history = make_run()
     summary.update(run=ATTACK, folder=ATTACK, job_toml=ATTACK, status=ATTACK, engine=ATTACK,
-                   device=ATTACK, protection={"protocol": ATTACK, "cohort": [ATTACK, 3]}, environment={ATTACK: ATTACK})  # fmt: skip
+                   device=ATTACK, environment={ATTACK: ATTACK})  # fmt: skip
+    summary["protection"] = {"protocol": ATTACK, "cohort": [ATTACK, 3]}
     summary["job"] = {key: ATTACK for key in ("name", "task", "method", "rule", "backbone")}
     summary["job"]["labels"] = [ATTACK]
     for site in summary["sites"]:

@@ -164,9 +164,10 @@ def mean(sums: NDArray[np.int32], weight: int, coding: Coding) -> NDArray[np.flo
 def error_bound(count: int, weight: int, coding: Coding) -> float:
     """How far ``mean`` of ``count`` sites can be from the exact one, in every coordinate.
 
-    Each site's rounding is off by less than one level.
+    Each site's rounding is off by less than one level, and the mean is rounded to float32.
     """
-    return count * coding.clip * coding.max_weight / (coding.levels * weight)
+    levels = count * coding.clip * coding.max_weight / (coding.levels * weight)
+    return levels + coding.clip * 2.0**-24
 
 
 @dataclass(frozen=True)
