@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fedgraft.client.claims import Claims, Pledges
 from fedgraft.client.identity import load_identity
@@ -157,6 +158,7 @@ class MaskedParticipant:
             claim=Claims(at.state / parameters.session.hex() / "claims"),
             pledge=Pledges(at.state / "sums"),
             memory=memory,
+            threads=torch.get_num_threads(),  # as training does; one in a simulation
         )
         self.kept = None
         try:

@@ -5,6 +5,7 @@ everything else; ``secagg.UnmaskingServer`` decides what counts. A site that doe
 stage is not asked at the next, and no request is sent twice: a site answers each once.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,6 +178,7 @@ class _Conversation:
             parameters=parameters,
             round_number=self.masking.next_number(),
             model=hash_work(work),
+            threads=os.cpu_count() or 1,  # the sum is the same on any number
         )
         begin = KeysAsk(session, work, parameters.cohort, server.keys_request())
         asks = dict.fromkeys(parameters.cohort, begin)
