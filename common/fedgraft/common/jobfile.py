@@ -174,6 +174,8 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
         return f"{key} is missing", f"add {loc[-1]} to [{'.'.join(loc[:-1])}]" if loc[1:] else ""
     if kind.startswith("union_tag"):
         return f"{key}: {problem['msg']}", 'kind = "lora" or kind = "head"'
+    if kind == "model_type":
+        return f"{key} is a section, not a value", f"write [{key}] and its keys below it"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
