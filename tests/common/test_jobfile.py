@@ -518,5 +518,5 @@ def test_a_dump_loads_from_any_folder_to_the_same_job(file: Path, tmp_path: Path
 
 def test_a_value_where_a_section_belongs_is_told_apart(file: Path) -> None:
     error = refused(file, "privacy.secure_aggregation=true")
-    assert "privacy.secure_aggregation is a section" in str(error)
+    assert "privacy.secure_aggregation: a section" in str(error)
     assert "[privacy.secure_aggregation]" in error.hint

@@ -175,7 +175,7 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     if kind.startswith("union_tag"):
         return f"{key}: {problem['msg']}", 'kind = "lora" or kind = "head"'
     if kind == "model_type":
-        return f"{key} is a section, not a value", f"write [{key}] and its keys below it"
+        return f"{key}: a section, not a value", f"write [{key}] and its keys below it"
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
