@@ -112,7 +112,7 @@ class UnmaskingServer:
         self._survivors = Survivors((), (), ())
         self._agreed = b""
         self._confirmed: dict[int, Confirmation] = {}
-        self._openings: dict[int, dict[int, bytes]] = {}
+        self._openings: dict[int, tuple[tuple[int, ...], bytes]] = {}  # owners, their shares
         self._disputes: set[tuple[int, int]] = set()
 
     @property
@@ -268,7 +268,8 @@ class UnmaskingServer:
                 shares[revealed.owner] = check_bytes(revealed.share, KEY_BYTES, "a share")
             if set(shares) != self._held(site):
                 raise StatementError("its shares are not those of its neighbours")
-        self._openings[site] = shares
+        owners = tuple(sorted(shares))
+        self._openings[site] = owners, b"".join(shares[owner] for owner in owners)
 
     def finish(self) -> Aggregate:
         """Open the sum.
@@ -315,7 +316,7 @@ class UnmaskingServer:
         if len(holders) < threshold:
             raise TooFewParties(f"only {len(holders)} of {threshold} shares of site {owner}")
         points = [holder + 1 for holder in holders]
-        shares = [self._openings[holder][owner] for holder in holders]
+        shares = [self._share(holder, owner) for holder in holders]
         found = recover(points, shares, threshold, accept)
         if found is None:
             # With t honest holders whose shares were all tried together, only the owner is left.
@@ -327,6 +328,11 @@ class UnmaskingServer:
             )
         self._disputes |= {(owner, point - 1) for point in found.wrong}
         return found.secret
+
+    def _share(self, holder: int, owner: int) -> bytes:
+        owners, shares = self._openings[holder]
+        start = KEY_BYTES * owners.index(owner)
+        return shares[start : start + KEY_BYTES]
 
     def _read(self, total: NDArray[np.uint32]) -> Aggregate:
         coding, count = self._parameters.coding, len(self._masked)

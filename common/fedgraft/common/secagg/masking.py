@@ -26,7 +26,7 @@ GROUP = 256  # ciphers open at once; bounds memory where one party cancels a mil
 BLOCK = 16  # bytes of an AES block: four words
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a coordinator holds thousands
 class Mask:
     """One key stream, to be added (``sign`` 1) or subtracted (-1)."""
 

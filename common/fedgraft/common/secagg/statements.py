@@ -40,7 +40,7 @@ class Stage(IntEnum):
     OVER = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KeysRequest:
     """Coordinator: begin ``round``; ``context`` and ``model`` are SHA-256 digests."""
 
@@ -49,7 +49,7 @@ class KeysRequest:
     model: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Advertisement:
     """Site: two fresh X25519 keys (masks, sealing), SHA-256 of its seed, Ed25519 signature."""
 
@@ -60,14 +60,14 @@ class Advertisement:
     signature: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SharesRequest:
     """Coordinator: all advertisements of the round (U1)."""
 
     advertisements: tuple[Advertisement, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Envelope:
     """80 bytes from one site to another: a share of the seed and one of the mask key, sealed."""
 
@@ -76,7 +76,7 @@ class Envelope:
     ciphertext: bytes = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SealedShares:
     """Site: one envelope for each neighbour."""
 
@@ -84,14 +84,14 @@ class SealedShares:
     envelopes: tuple[Envelope, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """Coordinator: what a site's neighbours sealed for it, with the request to train."""
 
     envelopes: tuple[Envelope, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class MaskedInput:
     """Site: lanes and update, masked and packed, uint8 [``packed_size``].
 
@@ -103,7 +103,7 @@ class MaskedInput:
     signature: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Survivors:
     """Coordinator: who shared (U2) and whose masked input it has (U3), both ascending.
 
@@ -115,7 +115,7 @@ class Survivors:
     signatures: tuple[bytes, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Confirmation:
     """Site: Ed25519 signature over the hash of U1, U2 and U3."""
 
@@ -123,14 +123,14 @@ class Confirmation:
     signature: bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UnmaskRequest:
     """Coordinator: the confirmations, which show that all saw the same survivors."""
 
     confirmations: tuple[Confirmation, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RevealedShare:
     """32 bytes: a share of the owner's seed if it survived, else of its mask key, never both."""
 
@@ -138,7 +138,7 @@ class RevealedShare:
     share: bytes = field(repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Opening:
     """Site: one share for each neighbour in U2 and for itself."""
 
@@ -146,7 +146,7 @@ class Opening:
     shares: tuple[RevealedShare, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Aggregate:
     """The sum over ``survivors``, checked: what the coordinator learns, and all it learns.
 
