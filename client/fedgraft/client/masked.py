@@ -135,7 +135,7 @@ class MaskedParticipant:
     def _resumed(self, session: str) -> Iterator[MaskingParty]:
         kept = self.kept
         if kept is None or kept.memory.parameters.session.hex() != session:
-            raise SiteFailure("abstained", "no round of it is under way")
+            raise SiteFailure("abstained", "no round is under way")
         if time.time() > kept.until:
             raise SiteFailure("abstained", "the round began too long ago")
         policy, memory = self.participant.federation().policy, kept.memory
