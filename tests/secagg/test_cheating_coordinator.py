@@ -413,7 +413,7 @@ def test_the_same_work_may_be_summed_again_over_the_same_sites(five: Federation)
     np.testing.assert_array_equal(first.sums, answer.sums)
 
 
-@pytest.mark.parametrize(("n", "colluders"), [(3, 1), (5, 2), (6, 3), (10, 3), (150, 15)])
+@pytest.mark.parametrize(("n", "colluders"), [(5, 2), (6, 3), (10, 3), (150, 15)])
 def test_shares_withheld_from_one_site_leave_its_input_closed(n: int, colluders: int) -> None:
     """One site is shown only shares of sites that collude or will be said to have dropped.
 
@@ -428,8 +428,7 @@ def test_shares_withheld_from_one_site_leave_its_input_closed(n: int, colluders:
     victim = federation.sites[0]
     few = server._plan.share_threshold - 1
     withheld = set(server._graph.neighbours(0)) - {e.sender for e in boxes[0].envelopes[:few]}
-    if not withheld:  # n = 3: everything is needed
-        return
+    assert withheld
     victim.accept(Delivery(boxes[0].envelopes[:few]), MODEL)
     masked = federation.contribute(0)
     assert isinstance(refused(server.add_masked, masked), StatementError)

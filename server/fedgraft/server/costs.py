@@ -149,7 +149,7 @@ def _masked_stages(plan: Plan, work: TrainRequest | EvaluateRequest) -> Messages
         SharesAsk(session, SharesRequest(advertised)),
         task,
         ConfirmAsk(session, Survivors(cohort, cohort, tuple(said.signature for said in signed))),
-        UnmaskAsk(session, UnmaskRequest(signed)),
+        UnmaskAsk(session, UnmaskRequest(signed[: numbers.sign_threshold])),
     ]
     up: list[Reply] = [
         advertised[0],
