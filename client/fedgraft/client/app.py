@@ -7,7 +7,7 @@ coordinator gets a reason code, never an exception's text, which may quote data.
 
 import logging
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from flwr.app import Context, Message
@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from fedgraft.client.masked import Kept, MaskedParticipant
 from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.training import Trained, Wanted, train_together
 from fedgraft.common.errors import DataError, FedgraftError, SiteFailure
 from fedgraft.common.messages import decode, encode, recall, remember
 from fedgraft.common.payloads import (
@@ -37,6 +38,7 @@ log = logging.getLogger("fedgraft.client")
 app = ClientApp()
 
 Ask = TypeVar("Ask", bound=Request)
+Steps = Generator[Wanted, Trained, Reply]  # of an answer that needs something trained
 
 
 @app.query("plan")
@@ -60,14 +62,31 @@ def shares(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the adapter on this site's data and reply with what changed, in clear or masked."""
+    return train_all([(message, context)])[0]
 
-    def handle(at: Participant, request: TrainRequest | MaskedTrain) -> Reply:
-        if isinstance(request, MaskedTrain):
-            return _masked(context, MaskedParticipant.train)(at, request)
-        at.check_clear(request)
-        return at.train(request)
 
-    return _answer(message, context, handle, TrainRequest, MaskedTrain)
+def train_all(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """``train`` for several sites of this process, in one pass over the backbone."""
+    return train_together(
+        [
+            _answering(message, context, _training(context), TrainRequest, MaskedTrain)
+            for message, context in asked
+        ]
+    )
+
+
+def _training(context: Context) -> Callable[[Participant, TrainRequest | MaskedTrain], Steps]:
+    def handle(at: Participant, request: TrainRequest | MaskedTrain) -> Steps:
+        if not isinstance(request, MaskedTrain):
+            at.check_clear(request)
+            return (yield from at.train(request))
+        masked = MaskedParticipant(at, recall(context.state, Kept))
+        try:
+            return (yield from masked.train(request))
+        finally:
+            remember(context.state, masked.kept)
+
+    return handle
 
 
 @app.evaluate()
@@ -116,12 +135,23 @@ def _answer(
     handle: Callable[[Participant, Any], Reply],
     *kinds: type[Request],
 ) -> Message:
+    return train_together([_answering(message, context, handle, *kinds)])[0]
+
+
+def _answering(
+    message: Message,
+    context: Context,
+    handle: Callable[[Participant, Any], Reply | Steps],
+    *kinds: type[Request],
+) -> Generator[Wanted, Trained, Message]:
+    """The answer, whatever happens; it may want something trained on the way."""
     session, what = "", message.metadata.message_type
     reply: Reply
     try:
         request = decode(message.content, *kinds)
         session = request.session
-        reply = handle(open_participant(context.node_config), request)
+        came = handle(open_participant(context.node_config), request)
+        reply = (yield from came) if isinstance(came, Generator) else came
     except SiteFailure as error:
         log.warning("%s refused: %s", what, error.code)
         reply = Refusal(session, error.code)

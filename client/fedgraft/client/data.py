@@ -7,13 +7,11 @@ the site.
 """
 
 import hashlib
-import os
-import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,14 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
-from fedgraft.client.examples import Examples, ImageExamples, Indices, TextExamples
+from fedgraft.client.examples import (
+    Examples,
+    ImageExamples,
+    Indices,
+    TextExamples,
+)
 from fedgraft.client.labels import LabelIndex, nearest_label
+from fedgraft.client.store import Arrays, Store
 from fedgraft.client.tables import Table, read_tables
 from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.job import Job
@@ -47,7 +51,8 @@ __all__ = [
     "split_validation",
 ]
 
-IN_MEMORY_BYTES = 256 * 2**20
+BATCH = 1000  # texts tokenised at once
+IN_MEMORY_BYTES = 32 * 2**20
 """Pixels beyond this lie in a file of the cache and are paged in batch by batch."""
 
 
@@ -169,32 +174,32 @@ def _problems(places: Sequence[tuple[Table, int]]) -> list[DataError | None]:
 
 
 def encode(
-    dataset: datasets.Dataset, processor: Processor, job: Job, *, cache: Path | None, key: str
+    dataset: datasets.Dataset, processor: Processor, job: Job, *, store: Store | None, key: str
 ) -> Examples:
     """Tokenise or decode all rows of a data set as ``read_split`` gives it.
 
-    Token ids, and pixels beyond ``IN_MEMORY_BYTES``, are kept in the folder ``cache`` under a name
+    Token ids, and pixels beyond ``IN_MEMORY_BYTES``, are kept in files of ``store`` under a name
     made of ``key`` (the backbone's fingerprint), the processor, the rows and the job's settings: a
-    second call reads them back. Files appear complete or not at all. Without ``cache``: in memory.
+    second call reads them back. Files appear complete or not at all. Without ``store``: in memory.
 
     Raises:
         BackboneError: ``data.max_length`` is more than the backbone can read.
         DataError: an image changed since it was read, or a text becomes no tokens.
     """
-    labels = np.asarray(dataset.with_format("numpy")["label"][:], dtype=np.int64)
-    if cache is not None:
-        cache.mkdir(parents=True, exist_ok=True)
+    rows = dataset.with_format("arrow")[:]
+    labels = rows["label"].to_numpy().astype(np.int64)
     if isinstance(processor, TextProcessor):
-        return _encode_texts(dataset, labels, processor, job.data.max_length, cache, key)
-    return _encode_images(dataset, labels, processor, job, cache, key)
+        texts = rows["text"].to_pylist()
+        return _encode_texts(texts, labels, processor, job.data.max_length, store, key)
+    return _encode_images(dataset, labels, processor, job, store, key)
 
 
 def _encode_texts(
-    dataset: datasets.Dataset,
+    texts: list[str],
     labels: Indices,
     processor: TextProcessor,
     max_length: int,
-    cache: Path | None,
+    store: Store | None,
     key: str,
 ) -> TextExamples:
     if processor.limit is not None and max_length > processor.limit:
@@ -202,78 +207,44 @@ def _encode_texts(
             f"data.max_length = {max_length}, but the backbone reads {processor.limit} tokens",
             hint=f"--set data.max_length={processor.limit}",
         )
-    digest = _digest(key, processor.identity, max_length, content_digest(dataset))
-    tokens = _tokens(dataset, processor, max_length, digest, cache)
-    ids, lengths = _flat(tokens, "input_ids")
+    digest = _digest(key, processor.identity, max_length, _texts_digest(texts))
+    tokens = store.files.load(digest) if store else None
+    if tokens is None:
+        tokens = _tokenise(texts, processor, max_length)
+        if store:
+            store.files.save(digest, tokens)
+    lengths = tokens["lengths"]
     if not lengths.all():
         raise DataError(
             f"text {int(np.argmin(lengths)) + 1} of {len(labels)} becomes no tokens at all",
             hint="remove the row: the tokenizer knows none of its characters",
         )
-    typed = "token_type_ids" in tokens.column_names
     return TextExamples(
         labels=labels,
-        ids=ids,
+        ids=tokens["input_ids"],
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,
-        types=_flat(tokens, "token_type_ids")[0] if typed else None,
+        types=tokens.get("token_type_ids"),
         pad_id=processor.pad_id,
         pad_left=processor.pad_left,
+        longest=max_length,
     )
 
 
-def _tokens(
-    dataset: datasets.Dataset,
-    processor: TextProcessor,
-    max_length: int,
-    digest: str,
-    cache: Path | None,
-) -> datasets.Dataset:
-    """The lists of ids (and token types), from the cache if it has them."""
-    path = None if cache is None else cache / f"tokens-{digest}.arrow"
-    if path is not None and path.exists():
-        return datasets.Dataset.from_file(str(path))
-    kinds = {"input_ids": "int32", "token_type_ids": "int8"}
+def _tokenise(texts: list[str], processor: TextProcessor, max_length: int) -> Arrays:
+    """Ids (and token types) of all texts one after the other, and how many each text has."""
+    kinds = {"input_ids": np.int32, "token_type_ids": np.int8}
     given = processor.tokenize(["a"], max_length)
-    kept = {name: datasets.List(datasets.Value(kinds[name])) for name in kinds if name in given}
-    if not len(dataset):  # map would leave it as it is, without the new columns
-        empty: dict[str, list[Any]] = {name: [] for name in kept}
-        return datasets.Dataset.from_dict(empty, features=datasets.Features(kept))
-
-    def tokenise(texts: list[str]) -> dict[str, Any]:
-        encoded = processor.tokenize(texts, max_length)
-        return {name: encoded[name] for name in kept}
-
-    with _no_progress():
-        return dataset.select_columns(["text"]).map(
-            tokenise,
-            batched=True,
-            input_columns=["text"],
-            remove_columns=["text"],
-            features=datasets.Features(kept),
-            keep_in_memory=path is None,
-            cache_file_name=None if path is None else str(path),
-            new_fingerprint=digest,
-        )
-
-
-def _flat(tokens: datasets.Dataset, name: str) -> tuple[NDArray[Any], Indices]:
-    """A column of lists as one array, and the length of each list."""
-    column = tokens.with_format("arrow")[:].column(name).combine_chunks()
-    values = np.array(column.flatten().to_numpy())  # a copy: the cache file may then go away
-    return values, column.value_lengths().to_numpy().astype(np.int64)
-
-
-@contextmanager
-def _no_progress() -> Iterator[None]:
-    """Keep the bars of ``datasets`` off the terminal, which belongs to the console."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    found: dict[str, list[NDArray[Any]]] = {name: [] for name in kinds if name in given}
+    lengths: list[int] = []
+    for at in range(0, len(texts), BATCH):
+        encoded = processor.tokenize(texts[at : at + BATCH], max_length)
+        lengths += [len(ids) for ids in encoded["input_ids"]]
+        for name, parts in found.items():
+            parts.append(np.fromiter(chain.from_iterable(encoded[name]), kinds[name]))
+    none = {name: np.empty(0, kinds[name]) for name in found}
+    flat = {name: np.concatenate([none[name], *parts]) for name, parts in found.items()}
+    return Arrays({**flat, "lengths": np.array(lengths, np.int64)})
 
 
 def _encode_images(
@@ -281,7 +252,7 @@ def _encode_images(
     labels: Indices,
     processor: ImageProcessor,
     job: Job,
-    cache: Path | None,
+    store: Store | None,
     key: str,
 ) -> ImageExamples:
     shape = (len(labels), processor.channels, *processor.size)
@@ -296,32 +267,34 @@ def _encode_images(
             pixels[at : at + len(images)] = processor.pixels(images, normalize)
             at += len(images)
 
-    if cache is None or int(np.prod(shape)) * 4 < IN_MEMORY_BYTES:
-        pixels = np.empty(shape, dtype=np.float32)
-        fill(pixels)
-        return ImageExamples(labels, pixels, every)
-    digest = _digest(key, processor.identity, normalize, content_digest(dataset))
-    path = cache / f"pixels-{digest}.npy"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(prefix=".pixels-", dir=cache) as partial:
-            target = Path(partial, "pixels.npy")
-            mapped = np.lib.format.open_memmap(target, "w+", dtype=np.float32, shape=shape)
-            fill(mapped)
-            mapped.flush()
-            os.replace(target, path)
-    return ImageExamples(labels, np.load(path, mmap_mode="r"), every)
+    if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
+        digest = _digest(key, processor.identity, normalize, content_digest(dataset))
+        mapped = store.files.mapped(digest, shape, np.float32, fill)
+        if mapped is not None:
+            return ImageExamples(labels, mapped, every)
+    pixels = np.empty(shape, dtype=np.float32)
+    fill(pixels)
+    return ImageExamples(labels, pixels, every)
 
 
 def content_digest(dataset: datasets.Dataset) -> str:
     """SHA-256 of all texts or image bytes of a data set, in order: its labels do not count."""
-    column = "text" if "text" in dataset.column_names else "image"
-    if column == "image":
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    if "text" in dataset.column_names:
+        return _texts_digest(dataset.with_format("arrow")[:]["text"].to_pylist())
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
     digest = hashlib.sha256()
-    for batch in dataset.select_columns([column]).iter(batch_size=256):
-        for value in batch[column]:
-            data = value.encode() if isinstance(value, str) else _image_bytes(value)
+    for batch in dataset.select_columns(["image"]).iter(batch_size=256):
+        for value in batch["image"]:
+            data = _image_bytes(value)
             digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _texts_digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 
 

@@ -1,14 +1,17 @@
-"""Measure the model on a site's examples; only sums leave, the predictions stay."""
+"""Measure an adapter on a site's examples; only sums leave, the predictions stay."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch.nn import functional
 
-from fedgraft.client.data import Examples
+from fedgraft.client.examples import Examples
+from fedgraft.client.feed import logits_of, open_feed
+from fedgraft.client.stack import Stack
+from fedgraft.client.store import Store
+from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.metrics import Tally
 
 __all__ = ["Evaluation", "evaluate"]
@@ -24,22 +27,30 @@ class Evaluation:
     correct: NDArray[np.bool_]
 
 
-@torch.inference_mode()
 def evaluate(
-    model: PeftModel, examples: Examples, *, classes: int, precision: str = "fp32"
+    stack: Stack,
+    trained: Layout,
+    vector: Vector,
+    examples: Examples,
+    *,
+    classes: int,
+    store: Store | None = None,
 ) -> Evaluation:
-    """Evaluate ``model`` in eval mode on all of ``examples``, in order."""
-    model.eval()
-    device = next(model.parameters()).device
+    """Evaluate the adapter ``vector``, float32 [trained.size], on all of ``examples``.
+
+    They are batched by length, so that little is padding.
+    """
     predicted = np.empty(len(examples), np.int64)
     loss = 0.0
-    for start in range(0, len(examples), BATCH):
-        index = np.arange(start, min(start + BATCH, len(examples)))
-        inputs = {key: value.to(device) for key, value in examples.batch(index).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(**inputs).logits.float()
-        labels = torch.from_numpy(examples.labels[index]).to(device)
-        loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
-        predicted[index] = logits.argmax(-1).cpu().numpy()
+    feed = open_feed(stack, trained, examples, store)
+    order = np.argsort(np.asarray(examples.lengths), kind="stable")
+    stack.put_one(trained, vector)
+    with torch.inference_mode():
+        for start in range(0, len(examples), BATCH):
+            index = order[start : start + BATCH]
+            logits = logits_of([feed], [index], feed.width(index))
+            labels = torch.from_numpy(examples.labels[index]).to(logits.device)
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+            predicted[index] = logits.argmax(-1).cpu().numpy()
     tally = Tally.of(loss, examples.labels, predicted, classes)
     return Evaluation(tally, predicted == examples.labels)

@@ -1,7 +1,9 @@
 """Encoded rows, ready to be cut into batches: what training and evaluation see of a site's data."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -20,11 +22,37 @@ class Examples(Protocol):
     def labels(self) -> Indices:
         """Index into the job's labels, per example."""
 
+    @property
+    def lengths(self) -> Indices:
+        """Tokens per example; zeros where examples are not sequences."""
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that an example may have; 0 where they are not sequences."""
+
+    @property
+    def pad_left(self) -> bool:
+        """Whether padding stands before the tokens."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that goes into the model, in order; labels do not count."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory; what is shared with other examples counts for each."""
+
     def __len__(self) -> int:
         """The number of examples."""
 
-    def batch(self, index: Indices) -> dict[str, torch.Tensor]:
-        """The model's inputs (without labels) for the examples at ``index``, in that order."""
+    def width(self, index: Indices) -> int:
+        """Tokens that a batch of the examples at ``index`` has; 0 where they are not sequences."""
+
+    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+        """The model's inputs (without labels) for the examples at ``index``, in that order.
+
+        Sequences are padded to ``width`` tokens, or as ``width(index)`` says.
+        """
 
     def subset(self, index: Indices) -> Self:
         """The examples at ``index``, in that order; shares the encoded rows."""
@@ -35,7 +63,7 @@ class TextExamples:
     """Token ids without padding: example i is ``ids[starts[i]:starts[i] + lengths[i]]``.
 
     ``labels``, ``starts`` and ``lengths`` int64 [n], ``ids`` int32 [tokens], ``types`` int8
-    [tokens] only where the tokenizer gives token types.
+    [tokens] only where the tokenizer gives token types. None is longer than ``longest``.
     """
 
     labels: Indices
@@ -45,22 +73,40 @@ class TextExamples:
     types: NDArray[np.int8] | None
     pad_id: int
     pad_left: bool
+    longest: int
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Indices) -> dict[str, torch.Tensor]:
-        """``input_ids``, ``attention_mask`` (``token_type_ids``), int64 [b, longest of them]."""
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over token ids, types and padding, example by example."""
+        source = _source(self.starts, self.lengths)
+        parts: list[NDArray[Any]] = [self.lengths, self.ids[source]]
+        if self.types is not None:
+            parts.append(self.types[source])
+        return _digest(f"{self.pad_id} {self.pad_left} {self.longest}", *parts)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        arrays = (self.labels, self.ids, self.starts, self.lengths)
+        return sum(a.nbytes for a in arrays) + (self.types.nbytes if self.types is not None else 0)
+
+    def width(self, index: Indices) -> int:
+        """The longest of the examples at ``index``."""
+        return int(self.lengths[index].max(initial=0))
+
+    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask`` (``token_type_ids``), int64 [b, width]."""
         starts, lengths = self.starts[index], self.lengths[index]
-        width = int(lengths.max(initial=0))
+        width = width or self.width(index)
         positions = np.arange(width)
         if self.pad_left:
             mask = positions >= (width - lengths)[:, None]
         else:
             mask = positions < lengths[:, None]
-        # Where each token of the batch lies in ids: its example's start, counted upwards.
-        before = np.cumsum(lengths) - lengths
-        source = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+        source = _source(starts, lengths)
         inputs = {"input_ids": _padded(self.ids[source], mask, self.pad_id)}
         inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         if self.types is not None:
@@ -87,11 +133,36 @@ class ImageExamples:
     labels: Indices
     pixels: NDArray[np.float32]
     rows: Indices
+    pad_left: bool = False
+    longest: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Indices) -> dict[str, torch.Tensor]:
+    @cached_property
+    def lengths(self) -> Indices:
+        """Zeros: an image is no sequence."""
+        return np.zeros(len(self.labels), np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the pixels, example by example."""
+        digest = hashlib.sha256(str(self.pixels.shape[1:]).encode())
+        for row in self.rows:
+            digest.update(np.ascontiguousarray(self.pixels[row]).data)
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: pixels that are mapped from a file take none."""
+        mapped = isinstance(self.pixels, np.memmap)
+        return self.labels.nbytes + self.rows.nbytes + (0 if mapped else self.pixels.nbytes)
+
+    def width(self, index: Indices) -> int:
+        """None: an image is no sequence."""
+        return 0
+
+    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
         """``pixel_values``, float32 [b, channels, height, width], copied out of ``pixels``."""
         return {"pixel_values": torch.from_numpy(np.array(self.pixels[self.rows[index]]))}
 
@@ -118,6 +189,20 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     pixels = np.concatenate([part.pixels[part.rows] for part in images])
     labels = np.concatenate([part.labels for part in images])
     return ImageExamples(labels, pixels, np.arange(len(labels)))
+
+
+def _source(starts: Indices, lengths: Indices) -> Indices:
+    """Where each token of some examples lies: its example's start, counted upwards."""
+    before = np.cumsum(lengths) - lengths
+    source: Indices = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
+    return source
+
+
+def _digest(facts: str, *arrays: NDArray[Any]) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _padded(values: NDArray[Any], mask: NDArray[np.bool_], fill: int) -> torch.Tensor:

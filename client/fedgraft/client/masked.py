@@ -7,7 +7,7 @@ could say something about the data. The reason is in the site's own log.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from fedgraft.client.identity import load_identity
 from fedgraft.client.participant import Participant
 from fedgraft.client.round_secrets import Memory
 from fedgraft.client.secagg import MaskingParty
+from fedgraft.client.training import Trained, Wanted
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.job import Job
 from fedgraft.common.payloads import (
@@ -96,11 +97,11 @@ class MaskedParticipant:
         with self._abstaining(), self._resumed(ask.session) as party:
             return party.share(ask.request)
 
-    def train(self, request: MaskedTrain) -> MaskedInput:
+    def train(self, request: MaskedTrain) -> Generator[Wanted, Trained, MaskedInput]:
         """Train, and mask the update, the number of examples and the loss."""
         with self._abstaining(), self._resumed(request.session) as party:
             party.accept(request.delivery, _hash(request.train))
-            trained = self.participant.train(request.train)
+            trained = yield from self.participant.train(request.train)
             job = Job.model_validate_json(request.train.job)
             coding = party.parameters.coding
             weight = trained.examples if job.aggregation.weights == "examples" else 1

@@ -5,7 +5,7 @@ answered after a restart, because local heads are on the site's own disk, one fi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,8 +17,10 @@ from fedgraft.client.data import Examples, encode, read_split, split_validation
 from fedgraft.client.evaluation import evaluate
 from fedgraft.client.identity import load_identity
 from fedgraft.client.site import SiteConfig, load_site
-from fedgraft.client.training import Span, train
-from fedgraft.common.adapters import Layout, Vector, read
+from fedgraft.client.stack import Stack, open_stack
+from fedgraft.client.store import Store, open_store
+from fedgraft.client.training import Span, Task, Trained, Wanted
+from fedgraft.common.adapters import Layout, Vector, cut_rank
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.files import write_atomically
@@ -32,6 +34,7 @@ from fedgraft.common.payloads import (
     TrainReply,
     TrainRequest,
 )
+from fedgraft.common.section import Cache
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import (
     Workbench,
@@ -41,21 +44,80 @@ from fedgraft.common.workbench import (
     open_workbench,
 )
 
-__all__ = ["Participant", "Splits", "load_splits", "open_participant"]
+__all__ = ["Participant", "Splits", "open_participant"]
 
 SESSION = re.compile(r"[0-9a-f]{32}")
 NOTHING = np.empty(0, np.int64)
 # The coordinator keeps two checkpoints: it may go back two rounds, to train from the head before.
 KEPT_STATES = 3
+OVERHEAD = 4096  # bytes of Python objects around the examples of a file
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A site's examples; ``validation`` and ``test`` may be empty."""
+    """A site's examples, each file read when it is first asked for; some splits may be empty.
 
-    train: Examples
-    validation: Examples
-    test: Examples
+    They are held in the memory of ``store`` while that has room.
+    """
+
+    config: SiteConfig
+    job: Job
+    store: Store
+
+    @property
+    def train(self) -> Examples:
+        """What the site trains on."""
+        return self._of("train")[0]
+
+    @property
+    def validation(self) -> Examples:
+        """What it holds out of that, or has a file of its own for."""
+        return self._of("train")[1]
+
+    @property
+    def test(self) -> Examples:
+        """What no training sees."""
+        return self._of("test")[0]
+
+    def _of(self, file: str) -> "_Encoded":
+        # Only these shape examples: another method or number of rounds must not read them again.
+        shaping = self.job.model_copy(update={"method": HeadMethod(kind="head")})
+        reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
+        where = f"{file}\n{self.config.name}\n{self.config.data.model_dump_json()}"
+        found = self.store.examples.get(f"{where}\n{reading}")
+        if found is None:
+            found = self._read_train() if file == "train" else self._read_test()
+            self.store.examples.add(f"{where}\n{reading}", found)
+        assert isinstance(found, _Encoded)  # noqa: S101  # nothing else is held there
+        return found
+
+    def _read_train(self) -> "_Encoded":
+        train, own = self._encoded(self.config.data.train), self.config.data.validation
+        if own:
+            return _Encoded((train, self._encoded(own)))
+        draw = numpy_generator(self.job.job.seed, "validation", self.config.name)
+        parts = split_validation(train.labels, self.job.data.validation, draw)
+        return _Encoded(train.subset(part) for part in parts)
+
+    def _read_test(self) -> "_Encoded":
+        if self.config.data.test is None:
+            return _Encoded((self.train.subset(NOTHING),))
+        return _Encoded((self._encoded(self.config.data.test),))
+
+    def _encoded(self, path: str) -> Examples:
+        job, data = self.job, self.config.data
+        backbone, processor = open_processor(job)
+        rows = read_split(path, job, columns=data.columns, labels=data.labels)
+        return encode(rows.dataset, processor, job, store=self.store, key=backbone.fingerprint)
+
+
+class _Encoded(tuple[Examples, ...]):
+    """Examples of one file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return OVERHEAD + sum(one.nbytes for one in self)
 
 
 class Participant:
@@ -65,6 +127,8 @@ class Participant:
         self.config = config
         self.state = state
         self.device = str(choose_device(config.device))
+        cache = config.cache
+        self.store: Store = open_store(cache_folder() / "encoded", cache.memory, cache.disk)
 
     def agree(self, request: PlanRequest) -> PlanReply:
         """Check that this site has the same backbone and adapter, and data for the job.
@@ -125,29 +189,32 @@ class Participant:
         if self.config.federation is not None or job.privacy.secure_aggregation.enabled:
             raise SiteFailure("secure-aggregation-required")
 
-    def train(self, request: TrainRequest) -> TrainReply:
+    def train(self, request: TrainRequest) -> Generator[Wanted, Trained, TrainReply]:
         """One round of local training from the request's adapter.
 
+        A generator: it yields what it wants trained and is sent what came of it, so that several
+        sites of one process can be trained in one pass (``training.train_together``).
+
         Raises:
-            SiteFailure: the loss is not finite.
+            SiteFailure: ``no-examples``, or the loss is not finite.
         """
         job, bench = self.open(request.session, request.job, request.round)
         exchanged = bench.layout.only(request.names)
+        trained = bench.layout.only((*exchanged.names, *bench.local.names))
         examples = self.splits(job).train
-        self.put(bench, exchanged, request)
+        start = self.start(bench, trained, request)
         rounds = job.rounds.count
         again = (request.attempt,) if request.attempt else ()
         draw = ("train", request.round, self.config.name, *again)
-        result = train(
-            bench.model,
-            (*exchanged.names, *bench.local.names),
-            examples,
-            settings=job.training,
-            generator=torch_generator(job.job.seed, *draw),
-            span=Span((request.round - 1) / rounds, request.round / rounds),
+        result = yield Wanted(
+            self.stack(job),
+            trained,
+            Task(examples, start, torch_generator(job.job.seed, *draw), self.store),
+            job.training,
+            Span((request.round - 1) / rounds, request.round / rounds),
         )
-        self._keep_local(bench, request)
-        update = read(bench.model, exchanged) - request.adapter
+        self._keep_local(request, trained.part(result.vector, bench.local))
+        update = trained.part(result.vector - start, exchanged)
         return TrainReply(
             session=request.session,
             round=request.round,
@@ -175,24 +242,40 @@ class Participant:
         examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
         if not examples:
             return Tally.empty(classes)
-        self.put(bench, bench.layout.only(request.names), request)
-        precision = job.training.precision
-        return evaluate(bench.model, examples, classes=classes, precision=precision).tally
+        trained = bench.layout.only((*request.names, *bench.local.names))
+        vector = self.start(bench, trained, request)
+        return evaluate(
+            self.stack(job), trained, vector, examples, classes=classes, store=self.store
+        ).tally
 
     def splits(self, job: Job) -> Splits:
-        """This site's examples for the job."""
-        return load_splits(self.config, job)
+        """This site's examples for the job.
 
-    def put(
-        self, bench: Workbench, exchanged: Layout, request: TrainRequest | EvaluateRequest
-    ) -> None:
-        """Write initial tensors, then the site's own head, then what the coordinator sent."""
+        Reading them raises DataError where the site's files do not match the job's schema.
+        """
+        return Splits(self.config, job, self.store)
+
+    def stack(self, job: Job) -> Stack:
+        """What computes here for the job."""
+        return open_stack(job, device=self.device)
+
+    def start(
+        self, bench: Workbench, trained: Layout, request: TrainRequest | EvaluateRequest
+    ) -> Vector:
+        """The site's own head, where it has one, and what the coordinator sent.
+
+        float32 [trained.size], cut to this site's rank.
+        """
         # Training round t starts from the head of the last round before t; evaluation after
         # round t uses the head of round t.
         before = request.round - (1 if isinstance(request, TrainRequest) else 0)
         own = self._local_head(request.session, before) if bench.local.names else None
-        parts = [(bench.local, own)] if own is not None else []
-        bench.put(*parts, (exchanged, request.adapter))
+        vector = trained.merged(
+            bench.initial_of(trained),
+            *([(bench.local, own)] if own is not None else []),
+            (bench.layout.only(request.names), request.adapter),
+        )
+        return vector if self.config.rank is None else cut_rank(trained, vector, self.config.rank)
 
     def open(self, session: str, job: str, number: int = 1) -> tuple[Job, Workbench]:
         """The job that a request speaks of, and the workbench for it.
@@ -205,7 +288,7 @@ class Participant:
         if number < 1:
             raise SiteFailure("bad-round")
         loaded = Job.model_validate_json(job)
-        return loaded, open_workbench(loaded, device=self.device)
+        return loaded, open_workbench(loaded)
 
     def _local_head(self, session: str, last: int) -> Vector | None:
         """The head kept in the newest round up to ``last``; None before the first.
@@ -219,12 +302,11 @@ class Participant:
             raise SiteFailure("head-lost")
         return load_file(rounds[-1])["head"] if rounds else None
 
-    def _keep_local(self, bench: Workbench, request: TrainRequest) -> None:
-        if not bench.local.names:
+    def _keep_local(self, request: TrainRequest, head: Vector) -> None:
+        if not head.size:
             return
         path = self.state / request.session / f"{request.round:06d}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        head = read(bench.model, bench.local)
         write_atomically(path, lambda temporary: save_file({"head": head}, temporary))
         for old in self._kept(request.session)[:-KEPT_STATES]:
             old.unlink()
@@ -236,50 +318,20 @@ class Participant:
 def open_participant(node_config: Mapping[str, object]) -> Participant:
     """The participant that a Flower node's configuration names.
 
-    ``site`` is the path of its ``site.toml``; ``state``, ``device`` and ``federation`` may
-    override the file's.
+    ``site`` is the path of its ``site.toml``; ``state``, ``device``, ``federation``, ``rank`` and
+    ``cache`` (JSON) may override the file's.
     """
     config = _load_site(str(node_config["site"]))
     for key in ("device", "federation"):
         if value := node_config.get(key):
             config = config.model_copy(update={key: str(value)})
+    if rank := node_config.get("rank"):
+        config = config.model_copy(update={"rank": int(str(rank))})
+    if cache := node_config.get("cache"):
+        config = config.model_copy(update={"cache": Cache.model_validate_json(str(cache))})
     return Participant(config, Path(str(node_config.get("state") or config.state)))
 
 
 @lru_cache(maxsize=4096)
 def _load_site(path: str) -> SiteConfig:
     return load_site(Path(path))
-
-
-def load_splits(config: SiteConfig, job: Job) -> Splits:
-    """The site's encoded examples; read once per process, encoded once per machine.
-
-    Raises:
-        DataError: the site's files do not match the job's schema.
-    """
-    # Only these shape the examples: another method or number of rounds must not read them again.
-    shaping = job.model_copy(update={"method": HeadMethod(kind="head")})
-    reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
-    return _load_splits(config.model_dump_json(), reading)
-
-
-@lru_cache(maxsize=1024)
-def _load_splits(site: str, reading: str) -> Splits:
-    config = SiteConfig.model_validate_json(site)
-    job = Job.model_validate_json(reading)
-    backbone, processor = open_processor(job)
-    cache = cache_folder() / "encoded"
-
-    def encoded(path: str) -> Examples:
-        rows = read_split(path, job, columns=config.data.columns, labels=config.data.labels)
-        return encode(rows.dataset, processor, job, cache=cache, key=backbone.fingerprint)
-
-    train = encoded(config.data.train)
-    if config.data.validation:
-        validation = encoded(config.data.validation)
-    else:
-        draw = numpy_generator(job.job.seed, "validation", config.name)
-        kept, held_out = split_validation(train.labels, job.data.validation, draw)
-        train, validation = train.subset(kept), train.subset(held_out)
-    test = encoded(config.data.test) if config.data.test else validation.subset(NOTHING)
-    return Splits(train, validation, test)

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from fedgraft.common.errors import JobError
 from fedgraft.common.jobfile import read_text
-from fedgraft.common.section import Section
+from fedgraft.common.section import Cache, Section
 
 __all__ = ["SiteConfig", "SiteData", "dump_site", "load_site"]
 
@@ -37,13 +37,17 @@ class SiteData(Section):
 class SiteConfig(Section):
     """One site: its name, its data, its device, and the folder ``state`` for what it keeps.
 
-    ``federation`` is the path of the federation file; with one, updates leave only masked.
+    ``federation`` is the path of the federation file; with one, updates leave only masked. ``rank``
+    is the most that this site trains of a job's LoRA rank. ``cache`` bounds what it keeps to save
+    time.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     state: str = Field(default="state", min_length=1)
     federation: str | None = Field(default=None, min_length=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    rank: int | None = Field(default=None, ge=1)
+    cache: Cache = Cache()
     data: SiteData
 
 

@@ -1,28 +1,42 @@
-"""One site's local training: AdamW over the adapter as one flat vector.
+"""Local training: AdamW over the adapter as one flat vector, for one site or for several at once.
 
 The backbone stays in eval mode: its batch-norm statistics must not drift (they are not exchanged)
 and its activations are then the same every epoch. Dropout acts where something trains: on the
-low-rank path and inside the head, from a generator of its own.
+low-rank path and inside the head, from a generator of the site's own.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
-from fedgraft.client.data import Examples
+from fedgraft.client.examples import Examples, Indices
+from fedgraft.client.feed import logits_of, open_feed
+from fedgraft.client.stack import Stack
+from fedgraft.client.stacked import Rows
+from fedgraft.client.store import Store
+from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.job import Schedule, Training
 
-__all__ = ["Span", "TrainingResult", "learning_rate", "train"]
+__all__ = [
+    "Span",
+    "Task",
+    "Trained",
+    "Wanted",
+    "learning_rate",
+    "train",
+    "train_alone",
+    "train_together",
+]
 
-
-BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+T = TypeVar("T")
+MEGABATCH = 16  # batches among which ``group_by_length`` sorts
 
 
 @dataclass(frozen=True)
@@ -34,11 +48,38 @@ class Span:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """``loss``: mean over all examples seen, in nats; ``steps``: optimiser steps taken."""
+class Task:
+    """One site's part of a pass.
 
+    ``start`` is what training starts from, float32 [trained size]; ``generator`` (CPU) decides
+    batches and dropout; activations of frozen layers are kept in ``store``.
+    """
+
+    examples: Examples
+    start: Vector
+    generator: torch.Generator
+    store: Store | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """``vector`` is what training came to, float32 [trained size]; ``loss`` the mean over all
+    examples seen, in nats; ``steps`` the optimiser steps taken."""
+
+    vector: Vector
     loss: float
     steps: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a site wants trained, and with what."""
+
+    stack: Stack
+    trained: Layout
+    task: Task
+    settings: Training
+    span: Span
 
 
 def learning_rate(peak: float, schedule: Schedule, progress: float) -> float:
@@ -54,149 +95,247 @@ def learning_rate(peak: float, schedule: Schedule, progress: float) -> float:
     return peak * (schedule.floor + (1 - schedule.floor) * fall)
 
 
-def train(
-    model: PeftModel,
-    names: tuple[str, ...],
-    examples: Examples,
+def train_alone(
+    stack: Stack,
+    trained: Layout,
+    task: Task,
     *,
     settings: Training,
-    generator: torch.Generator,
     epochs: int | None = None,
     span: Span | None = None,
-) -> TrainingResult:
-    """Train the named parameters of ``model`` in place on ``examples``; all others stay frozen.
-
-    Runs ``epochs`` (default: the settings') in shuffled batches. Weights are fp32; with bf16 the
-    forward pass runs under autocast. ``generator`` (CPU) decides batches and dropout. FedProx
-    (Li et al. 2020) adds ``mu/2 |x - x0|^2`` where ``x0`` is what training started from.
+) -> Trained:
+    """``train`` for one site.
 
     Raises:
-        SiteFailure: ``no-examples``, or ``loss-not-finite`` when the loss is NaN or infinite.
+        SiteFailure: ``no-examples`` or ``loss-not-finite``.
     """
-    if not len(examples):
-        raise SiteFailure("no-examples")
-    epochs, span = epochs or settings.epochs, span or Span()
-    device = next(model.parameters()).device
-    flat, gradient = _bind(model, names)
-    anchor = flat.detach().clone()
-    _set_modes(model, settings.dropout, generator)
-    optimizer = torch.optim.AdamW(
-        [flat], lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
-    labels = torch.from_numpy(examples.labels)
-    steps = epochs * math.ceil(len(examples) / settings.batch_size)
-    total, seen = torch.zeros((), device=device), 0
-    for step, batch in enumerate(_batches(len(examples), epochs, settings.batch_size, generator)):
-        gradient.zero_()
-        for part in torch.split(batch, settings.batch_size // settings.accumulation):
-            loss = _loss(model, examples, labels, part, settings, device)
-            torch.autograd.backward(loss / len(batch))
-            total += loss.detach()
-        if settings.proximal:
-            gradient.add_(flat.detach() - anchor, alpha=settings.proximal)
-        if settings.clip_norm:
-            gradient.mul_((settings.clip_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
-        at = span.start + (span.end - span.start) * step / steps
-        rate = learning_rate(settings.learning_rate, settings.schedule, at)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        seen += len(batch)
-    model.eval()
-    mean = float(total) / seen
-    if not math.isfinite(mean) or not bool(torch.isfinite(flat).all()):
-        raise SiteFailure("loss-not-finite")
-    return TrainingResult(mean, steps)
+    result = train(stack, trained, [task], settings=settings, epochs=epochs, span=span)[0]
+    if isinstance(result, SiteFailure):
+        raise result
+    return result
 
 
-def _loss(
-    model: PeftModel,
-    examples: Examples,
-    labels: torch.Tensor,
-    index: torch.Tensor,
+def train(
+    stack: Stack,
+    trained: Layout,
+    tasks: Sequence[Task],
+    *,
     settings: Training,
-    device: torch.device,
-) -> torch.Tensor:
-    """Summed cross entropy (nats) of the examples at ``index``."""
-    inputs = {key: value.to(device) for key, value in examples.batch(index.numpy()).items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        logits = model(**inputs).logits
-    return functional.cross_entropy(logits.float(), labels[index].to(device), reduction="sum")
+    epochs: int | None = None,
+    span: Span | None = None,
+) -> list[Trained | SiteFailure]:
+    """Train the tensors of ``trained`` for every task in one pass; the results in their order.
 
-
-def _batches(
-    count: int, epochs: int, size: int, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
-    for _ in range(epochs):
-        yield from torch.split(torch.randperm(count, generator=generator), size)
-
-
-def _bind(model: PeftModel, names: tuple[str, ...]) -> tuple[nn.Parameter, torch.Tensor]:
-    """Lay the named parameters and their gradients into two flat tensors, of which they are views.
-
-    One optimiser tensor instead of dozens: a step over a small adapter is then arithmetic, not
-    kernel launches.
+    Runs ``epochs`` (default: the settings') in shuffled batches. Adapters are float32; with bf16
+    the frozen backbone computes in bfloat16. FedProx (Li et al. 2020) adds ``mu/2 |x - x0|^2``
+    where ``x0`` is what training started from. A site whose loss is not finite fails alone
+    (``loss-not-finite``), as does one without examples (``no-examples``).
     """
-    wanted = set(names)
-    parameters = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
-        parameter.grad = None
-        if name in wanted:
-            parameters.append(parameter)
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-    gradient = torch.zeros_like(flat)
-    start = 0
-    for parameter in parameters:
-        here = slice(start, start + parameter.numel())
-        parameter.data = flat[here].view(parameter.shape)
-        parameter.grad = gradient[here].view(parameter.shape)
-        start = here.stop
-    whole = nn.Parameter(flat)
-    whole.grad = gradient
-    return whole, gradient
+    epochs = epochs or settings.epochs
+    sites = [_Site(task, settings, epochs) for task in tasks]
+    working = sorted((site for site in sites if site.steps), key=lambda site: -site.steps)
+    if working:
+        _Pass(stack, trained, working, settings, span or Span()).run()
+    return [site.result() for site in sites]
 
 
-class _Dropout(nn.Module):
-    """Dropout that draws from its own generator instead of the process-global one."""
+def train_together(sites: Sequence[Generator[Wanted, Trained, T]]) -> list[T]:
+    """Let each site come to what it wants trained, train those in one pass, let each finish.
 
-    def __init__(self, probability: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.p, self.generator = probability, generator
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero each element with the probability and scale the rest up, in training only."""
-        if not self.training or not self.p:
-            return x
-        keep = torch.rand(x.shape, generator=self.generator).to(x.device) >= self.p
-        return x * keep / (1 - self.p)
-
-
-def _set_modes(model: PeftModel, head_dropout: float, generator: torch.Generator) -> None:
-    """Eval everywhere but in the head and on the low-rank path; seeded dropout in both."""
-    model.eval()
-    base = model.get_base_model()
-    for name, child in base.named_children():
-        if name != getattr(base, "base_model_prefix", ""):
-            child.train()
-            _seed_dropout(base, name, head_dropout, generator)
-            for module in child.modules():
-                if isinstance(module, BATCH_NORM):  # its statistics are no parameters: they stay
-                    module.eval()
-    for module in base.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_dropout.train()
-            for name, dropout in module.lora_dropout.items():
-                probability = float(getattr(dropout, "p", 0.0))
-                _seed_dropout(module.lora_dropout, name, probability, generator)
+    Sites that want the same tensors of the same stack trained in the same way are in one pass. A
+    site that fails must turn that into its result.
+    """
+    results: dict[int, T] = {}
+    passes: dict[tuple[object, ...], list[int]] = {}
+    wanted: dict[int, Wanted] = {}
+    for number, site in enumerate(sites):
+        try:
+            want = wanted[number] = next(site)
+        except StopIteration as done:
+            results[number] = done.value
+            continue
+        how = (id(want.stack), want.trained.names, want.settings.model_dump_json(), want.span)
+        passes.setdefault(how, []).append(number)
+    for members in passes.values():
+        first = wanted[members[0]]
+        tasks = [wanted[number].task for number in members]
+        trained = train(first.stack, first.trained, tasks, settings=first.settings, span=first.span)
+        for number, came in zip(members, trained, strict=True):
+            results[number] = _finish(sites[number], came)
+    return [results[number] for number in range(len(sites))]
 
 
-def _seed_dropout(
-    parent: nn.Module, name: str, probability: float, generator: torch.Generator
-) -> None:
-    """Put seeded dropout in the place of every dropout at or below ``parent.name``."""
-    child = getattr(parent, name) if not isinstance(parent, nn.ModuleDict) else parent[name]
-    if isinstance(child, nn.Dropout | _Dropout):
-        parent.add_module(name, _Dropout(probability, generator).train())
-        return
-    for below, _ in list(child.named_children()):
-        _seed_dropout(child, below, probability, generator)
+def _finish(site: Generator[Wanted, Trained, T], came: Trained | SiteFailure) -> T:
+    try:
+        if isinstance(came, SiteFailure):
+            site.throw(came)
+        else:
+            site.send(came)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    raise RuntimeError("a site wants to train twice for one answer")
+
+
+@dataclass
+class _Site:
+    """A task on its way."""
+
+    task: Task
+    settings: Training
+    epochs: int
+    vector: Vector | None = None
+    total: float = 0.0
+    batches: Iterator[Indices] = field(init=False)
+    steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = self.settings.batch_size
+        self.steps = self.epochs * math.ceil(len(self.task.examples) / size)
+        self.batches = _batches(self.task, self.epochs, self.settings)
+
+    def result(self) -> Trained | SiteFailure:
+        if self.vector is None:
+            return SiteFailure("no-examples")
+        mean = self.total / (self.epochs * len(self.task.examples))
+        if not math.isfinite(mean) or not np.isfinite(self.vector).all():
+            return SiteFailure("loss-not-finite")
+        return Trained(self.vector, mean, self.steps)
+
+
+class _Pass:
+    """Several sites' steps side by side; who has fewer leaves earlier.
+
+    One flat tensor holds all adapters, one parameter of the optimiser is a row of it: a step over
+    a small adapter is then arithmetic, not kernel launches.
+    """
+
+    def __init__(
+        self, stack: Stack, trained: Layout, sites: list[_Site], settings: Training, span: Span
+    ) -> None:
+        self.stack, self.trained, self.settings, self.span = stack, trained, settings, span
+        self.sites = sites  # those with the most steps first
+        self.feeds = [
+            open_feed(stack, trained, site.task.examples, site.task.store) for site in sites
+        ]
+        starts = np.stack([site.task.start for site in sites])
+        self.flat = torch.from_numpy(starts).to(stack.device, copy=True)
+        self.gradient = torch.zeros_like(self.flat)
+        self.anchor = self.flat.clone() if settings.proximal else None
+        self.rows = [nn.Parameter(row) for row in self.flat]
+        for row, gradient in zip(self.rows, self.gradient, strict=True):
+            row.grad = gradient
+        self.optimizer = torch.optim.AdamW(
+            [{"params": [row]} for row in self.rows],
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.total = torch.zeros(len(sites), device=stack.device)
+        self.views: list[torch.Tensor] = []  # of the flat tensor, as the stack computes with them
+
+    def run(self) -> None:
+        """All steps of all sites; each site's vector and summed loss are left with it."""
+        active = 0
+        for step in range(self.sites[0].steps):
+            still = sum(site.steps > step for site in self.sites)
+            if still != active:
+                self._finish(still, active)
+                active = still
+                self.views = self.stack.put(self.trained, self.flat[:active])
+                for view in self.views:
+                    view.requires_grad_(True)
+            self._step(step, active)
+        self._finish(0, active)
+        self.stack.draws.rows = ()
+
+    def _step(self, step: int, active: int) -> None:
+        self.gradient.zero_()
+        batches = [next(site.batches) for site in self.sites[:active]]
+        size = self.settings.batch_size // self.settings.accumulation
+        for start in range(0, max(len(batch) for batch in batches), size):
+            self._backward(batches, slice(start, start + size))
+        gradient = self.gradient[:active]
+        if self.anchor is not None:
+            gradient.add_(self.flat[:active] - self.anchor[:active], alpha=self.settings.proximal)
+        if self.settings.clip_norm:
+            norms = gradient.norm(dim=1, keepdim=True)
+            gradient.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
+        for site, group in zip(self.sites[:active], self.optimizer.param_groups, strict=False):
+            at = self.span.start + (self.span.end - self.span.start) * step / site.steps
+            group["lr"] = learning_rate(self.settings.learning_rate, self.settings.schedule, at)
+        self.optimizer.step()
+
+    def _backward(self, batches: Sequence[Indices], part: slice) -> None:
+        """Add the gradient of one micro-batch, [sites x rows]; rows that pad weigh nothing."""
+        parts = [batch[part] for batch in batches]
+        rows = max(len(index) for index in parts)
+        # A site with fewer rows repeats its first: never another's, nor one that is not finite.
+        padded = [
+            np.concatenate([index, np.repeat(batch[:1], rows - len(index))])
+            for index, batch in zip(parts, batches, strict=True)
+        ]
+        feeds = self.feeds[: len(batches)]
+        width = max(feed.width(index) for feed, index in zip(feeds, parts, strict=True))
+        draws = self.stack.draws
+        draws.width, draws.head = width, self.settings.dropout
+        draws.rows = tuple(
+            Rows(len(index), feed.width(index), feed.left, site.task.generator)
+            for index, feed, site in zip(parts, feeds, self.sites, strict=False)
+        )
+        logits = logits_of(feeds, padded, width)
+        labels = np.concatenate(
+            [feed.examples.labels[i] for feed, i in zip(feeds, padded, strict=True)]
+        )
+        losses = functional.cross_entropy(
+            logits, torch.from_numpy(labels).to(logits.device), reduction="none"
+        ).view(len(batches), rows)
+        weights = torch.tensor([[float(row < len(i)) for row in range(rows)] for i in parts])
+        summed = (losses * weights.to(losses.device)).sum(1)
+        share = torch.tensor([1 / len(batch) for batch in batches], device=losses.device)
+        for where, gradient in zip(
+            self.trained.slices.values(),
+            torch.autograd.grad((summed * share).sum(), self.views),
+            strict=True,
+        ):
+            self.gradient[: len(batches), where].add_(gradient.reshape(len(batches), -1))
+        self.total[: len(batches)] += summed.detach()
+
+    def _finish(self, still: int, active: int) -> None:
+        """Take the results of the sites from ``still`` up to ``active``, which have no more steps.
+
+        Their rows stay in the optimiser, without a gradient: it passes over them.
+        """
+        for number in range(still, active):
+            self.sites[number].vector = self.flat[number].cpu().numpy().copy()
+            self.sites[number].total = float(self.total[number])
+            self.rows[number].grad = None
+
+
+def _batches(task: Task, epochs: int, settings: Training) -> Iterator[Indices]:
+    """Shuffled batches, epoch after epoch; with ``group_by_length`` of rows about as long."""
+    size, generator = settings.batch_size, task.generator
+    for _ in range(epochs):
+        order = torch.randperm(len(task.examples), generator=generator)
+        if settings.group_by_length:
+            order = _grouped(order, task.examples, size, generator)
+        for batch in torch.split(order, size):
+            yield batch.numpy()
+
+
+def _grouped(
+    order: torch.Tensor, examples: Examples, size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Sort by length within stretches of a random order, then put whole batches in random order.
+
+    The partial batch, if any, stays last.
+    """
+    lengths = torch.from_numpy(np.asarray(examples.lengths))
+    stretches = [
+        stretch[torch.argsort(lengths[stretch], stable=True)]
+        for stretch in torch.split(order, size * MEGABATCH)
+    ]
+    batches = list(torch.split(torch.cat(stretches), size))
+    last = [batches.pop()] if len(batches[-1]) < size else []
+    shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return torch.cat([*shuffled, *last])

@@ -31,6 +31,7 @@ __all__ = [
     "Vector",
     "adapter_layout",
     "attach",
+    "cut_rank",
     "is_factor_a",
     "is_head",
     "read",
@@ -85,6 +86,36 @@ class Layout:
         kept = [pair for pair in zip(self.names, self.shapes, strict=True) if pair[0] in wanted]
         return Layout(tuple(n for n, _ in kept), tuple(s for _, s in kept))
 
+    def part(self, vector: Vector, other: "Layout") -> Vector:
+        """What ``vector``, float32 [size], holds of ``other``'s tensors, which are all in here."""
+        pieces = [vector[self.slices[name]] for name in other.names]
+        return np.concatenate([np.empty(0, np.float32), *pieces])
+
+    def merged(self, vector: Vector, *parts: "tuple[Layout, Vector]") -> Vector:
+        """``vector``, float32 [size], with the tensors of each part written over it in order.
+
+        Raises:
+            AdapterError: a part has another length or dtype than its layout says.
+        """
+        merged = vector.copy()
+        for layout, values in parts:
+            layout.check(values)
+            for name, where in layout.slices.items():
+                merged[self.slices[name]] = values[where]
+        return merged
+
+    def check(self, vector: Vector) -> None:
+        """Check that ``vector`` is float32 [size].
+
+        Raises:
+            AdapterError: it is not.
+        """
+        if vector.shape != (self.size,) or vector.dtype != np.float32:
+            raise AdapterError(
+                f"adapter vector is {vector.dtype} {list(vector.shape)}, not float32 [{self.size}]",
+                hint="it belongs to another job or backbone",
+            )
+
 
 def attach(model: nn.Module, job: Job) -> PeftModel:
     """Put the job's adapter into ``model`` (in place) and return the peft model around it.
@@ -128,6 +159,23 @@ def is_factor_a(name: str) -> bool:
     return ".lora_A." in name
 
 
+def cut_rank(layout: Layout, vector: Vector, rank: int) -> Vector:
+    """``vector`` with only the first ``rank`` components of every low-rank path, float32.
+
+    The rest of A's rows and B's columns is zero, and stays so in training: the gradient of one has
+    the other as a factor. Sites of different ranks truncate what they receive like this in Cho et
+    al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models".
+    """
+    cut = vector.copy()
+    for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
+        values = cut[where].reshape(shape)
+        if is_factor_a(name):
+            values[rank:] = 0
+        elif ".lora_B." in name:
+            values[:, rank:] = 0
+    return cut
+
+
 def read(model: nn.Module, layout: Layout) -> Vector:
     """Copy the named parameters into a new vector, float32 [layout.size]."""
     parameters = dict(model.named_parameters())
@@ -144,11 +192,7 @@ def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
     Raises:
         AdapterError: the vector has another length or dtype.
     """
-    if vector.shape != (layout.size,) or vector.dtype != np.float32:
-        raise AdapterError(
-            f"adapter vector is {vector.dtype} {list(vector.shape)}, not float32 [{layout.size}]",
-            hint="it belongs to another job or backbone",
-        )
+    layout.check(vector)
     parameters = dict(model.named_parameters())
     for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
         values = torch.from_numpy(np.ascontiguousarray(vector[where])).view(shape)

@@ -33,6 +33,10 @@ class Steps(Protocol):
         """One more step is done; ``text`` says what came of it."""
         ...
 
+    def within(self, share: float, text: str) -> None:
+        """``share`` (0 to 1) of the step under way is done."""
+        ...
+
 
 class Console:
     """What a verb tells its user; ``quiet`` keeps only results, ``as_json`` only one object."""
@@ -98,14 +102,23 @@ class _Silent:
     def done(self, text: str) -> None:
         """Say nothing."""
 
+    def within(self, share: float, text: str) -> None:
+        """Say nothing."""
+
 
 class _Live:
     def __init__(self, progress: Progress, task: Any) -> None:
         self._progress, self._task = progress, task
+        self._done = progress.tasks[0].completed
 
     def done(self, text: str) -> None:
         """Move the bar."""
-        self._progress.update(self._task, advance=1, text=text)
+        self._done += 1
+        self._progress.update(self._task, completed=self._done, text=text)
+
+    def within(self, share: float, text: str) -> None:
+        """Move the bar a little."""
+        self._progress.update(self._task, completed=self._done + share, text=text)
 
 
 class _Lines:
@@ -116,6 +129,9 @@ class _Lines:
         """Write a line."""
         self._done += 1
         self._console.note(f"{self._title} {self._done}/{self._total}  {text}")
+
+    def within(self, share: float, text: str) -> None:
+        """Say nothing: a line a step is enough for a log."""
 
 
 def print_error(error: FedgraftError) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, model_validator
 
 from fedgraft.common.privacy import Privacy
-from fedgraft.common.section import IllegalJob, Section
+from fedgraft.common.section import Cache, IllegalJob, Section
 
 __all__ = [
     "Aggregation",
@@ -121,6 +121,7 @@ class Training(Section):
     clip_norm: float = Field(default=1.0, ge=0, description="of a step's gradient; 0 is off")
     precision: Literal["fp32", "bf16"] = "fp32"
     proximal: float = Field(default=0.0, ge=0, description="FedProx mu")
+    group_by_length: bool = Field(default=False, description="texts about as long in a batch")
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:
@@ -253,6 +254,13 @@ class Simulation(Section):
     finetune_epochs: int = Field(default=2, ge=0, description="federated, then tuned at each site")
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     workers: int | None = Field(default=None, ge=0, description="processes; the cores if absent")
+    sites_per_pass: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto", description="trained side by side in one pass over the backbone"
+    )
+    ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="LoRA ranks of sites, in turn; method.rank if empty"
+    )
+    cache: Cache = Field(default=Cache(memory=64_000_000), description="memory: of all processes")
 
 
 class Job(Section):
@@ -274,6 +282,14 @@ class Job(Section):
             raise IllegalJob(
                 'rule "ffa" freezes LoRA\'s factor A, and method.kind = "head" has none',
                 'aggregation.rule = "fedavg", or method.kind = "lora"',
+            )
+        ranks = self.simulation.ranks if self.simulation is not None else ()
+        if ranks and max(ranks) > getattr(self.method, "rank", 0):
+            raise IllegalJob(
+                f"simulation.ranks has {max(ranks)}, more than the job's own rank",
+                "raise method.rank, the rank of the shared adapter"
+                if self.method.kind == "lora"
+                else 'leave simulation.ranks out: method.kind = "head" has no rank',
             )
         if self.rounds.early_stopping and not self.data.validation:
             raise IllegalJob(

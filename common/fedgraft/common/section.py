@@ -1,8 +1,11 @@
 """What every section of a file that people write has in common."""
 
-from pydantic import BaseModel, ConfigDict, model_validator
+import re
+from typing import Annotated
 
-__all__ = ["IllegalJob", "Section"]
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = ["Cache", "IllegalJob", "Section", "Size"]
 
 NUMBERS = (int, float, int | None, float | None)
 
@@ -29,3 +32,28 @@ class Section(BaseModel):
                 said = str(value).lower()
                 raise IllegalJob(f"{key} = {said}: a number is wanted", f"mend {key}")
         return values
+
+
+def _bytes(value: object) -> object:
+    """Turn ``"64MB"``, ``"4GB"`` (decimal units) or a number of bytes into bytes."""
+    if isinstance(value, str) and (
+        match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?B)\s*", value)
+    ):
+        return int(float(match[1]) * 1000 ** ("", "k", "M", "G", "T").index(match[2][:-1]))
+    if isinstance(value, str):
+        raise ValueError('write a size as "64MB" or "4GB"')
+    return value
+
+
+Size = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
+
+
+class Cache(Section):
+    """What may be kept to save time, in bytes; never a different result.
+
+    ``memory`` of a process for encoded examples and activations of frozen layers; ``disk`` for the
+    files that keep them from run to run.
+    """
+
+    memory: Size = 256_000_000
+    disk: Size = 4_000_000_000

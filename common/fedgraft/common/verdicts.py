@@ -18,8 +18,6 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
-
 __all__ = ["Outcome", "Verdict", "macro_f1_interval", "verdict", "wilson_interval"]
 
 Outcome = Literal["helped", "hurt", "unclear", "unknown"]
@@ -174,6 +172,8 @@ def _mcnemar(only_federated: int, only_local: int) -> float:
     discordant = only_federated + only_local
     if discordant == 0:
         return 1.0
+    from scipy.stats import binomtest  # at the end of a run, not in the memory of every worker
+
     return float(binomtest(only_federated, discordant, 0.5).pvalue)
 
 

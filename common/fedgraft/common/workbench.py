@@ -1,7 +1,7 @@
 """A backbone with its adapter attached, loaded once per process and reused by whoever works there.
 
-A coordinator reads the initial adapter from it, a site trains on it round after round, and in a
-simulation every site of a process takes its turn on the same one: only adapter tensors are swapped.
+A coordinator reads the initial adapter from it and exports with it. What computes at a site is a
+``client.stack`` on the same frozen tensors.
 """
 
 import os
@@ -75,8 +75,7 @@ class Workbench:
 
     def initial_of(self, layout: Layout) -> Vector:
         """The initial values of the tensors in ``layout``, float32 [layout.size]."""
-        parts = [self.initial[self.layout.slices[name]] for name in layout.names]
-        return np.concatenate([np.empty(0, np.float32), *parts])
+        return self.layout.part(self.initial, layout)
 
     def put(self, *parts: tuple[Layout, Vector]) -> None:
         """Reset the adapter to ``initial``, then write ``parts`` over it in order."""
@@ -95,8 +94,8 @@ class Workbench:
         return array_hash(*parts, *drawn)
 
 
-def open_workbench(job: Job, *, device: str = "cpu") -> Workbench:
-    """The workbench for ``job`` on ``device``; the same object for the same backbone and method.
+def open_workbench(job: Job) -> Workbench:
+    """The workbench for ``job``, on the CPU; the same object for the same backbone and method.
 
     Raises:
         BackboneError: the backbone cannot be found or loaded.
@@ -104,11 +103,11 @@ def open_workbench(job: Job, *, device: str = "cpu") -> Workbench:
     """
     # Only these sections shape the model: rounds or training settings must not load it again.
     shaping = job.model_dump_json(include={"job", "backbone", "method"})
-    return _open(shaping, device)
+    return _open(shaping)
 
 
-@lru_cache(maxsize=4)  # a federation and its head-only baseline, at the coordinator and on a GPU
-def _open(shaping: str, device: str) -> Workbench:
+@lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
+def _open(shaping: str) -> Workbench:
     job = Job.model_validate_json(shaping)
     backbone, processor = open_processor(job)
     loaded = load(backbone, job)
@@ -116,7 +115,7 @@ def _open(shaping: str, device: str) -> Workbench:
     if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last real token
         config: Any = loaded.model.config
         config.pad_token_id = processor.pad_id
-    model = attach(loaded.model, job).to(device)
+    model = attach(loaded.model, job)
     layout = adapter_layout(model)
     return Workbench(
         head=job.method.head,

@@ -6,6 +6,7 @@ and the run folder come in the run's configuration.
 
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context
@@ -16,6 +17,7 @@ from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import open_workbench
+from fedgraft.server.gathering import Halfway
 from fedgraft.server.masked import Masking
 from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
@@ -49,11 +51,14 @@ def coordinate(
     *,
     federation: Federation | None = None,
     on_round: Callable[[RoundRecord], None] = lambda record: None,
+    together: int = 1,
+    keep_every: float = 10.0,
 ) -> Vector:
     """Run the job from the run's last checkpoint; the final exchanged adapter, float32.
 
     ``federation`` holds the sites' public keys; secure aggregation needs it. ``on_round`` is
-    called after each round is durable.
+    called after each round is durable. A round under way is made durable every ``keep_every``
+    seconds, after a multiple of ``together`` replies.
 
     Raises:
         InputError: the job asks for secure aggregation and there is no ``federation``.
@@ -63,10 +68,17 @@ def coordinate(
     bench = open_workbench(job)
     masking = Masking(federation, run.next_masked_round) if federation else None
     plan = make_plan(job, bench, run.session, masking)
+    halfway = Halfway(
+        load=lambda number, attempt: run.load_partial(number, attempt, plan.exchanged),
+        save=lambda partial: run.save_partial(partial, plan.exchanged),
+        every=together,
+        seconds=keep_every,
+    )
     state = run.resume(plan.exchanged) or State(0, bench.initial_of(plan.exchanged))
 
     def commit(state: State, record: RoundRecord) -> None:
         run.commit(state, record, plan.exchanged)
         on_round(record)
 
+    plan = replace(plan, halfway=halfway)
     return run_job(plan, transport, state, commit=commit, warn=run.warn).final

@@ -4,23 +4,31 @@
 
 A file is renamed into place after fsync, so there is no moment at which a half-written one could be
 taken for a good one.
+
+    checkpoints/partial.<sha256>.safetensors
+
+is the round under way, as far as its replies were added up: only the newest is kept, and none once
+the round has its checkpoint.
 """
 
 import hashlib
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedgraft.common.errors import CheckpointError
 from fedgraft.common.files import write_atomically
-from fedgraft.server.state import State
+from fedgraft.server.state import Dropped, Partial, State, Traffic
 
-__all__ = ["load_newest", "save_checkpoint"]
+__all__ = ["load_newest", "load_partial", "save_checkpoint", "save_partial"]
 
 CHECKPOINT = re.compile(r"round-(\d{6})\.([0-9a-f]{64})\.safetensors")
+PARTIAL = re.compile(r"partial\.([0-9a-f]{64})\.safetensors")
 KEPT = 2
 
 
@@ -39,13 +47,50 @@ def save_checkpoint(folder: Path, state: State, layout: str) -> Path:
         "stale": state.stale,
         "layout": layout,
     }
+    path = _write(folder, f"round-{state.round:06d}", tensors, facts)
+    for old in (*_checkpoints(folder)[:-KEPT], *_partials(folder)):
+        old.unlink()
+    return path
+
+
+def save_partial(folder: Path, partial: Partial, layout: str) -> None:
+    """Write ``partial`` into ``folder``, in the place of an earlier one."""
+    folder.mkdir(exist_ok=True)
+    facts = {name: value for name, value in asdict(partial).items() if name != "tensors"}
+    path = _write(folder, "partial", partial.tensors, {**facts, "layout": layout})
+    for old in _partials(folder):
+        if old != path:
+            old.unlink()
+
+
+def load_partial(folder: Path, layout: str, number: int, attempt: int) -> Partial | None:
+    """How far this ``attempt`` at the round ``number`` came; None if nothing can be trusted."""
+    for path in _partials(folder):
+        found = _read(path, PARTIAL)
+        if found is None:
+            continue
+        facts, tensors = found
+        if (facts.pop("layout"), facts["round"], facts["attempt"]) != (layout, number, attempt):
+            continue
+        traffic = facts.pop("traffic")
+        dropped = [Dropped(**drop) for drop in traffic.pop("dropped")]
+        answered = tuple(facts.pop("answered"))
+        traffic = Traffic(**traffic, dropped=dropped)
+        return Partial(**facts, answered=answered, traffic=traffic, tensors=tensors)
+    return None
+
+
+def _write(folder: Path, name: str, tensors: dict[str, Any], facts: dict[str, Any]) -> Path:
+    """Write a file whose name ends in the SHA-256 of its content."""
     draft = folder / "draft.safetensors"
     write_atomically(draft, lambda path: save_file(tensors, path, {"state": json.dumps(facts)}))
-    name = f"round-{state.round:06d}.{_sha256(draft)}.safetensors"
-    write_atomically(folder / name, lambda path: draft.replace(path))
-    for old in _checkpoints(folder)[:-KEPT]:
-        old.unlink()
-    return folder / name
+    path = folder / f"{name}.{_sha256(draft)}.safetensors"
+    write_atomically(path, lambda temporary: draft.replace(temporary))
+    return path
+
+
+def _partials(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("partial.*") if PARTIAL.fullmatch(p.name))
 
 
 def load_newest(folder: Path, layout: str) -> tuple[State | None, list[str]]:
@@ -75,15 +120,10 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _load(path: Path, layout: str) -> State | None:
     """The state in ``path``; None if its content is not what its name says, or not this layout."""
-    match = CHECKPOINT.fullmatch(path.name)
-    try:
-        if match is None or _sha256(path) != match[2]:
-            return None
-        with safe_open(path, framework="np") as file:
-            facts = json.loads(file.metadata()["state"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError, KeyError):
+    found = _read(path, CHECKPOINT)
+    if found is None:
         return None
+    facts, tensors = found
     if facts["layout"] != layout:
         return None
     moments = {k.removeprefix("moment."): v for k, v in tensors.items() if k.startswith("moment.")}
@@ -95,6 +135,19 @@ def _load(path: Path, layout: str) -> State | None:
         best_score=facts["best_score"],
         stale=facts["stale"],
     )
+
+
+def _read(path: Path, named: re.Pattern[str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Facts and tensors of a file; None if its content is not what its name says."""
+    match = named.fullmatch(path.name)
+    try:
+        if match is None or _sha256(path) != match[match.re.groups]:
+            return None
+        with safe_open(path, framework="np") as file:
+            facts = json.loads(file.metadata()["state"])
+            return facts, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
 
 
 def _sha256(path: Path) -> str:

@@ -88,7 +88,7 @@ def _simulated_sites(job: Any) -> dict[str, Any]:
     from importlib import import_module  # simulations stand above the server, and may be absent
 
     try:
-        simulation = import_module("fedgraft.simulations.simulate")
+        simulation = import_module("fedgraft.simulations.preparation")
     except ModuleNotFoundError:
         return {}
     prepared = simulation.prepare(job)

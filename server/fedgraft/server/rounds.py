@@ -19,16 +19,16 @@ from fedgraft.common.payloads import (
     EvaluateReply,
     EvaluateRequest,
     PlanRequest,
-    TrainReply,
     TrainRequest,
 )
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.aggregation import RULES, optimizers
+from fedgraft.server.gathering import Gathering, Halfway
 from fedgraft.server.masked import Masking, check_masked, gather_masked
 from fedgraft.server.state import Checked, Dropped, Gathered, RoundRecord, State, Traffic
 from fedgraft.server.transport import SILENT, Reply, Transport
-from fedgraft.server.validation import Expected, InvalidReply, check_evaluation, check_update
+from fedgraft.server.validation import Expected, InvalidReply, check_evaluation
 
 __all__ = ["Plan", "make_plan", "run_job", "run_round"]
 
@@ -37,13 +37,17 @@ ATTEMPTS = 3  # at a round with too few sites, before the run gives up
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job means for this federation: which tensors travel, what every message says."""
+    """What a job means for this federation: which tensors travel, what every message says.
+
+    With ``halfway`` a round in clear goes on after a crash from the replies that had come.
+    """
 
     job: Job
     session: str
     exchanged: Layout
     request: PlanRequest
     masking: Masking | None = None
+    halfway: Halfway | None = None
 
 
 def make_plan(job: Job, bench: Workbench, session: str, masking: Masking | None = None) -> Plan:
@@ -155,7 +159,7 @@ def _train(
     request = TrainRequest(plan.session, *number, plan.request.job, names, adapter)
     if plan.masking:
         return gather_masked(plan.masking, job, transport, cohort, request, plan.exchanged)
-    return gather_clear(job, transport, cohort, request, plan.exchanged)
+    return gather_clear(job, transport, cohort, request, plan.exchanged, plan.halfway)
 
 
 def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> Checked:
@@ -184,34 +188,31 @@ def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0)
 
 
 def gather_clear(
-    job: Job, transport: Transport, cohort: Sequence[str], request: TrainRequest, exchanged: Layout
+    job: Job,
+    transport: Transport,
+    cohort: Sequence[str],
+    request: TrainRequest,
+    exchanged: Layout,
+    halfway: Halfway | None = None,
 ) -> Gathered:
     """Have the cohort train; each valid update goes into the rule's collector.
+
+    Sites whose replies were added up before a crash, as ``halfway`` knows, are not asked again.
 
     Raises:
         TooFewSites: fewer than ``min_sites`` updates were usable.
     """
-    collector = RULES[job.aggregation.rule].collect(exchanged.size)
-    expected = Expected(request.session, request.round, exchanged)
-    traffic, examples, loss = Traffic(), 0, 0.0
-    for reply in transport.ask(cohort, Stage.TRAIN, request, job.rounds.deadline):
-        traffic.count(reply)
-        update = reply.payload
-        if not isinstance(update, TrainReply):
-            traffic.drop(reply.site, reply.failure)
-            continue
-        try:
-            check_update(update, expected, job.aggregation)
-        except InvalidReply as error:
-            traffic.drop(reply.site, str(error))
-            continue
-        by_examples = job.aggregation.weights == "examples"
-        collector.add(update.update, float(update.examples) if by_examples else 1.0)
-        examples += update.examples
-        loss += update.loss * update.examples
-    if collector.count < job.rounds.min_sites:
-        raise _too_few(job, request.round, collector.count, traffic)
-    return Gathered(collector.combined(), collector.count, examples, loss / examples, traffic)
+    gathering = Gathering(job, request, exchanged)
+    if halfway and (partial := halfway.load(request.round, request.attempt)):
+        gathering.go_on(partial)
+    left = [site for site in cohort if site not in gathering.answered]
+    for reply in transport.ask(left, Stage.TRAIN, request, job.rounds.deadline):
+        gathering.take(reply)
+        if halfway and halfway.due(len(gathering.answered)):
+            halfway.save(gathering.partial())
+    if gathering.count < job.rounds.min_sites:
+        raise _too_few(job, request.round, gathering.count, gathering.traffic)
+    return gathering.gathered()
 
 
 def check_clear(

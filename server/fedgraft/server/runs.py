@@ -6,7 +6,8 @@
     events.jsonl        what happened, appended
     metrics.jsonl       one line a round, appended before the round's checkpoint
     masked_rounds       how many masked rounds were begun, under secure aggregation
-    checkpoints/        round-000007.<sha256>.safetensors, the last two
+    checkpoints/        round-000007.<sha256>.safetensors, the last two; partial.<sha256>... of a
+                        round under way
     adapter/            the final adapter in PEFT format
 
 Metrics of rounds after the checkpoint are cut off on resume, because those rounds are done again.
@@ -31,8 +32,8 @@ from fedgraft.common.errors import InputError, RunError
 from fedgraft.common.files import write_text
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job, parse_job
-from fedgraft.server.checkpoints import load_newest, save_checkpoint
-from fedgraft.server.state import Dropped, RoundRecord, State
+from fedgraft.server.checkpoints import load_newest, load_partial, save_checkpoint, save_partial
+from fedgraft.server.state import Dropped, Partial, RoundRecord, State
 
 if TYPE_CHECKING:
     from fedgraft.common.adapters import Layout
@@ -174,6 +175,17 @@ class Run:
     def latest(self, layout: "Layout") -> State | None:
         """The newest state that can be trusted; as ``resume``, but leaves the run as it is."""
         return load_newest(self.folder / CHECKPOINTS, layout.fingerprint)[0]
+
+    def save_partial(self, partial: Partial, layout: "Layout") -> None:
+        """Make the round under way durable as far as it came."""
+        save_partial(self.folder / CHECKPOINTS, partial, layout.fingerprint)
+
+    def load_partial(self, number: int, attempt: int, layout: "Layout") -> Partial | None:
+        """What ``save_partial`` kept of this attempt at this round, if anything."""
+        kept = load_partial(self.folder / CHECKPOINTS, layout.fingerprint, number, attempt)
+        if kept:
+            self.event("resumed", round=number - 1, replies=len(kept.answered))
+        return kept
 
     def next_masked_round(self) -> int:
         """A number for a masked round: greater each time, whatever crashed in between.

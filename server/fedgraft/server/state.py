@@ -11,7 +11,16 @@ from fedgraft.common.metrics import Tally
 if TYPE_CHECKING:
     from fedgraft.server.transport import Reply
 
-__all__ = ["Checked", "Dropped", "Gathered", "Moments", "RoundRecord", "State", "Traffic"]
+__all__ = [
+    "Checked",
+    "Dropped",
+    "Gathered",
+    "Moments",
+    "Partial",
+    "RoundRecord",
+    "State",
+    "Traffic",
+]
 
 Moments = dict[str, NDArray[np.float64]]
 
@@ -77,6 +86,22 @@ class Gathered:
     loss: float
     traffic: Traffic
     masked: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A round under way: the replies that came so far, as they were added up.
+
+    ``answered`` sites need not be asked again; ``tensors`` are what the rule's collector holds.
+    """
+
+    round: int
+    attempt: int
+    answered: tuple[str, ...]
+    examples: int
+    loss: float
+    traffic: Traffic
+    tensors: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from fedgraft.common.secagg.statements import (
     SealedShares,
 )
 
-__all__ = ["SILENT", "Reply", "Transport"]
+__all__ = ["SILENT", "Reply", "Transport", "Watch"]
 
 ANSWERS: dict[type[Request], type[Payload]] = {
     PlanRequest: PlanReply,
@@ -52,6 +52,7 @@ ANSWERS: dict[type[Request], type[Payload]] = {
     ConfirmAsk: Confirmation,
     UnmaskAsk: Opening,
 }
+Watch = Callable[[Stage, int, int], None]
 CODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between pulls that brought nothing
@@ -74,7 +75,10 @@ class Reply:
 
 
 class Transport:
-    """The sites of a federation by name, behind a Flower grid."""
+    """The sites of a federation by name, behind a Flower grid.
+
+    ``watch`` is told of every reply: the stage, how many have come and how many were asked.
+    """
 
     def __init__(
         self,
@@ -82,8 +86,10 @@ class Transport:
         *,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
+        watch: Watch = lambda stage, done, total: None,
     ) -> None:
         self._grid = grid
+        self._watch = watch
         self._clock = clock
         self._pause = pause
         self._nodes: dict[str, int] = {}
@@ -180,11 +186,11 @@ class Transport:
             if identifier
         }
         del asked
-        yield from self._collect(waiting, until)
+        yield from self._collect(waiting, until, stage)
 
-    def _collect(self, waiting: dict[str, "_Asked"], until: float) -> Iterator[Reply]:
+    def _collect(self, waiting: dict[str, "_Asked"], until: float, stage: Stage) -> Iterator[Reply]:
         """The reply of every site in ``waiting`` (by message id) as it comes, or its lateness."""
-        pause = FIRST_PAUSE
+        pause, total = FIRST_PAUSE, len(waiting)
         while waiting and self._clock() < until:
             came = False
             for identifier in list(waiting):
@@ -192,6 +198,7 @@ class Transport:
                     asked = waiting.pop(identifier, None)
                     if asked is not None:  # else the reply came twice
                         came = True
+                        self._watch(stage, total - len(waiting), total)
                         yield self._read(asked, message)
             if waiting and not came:
                 self._pause(pause)

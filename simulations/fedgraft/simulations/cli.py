@@ -28,6 +28,9 @@ def simulate(
     engine: Annotated[
         str | None, typer.Option(help="local (default), or ray (extra: simulation).")
     ] = None,
+    sites_per_pass: Annotated[
+        str | None, typer.Option(help="Sites trained in one pass: auto, or a number.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -35,6 +38,8 @@ def simulate(
     console = Console(as_json=as_json, quiet=quiet)
     if engine not in (None, "local", "ray"):
         raise InputError(f"no engine {engine}", hint="--engine local or --engine ray")
+    if sites_per_pass is not None:  # the job keeps it, so that a resumed run is the same
+        overrides = [*(overrides or ()), f"simulation.sites_per_pass={sites_per_pass}"]
     if resume is not None and (job is not None or overrides):
         raise InputError(
             "a resumed run keeps its job", hint="give --resume alone, or start a new run"
@@ -42,7 +47,7 @@ def simulate(
     console.note("loading torch and transformers ...")
     from fedgraft.common.jobfile import load_job
     from fedgraft.server.runs import Run
-    from fedgraft.simulations.simulate import inputs_of, prepare
+    from fedgraft.simulations.preparation import inputs_of, prepare
     from fedgraft.simulations.simulate import simulate as run_simulation
 
     old = Run(resume) if resume else None
@@ -53,7 +58,9 @@ def simulate(
         return
     engine = engine or (old.inputs.get("engine", "local") if old else "local")
     loaded = old.job if old else load_job(job or DEMO, tuple(overrides or ()))
-    prepared = prepare(loaded, engine)  # before a run's folder exists: bad input leaves none
+    prepared = prepare(
+        loaded, engine, console
+    )  # before a run's folder exists: bad input leaves none
     inputs = inputs_of(loaded, prepared, engine)
     with old or Run.create(runs, loaded, inputs) as run:
         run.expect(inputs)

@@ -12,15 +12,15 @@ Every model is tested on each site's own test set; the pooled test set is all of
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedgraft.client.evaluation import Evaluation, evaluate
 from fedgraft.client.examples import Examples, concatenate
 from fedgraft.client.participant import Participant, Splits, open_participant
-from fedgraft.client.training import train
-from fedgraft.common.adapters import Vector
-from fedgraft.common.errors import SiteFailure
+from fedgraft.client.stack import Stack
+from fedgraft.client.training import Task, Trained, train
+from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.job import HeadMethod, Job, Training
 from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import EvaluateRequest
@@ -49,26 +49,30 @@ class Measured:
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished federation to compare with: the final adapter and the round it comes from."""
+    """A finished federation to compare with: the final adapter and the round it comes from.
+
+    ``together`` sites are trained in one pass.
+    """
 
     job: Job
-    nodes: tuple[NodeConfig, ...]
+    nodes: Sequence[NodeConfig]
     session: str
     names: tuple[str, ...]
     adapter: Vector
     round: int
+    together: int
 
 
 @dataclass(frozen=True)
 class Started:
     """A comparison under way on the workers."""
 
-    tasks: "list[Future[Any]]"
+    tasks: "list[Future[list[Any]]]"
     finish: Callable[[list[Any]], Measured]
 
     def result(self) -> Measured:
         """Wait for it."""
-        return self.finish([task.result() for task in self.tasks])
+        return self.finish([result for task in self.tasks for result in task.result()])
 
 
 def head_only_job(job: Job) -> Job:
@@ -81,13 +85,13 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
     """Start the comparison ``name``; None if it means nothing for this job."""
     sites = range(len(trial.nodes))
     if name == "central":
-        return Started([workers.submit(_central, trial)], lambda results: results[0])
-    if name == "local_only":
-        return Started([workers.submit(_local, trial, site) for site in sites], _separate_models)
+        return Started([workers.submit(_central, trial)], _one_model)
     if name == "zero_shot" and open_workbench(trial.job).fresh_head:
         return None
-    task = {"federated": _federated, "federated_tuned": _tuned, "zero_shot": _zero_shot}[name]
-    return Started([workers.submit(task, trial, site) for site in sites], _one_model)
+    task = TASKS[name]
+    finish = _separate_models if name == "local_only" else _one_model
+    groups = [sites[at : at + trial.together] for at in range(0, len(sites), trial.together)]
+    return Started([workers.submit(task, trial, group) for group in groups], finish)
 
 
 def _one_model(own: list[Evaluation | None]) -> Measured:
@@ -114,27 +118,49 @@ class _Place:
     job: Job
     participant: Participant
     bench: Workbench
+    stack: Stack
     splits: Splits
 
-    def test(self, examples: Examples) -> Evaluation:
-        classes, precision = len(self.job.job.labels), self.job.training.precision
-        return evaluate(self.bench.model, examples, classes=classes, precision=precision)
+    @property
+    def layout(self) -> Layout:
+        """All that trains at a site."""
+        return self.bench.layout
 
-    def train(self, examples: Examples, settings: Training, epochs: int, purpose: str) -> bool:
-        """Whether it could be done: a loss that is not finite must not end the comparison."""
+    def test(self, adapter: Vector, examples: Examples) -> Evaluation:
+        """``adapter``, float32 [layout.size], on ``examples``."""
+        store, classes = self.participant.store, len(self.job.job.labels)
+        return evaluate(self.stack, self.layout, adapter, examples, classes=classes, store=store)
+
+    def task(self, start: Vector, purpose: str) -> Task:
+        """Training on the site's own data."""
         generator = torch_generator(self.job.job.seed, purpose, self.participant.config.name)
-        model, names = self.bench.model, self.bench.layout.names
-        try:
-            train(model, names, examples, settings=settings, generator=generator, epochs=epochs)
-        except SiteFailure:
-            return False
-        return True
+        return Task(self.splits.train, start, generator, self.participant.store)
+
+    def federated(self, trial: Trial) -> Vector:
+        """The trial's adapter, and the site's own head where heads are local."""
+        names, number = trial.names, trial.round
+        request = EvaluateRequest(trial.session, number, "", names, "test", trial.adapter)
+        trained = self.layout.only((*names, *self.bench.local.names))
+        known = self.participant.start(self.bench, trained, request)
+        return self.layout.merged(self.bench.initial, (trained, known))
 
 
 def _place(trial: Trial, site: int) -> _Place:
     participant = open_participant(trial.nodes[site])
-    bench = open_workbench(trial.job, device=participant.device)
-    return _Place(trial.job, participant, bench, participant.splits(trial.job))
+    bench, stack = open_workbench(trial.job), participant.stack(trial.job)
+    return _Place(trial.job, participant, bench, stack, participant.splits(trial.job))
+
+
+def _train(
+    places: Sequence[_Place], tasks: Sequence[Task], settings: Training, epochs: int
+) -> list[Vector | None]:
+    """What training came to at each place; None if its loss was not finite.
+
+    That must not end a comparison.
+    """
+    stack, layout = places[0].stack, places[0].layout
+    results = train(stack, layout, tasks, settings=settings, epochs=epochs)
+    return [one.vector if isinstance(one, Trained) else None for one in results]
 
 
 def _budget(trial: Trial) -> int:
@@ -153,56 +179,65 @@ def _sample(trial: Trial, site: int) -> list[int]:
     return sorted(draw.choice(others, MOST_OTHERS, replace=False).tolist())
 
 
-def _federated(trial: Trial, site: int) -> Evaluation:
-    place = _place(trial, site)
-    _put_federated(trial, place)
-    return place.test(place.splits.test)
+def _federated(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
+    places = (_place(trial, site) for site in sites)
+    return [place.test(place.federated(trial), place.splits.test) for place in places]
 
 
-def _tuned(trial: Trial, site: int) -> Evaluation | None:
-    place = _place(trial, site)
-    _put_federated(trial, place)
-    settings = place.job.training
+def _tuned(trial: Trial, sites: Sequence[int]) -> list[Evaluation | None]:
+    places = [_place(trial, site) for site in sites]
+    settings = trial.job.training
     settings = settings.model_copy(update={"learning_rate": settings.learning_rate * TUNED_RATE})
-    epochs = place.job.simulation.finetune_epochs if place.job.simulation else 1
-    if not place.train(place.splits.train, settings, epochs, "finetune"):
-        return None
-    return place.test(place.splits.test)
+    epochs = trial.job.simulation.finetune_epochs if trial.job.simulation else 1
+    tasks = [place.task(place.federated(trial), "finetune") for place in places]
+    return [
+        None if adapter is None else place.test(adapter, place.splits.test)
+        for place, adapter in zip(places, _train(places, tasks, settings, epochs), strict=True)
+    ]
 
 
-def _put_federated(trial: Trial, place: _Place) -> None:
-    """The trial's adapter, and the site's own head where heads are local."""
-    request = EvaluateRequest(trial.session, trial.round, "", trial.names, "test", trial.adapter)
-    place.participant.put(place.bench, place.bench.layout.only(trial.names), request)
+def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
+    places = (_place(trial, site) for site in sites)
+    # Factors B start at zero: this is the backbone itself.
+    return [place.test(place.bench.initial, place.splits.test) for place in places]
 
 
-def _zero_shot(trial: Trial, site: int) -> Evaluation:
-    place = _place(trial, site)
-    place.bench.put()  # factors B start at zero: this is the backbone itself
-    return place.test(place.splits.test)
+def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, Tally] | None]:
+    places = [_place(trial, site) for site in sites]
+    tasks = [place.task(place.bench.initial, "local-only") for place in places]
+    trained = _train(places, tasks, trial.job.training, _budget(trial))
+    return [
+        None if adapter is None else _tried(trial, site, place, adapter)
+        for site, place, adapter in zip(sites, places, trained, strict=True)
+    ]
 
 
-def _local(trial: Trial, site: int) -> tuple[Evaluation, Tally] | None:
-    place = _place(trial, site)
-    place.bench.put()
-    if not place.train(place.splits.train, place.job.training, _budget(trial), "local-only"):
-        return None
-    own = place.test(place.splits.test)
+def _tried(trial: Trial, site: int, place: _Place, adapter: Vector) -> tuple[Evaluation, Tally]:
+    """A site's own model on its own test set, and on everybody's."""
+    own = place.test(adapter, place.splits.test)
     # Of thousands of sites a sample will do: all of them would be a million evaluations.
-    others = _sample(trial, site)
-    elsewhere = [place.test(_place(trial, other).splits.test) for other in others]
-    return own, _sum([own, *elsewhere])
+    others = (_place(trial, other).splits.test for other in _sample(trial, site))
+    return own, _sum([own, *(place.test(adapter, test) for test in others)])
 
 
-def _central(trial: Trial) -> Measured:
+def _central(trial: Trial) -> list[Evaluation | None]:
     places = [_place(trial, site) for site in range(len(trial.nodes))]
     place = places[0]
-    place.bench.put()
-    settings = place.job.training
-    if place.job.simulation:
-        changes = place.job.simulation.central.model_dump(exclude_none=True)
+    settings = trial.job.training
+    if trial.job.simulation:
+        changes = trial.job.simulation.central.model_dump(exclude_none=True)
         settings = settings.model_copy(update=changes)
     pool = concatenate([other.splits.train for other in places])
-    if not place.train(pool, settings, _budget(trial), "central"):
-        return _one_model([None] * len(places))
-    return _one_model([place.test(other.splits.test) for other in places])
+    task = replace(place.task(place.bench.initial, "central"), examples=pool)
+    (adapter,) = _train([place], [task], settings, _budget(trial))
+    if adapter is None:
+        return [None] * len(places)
+    return [place.test(adapter, other.splits.test) for other in places]
+
+
+TASKS: dict[str, Callable[[Trial, Sequence[int]], list[Any]]] = {
+    "federated": _federated,
+    "federated_tuned": _tuned,
+    "local_only": _local,
+    "zero_shot": _zero_shot,
+}

@@ -48,11 +48,9 @@ TRIES = 300
 
 @dataclass(frozen=True)
 class SimulatedSite:
-    """A site's folder and what is in it; ``classes`` counts training examples per label."""
+    """A site and what is in its folder; ``classes`` counts training examples per label."""
 
     name: str
-    folder: Path
-    config: Path
     examples: int
     test_examples: int
     classes: tuple[int, ...]
@@ -61,13 +59,14 @@ class SimulatedSite:
 
 @dataclass(frozen=True)
 class PreparedSites:
-    """The sites of a simulation, the section and (by ``digest``) the rows they come from.
+    """The sites of a simulation, the section and the folder with a folder for each site.
 
-    ``skipped`` images did not decode and are at none of them.
+    The folder's name is a hash over the rows they come from. ``skipped`` images did not decode and
+    are at none of the sites.
     """
 
     settings: Simulation
-    digest: str
+    folder: Path
     sites: tuple[SimulatedSite, ...]
     skipped: int
 
@@ -96,8 +95,6 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
     sites = tuple(
         SimulatedSite(
             name=site["name"],
-            folder=folder / site["name"],
-            config=folder / site["name"] / "site.toml",
             examples=site["examples"],
             test_examples=site["test_examples"],
             classes=tuple(site["classes"]),
@@ -110,7 +107,7 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
     except IllegalJob as error:
         raise JobError(f"rounds: {error}", hint=error.hint) from None
     _check_weights(job, sites)
-    return PreparedSites(simulation, folder.name, sites, index["skipped"])
+    return PreparedSites(simulation, folder, sites, index["skipped"])
 
 
 def _check_weights(job: Job, sites: tuple[SimulatedSite, ...]) -> None:
@@ -218,8 +215,9 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
         shifts = draw_shifts(len(shares), numpy_generator(job.job.seed, "simulation", "shifts"))
     index = []
     labels, classes = labels_of(pool.train), len(job.job.labels)
-    train = pool.train.with_format("arrow")[:]
-    test = train if pool.test is None else pool.test.with_format("arrow")[:]
+    # In one piece: taking rows from thousands of chunks, one a file, looks through all of them.
+    train = pool.train.with_format("arrow")[:].combine_chunks()
+    test = train if pool.test is None else pool.test.with_format("arrow")[:].combine_chunks()
     for (name, share), shift in zip(shares.items(), shifts, strict=True):
         rows = {"train": (train, share.train), "test": (test, share.test)}
         _write_site(job, rows, shift, folder / name)

@@ -7,7 +7,7 @@ order there, so sums may differ in the last bits from one run to the next.
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flwr.app import Context, Message
@@ -20,7 +20,7 @@ from fedgraft.common.job import Job
 from fedgraft.server.app import coordinate
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord
-from fedgraft.server.transport import Transport
+from fedgraft.server.transport import Transport, Watch
 from fedgraft.simulations.grid import NodeConfig
 from fedgraft.simulations.workers import cores
 
@@ -32,10 +32,11 @@ JOINING = 60.0  # seconds for Ray to bring up its nodes
 def coordinate_on_ray(
     job: Job,
     run: Run,
-    nodes: tuple[NodeConfig, ...],
+    nodes: Sequence[NodeConfig],
     *,
     federation: Federation | None = None,
     on_round: Callable[[RoundRecord], None],
+    watch: Watch,
 ) -> Vector:
     """Run the job with these nodes as Ray actors; the final exchanged adapter, float32.
 
@@ -52,7 +53,7 @@ def coordinate_on_ray(
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            transport = Transport(grid)
+            transport = Transport(grid, watch=watch)
             transport.wait_for(len(nodes), JOINING)
             outcome.append(
                 coordinate(transport, job, run, federation=federation, on_round=on_round)
@@ -87,7 +88,7 @@ def require_ray() -> None:
 class _AtNode:
     """The installed client app, told which of the simulated nodes it is."""
 
-    def __init__(self, nodes: tuple[NodeConfig, ...]) -> None:
+    def __init__(self, nodes: Sequence[NodeConfig]) -> None:
         self.nodes = nodes
 
     def __call__(self, message: Message, context: Context) -> Message:
@@ -100,8 +101,8 @@ class _AtNode:
         return app(message, context)
 
 
-def _backend(nodes: tuple[NodeConfig, ...]) -> dict[str, Any]:
-    gpu = any(node.get("device") == "cuda" for node in nodes)
+def _backend(nodes: Sequence[NodeConfig]) -> dict[str, Any]:
+    gpu = nodes[0].get("device") == "cuda"
     init: dict[str, Any] = {"include_dashboard": False}
     if "RAY_ADDRESS" not in os.environ:  # a cluster that runs already has its own idea of this
         init["num_cpus"] = cores()

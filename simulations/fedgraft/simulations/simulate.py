@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedgraft.client.participant import load_splits
-from fedgraft.client.site import load_site
 from fedgraft.common.adapters import Vector
-from fedgraft.common.console import Console
+from fedgraft.common.console import Console, Steps
 from fedgraft.common.job import Job
 from fedgraft.common.job import Simulation as SimulationSettings
-from fedgraft.common.workbench import cache_folder, choose_device, open_workbench
+from fedgraft.common.messages import Stage
+from fedgraft.common.workbench import choose_device, open_workbench
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
 from fedgraft.server.masked import Masking
@@ -24,43 +23,18 @@ from fedgraft.server.rounds import Plan, make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.summary import run_facts
-from fedgraft.server.transport import Transport
+from fedgraft.server.transport import Transport, Watch
 from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
-from fedgraft.simulations.grid import LocalGrid, NodeConfig
-from fedgraft.simulations.identities import FILE, found_federation
-from fedgraft.simulations.memory import PeakMemory
-from fedgraft.simulations.partition import PreparedSites, SimulatedSite, prepare_sites
-from fedgraft.simulations.ray import coordinate_on_ray, require_ray
+from fedgraft.simulations.engine import Nodes, choose_sites_per_pass, make_nodes
+from fedgraft.simulations.grid import LocalGrid
+from fedgraft.simulations.identities import found_federation
+from fedgraft.simulations.memory import Pace, PeakMemory
+from fedgraft.simulations.partition import PreparedSites, SimulatedSite
+from fedgraft.simulations.ray import coordinate_on_ray
 from fedgraft.simulations.results import final_metrics, load_measured, save_measured, site_results
 from fedgraft.simulations.workers import Workers
 
-__all__ = ["inputs_of", "prepare", "simulate"]
-
-
-def prepare(job: Job, engine: str = "local") -> PreparedSites:
-    """Find all that can be wrong with a job before anything is written for it.
-
-    What is loaded here, models and encoded examples, is shared by workers that are forked later.
-
-    Raises:
-        InputError: what is wrong.
-    """
-    if engine == "ray":
-        require_ray()
-    prepared = prepare_sites(job, cache_folder() / "sites")
-    choose_device(prepared.settings.device)
-    wanted = (job, head_only_job(job)) if "head_only" in prepared.settings.baselines else (job,)
-    for each in wanted:
-        open_workbench(each)
-    for site in prepared.sites:
-        load_splits(load_site(site.config), job)
-    return prepared
-
-
-def inputs_of(job: Job, prepared: PreparedSites, engine: str) -> dict[str, str]:
-    """What a run of ``job`` must find unchanged when it is resumed."""
-    backbone = open_workbench(job).backbone.fingerprint
-    return {"data": prepared.digest, "backbone": backbone, "engine": engine}
+__all__ = ["simulate"]
 
 
 def simulate(
@@ -86,8 +60,9 @@ def simulate(
         masking = Masking(federation, run.next_masked_round) if federation else None
         plan = make_plan(job, bench, run.session, masking)
         console.note(_headline(job, sites, plan))
-        nodes = tuple(_node(site, run, device) for site in sites)
-        simulation = _Simulation(job, settings, run, nodes, workers, masking)
+        nodes = make_nodes(job, prepared, states=str(run.folder / "sites"), device=device)
+        together = choose_sites_per_pass(job, nodes)
+        simulation = _Simulation(job, settings, run, nodes, workers, masking, together, memory)
         behind = run.latest(plan.exchanged)
         done = behind.round if behind else 0
         earlier = sum(line["seconds"] for line in run.history()[:done])
@@ -100,6 +75,7 @@ def simulate(
         **run_facts(run, bench, plan),
         "engine": engine,
         "device": device,
+        "sites_per_pass": together if engine == "local" else 1,
         "seconds": round(earlier + time.monotonic() - started, 3),
         "peak_memory_mb": round(memory.megabytes, 1),
         "skipped_images": prepared.skipped,
@@ -119,34 +95,44 @@ class _Simulation:
     job: Job
     settings: SimulationSettings
     run: Run
-    nodes: tuple[NodeConfig, ...]
+    nodes: Nodes
     workers: Workers
     masking: Masking | None
+    together: int
+    memory: PeakMemory
 
     def federate(self, console: Console, engine: str, done: int) -> Vector:
         """The federation itself, ``done`` rounds of it behind us; the final exchanged adapter."""
         with console.steps("round", self.job.rounds.count, done) as steps:
-
-            def on_round(record: RoundRecord) -> None:
-                steps.done(_round_line(record))
-
+            shown = _Shown(steps, Pace(self.memory, self.job.rounds.count - done))
             federation = self.masking.federation if self.masking else None
             if engine == "ray":
                 return coordinate_on_ray(
-                    self.job, self.run, self.nodes, federation=federation, on_round=on_round
+                    self.job,
+                    self.run,
+                    self.nodes,
+                    federation=federation,
+                    on_round=shown.on_round,
+                    watch=shown.watch,
                 )
             return coordinate(
-                self.transport(), self.job, self.run, federation=federation, on_round=on_round
+                self.transport(shown.watch),
+                self.job,
+                self.run,
+                federation=federation,
+                on_round=shown.on_round,
+                together=self.together,
             )
 
-    def transport(self) -> Transport:
+    def transport(self, watch: Watch) -> Transport:
         """The sites in this process; the clock stands, for waiting for a core is not being late."""
-        return Transport(LocalGrid(self.nodes, self.workers), clock=lambda: 0.0)
+        grid = LocalGrid(self.nodes, self.workers, together=self.together)
+        return Transport(grid, clock=lambda: 0.0, watch=watch)
 
     def trial(self, plan: Plan, adapter: Vector, number: int) -> Trial:
         """``adapter`` after round ``number`` as something to compare with."""
         names = plan.exchanged.names
-        return Trial(plan.job, self.nodes, plan.session, names, adapter, number)
+        return Trial(plan.job, self.nodes, plan.session, names, adapter, number, self.together)
 
     def compare(self, trial: Trial, console: Console) -> dict[str, Measured | None]:
         """Every comparison the job asks for; those that an earlier process finished are read."""
@@ -184,22 +170,32 @@ class _Simulation:
         plan = make_plan(job, bench, self.run.session, self.masking)
         state = State(0, bench.initial_of(plan.exchanged))
         with console.steps("head only", job.rounds.count) as steps:
+            shown = _Shown(steps, Pace(self.memory, job.rounds.count))
             state = run_job(
                 plan,
-                self.transport(),
+                self.transport(shown.watch),
                 state,
-                commit=lambda state, record: steps.done(_round_line(record)),
+                commit=lambda state, record: shown.on_round(record),
                 warn=self.run.warn,
             )
         return self.trial(plan, state.final, state.round)
 
 
-def _node(site: SimulatedSite, run: Run, device: str) -> NodeConfig:
-    sites = run.folder / "sites"
-    node = {"site": str(site.config), "state": str(sites / site.name), "device": device}
-    if run.job.privacy.secure_aggregation.enabled:
-        node["federation"] = str(sites / FILE)
-    return node
+@dataclass(frozen=True)
+class _Shown:
+    """Progress as the console shows it."""
+
+    steps: Steps
+    pace: Pace
+
+    def watch(self, stage: Stage, done: int, total: int) -> None:
+        """A site has answered."""
+        if stage is Stage.TRAIN:
+            self.steps.within(done / total, self.pace.within(done))
+
+    def on_round(self, record: RoundRecord) -> None:
+        """A round is over."""
+        self.steps.done(f"{_round_line(record)}  {self.pace.after(record.sites, record.seconds)}")
 
 
 def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:
@@ -215,5 +211,7 @@ def _round_line(record: RoundRecord) -> str:
     if record.validation is not None:
         parts.append(f"valid. {100 * record.validation['accuracy']:.1f} %")
     if record.dropped:
-        parts.append("dropped " + ", ".join(f"{d.site} ({d.reason})" for d in record.dropped))
+        some = ", ".join(f"{d.site} ({d.reason})" for d in record.dropped[:3])
+        more = f" and {len(record.dropped) - 3} more" if len(record.dropped) > 3 else ""
+        parts.append(f"dropped {some}{more}")
     return "  ".join(parts)

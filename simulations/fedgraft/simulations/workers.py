@@ -5,6 +5,7 @@ depends on how many workers there were.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -48,6 +49,9 @@ class Workers:
         if self._pool is None:  # as late as possible: a fork shares all that is loaded by then
             # The tokenizer's own threads would not survive the fork, and say so at length.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            # What is here stays shared: a collection in a worker would write to all of its pages.
+            gc.collect()
+            gc.freeze()
             context = multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(
                 self.count,

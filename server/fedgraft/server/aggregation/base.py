@@ -1,13 +1,15 @@
 """The contract of a rule, and the running sum that every rule which needs only sums shares."""
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout, Vector
 
-__all__ = ["Collector", "Rule", "RunningMean"]
+__all__ = ["Collector", "Rule", "RunningMean", "Tensors"]
+
+Tensors = dict[str, NDArray[Any]]
 
 
 class Rule(Protocol):
@@ -54,6 +56,14 @@ class Collector(Protocol):
         """All of them combined, float64 [size]; ZeroDivisionError if there are none."""
         ...
 
+    def kept(self) -> Tensors:
+        """All that it holds, so that a round can go on after a crash."""
+        ...
+
+    def restore(self, kept: Tensors) -> None:
+        """Hold what ``kept`` gave, instead of nothing."""
+        ...
+
 
 class RunningMean:
     """Weighted mean of updates that arrive one by one; one float64 vector, never the updates."""
@@ -68,6 +78,15 @@ class RunningMean:
         self._sum += np.multiply(update, weight, dtype=np.float64)
         self.weight += weight
         self.count += 1
+
+    def kept(self) -> Tensors:
+        """The sum [size], the weight and the count, float64."""
+        return {"sum": self._sum, "facts": np.array([self.weight, self.count], np.float64)}
+
+    def restore(self, kept: Tensors) -> None:
+        """Go on from what ``kept`` gave."""
+        self._sum, (self.weight, count) = kept["sum"].copy(), kept["facts"].tolist()
+        self.count = int(count)
 
     def combined(self) -> NDArray[np.float64]:
         """The weighted mean so far, float64 [size].

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout, Vector
+from fedgraft.server.aggregation.base import Tensors
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,14 @@ class Updates:
     def add(self, update: Vector, weight: float) -> None:
         """Keep ``update``, float32 [size]; the weight does not count."""
         self._kept.append(update)
+
+    def kept(self) -> Tensors:
+        """The updates, float32 [count, size]."""
+        return {"updates": np.array(self._kept, np.float32).reshape(-1, self._size)}
+
+    def restore(self, kept: Tensors) -> None:
+        """Go on from what ``kept`` gave."""
+        self._kept = list(kept["updates"])
 
     def combined(self) -> NDArray[np.float64]:
         """The median of every coordinate, float64 [size].

@@ -8,8 +8,6 @@ import datasets
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 __all__ = ["NAMES", "load"]
 
@@ -26,6 +24,10 @@ def load(seed: int = 0) -> tuple[datasets.Dataset, datasets.Dataset]:
     Columns are `image`, an 8 x 8 PIL image of mode L with white ink (255) on black (0), and
     `label`, a ClassLabel named "0" to "9". The same seed gives the same rows in the same order.
     """
+    # Here, because it takes 70 MB that every worker of every other simulation would have too.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / _FULL_INK)).astype(np.uint8)
     train, test = train_test_split(

@@ -1,0 +1,174 @@
+"""The modules of a stack: each holds K values of its parameters, one a site.
+
+Inputs and outputs are [K x R, ...], the R rows of one site after the other's. ``values`` maps a
+parameter's name to a tensor [K, *shape]; whoever owns the stack sets it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Conv2d as PeftConv2d
+from peft.tuners.lora import Linear as PeftLinear
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from fedgraft.common.errors import AdapterError
+
+__all__ = ["Draws", "Rows", "SiteDropout", "Stacked", "stacked_module"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one site has in the batch under way: ``count`` of R rows, ``width`` of the tokens.
+
+    ``width`` is 0 where rows are not sequences; ``left`` says that padding stands before them.
+    """
+
+    count: int
+    width: int
+    left: bool
+    generator: torch.Generator
+
+
+@dataclass
+class Draws:
+    """What is random in the pass under way: nothing while ``rows`` is empty, as in evaluation.
+
+    ``width`` is the batch's number of tokens, ``head`` the head's dropout probability.
+    """
+
+    sites: int = 1
+    rows: tuple[Rows, ...] = ()
+    width: int = 0
+    head: float = 0.0
+
+    def drop(self, x: torch.Tensor, probability: float) -> torch.Tensor:
+        """Dropout of ``x``, [K x R, ...], each site's part drawn from its own generator.
+
+        Only its real rows and tokens are drawn for, so that a site draws the same numbers
+        whoever is in the pass with it.
+        """
+        if not probability or not self.rows:
+            return x
+        keep = torch.ones(x.shape, dtype=torch.bool)
+        for part, mine in zip(keep.chunk(self.sites), self.rows, strict=True):
+            own = part[: mine.count]
+            if self.width and x.ndim > 2 and x.shape[1] == self.width:
+                start = self.width - mine.width if mine.left else 0
+                own = own[:, start : start + mine.width]
+            own.copy_(torch.rand(own.shape, generator=mine.generator) >= probability)
+        return x * keep.to(x.device) / (1 - probability)
+
+
+class SiteDropout(nn.Module):
+    """Dropout with the generators of ``draws``; without a probability it is the head's."""
+
+    def __init__(self, draws: Draws, probability: float | None) -> None:
+        super().__init__()
+        self.draws, self.p = draws, probability
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero each element with the probability and scale the rest up, in training only."""
+        return self.draws.drop(x, self.draws.head if self.p is None else self.p)
+
+
+class Stacked(nn.Module):
+    """Something with K values of each parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, torch.Tensor] = {}
+
+
+class StackedLinearLora(Stacked):
+    """A frozen layer and a low-rank path beside it: y + scaling * B A drop(x), by site.
+
+    Hu et al. 2022, "LoRA". A is [K, rank, in], B [K, out, rank].
+    """
+
+    def __init__(self, base: nn.Module, scaling: float, dropout: SiteDropout) -> None:
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, scaling, dropout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [K x R, ..., in] to [K x R, ..., out], in the dtype of ``x``."""
+        result: torch.Tensor = self.base(x)
+        a, b = (self.values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
+        x = self.dropout(x)
+        if len(a) == 1:
+            return result + functional.linear(functional.linear(x, a[0]), b[0]) * self.scaling
+        low = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))
+        path = torch.bmm(low, b.transpose(1, 2)).view(result.shape)
+        return result + path * self.scaling
+
+
+class StackedConvLora(Stacked):
+    """A frozen convolution and a low-rank one beside it, by site.
+
+    A is [K, rank, in, height, width] with the frozen one's stride, B [K, out, rank, 1, 1].
+    """
+
+    def __init__(self, base: nn.Module, like: nn.Conv2d, scaling: float, dropout: SiteDropout):
+        super().__init__()
+        self.base, self.scaling, self.dropout = base, scaling, dropout
+        self.geometry: tuple[Any, ...] = (like.stride, like.padding, like.dilation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [K x R, in, height, width] to [K x R, out, ...]."""
+        result: torch.Tensor = self.base(x)
+        a, b = (self.values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
+        parts = [
+            functional.conv2d(functional.conv2d(part, one, None, *self.geometry), other)
+            for part, one, other in zip(self.dropout(x).chunk(len(a)), a, b, strict=True)
+        ]
+        path = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return result + path * self.scaling
+
+
+class StackedModule(Stacked):
+    """A module all of whose parameters train, such as a head's: K of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [K x R, ...] through each site's own; computes in float32, as heads are kept."""
+        sites = len(next(iter(self.values.values())))
+        x = x.to(next(iter(self.values.values())).dtype)
+        if isinstance(self.module, nn.Linear) and sites > 1:
+            rows = x.reshape(sites, -1, x.shape[-1])
+            weight, bias = self.values["weight"].transpose(1, 2), self.values.get("bias")
+            out = torch.bmm(rows, weight)
+            out = out if bias is None else out + bias[:, None]
+            return out.view(*x.shape[:-1], -1)
+        parts = [
+            functional_call(self.module, {name: v[site] for name, v in self.values.items()}, part)
+            for site, part in enumerate(x.chunk(sites))
+        ]
+        return parts[0] if sites == 1 else torch.cat(parts)
+
+
+def stacked_module(module: nn.Module, draws: Draws) -> Stacked:
+    """What takes the place of ``module``, one of peft's layers or a part of a head.
+
+    Raises:
+        AdapterError: peft put in a layer of a kind that is not known here.
+    """
+    if isinstance(module, PeftLinear | PeftConv2d):
+        inner = module.lora_dropout["default"]
+        dropout = SiteDropout(draws, float(getattr(inner, "p", 0.0)))
+        scaling = float(module.scaling["default"])
+        if isinstance(module, PeftLinear):
+            return StackedLinearLora(module.base_layer, scaling, dropout)
+        like = module.lora_A["default"]
+        assert isinstance(like, nn.Conv2d)  # noqa: S101  # of a two-dimensional layer
+        return StackedConvLora(module.base_layer, like, scaling, dropout)
+    if hasattr(module, "lora_A"):
+        raise AdapterError(
+            f"no way to train a {type(module).__name__} of peft here",
+            hint="method.targets: linear layers and two-dimensional convolutions",
+        )
+    return StackedModule(module)

@@ -1,0 +1,199 @@
+"""What can be made again, kept within two budgets of bytes: in memory first, then in files.
+
+Keys are hashes over everything that decides the content, so a hit is what making it would give, and
+entries serve later rounds and runs. Forked workers share the files and each have a memory of their
+own. What would take more than a quarter of the memory budget is mapped from its file instead.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedgraft.common.files import write_atomically
+
+__all__ = ["Arrays", "Files", "Recent", "Store", "open_store"]
+
+SUFFIX, MAPPED = ".kept.safetensors", ".kept.npy"
+WORTH_A_FILE = 1 << 16  # bytes; less is made again as fast as it is read
+LARGEST_SHARE = 4
+
+
+class Sized(Protocol):
+    """Anything that knows its size."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        ...
+
+
+V = TypeVar("V", bound=Sized)
+
+
+class Recent(Generic[V]):
+    """The values used last, at most ``budget`` bytes of them."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._values: OrderedDict[str, V] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: str) -> V | None:
+        """The value of ``key``, which is then the one used last; None if it is not here."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def add(self, key: str, value: V) -> None:
+        """Keep ``value`` under a new key, and let go of what was used longest ago.
+
+        The newest stays even if it is too large: it is about to be used.
+        """
+        self._values[key] = value
+        self._bytes += value.nbytes
+        while self._bytes > self.budget and len(self._values) > 1:
+            self._bytes -= self._values.popitem(last=False)[1].nbytes
+
+
+class Arrays(dict[str, NDArray[Any]]):
+    """Named arrays."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(array.nbytes for array in self.values())
+
+
+class Files:
+    """Arrays in a folder, about ``budget`` bytes of them; the oldest go first."""
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.folder, self.budget = folder, budget
+        self._bytes: int | None = None
+
+    def load(self, key: str) -> Arrays | None:
+        """What was saved under ``key``; None if it is not there, or gone by now."""
+        path = self._path(key)
+        try:
+            arrays = Arrays(load_file(path))
+            os.utime(path)
+        except (OSError, SafetensorError):
+            return None
+        return arrays
+
+    def save(self, key: str, arrays: Arrays) -> None:
+        """Keep ``arrays`` if they are worth a file and the budget has room for them."""
+        if not WORTH_A_FILE <= arrays.nbytes <= self.budget:
+            return
+        try:
+            self._make_room(arrays.nbytes)
+            write_atomically(self._path(key), lambda path: save_file(arrays, path))
+        except OSError:  # a full disk must not cost the result
+            return
+
+    def mapped(
+        self,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: DTypeLike,
+        fill: Callable[[NDArray[Any]], None],
+    ) -> NDArray[Any] | None:
+        """One large array in a file, paged in as it is used; ``fill`` makes it if it is not there.
+
+        None where it is larger than the budget, or the disk is full.
+        """
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size > self.budget:
+            return None
+        path = self.folder / f"{key}{MAPPED}"
+
+        def write(temporary: Path) -> None:
+            array = np.lib.format.open_memmap(temporary, "w+", dtype=dtype, shape=shape)
+            fill(array)
+            array.flush()
+
+        try:
+            if not path.exists():
+                self._make_room(size)
+                write_atomically(path, write)
+            array: NDArray[Any] = np.load(path, mmap_mode="r")
+            os.utime(path)
+        except (OSError, ValueError):
+            return None
+        return array
+
+    def _make_room(self, size: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._bytes is not None:
+            self._bytes += size
+        if self._bytes is None or self._bytes > self.budget:
+            self._bytes = self._tidy(self.budget - size) + size
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _tidy(self, most: int) -> int:
+        """Remove the oldest files until ``most`` bytes are left, and then some: not every time.
+
+        Other processes may do the same. Bytes left.
+        """
+        found: list[tuple[int, int, str]] = []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith((SUFFIX, MAPPED)):
+                try:
+                    facts = entry.stat()
+                except FileNotFoundError:
+                    continue
+                found.append((facts.st_mtime_ns, facts.st_size, entry.path))
+        total = sum(size for _, size, _ in found)
+        if total <= most:
+            return total
+        for _, size, path in sorted(found):
+            Path(path).unlink(missing_ok=True)
+            total -= size
+            if total <= most * 9 // 10:
+                break
+        return total
+
+
+class Store:
+    """Arrays by key: from memory, else from a file, else made; and examples, in memory alone.
+
+    Each of the two has half of the ``memory`` budget.
+    """
+
+    def __init__(self, folder: Path, *, memory: int, disk: int) -> None:
+        self.recent: Recent[Arrays] = Recent(memory // 2)
+        self.examples: Recent[Sized] = Recent(memory // 2)
+        self.files = Files(folder, disk)
+
+    def get(self, key: str, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
+        """The arrays of ``key``, made if they are nowhere and then kept."""
+        arrays = self.recent.get(key)
+        if arrays is not None:
+            return arrays
+        arrays = self.files.load(key)
+        if arrays is None:
+            arrays = Arrays(make())
+            self.files.save(key, arrays)
+        if self.fits(arrays.nbytes):
+            self.recent.add(key, arrays)
+        return arrays
+
+    def fits(self, size: int) -> bool:
+        """Whether ``size`` bytes are little enough to be held while they are worked with."""
+        return size * LARGEST_SHARE <= self.recent.budget
+
+
+@lru_cache(maxsize=4)
+def open_store(folder: Path, memory: int, disk: int) -> Store:
+    """The store of this process in ``folder`` with these budgets in bytes."""
+    return Store(folder, memory=memory, disk=disk)

@@ -1,0 +1,80 @@
+"""Everything before the first round: sites, backbone and examples, and all that is wrong with them.
+
+Nothing is written for a run before this has gone well. Sites and what is known of them are found
+again by their hash, so that a second run of the same job begins at once.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from fedgraft.client.participant import open_participant
+from fedgraft.client.stack import open_stack
+from fedgraft.common.console import Console
+from fedgraft.common.files import write_text
+from fedgraft.common.job import Job
+from fedgraft.common.workbench import cache_folder, choose_device, open_processor, open_workbench
+from fedgraft.simulations.compare import head_only_job
+from fedgraft.simulations.engine import Nodes, choose_sites_per_pass, make_nodes
+from fedgraft.simulations.partition import PreparedSites, prepare_sites
+from fedgraft.simulations.ray import require_ray
+from fedgraft.simulations.workers import Workers
+
+__all__ = ["inputs_of", "prepare"]
+
+FEW = 64  # sites whose examples are read in one go
+
+
+def prepare(job: Job, engine: str = "local", console: Console | None = None) -> PreparedSites:
+    """Find all that can be wrong with a job before anything is written for it.
+
+    What is loaded here is shared by workers that are forked later.
+
+    Raises:
+        InputError: what is wrong.
+    """
+    if engine == "ray":
+        require_ray()
+    prepared = prepare_sites(job, cache_folder() / "sites")
+    wanted = (job, head_only_job(job)) if "head_only" in prepared.settings.baselines else (job,)
+    device = str(choose_device(prepared.settings.device))
+    for each in wanted:  # here, so that forked workers share them
+        open_stack(each, device=device)
+    nodes = make_nodes(job, prepared, states="", device=device)
+    choose_sites_per_pass(job, nodes)
+    _check_examples(job, prepared, nodes, console or Console(quiet=True))
+    return prepared
+
+
+def _check_examples(job: Job, prepared: PreparedSites, nodes: Nodes, console: Console) -> None:
+    """Read every site's examples once; that it went well is noted beside them."""
+    backbone = open_processor(job)[0].fingerprint
+    facts = job.model_dump_json(include={"job": {"task", "labels"}, "data": True})
+    checked = (
+        prepared.folder / f"checked-{hashlib.sha256(f'{facts}{backbone}'.encode()).hexdigest()}"
+    )
+    if checked.exists() and len(nodes) > FEW:
+        return
+    groups = [range(at, min(at + FEW, len(nodes))) for at in range(0, len(nodes), FEW)]
+    # Few are read in this process, where workers that are forked later find them.
+    count = prepared.settings.workers if len(groups) > 1 else 0
+    with Workers(count, device="cpu") as workers:
+        tasks = [workers.submit(_read_examples, job, nodes, group) for group in groups]
+        with console.steps("reading sites", len(tasks) if len(tasks) > 1 else 0) as steps:
+            for group, task in zip(groups, tasks, strict=True):
+                task.result()
+                if len(tasks) > 1:
+                    steps.done(f"{group.stop:,} of {len(nodes):,} sites")
+    write_text(checked, "")
+
+
+def _read_examples(job: Job, nodes: Nodes, sites: Sequence[int]) -> None:
+    for site in sites:
+        splits = open_participant(nodes[site]).splits(job)
+        for examples in (splits.train, splits.validation, splits.test):
+            len(examples)
+
+
+def inputs_of(job: Job, prepared: PreparedSites, engine: str) -> dict[str, str]:
+    """What a run of ``job`` must find unchanged when it is resumed."""
+    backbone = open_workbench(job).backbone.fingerprint
+    return {"data": prepared.folder.name, "backbone": backbone, "engine": engine}
