@@ -228,7 +228,7 @@ def test_the_best_is_chosen_on_validation_where_there_is_one(tmp_path: Path) -> 
     assert (results.chosen_by, results.best) == ("validation_accuracy", 0)
     said = " ".join([sweep_page.headline(results), *sweep_page.footnotes(results)])
     assert "Best by federated validation accuracy: rate=1, 80.0 ± 127.1 %" in said
-    assert "the next is 20.0 points behind" in said
+    assert "the next, rate=3, is 20.0 ± 254.1 points behind, which 2 seeds cannot tell" in said
     assert "The best of many cells by the test column would look better" in said
     assert "picked on the test set" not in said
 
@@ -247,11 +247,11 @@ def test_a_row_with_a_failed_seed_is_not_the_best(tmp_path: Path) -> None:
     results = gather(tmp_path, "job", AXES, (broken, *good.cells[1:]))
     assert results.best == 1
     columns, (first, second) = sweep_page.table(results)
-    assert first[0] == "rate=1" and first[-1] == "1 of 2 failed" and second[-1] == "best"
+    assert first[0] == "1" and first[-1] == "1 of 2 failed" and second[-1] == "best"
     assert first[columns.index("test %")] == "60.0"  # of the one seed that finished
     sweep_page.write_table(results)
     text = (tmp_path / "table.md").read_text()
-    assert "- failed: rate=1 seed=0: too \\| few sites" in text.replace("training.", "")
+    assert "- failed: training.rate=1 seed=0: too \\| few sites" in text
     (head, *lines) = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {head.count("|")}
 
@@ -270,7 +270,7 @@ def test_nothing_is_best_of_one_or_of_none(tmp_path: Path) -> None:
 def test_columns_without_any_value_are_left_out(tmp_path: Path) -> None:
     results = two_rows(tmp_path, validation=(None, None, None, None))
     columns, _ = sweep_page.table(results)
-    assert columns[:3] == ["setting", "test %", "macro F1 %"]
+    assert columns[:3] == ["rate", "test %", "macro F1 %"]
 
 
 def test_the_json_has_rows_cells_and_the_grid(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_the_page_shows_values_as_text(tmp_path: Path) -> None:
     results = gather(tmp_path, "job", (Axis("a.b", ("<b>x</b>", "y")),), cells)
     sweep_page.write_page(results)
     page = (tmp_path / "sweep.html").read_text()
-    assert "b=&lt;b&gt;x&lt;/b&gt;" in page and "<b>x" not in page
+    assert ">&lt;b&gt;x&lt;/b&gt;<" in page and "<b>x" not in page
     assert 'src="data:image/png;base64,' in page and 'href="runs/run-1/report.html"' in page
 
 

@@ -32,7 +32,7 @@ def sweep(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> int:
-    """Simulate a job with every combination of settings, over several seeds; say which is best."""
+    """Simulate a job with each combination of settings and seed; tell the best."""
     console = Console(as_json=as_json, quiet=quiet)
     if resume is not None and (job is not None or overrides or seeds is not None):
         raise InputError(

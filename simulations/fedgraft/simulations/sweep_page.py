@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fedgraft.common.console import Console
 from fedgraft.common.files import write_atomically, write_text
-from fedgraft.simulations.over_seeds import Spread
+from fedgraft.simulations.over_seeds import Spread, spread
+from fedgraft.simulations.sweep_grid import short_names
 from fedgraft.simulations.sweep_results import Results, Row
 
 __all__ = ["show", "table", "write_page", "write_table"]
@@ -26,18 +27,29 @@ COLUMNS: tuple[tuple[str, str, Callable[[Spread], str]], ...] = (
     ("s", "seconds", lambda found: f"{found.mean:.0f}"),
     ("MB", "peak_memory_mb", lambda found: f"{found.mean:.0f}"),
 )
+ROOMY = {"macro_f1", "loss"}
 _NAMES = {"validation_accuracy": "federated validation", "test_accuracy": "pooled test"}
 
 
-def table(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Headings and a line a combination; columns that no cell has a value for are left out."""
-    columns = [column for column in COLUMNS if any(row.values(column[1]) for row in results.rows)]
+def table(results: Results, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Headings and a line a combination; columns that no cell has a value for are left out.
+
+    ``narrow`` leaves out what a terminal has no room for.
+    """
+    columns = [
+        column
+        for column in COLUMNS
+        if any(row.values(column[1]) for row in results.rows)
+        and not (narrow and column[1] in ROOMY)
+    ]
+    names = short_names([axis.key for axis in results.swept])
     lines = []
     for at, row in enumerate(results.rows):
         means = [(row.spread(metric), write) for _, metric, write in columns]
         numbers = [NONE if found is None else write(found) for found, write in means]
-        lines.append([row.label, *numbers, "best" if at == results.best else _state(row)])
-    return ["setting", *(name for name, _, _ in columns), ""], lines
+        settings = list(row.settings.values()) or [row.label]
+        lines.append([*settings, *numbers, "best" if at == results.best else _state(row)])
+    return [*(names.values() or ["job"]), *(name for name, _, _ in columns), ""], lines
 
 
 def _state(row: Row) -> str:
@@ -47,17 +59,27 @@ def _state(row: Row) -> str:
 
 
 def headline(results: Results) -> str:
-    """What was chosen and by how much the next one is behind, in one sentence."""
+    """What was chosen, and by how much the next one is behind on the same seeds, as a sentence."""
     if results.best is None or results.chosen_by is None:
-        return "No best setting: there is nothing to choose between yet."
-    metric, row = results.chosen_by, results.rows[results.best]
-    best = row.spread(metric)
-    others = [other.spread(metric) for other in results.rows if other is not row and other.complete]
-    behind = [best.mean - other.mean for other in others if best and other]
-    text = (
-        f"Best by {_NAMES[metric]} accuracy: {row.label}, {best.text(scale=100) if best else ''} %"
-    )
-    return f"{text}; the next is {100 * min(behind):.1f} points behind." if behind else f"{text}."
+        return "No best setting: there is nothing to choose between."
+    metric, best = results.chosen_by, results.rows[results.best]
+    mean = spread(best.values(metric)).text(scale=100)
+    text = f"Best by {_NAMES[metric]} accuracy: {best.label}, {mean} %"
+    gaps = [
+        (_gap(best, row, metric), row) for row in results.rows if row.complete and row is not best
+    ]
+    if not gaps:
+        return f"{text}."
+    gap, row = min(gaps, key=lambda found: found[0].mean)
+    text += f"; the next, {row.label}, is {gap.text(scale=100)} points behind"
+    unsure = gap.half is not None and gap.half >= gap.mean
+    return text + (f", which {len(results.seeds)} seeds cannot tell from 0." if unsure else ".")
+
+
+def _gap(best: Row, row: Row, metric: str) -> Spread:
+    """Seed by seed, for a seed deals both rows the same split: chance in that cancels out."""
+    pairs = zip(best.values(metric), row.values(metric), strict=True)
+    return spread([ours - theirs for ours, theirs in pairs])
 
 
 def footnotes(results: Results) -> list[str]:
@@ -94,13 +116,13 @@ def failures(results: Results) -> list[str]:
 
 def show(console: Console, results: Results) -> None:
     """The table on the console, and where everything is."""
-    console.table(f"Sweep of {results.job}", *table(results))
+    console.table(f"Sweep of {results.job}", *table(results, narrow=True))
     for line in (headline(results), *footnotes(results)):
         console.text(line)
     for line in failures(results):
         console.text(f"failed: {line}")
     console.text("")
-    console.text(f"sweep: {results.folder}  page: {results.folder}/sweep.html")
+    console.text(f"sweep: {results.folder}  more: table.md, sweep.html and results.json in it")
     if results.best is not None:
         run = results.rows[results.best].cells[0].run
         console.text(f"next: fedgraft export {results.folder}/runs/{run}")
@@ -109,7 +131,8 @@ def show(console: Console, results: Results) -> None:
 def write_table(results: Results) -> None:
     """Write ``table.md`` into the sweep's folder."""
     columns, lines = table(results)
-    marks = ["---", *["--:"] * (len(columns) - 2), "---"]
+    keys = max(1, len(results.swept))
+    marks = [*["---"] * keys, *["--:"] * (len(columns) - keys - 1), "---"]
     grid = [_markdown(line) for line in (columns, marks, *lines)]
     failed = [f"- failed: {_inline(line)}" for line in failures(results)]
     parts = [f"# Sweep of {results.job}", headline(results), "\n".join(grid), "\n".join(failed)]

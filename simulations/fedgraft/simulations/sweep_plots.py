@@ -16,12 +16,13 @@ from fedgraft.simulations.sweep_results import Results, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Transform
 
 __all__ = ["draw"]
 
 PANELS = {
-    "validation_accuracy": "Federated validation accuracy, %",
-    "test_accuracy": "Pooled test accuracy, %",
+    "validation_accuracy": "Federated validation",
+    "test_accuracy": "Pooled test set",
 }
 # Okabe and Ito's hues, told apart with any common colour blindness; markers repeat what they say.
 LOOKS = (("#0067a8", "o"), ("#c04a00", "s"), ("#00795a", "D"), ("#a3437c", "^"), ("#8a6100", "v"),
@@ -29,42 +30,43 @@ LOOKS = (("#0067a8", "o"), ("#c04a00", "s"), ("#00795a", "D"), ("#a3437c", "^"),
 INK, MUTED, LINE = "#1a222c", "#55606e", "#d8dde3"
 LOG_RATIO = 4  # values further apart than this stand on a logarithmic axis
 NAME_LENGTH = 44
+CROWDED = 48  # signs on an x axis; more are set aslant
 
 
 def draw(results: Results) -> bytes:
     """The figure as PNG."""
-    panels = [m for m in PANELS if any(row.values(m) for row in results.rows)]
-    swept = results.swept
-    by_key = 1 <= len(swept) <= 2 and len(swept[-1].values) <= (len(LOOKS) if swept[1:] else 99)
-    if by_key:
-        return _render(lambda figure: _over_key(figure, results, panels), len(panels), 3.4)
-    height = 1.1 + 0.34 * len(results.rows)
-    return _render(lambda figure: _rows(figure, results, panels), len(panels), height)
+    panels = [metric for metric in PANELS if any(row.values(metric) for row in results.rows)]
+    keys = results.swept
+    if len(keys) == 1 or (len(keys) == 2 and len(keys[1].values) <= len(LOOKS)):
+        size = (4.4 * len(panels), 3.4)
+        return _render(lambda figure: _over_key(figure, results, panels), size)
+    longest = max(len(_short(row.label)) for row in results.rows)
+    size = (3.3 * len(panels) + 0.08 * longest, 1.1 + 0.3 * len(results.rows))
+    return _render(lambda figure: _rows(figure, results, panels), size)
 
 
 def _over_key(figure: "Figure", results: Results, panels: Sequence[str]) -> None:
-    """The first key on the x axis, one line (or row of dots) for each value of the second."""
+    """The first key on the x axis, a series for each value of the second."""
     first, second = results.swept[0], results.swept[1] if results.swept[1:] else None
     names = short_names([axis.key for axis in results.swept])
-    numbers = [as_number(value) for value in first.values]
-    spots = {value: float(at) for at, value in enumerate(first.values)}
-    numeric = all(number is not None for number in numbers)
-    if numeric:
-        spots = {value: number for value, number in zip(first.values, numbers, strict=True)
-                 if number is not None}  # fmt: skip
+    spots = _spots(first)
+    series = second.values if second else ("",)
     every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, metric in zip(every, panels, strict=True):
-        for at, value in enumerate(second.values if second else ("",)):
+        for at, value in enumerate(series):
             rows = [r for r in results.rows if not second or r.settings[second.key] == value]
-            shift = 0.0 if numeric or not second else 0.16 * (at - (len(second.values) - 1) / 2)
-            points = [(spots[row.settings[first.key]] + shift, row) for row in rows]
-            label = f"{names[second.key]}={value}" if second else ""
-            _series(axes, sorted(points, key=lambda point: point[0]), metric,
-                    look=LOOKS[at], joined=numeric, label=label)  # fmt: skip
-        _scale(axes, first, spots, numeric)
-        _frame(axes, names[first.key], PANELS[metric])
-        _within_percent(axes.get_ylim, axes.set_ylim)
+            points = sorted(
+                ((spots[row.settings[first.key]], row) for row in rows), key=lambda point: point[0]
+            )
+            label = f"{names[second.key]}={_short(value)}" if second else ""
+            aside = 7 * (at - (len(series) - 1) / 2)  # or intervals would hide each other
+            _series(axes, points, metric, look=LOOKS[at], aside=aside, label=label)
+            if _numeric(first):
+                _join(axes, points, metric, colour=LOOKS[at][0], aside=aside)
+        _scale(axes, first, spots)
+        _frame(axes, PANELS[metric], x=names[first.key], y="accuracy, %")
         axes.grid(axis="y", color=LINE, linewidth=0.8)
+    _within_percent(every[0].get_ylim, every[0].set_ylim)
     if second:
         handles, labels = every[0].get_legend_handles_labels()
         figure.legend(
@@ -73,39 +75,74 @@ def _over_key(figure: "Figure", results: Results, panels: Sequence[str]) -> None
         )  # fmt: skip
 
 
+def _numeric(axis: Axis) -> bool:
+    return all(as_number(value) is not None for value in axis.values)
+
+
+def _spots(axis: Axis) -> dict[str, float]:
+    """Where each value stands: at itself if all are numbers, else one after the other."""
+    numbers = [as_number(value) for value in axis.values]
+    known = [number for number in numbers if number is not None]
+    places = known if len(known) == len(numbers) else [float(at) for at in range(len(numbers))]
+    return dict(zip(axis.values, places, strict=True))
+
+
 def _series(
     axes: "Axes",
     points: Sequence[tuple[float, Row]],
     metric: str,
     *,
     look: tuple[str, str],
-    joined: bool,
+    aside: float,
     label: str,
 ) -> None:
+    """Means with their intervals and single seeds, all moved ``aside`` by some points."""
     colour, marker = look
-    means = [(x, found) for x, row in points if (found := row.spread(metric))]
+    beside = _moved(axes, aside)
     for x, row in points:
-        if len(values := row.values(metric)) > 1:
-            axes.plot([x] * len(values), [100 * v for v in values], ".", color=colour, alpha=0.45,
-                      markersize=5)  # fmt: skip
-    for x, found in means:
-        if found.half is not None:
-            ends = [100 * (found.mean - found.half), 100 * (found.mean + found.half)]
-            axes.plot([x, x], ends, color=colour, linewidth=1.6)
-    axes.plot([x for x, _ in means], [100 * found.mean for _, found in means], marker=marker,
-              linestyle="-" if joined else "", color=colour, markersize=7, linewidth=1.6,
-              markeredgecolor="white", label=label)  # fmt: skip
+        if (found := row.spread(metric)) is None:
+            continue
+        half = found.half or 0.0
+        ends = [100 * (found.mean - half), 100 * (found.mean + half)]
+        axes.update_datalim([(x, end) for end in ends])  # which moved lines do not do
+        if half:
+            values = [100 * value for value in row.values(metric)]
+            axes.plot([x, x], ends, color=colour, linewidth=1.4, alpha=0.7, transform=beside)
+            axes.plot([x] * len(values), values, marker, color=colour, alpha=0.5, markersize=3.5,
+                      markeredgewidth=0, transform=beside)  # fmt: skip
+        axes.plot([x], [100 * found.mean], marker, color=colour, markersize=7, zorder=4,
+                  markeredgecolor="white", transform=beside, label=label)  # fmt: skip
+        label = ""  # one entry in the legend
 
 
-def _scale(axes: "Axes", axis: Axis, spots: Mapping[str, float], numeric: bool) -> None:
+def _join(
+    axes: "Axes", points: Sequence[tuple[float, Row]], metric: str, *, colour: str, aside: float
+) -> None:
+    means = [(x, 100 * found.mean) for x, row in points if (found := row.spread(metric))]
+    xs, ys = [x for x, _ in means], [y for _, y in means]
+    axes.plot(xs, ys, color=colour, linewidth=1.6, transform=_moved(axes, aside))
+
+
+def _moved(axes: "Axes", points: float) -> "Transform":
+    from matplotlib.transforms import ScaledTranslation
+
+    moved: Transform = axes.transData + ScaledTranslation(
+        points / 72, 0, axes.figure.dpi_scale_trans
+    )
+    return moved
+
+
+def _scale(axes: "Axes", axis: Axis, spots: Mapping[str, float]) -> None:
     """Ticks are the values as they were written, and nothing between them."""
     places = list(spots.values())
-    if numeric and min(places) > 0 and max(places) / min(places) > LOG_RATIO:
+    if not _numeric(axis):
+        axes.set_xlim(-0.5, len(places) - 0.5)
+    elif min(places) > 0 and max(places) / min(places) > LOG_RATIO:
         axes.set_xscale("log")
         axes.minorticks_off()
-    elif not numeric:
-        axes.set_xlim(-0.5, len(places) - 0.5)
-    crowded = sum(len(_short(value)) for value in axis.values) > 36
+    axes.margins(x=0.12)
+    axes.autoscale_view()
+    crowded = sum(len(_short(value)) + 2 for value in axis.values) > CROWDED
     axes.set_xticks(places, [_short(value) for value in axis.values],
                     rotation=30 if crowded else 0, ha="right" if crowded else "center")  # fmt: skip
 
@@ -113,30 +150,33 @@ def _scale(axes: "Axes", axis: Axis, spots: Mapping[str, float], numeric: bool) 
 def _rows(figure: "Figure", results: Results, panels: Sequence[str]) -> None:
     """One row a combination, from top to bottom."""
     colour, marker = LOOKS[0]
-    every = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    every = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
     for axes, metric in zip(every, panels, strict=True):
         for at, row in enumerate(results.rows):
             if (found := row.spread(metric)) is None:
                 continue
-            values = [100 * value for value in row.values(metric)]
             if found.half is not None:
-                axes.plot(values, [at] * len(values), ".", color=colour, alpha=0.45, markersize=5)
+                values = [100 * value for value in row.values(metric)]
                 ends = [100 * (found.mean - found.half), 100 * (found.mean + found.half)]
-                axes.plot(ends, [at, at], color=colour, linewidth=1.6)
-            axes.plot([100 * found.mean], [at], marker, color=colour, markersize=7,
+                axes.plot(ends, [at, at], color=colour, linewidth=1.4, alpha=0.7)
+                axes.plot(values, [at] * len(values), marker, color=colour, alpha=0.5,
+                          markersize=3.5, markeredgewidth=0)  # fmt: skip
+            axes.plot([100 * found.mean], [at], marker, color=colour, markersize=7, zorder=4,
                       markeredgecolor="white")  # fmt: skip
-        axes.set_yticks(range(len(results.rows)), [_short(row.label) for row in results.rows])
-        axes.set_ylim(len(results.rows) - 0.5, -0.5)
-        _frame(axes, PANELS[metric], "")
-        _within_percent(axes.get_xlim, axes.set_xlim)
+        labels = [_short(row.label) if axes is every[0] else "" for row in results.rows]
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        _frame(axes, PANELS[metric], x="accuracy, %", y="")
         axes.grid(axis="x", color=LINE, linewidth=0.8)
+    _within_percent(every[0].get_xlim, every[0].set_xlim)
 
 
-def _frame(axes: "Axes", x: str, y: str) -> None:
+def _frame(axes: "Axes", title: str, *, x: str, y: str) -> None:
+    axes.set_title(title, color=INK, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=3, labelleft=True)
+    axes.tick_params(colors=INK, length=3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
 
@@ -154,8 +194,8 @@ def _short(text: str) -> str:
     return text if len(text) <= NAME_LENGTH else text[: NAME_LENGTH - 1] + "…"
 
 
-def _render(paint: Callable[["Figure"], None], panels: int, height: float) -> bytes:
-    """Draw on a figure of ``panels`` beside each other, ``height`` inches high."""
+def _render(paint: Callable[["Figure"], None], size: tuple[float, float]) -> bytes:
+    """Draw on a figure of ``size``, width and height in inches."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -166,7 +206,7 @@ def _render(paint: Callable[["Figure"], None], panels: int, height: float) -> by
         # a value called "$a$" is a name, not a formula
         matplotlib.rcParams.update({"font.size": 10, "text.parse_math": False})
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(4.6 * panels, height), dpi=150, layout="constrained")
+        figure = Figure(figsize=size, dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         paint(figure)
         figure.savefig(written, format="png", metadata={"Software": None})
