@@ -98,7 +98,7 @@ def test_killed_in_the_second_cell_it_loses_nothing_but_the_round(
     wait_for(process, place, "*/runs/*/checkpoints/round-*", 3)  # two of the first run are kept
     (folder,) = (place / "sweeps").iterdir()
     code, _, err = command(capsys, "sweep", "--resume", str(folder))
-    assert code == 1 and "is in use by another process" in err
+    assert code == 1 and f"error: {folder} is in use by another process" in err
     process.kill()
     process.wait()
     first, second = list_runs(folder / "runs")
