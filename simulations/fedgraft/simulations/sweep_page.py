@@ -22,7 +22,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Spread], str]], ...] = (
     ("test %", "test_accuracy", lambda found: found.text(scale=100)),
     ("macro F1 %", "macro_f1", lambda found: found.text(scale=100)),
     ("loss", "loss", lambda found: found.text(digits=3)),
-    ("rounds", "rounds", lambda found: f"{found.mean:.3g}"),
+    ("rounds", "rounds", lambda found: f"{found.mean:.1f}".removesuffix(".0")),
     ("kB up", "bytes_up_per_site_round", lambda found: f"{found.mean / 1000:.0f}"),
     ("s", "seconds", lambda found: f"{found.mean:.0f}"),
     ("MB", "peak_memory_mb", lambda found: f"{found.mean:.0f}"),
