@@ -8,13 +8,12 @@ A seed changes everything random: the split over sites, the head, the factors, t
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t
+from fedgraft.simulations.over_seeds import spread
 
 MODELS = ("federated", "central", "head_only", "zero_shot", "local_only")
 
@@ -25,15 +24,6 @@ def run(job: Path, seed: int, overrides: list[str], runs: Path) -> dict[str, Any
     command = [sys.executable, "-m", "fedgraft", "simulate", str(job), "--runs", str(runs), *sets]
     done = subprocess.run([*command, "--json"], stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout))
-
-
-def mean_and_interval(values: list[float]) -> str:
-    """Mean in percent with a 95 % t-interval over seeds."""
-    mean = 100 * statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    error = 100 * statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:.1f} ± {t.ppf(0.975, len(values) - 1) * error:.1f}"
 
 
 def table(summaries: list[dict[str, Any]]) -> str:
@@ -49,7 +39,7 @@ def table(summaries: list[dict[str, Any]]) -> str:
         if not values:
             continue
         cells = " | ".join("not run" if m is None else f"{100 * m['accuracy']:.1f}" for m in found)
-        lines.append(f"| {model.replace('_', ' ')} | {cells} | {mean_and_interval(values)} |")
+        lines.append(f"| {model.replace('_', ' ')} | {cells} | {spread(values).text(scale=100)} |")
     gaps = [
         s["final"]["central"]["accuracy"] - s["final"]["federated"]["accuracy"]
         for s in summaries
@@ -57,7 +47,8 @@ def table(summaries: list[dict[str, Any]]) -> str:
     ]
     if len(gaps) == len(summaries):
         cells = " | ".join(f"{100 * gap:.1f}" for gap in gaps)
-        lines.append(f"| central minus federated, points | {cells} | {mean_and_interval(gaps)} |")
+        mean = spread(gaps).text(scale=100)
+        lines.append(f"| central minus federated, points | {cells} | {mean} |")
     rows = (
         ("seconds", "seconds", "{:.0f}"),
         ("peak memory, MB", "peak_memory_mb", "{:.0f}"),

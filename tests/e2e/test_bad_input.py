@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from commands import command
 from federations import write_digits
 
-from fedgraft.common import cli
 from fedgraft.common.backbones import BUILTIN
 
 TEXT_JOB = """
@@ -29,19 +28,6 @@ sites = 2
 train = "train.jsonl"
 partition = { kind = "iid" }
 """
-
-
-def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Run ``fedgraft`` in this process: exit code, stdout, stderr."""
-    before = sys.argv
-    sys.argv = ["fedgraft", *arguments]
-    try:
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(left.value.code or 0), out, err
 
 
 @pytest.fixture

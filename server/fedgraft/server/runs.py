@@ -14,7 +14,6 @@ Metrics of rounds after the checkpoint are cut off on resume, because those roun
 Nothing here needs torch, so that looking at runs is quick.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from fedgraft.common.errors import InputError, RunError
 from fedgraft.common.files import write_text
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job, parse_job
+from fedgraft.common.locks import lock_folder
 from fedgraft.server.checkpoints import load_newest, load_partial, save_checkpoint, save_partial
 from fedgraft.server.state import Dropped, Partial, RoundRecord, State
 
@@ -101,16 +101,7 @@ class Run:
         return cls(folder)
 
     def __enter__(self) -> Self:
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            # lockf, not flock: forked workers must not inherit it and outlive us with it
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise RunError(
-                f"{self.folder} is in use by another process",
-                hint="wait for it, or stop it first",
-            ) from None
+        self._lock = lock_folder(self.folder)
         return self
 
     def __exit__(
