@@ -6,15 +6,17 @@ checkpoint, a comparison that was finished is read back; one that was not starts
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedgraft.client.participant import load_splits
 from fedgraft.client.site import load_site
 from fedgraft.common.adapters import Vector
 from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.job import Simulation as SimulationSettings
+from fedgraft.common.messages import Stage
 from fedgraft.common.workbench import cache_folder, choose_device, open_workbench
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
@@ -26,6 +28,8 @@ from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.summary import run_facts
 from fedgraft.server.transport import Transport
 from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
+from fedgraft.simulations.faults import Fates, Step
+from fedgraft.simulations.faulty_grid import FaultyGrid, Waited
 from fedgraft.simulations.grid import LocalGrid, NodeConfig
 from fedgraft.simulations.identities import FILE, found_federation
 from fedgraft.simulations.memory import PeakMemory
@@ -46,6 +50,7 @@ def prepare(job: Job, engine: str = "local") -> PreparedSites:
         InputError: what is wrong.
     """
     if engine == "ray":
+        _refuse_faults(job)
         require_ray()
     prepared = prepare_sites(job, cache_folder() / "sites")
     choose_device(prepared.settings.device)
@@ -86,8 +91,12 @@ def simulate(
         masking = Masking(federation, run.next_masked_round) if federation else None
         plan = make_plan(job, bench, run.session, masking)
         console.note(_headline(job, sites, plan))
+        fates = Fates.draw(job, [site.name for site in sites])
+        if settings.faults.any:
+            run.event("faults", **fates.facts())
+            console.note(fates.describe())
         nodes = tuple(_node(site, run, device) for site in sites)
-        simulation = _Simulation(job, settings, run, nodes, workers, masking)
+        simulation = _Simulation(job, settings, run, nodes, workers, masking, fates)
         behind = run.latest(plan.exchanged)
         done = behind.round if behind else 0
         earlier = sum(line["seconds"] for line in run.history()[:done])
@@ -103,6 +112,7 @@ def simulate(
         "seconds": round(earlier + time.monotonic() - started, 3),
         "peak_memory_mb": round(memory.megabytes, 1),
         "skipped_images": prepared.skipped,
+        "faults": fates.summary(run.events()) if settings.faults.any else None,
         "final": final_metrics(measured, job.job.seed),
         "sites": site_results(sites, measured, job.job.seed),
     }
@@ -122,6 +132,7 @@ class _Simulation:
     nodes: tuple[NodeConfig, ...]
     workers: Workers
     masking: Masking | None
+    fates: Fates
 
     def federate(self, console: Console, engine: str, done: int) -> Vector:
         """The federation itself, ``done`` rounds of it behind us; the final exchanged adapter."""
@@ -136,12 +147,29 @@ class _Simulation:
                     self.job, self.run, self.nodes, federation=federation, on_round=on_round
                 )
             return coordinate(
-                self.transport(), self.job, self.run, federation=federation, on_round=on_round
+                self.transport(self.waited),
+                self.job,
+                self.run,
+                federation=federation,
+                on_round=on_round,
             )
 
-    def transport(self) -> Transport:
-        """The sites in this process; the clock stands, for waiting for a core is not being late."""
-        return Transport(LocalGrid(self.nodes, self.workers), clock=lambda: 0.0)
+    def transport(self, waited: Waited = lambda step, stage, seconds: None) -> Transport:
+        """The sites in this process; the clock stands, for waiting for a core is not being late.
+
+        It moves for faults alone; ``waited`` is told how far.
+        """
+        grid = LocalGrid(self.nodes, self.workers)
+        if not self.settings.faults.any:
+            return Transport(grid, clock=lambda: 0.0)
+        faulty = FaultyGrid(grid, self.fates, waited)
+        return Transport(faulty, clock=faulty.clock)
+
+    def waited(self, step: Step, stage: Stage, seconds: float) -> None:
+        """Record how long the coordinator would have waited for the replies of a stage."""
+        self.run.event(
+            "waited", **asdict(step), stage=stage.name.lower(), seconds=round(seconds, 3)
+        )
 
     def trial(self, plan: Plan, adapter: Vector, number: int) -> Trial:
         """``adapter`` after round ``number`` as something to compare with."""
@@ -192,6 +220,14 @@ class _Simulation:
                 warn=self.run.warn,
             )
         return self.trial(plan, state.final, state.round)
+
+
+def _refuse_faults(job: Job) -> None:
+    if job.simulation is not None and job.simulation.faults.any:
+        raise InputError(
+            "faults are played by the local engine, which has a clock of its own",
+            hint="--engine local, or a job without [simulation.faults]",
+        )
 
 
 def _node(site: SimulatedSite, run: Run, device: str) -> NodeConfig:
