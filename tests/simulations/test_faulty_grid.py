@@ -16,14 +16,19 @@ from fedgraft.common.errors import SiteFailure, TooFewSites
 from fedgraft.common.faults import Faults
 from fedgraft.common.messages import Stage, decode, encode
 from fedgraft.common.payloads import (
+    ConfirmAsk,
     EvaluateReply,
     EvaluateRequest,
     PlanReply,
     PlanRequest,
     Refusal,
+    Request,
+    SharesAsk,
     TrainReply,
     TrainRequest,
+    UnmaskAsk,
 )
+from fedgraft.common.secagg.statements import SharesRequest, Survivors, UnmaskRequest
 from fedgraft.server.rounds import run_round
 from fedgraft.server.transport import Reply, Transport
 from fedgraft.simulations.faults import NEVER, Fates, Step
@@ -47,6 +52,8 @@ def app(message: Message, context: Context) -> Message:
     if stage is Stage.EVALUATE:
         reply = EvaluateReply(SESSION, 1, np.zeros(5))
         return Message(encode(reply), reply_to=message)
+    if stage is not Stage.TRAIN:
+        return Message(encode(Refusal(SESSION, "no-masks-here")), reply_to=message)
     if site == "broken":
         raise SiteFailure("broken")
     if site == "sulky":
@@ -118,7 +125,12 @@ def test_without_faults_replies_are_those_of_the_grid_inside() -> None:
 
 
 def test_an_invitation_is_never_lost() -> None:
-    Federation(plan(gone=dict.fromkeys("abcdef", 0), delays=dict.fromkeys("abcdef", 1e9)))
+    doomed = plan(gone=dict.fromkeys("abcdef", 0), delays=dict.fromkeys("abcdef", 1e9))
+    federation = Federation(doomed)
+    again = Transport(federation.grid, clock=federation.grid.clock)
+    request = PlanRequest(SESSION, "{}", "b", "l", ("w",), "f")
+    assert not any(reply.failure for reply in again.invite(request, DEADLINE))
+    assert again.sites == tuple("abcdef")
 
 
 def test_who_vanishes_is_never_asked_and_costs_the_deadline() -> None:
@@ -264,6 +276,20 @@ def test_a_site_that_vanishes_in_a_masked_round_stays_away(
     assert record.sites == len(left)
     assert np.abs(state.adapter - consortium.mean_of(left)).max() < 1e-5
     assert np.abs(state.adapter - consortium.mean_of(consortium.names)).max() > 1e-5 or stage > 2
+
+
+def test_who_has_vanished_is_gone_also_when_asked_again() -> None:
+    """The coordinator would not ask it; the grid does not rely on that."""
+    federation = Federation(plan(gone={"b": 3}), "abc")
+    asks: dict[Stage, Request] = {
+        Stage.SHARES: SharesAsk(SESSION, SharesRequest(())),
+        Stage.CONFIRM: ConfirmAsk(SESSION, Survivors((), (), ())),
+        Stage.UNMASK: UnmaskAsk(SESSION, UnmaskRequest(())),
+    }
+    for stage, ask in asks.items():
+        list(federation.transport.ask("abc", stage, ask, DEADLINE))
+    assert [stage for site, stage in ASKED if site == "b"] == [Stage.SHARES.value]
+    assert len(ASKED) == 3 * 2 + 1
 
 
 def test_too_many_that_vanish_abort_a_masked_round(tmp_path: Path) -> None:
