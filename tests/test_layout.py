@@ -22,6 +22,7 @@ FLOWER = {
     "client/app.py",
     "server/app.py",
     "server/transport.py",
+    "simulations/faulty_grid.py",
     "simulations/grid.py",
     "simulations/ray.py",
 }

@@ -113,6 +113,29 @@ def test_a_wrong_job_is_refused(
     refused(capsys, place, what, hint)
 
 
+@pytest.mark.parametrize("poison", ["sign-flip", "noise", "nan"])
+def test_poison_of_masked_updates_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], poison: str
+) -> None:
+    faults = ("poisoned=0.5", f"poison={poison}")
+    options = [word for one in faults for word in ("--set", f"simulation.faults.{one}")]
+    more = ("simulation.sites=5", "privacy.secure_aggregation.enabled=true")
+    options += [word for one in more for word in ("--set", one)]
+    refused(capsys, place, "masks cannot be altered", 'poison = "labels"', *options)
+
+
+@pytest.mark.parametrize("fault", ["dropout", "stragglers", "poisoned"])
+def test_faults_on_another_engine_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    options = ("--set", f"simulation.faults.{fault}=0.5", "--engine", "ray")
+    code, out, err = command(capsys, "simulate", "job.toml", *options)
+    assert code == 2 and out == ""
+    assert "error: faults are played by the local engine" in err
+    assert "hint: --engine local" in err and "Traceback" not in err
+    assert not (place / "runs").exists()
+
+
 def test_a_missing_job_file_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "job.toml").unlink()
     refused(capsys, place, "no file job.toml", "fedgraft init")

@@ -4,13 +4,13 @@ Only the meaning of a job lives here; reading it from TOML, overriding it and ex
 wrong with it is ``jobfile.py``. A ``Job`` that exists is consistent: illegal pairs do not validate.
 """
 
-import re
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from fedgraft.common.faults import Faults
 from fedgraft.common.privacy import Privacy
-from fedgraft.common.section import Cache, IllegalJob, Section
+from fedgraft.common.section import Cache, Duration, IllegalJob, Section
 
 __all__ = [
     "Aggregation",
@@ -35,22 +35,6 @@ INDIVIDUAL: frozenset[Rule] = frozenset({"median"})
 Baseline = Literal["zero_shot", "head_only", "local_only", "central"]
 BASELINES: tuple[Baseline, ...] = ("zero_shot", "head_only", "local_only", "central")
 HeadPolicy = Literal["shared", "local", "frozen"]
-
-_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def _seconds(value: object) -> object:
-    """Turn ``"90s"``, ``"30m"``, ``"2h"``, ``"1d"`` or a number of seconds into seconds."""
-    if isinstance(value, str) and (
-        match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
-    ):
-        return float(match[1]) * _UNITS[match[2]]
-    if isinstance(value, str):
-        raise ValueError('write a duration as "90s", "30m", "2h" or "1d"')
-    return value
-
-
-Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
 class General(Section):
@@ -261,6 +245,7 @@ class Simulation(Section):
         default=(), description="LoRA ranks of sites, in turn; method.rank if empty"
     )
     cache: Cache = Field(default=Cache(memory=64_000_000), description="memory: of all processes")
+    faults: Faults = Faults()
 
 
 class Job(Section):
@@ -309,6 +294,8 @@ class Job(Section):
                 f"aggregation.rule = one of {others}, "
                 "or privacy.secure_aggregation.enabled = false",
             )
+        if self.simulation is not None and self.privacy.secure_aggregation.enabled:
+            self.simulation.faults.check_masked()
         if self.simulation is not None and self.simulation.sites is not None:
             self.check_sites(self.simulation.sites)
         elif self.rounds.cohort is not None:

@@ -5,9 +5,24 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["Cache", "IllegalJob", "Section", "Size"]
+__all__ = ["Cache", "Duration", "IllegalJob", "Section", "Size"]
 
 NUMBERS = (int, float, int | None, float | None)
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def _seconds(value: object) -> object:
+    """Turn ``"90s"``, ``"30m"``, ``"2h"``, ``"1d"`` or a number of seconds into seconds."""
+    if isinstance(value, str) and (
+        match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
+    ):
+        return float(match[1]) * _UNITS[match[2]]
+    if isinstance(value, str):
+        raise ValueError('write a duration as "90s", "30m", "2h" or "1d"')
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
 class IllegalJob(ValueError):

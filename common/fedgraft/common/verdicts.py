@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
 __all__ = ["Outcome", "Verdict", "macro_f1_interval", "verdict", "wilson_interval"]
 
 Outcome = Literal["helped", "hurt", "unclear", "unknown"]

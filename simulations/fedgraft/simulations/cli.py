@@ -92,6 +92,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
         f"{summary['peak_memory_mb']:.0f} MB; a site sent "
         f"{summary['bytes_up_per_site_round'] / 1000:.0f} kB a round"
     )
+    if faults := summary.get("faults"):
+        console.text(f"{faults['told']}; waiting for sites: {faults['waited']:,.0f} s, simulated")
     folder = summary["folder"]
     console.text(f"run: {folder}  report: {folder}/report.html")
     console.text(f"next: fedgraft export {folder}")

@@ -29,6 +29,7 @@ from fedgraft.common.job import Job, Partition, Simulation
 from fedgraft.common.processors import open_image, to_channels
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.simulations.faults import Fates, wrong_labels
 from fedgraft.simulations.shifts import Shift, draw_shifts
 from fedgraft.simulations.sources import (
     DIGITS,
@@ -48,7 +49,10 @@ TRIES = 300
 
 @dataclass(frozen=True)
 class SimulatedSite:
-    """A site and what is in its folder; ``classes`` counts training examples per label."""
+    """A site and what is in its folder; ``classes`` counts training examples per label.
+
+    At a site with poisoned labels these are the wrong ones, as in its files.
+    """
 
     name: str
     examples: int
@@ -218,7 +222,11 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
     # In one piece: taking rows from thousands of chunks, one a file, looks through all of them.
     train = pool.train.with_format("arrow")[:].combine_chunks()
     test = train if pool.test is None else pool.test.with_format("arrow")[:].combine_chunks()
+    poisoned = Fates.draw(job, list(shares)).poisoned if simulation.faults.poisons_labels else ()
+    right = labels, train
+    wrong = _with_labels(train, wrong_labels(labels, classes)) if poisoned else right
     for (name, share), shift in zip(shares.items(), shifts, strict=True):
+        labels, train = wrong if name in poisoned else right
         rows = {"train": (train, share.train), "test": (test, share.test)}
         _write_site(job, rows, shift, folder / name)
         index.append(
@@ -232,6 +240,12 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
         )
     facts = {"sites": index, "skipped": pool.skipped}
     (folder / "sites.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def _with_labels(rows: pa.Table, labels: Indices) -> tuple[Indices, pa.Table]:
+    """``labels`` [n], and the rows with them in the place of their own."""
+    at = rows.schema.get_field_index("label")
+    return labels, rows.set_column(at, rows.schema.field(at), pa.array(labels))
 
 
 def _write_site(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from fedgraft.client.participant import open_participant
 from fedgraft.client.stack import open_stack
 from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_text
 from fedgraft.common.job import Job
 from fedgraft.common.workbench import cache_folder, choose_device, open_processor, open_workbench
@@ -33,6 +34,7 @@ def prepare(job: Job, engine: str = "local", console: Console | None = None) -> 
         InputError: what is wrong.
     """
     if engine == "ray":
+        _refuse_faults(job)
         require_ray()
     prepared = prepare_sites(job, cache_folder() / "sites")
     wanted = (job, head_only_job(job)) if "head_only" in prepared.settings.baselines else (job,)
@@ -43,6 +45,14 @@ def prepare(job: Job, engine: str = "local", console: Console | None = None) -> 
     choose_sites_per_pass(job, nodes)
     _check_examples(job, prepared, nodes, console or Console(quiet=True))
     return prepared
+
+
+def _refuse_faults(job: Job) -> None:
+    if job.simulation is not None and job.simulation.faults.any:
+        raise InputError(
+            "faults are played by the local engine, which has a clock of its own",
+            hint="--engine local, or a job without [simulation.faults]",
+        )
 
 
 def _check_examples(job: Job, prepared: PreparedSites, nodes: Nodes, console: Console) -> None:

@@ -6,7 +6,8 @@ checkpoint, a comparison that was finished is read back; one that was not starts
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any
 
 from fedgraft.common.adapters import Vector
@@ -26,6 +27,8 @@ from fedgraft.server.summary import run_facts
 from fedgraft.server.transport import Transport, Watch
 from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
 from fedgraft.simulations.engine import Nodes, choose_sites_per_pass, make_nodes
+from fedgraft.simulations.faults import Fates, Step
+from fedgraft.simulations.faulty_grid import FaultyGrid, Waited
 from fedgraft.simulations.grid import LocalGrid
 from fedgraft.simulations.identities import found_federation
 from fedgraft.simulations.memory import Pace, PeakMemory
@@ -35,6 +38,8 @@ from fedgraft.simulations.results import final_metrics, load_measured, save_meas
 from fedgraft.simulations.workers import Workers
 
 __all__ = ["simulate"]
+
+KEEP_EVERY = 10.0  # seconds between writing out a round under way
 
 
 def simulate(
@@ -60,9 +65,15 @@ def simulate(
         masking = Masking(federation, run.next_masked_round) if federation else None
         plan = make_plan(job, bench, run.session, masking)
         console.note(_headline(job, sites, plan))
+        fates = Fates.draw(job, [site.name for site in sites])
+        if settings.faults.any:
+            run.event("faults", **fates.facts())
+            console.note(fates.describe())
         nodes = make_nodes(job, prepared, states=str(run.folder / "sites"), device=device)
         together = choose_sites_per_pass(job, nodes)
-        simulation = _Simulation(job, settings, run, nodes, workers, masking, together, memory)
+        simulation = _Simulation(
+            job, settings, run, nodes, workers, masking, fates, together, memory
+        )
         behind = run.latest(plan.exchanged)
         done = behind.round if behind else 0
         earlier = sum(line["seconds"] for line in run.history()[:done])
@@ -79,6 +90,7 @@ def simulate(
         "seconds": round(earlier + time.monotonic() - started, 3),
         "peak_memory_mb": round(memory.megabytes, 1),
         "skipped_images": prepared.skipped,
+        "faults": fates.summary(run.events()) if settings.faults.any else None,
         "final": final_metrics(measured, job.job.seed),
         "sites": site_results(sites, measured, job.job.seed),
     }
@@ -98,6 +110,7 @@ class _Simulation:
     nodes: Nodes
     workers: Workers
     masking: Masking | None
+    fates: Fates
     together: int
     memory: PeakMemory
 
@@ -116,18 +129,34 @@ class _Simulation:
                     watch=shown.watch,
                 )
             return coordinate(
-                self.transport(shown.watch),
+                self.transport(shown.watch, self.waited),
                 self.job,
                 self.run,
                 federation=federation,
                 on_round=shown.on_round,
                 together=self.together,
+                # With faults replies come in another order than sites are trained in.
+                keep_every=inf if self.settings.faults.any else KEEP_EVERY,
             )
 
-    def transport(self, watch: Watch) -> Transport:
-        """The sites in this process; the clock stands, for waiting for a core is not being late."""
+    def transport(
+        self, watch: Watch, waited: Waited = lambda step, stage, seconds: None
+    ) -> Transport:
+        """The sites in this process; the clock stands, for waiting for a core is not being late.
+
+        It moves for faults alone; ``waited`` is told how far.
+        """
         grid = LocalGrid(self.nodes, self.workers, together=self.together)
-        return Transport(grid, clock=lambda: 0.0, watch=watch)
+        if not self.settings.faults.any:
+            return Transport(grid, clock=lambda: 0.0, watch=watch)
+        faulty = FaultyGrid(grid, self.fates, waited)
+        return Transport(faulty, clock=faulty.clock, watch=watch)
+
+    def waited(self, step: Step, stage: Stage, seconds: float) -> None:
+        """Record how long the coordinator would have waited for the replies of a stage."""
+        self.run.event(
+            "waited", **asdict(step), stage=stage.name.lower(), seconds=round(seconds, 3)
+        )
 
     def trial(self, plan: Plan, adapter: Vector, number: int) -> Trial:
         """``adapter`` after round ``number`` as something to compare with."""

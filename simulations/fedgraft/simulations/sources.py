@@ -188,7 +188,7 @@ def labels_of(rows: datasets.Dataset) -> Indices:
 
 def rows_digest(job: Job, simulation: Simulation) -> str:
     """A hash over the rows as they are in the files and the settings that shape the sites."""
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "seed": job.job.seed,
         "task": job.job.task,
@@ -196,6 +196,8 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
         "data": job.data.model_dump(include={"text", "image", "label", "on_bad_image"}),
         "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
     }
+    if simulation.faults.poisons_labels:  # else absent: older digests hold
+        settings["poisoned"] = simulation.faults.poisoned
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     images = job.job.task == "image-classification"
     natural = simulation.partition.kind == "natural"

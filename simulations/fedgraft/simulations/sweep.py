@@ -27,7 +27,8 @@ from fedgraft.common.files import write_text
 from fedgraft.common.jobfile import dump_job, parse_job
 from fedgraft.common.locks import lock_folder
 from fedgraft.server.runs import Run, list_runs
-from fedgraft.simulations.simulate import inputs_of, prepare, simulate
+from fedgraft.simulations.preparation import inputs_of, prepare
+from fedgraft.simulations.simulate import simulate
 from fedgraft.simulations.sweep_grid import Axis, Cell
 from fedgraft.simulations.sweep_page import write_page, write_table
 from fedgraft.simulations.sweep_results import (
