@@ -146,7 +146,7 @@ def test_an_evaluation_does_not_hold_on_to_a_sites_data() -> None:
 
     bench = open_workbench(digits_job())
     bench.put()
-    images = ImageExamples(np.arange(4), np.zeros((4, 1, 16, 16), np.float32), np.arange(4))
+    images = ImageExamples(np.arange(4), np.zeros((4, 1, 8, 8), np.float32), np.arange(4))
     window = replace(images, labels=np.arange(1000)[:4])
     found = evaluate(bench.model, window, classes=10)
     assert found.true.tolist() == [0, 1, 2, 3] and found.true.base is None
