@@ -229,7 +229,9 @@ def density(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
                 alpha=round(max(0.08, math.sqrt(count / fullest)), 2),
             )  # fmt: skip
         places = [_SQUARE * place for square in squares for place in square]
-        _face_to_face(axes, min(places) - half, max(places) + half)
+        low, high = min(places) - half, max(places) + half
+        _face_to_face(axes, low, high)
+        axes.set(xlim=(low, high), ylim=(low, high + 0.1 * (high - low)))  # words above the squares
 
     return _render(draw, 400, key)
 

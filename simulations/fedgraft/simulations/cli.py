@@ -105,7 +105,7 @@ def _show_sites(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _show_spread(console: Console, summary: dict[str, Any]) -> None:
-    """For more sites than anyone reads one by one: quantiles, and how many verdicts of each kind."""
+    """For more sites than anyone reads one by one: quantiles, and how many were helped."""
     from fedgraft.server.site_overview import QUANTILES, headline, spread
 
     sites = summary["sites"]
