@@ -21,10 +21,27 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The sums, and which examples were predicted right, bool [examples], in their order."""
+    """The summed ``loss`` (nats), true and predicted labels, both int64 [examples], in their order.
 
-    tally: Tally
-    correct: NDArray[np.bool_]
+    What follows from them is worked out when asked for: thousands of sites' confusion matrices,
+    most of them zeros, need not be held.
+    """
+
+    loss: float
+    true: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    classes: int
+
+    @property
+    def tally(self) -> Tally:
+        """The sums."""
+        return Tally.of(self.loss, self.true, self.predicted, self.classes)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Which examples were predicted right, bool [examples]."""
+        correct: NDArray[np.bool_] = self.predicted == self.true
+        return correct
 
 
 def evaluate(
@@ -52,5 +69,5 @@ def evaluate(
             labels = torch.from_numpy(examples.labels[index]).to(logits.device)
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
             predicted[index] = logits.argmax(-1).cpu().numpy()
-    tally = Tally.of(loss, examples.labels, predicted, classes)
-    return Evaluation(tally, predicted == examples.labels)
+    # A copy: the labels may be a window on all of a site's data.
+    return Evaluation(loss, np.array(examples.labels, np.int64), predicted, classes)

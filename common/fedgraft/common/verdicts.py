@@ -14,6 +14,7 @@ examples than they seem, and then every interval here is too narrow.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = ["Outcome", "Verdict", "macro_f1_interval", "verdict", "wilson_interva
 Outcome = Literal["helped", "hurt", "unclear", "unknown"]
 
 LEVEL = 0.05
+DRAWN_AT_ONCE = 1 << 20  # counts, 8 bytes each
 _Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on either side
 
 
@@ -137,9 +139,14 @@ def macro_f1_interval(
         return 0.0, 1.0
     # Cells at zero stay at zero: with many classes nearly all of the matrix need not be drawn.
     true, predicted = np.nonzero(counts)
-    samples = generator.multinomial(total, counts[true, predicted] / total, size=draws)
-    scores = _macro_f1(samples, true, predicted)
-    low, high = np.quantile(scores, [LEVEL / 2, 1 - LEVEL / 2])
+    shares = counts[true, predicted] / total
+    # In slices, which are the same draws: a large matrix must not be held 500 times over.
+    most = max(1, DRAWN_AT_ONCE // len(shares))
+    scores = [
+        _macro_f1(generator.multinomial(total, shares, size=size), true, predicted)
+        for size in (min(most, draws - start) for start in range(0, draws, most))
+    ]
+    low, high = np.quantile(np.concatenate(scores), [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
 
@@ -147,27 +154,27 @@ def _macro_f1(
     samples: npt.NDArray[np.int64], true: npt.NDArray[np.intp], predicted: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.float64]:
     """Macro F1 [draws] of counts [draws, cells] whose cell k is (true[k], predicted[k])."""
-    classes = int(max(true.max(), predicted.max())) + 1
-    hits = _sum_by_class(np.where(true == predicted, samples, 0), true, classes)
-    support = _sum_by_class(samples, true, classes)
-    guesses = _sum_by_class(samples, predicted, classes)
+    labels = np.unique(true)  # a class that is never true does not count
+    row_of = {label: row for row, label in enumerate(labels.tolist())}
+    hits, support, guesses = np.zeros((3, len(labels), len(samples)), np.int64)
+    # Cell by cell: there are few of them in a site's matrix, and no copy of all in a large one.
+    cells = np.ascontiguousarray(samples.T)
+    for counts, row, column in zip(cells, true.tolist(), predicted.tolist(), strict=True):
+        support[row_of[row]] += counts
+        if row == column:
+            hits[row_of[row]] = counts
+        if column in row_of:
+            guesses[row_of[column]] += counts
     # F1 = 2 hits / (support + guesses), and support > 0 wherever it counts.
-    f1 = 2 * hits / np.maximum(support + guesses, 1)
-    scores: npt.NDArray[np.float64] = f1.sum(axis=1, where=support > 0) / (support > 0).sum(axis=1)
+    f1 = np.zeros((len(samples), int(labels[-1]) + 1))
+    f1[:, labels] = (2 * hits / np.maximum(support + guesses, 1)).T
+    occurs = np.zeros(f1.shape, np.bool_)
+    occurs[:, labels] = (support > 0).T
+    scores: npt.NDArray[np.float64] = f1.sum(axis=1, where=occurs) / (support > 0).sum(axis=0)
     return scores
 
 
-def _sum_by_class(
-    samples: npt.NDArray[np.int64], labels: npt.NDArray[np.intp], classes: int
-) -> npt.NDArray[np.int64]:
-    """Sums [draws, classes] of the columns that share a label."""
-    order = np.argsort(labels, kind="stable")
-    present, starts = np.unique(labels[order], return_index=True)
-    sums = np.zeros((len(samples), classes), dtype=np.int64)
-    sums[:, present] = np.add.reduceat(samples[:, order], starts, axis=1)
-    return sums
-
-
+@cache  # thousands of sites with small test sets share few pairs of counts
 def _mcnemar(only_federated: int, only_local: int) -> float:
     """Two-sided exact p-value; with no discordant example there is nothing against equality."""
     discordant = only_federated + only_local

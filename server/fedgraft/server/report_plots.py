@@ -9,8 +9,10 @@ Matplotlib is imported when a figure is drawn: reading a run's numbers needs non
 """
 
 import io
+import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +28,7 @@ __all__ = [
     "Look",
     "Picture",
     "curves",
+    "density",
     "dots",
     "scatter",
     "single_dots",
@@ -63,6 +66,7 @@ _VARIABLES = {look.paint: look.variable for look in MODELS.values()} | {
 }
 _WIDTH = 420  # points; one point is one CSS pixel at full size
 _NAME_LENGTH = 22
+_SQUARE = 5  # percentage points: one test example of twenty
 _MARKER_ROUNDS = 40  # above, a marker per round is a smear
 
 
@@ -195,21 +199,55 @@ def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
         axes = figure.subplots()
         values = [100 * value for pair in pairs for value in pair]
         low, high = max(0.0, min(values) - 4), min(100.0, max(values) + 4)
-        axes.plot([low, high], [low, high], color=_MUTED, linewidth=1, linestyle="--")
         axes.scatter(
             [100 * local for local, _ in pairs],
             [100 * federated for _, federated in pairs],
             s=26, facecolor=MODELS["federated"].paint, edgecolor=_PAPER, linewidths=0.6, alpha=0.75,
         )  # fmt: skip
-        axes.text(0.03, 0.96, "federated better", transform=axes.transAxes, color=_MUTED, va="top")
-        axes.text(
-            0.97, 0.04, "local only better", transform=axes.transAxes, color=_MUTED, ha="right"
-        )
-        axes.set_aspect("equal")
-        _frame(axes, "Local only, own test (%)", "Federated, own test (%)")
-        axes.grid(color=_LINE, linewidth=0.8)
+        _face_to_face(axes, low, high)
 
     return _render(draw, 400, key)
+
+
+def density(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
+    """As ``scatter``, for so many sites that only their number in a square can be shown.
+
+    A square is ``_SQUARE`` points wide, its opacity the square root of its share of the fullest.
+    """
+    squares = Counter((_square(local), _square(federated)) for local, federated in pairs)
+    fullest = max(squares.values())
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        half = _SQUARE / 2
+        for (column, row), count in sorted(squares.items()):
+            left, foot = _SQUARE * column - half, _SQUARE * row - half
+            axes.fill(
+                [left, left + _SQUARE, left + _SQUARE, left],
+                [foot, foot, foot + _SQUARE, foot + _SQUARE],
+                color=MODELS["federated"].paint, linewidth=0,
+                alpha=round(max(0.08, math.sqrt(count / fullest)), 2),
+            )  # fmt: skip
+        places = [_SQUARE * place for square in squares for place in square]
+        low, high = min(places) - half, max(places) + half
+        _face_to_face(axes, low, high)
+        axes.set(xlim=(low, high), ylim=(low, high + 0.1 * (high - low)))  # words above the squares
+
+    return _render(draw, 400, key)
+
+
+def _square(share: float) -> int:
+    return math.floor(100 * share / _SQUARE + 0.5)
+
+
+def _face_to_face(axes: "Axes", low: float, high: float) -> None:
+    """Axes in percent, the line of equality from ``low`` to ``high``, and which side is whose."""
+    axes.plot([low, high], [low, high], color=_MUTED, linewidth=1, linestyle="--")
+    axes.text(0.03, 0.96, "federated better", transform=axes.transAxes, color=_MUTED, va="top")
+    axes.text(0.97, 0.04, "local only better", transform=axes.transAxes, color=_MUTED, ha="right")
+    axes.set_aspect("equal")
+    _frame(axes, "Local only, own test (%)", "Federated, own test (%)")
+    axes.grid(color=_LINE, linewidth=0.8)
 
 
 def _line(axes: "Axes", rounds: Sequence[int], line: Curve, scale: float) -> None:

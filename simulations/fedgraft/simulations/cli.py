@@ -10,6 +10,15 @@ from fedgraft.common.errors import InputError
 
 __all__ = ["simulate"]
 
+MANY_SITES = 30  # above, a row and a sentence a site scroll everything else away
+MODELS = {
+    "federated": "fed.",
+    "federated_tuned": "tuned",
+    "local_only": "local",
+    "head_only": "head",
+    "zero_shot": "zero",
+    "central": "central",
+}
 DEMO = Path(__file__).parent / "demo" / "digits.toml"
 
 
@@ -74,18 +83,10 @@ def simulate(
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:
-    models = ("federated", "federated_tuned", "local_only", "head_only", "zero_shot", "central")
-    titles = ("fed.", "tuned", "local", "head", "zero", "central")
-    rows = [
-        [site["name"], str(site["examples"]), *(_share(site[m]) for m in models), site["outcome"]]
-        for site in summary["sites"]
-    ]
-    pooled = [_share(summary["final"].get(model)) for model in models]
-    rows.append(["pooled", str(sum(s["examples"] for s in summary["sites"])), *pooled, ""])
-    title = "Accuracy on each site's own test set (%), and whether federating helped"
-    console.table(title, ["site", "train", *titles, "federating"], rows)
-    for site in summary["sites"]:
-        console.text(site["verdict"])
+    if len(summary["sites"]) > MANY_SITES:
+        _show_spread(console, summary)
+    else:
+        _show_sites(console, summary)
     console.text("")
     console.text(
         f"{summary['rounds']} rounds in {summary['seconds']:.0f} s, "
@@ -97,6 +98,40 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
     folder = summary["folder"]
     console.text(f"run: {folder}  report: {folder}/report.html")
     console.text(f"next: fedgraft export {folder}")
+
+
+def _show_sites(console: Console, summary: dict[str, Any]) -> None:
+    rows = [
+        [site["name"], str(site["examples"]), *(_share(site[m]) for m in MODELS), site["outcome"]]
+        for site in summary["sites"]
+    ]
+    pooled = [_share(summary["final"].get(model)) for model in MODELS]
+    rows.append(["pooled", str(sum(s["examples"] for s in summary["sites"])), *pooled, ""])
+    title = "Accuracy on each site's own test set (%), and whether federating helped"
+    console.table(title, ["site", "train", *MODELS.values(), "federating"], rows)
+    for site in summary["sites"]:
+        console.text(site["verdict"])
+
+
+def _show_spread(console: Console, summary: dict[str, Any]) -> None:
+    """For more sites than anyone reads one by one: quantiles, and how many were helped."""
+    from fedgraft.server.site_overview import QUANTILES, headline, spread
+
+    sites = summary["sites"]
+    spreads = {model: found for model in MODELS if (found := spread(sites, model)) is not None}
+    rows = [
+        [
+            MODELS[model],
+            *(f"{100 * value:.1f}" for value in (*found.quantiles, found.mean)),
+            f"{found.sites:,}",
+            _share(summary["final"].get(model)),
+        ]
+        for model, found in spreads.items()
+    ]
+    title = f"Accuracy on the own test sets of {len(sites):,} sites (%), and on all of them pooled"
+    console.table(title, ["model", *QUANTILES, "mean", "sites", "pooled"], rows)
+    console.text(headline(sites))
+    console.text(f"every site: {summary['folder']}/summary.json")
 
 
 def _share(metrics: dict[str, Any] | None) -> str:

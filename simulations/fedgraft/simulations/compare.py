@@ -13,7 +13,11 @@ Every model is tested on each site's own test set; the pooled test set is all of
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import Any
+
+import numpy as np
 
 from fedgraft.client.evaluation import Evaluation, evaluate
 from fedgraft.client.examples import Examples, concatenate
@@ -39,12 +43,18 @@ TUNED_RATE = 0.3  # of the federation's peak: the adapter is close to its optimu
 class Measured:
     """One model, or one model a site: on each site's own test set, and on all of them pooled.
 
-    ``own`` has None for a site whose model could not be trained; ``pooled`` has one tally for one
-    model, one for each site's model where every site has its own.
+    ``own`` has None for a site whose model could not be trained. ``models`` is None for one model,
+    whose pooled result is the sum of ``own``; where every site has its own, it has the
+    ``Tally.summary`` of each model on the pooled test set (of many sites, on a sample of it).
     """
 
     own: tuple[Evaluation | None, ...]
-    pooled: tuple[Tally, ...]
+    models: tuple[dict[str, float], ...] | None = None
+
+    def pooled(self) -> Tally | None:
+        """``own`` summed; None if no site has a result."""
+        known = [evaluation for evaluation in self.own if evaluation is not None]
+        return _pool(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -95,20 +105,21 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
 
 
 def _one_model(own: list[Evaluation | None]) -> Measured:
-    known = [evaluation for evaluation in own if evaluation is not None]
-    return Measured(tuple(own), (_sum(known),) if known else ())
+    return Measured(tuple(own))
 
 
-def _separate_models(results: list[tuple[Evaluation, Tally] | None]) -> Measured:
+def _separate_models(results: list[tuple[Evaluation, dict[str, float]] | None]) -> Measured:
     own = tuple(None if result is None else result[0] for result in results)
-    return Measured(own, tuple(result[1] for result in results if result is not None))
+    # Without a test example a model would count as one that is never right.
+    return Measured(own, tuple(result[1] for result in results if result is not None and result[1]))
 
 
-def _sum(evaluations: Sequence[Evaluation]) -> Tally:
-    total = evaluations[0].tally
-    for evaluation in evaluations[1:]:
-        total += evaluation.tally
-    return total
+def _pool(evaluations: Sequence[Evaluation]) -> Tally:
+    """The sum of the tallies, of which never more than one exists."""
+    loss = reduce(add, (one.loss for one in evaluations))  # sum() rounds differently from 3.12 on
+    true = np.concatenate([one.true for one in evaluations])
+    predicted = np.concatenate([one.predicted for one in evaluations])
+    return Tally.of(loss, true, predicted, evaluations[0].classes)
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,7 @@ def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
     return [place.test(place.bench.initial, place.splits.test) for place in places]
 
 
-def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, Tally] | None]:
+def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, dict[str, float]] | None]:
     places = [_place(trial, site) for site in sites]
     tasks = [place.task(place.bench.initial, "local-only") for place in places]
     trained = _train(places, tasks, trial.job.training, _budget(trial))
@@ -212,12 +223,15 @@ def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, Tally] 
     ]
 
 
-def _tried(trial: Trial, site: int, place: _Place, adapter: Vector) -> tuple[Evaluation, Tally]:
-    """A site's own model on its own test set, and on everybody's."""
+def _tried(
+    trial: Trial, site: int, place: _Place, adapter: Vector
+) -> tuple[Evaluation, dict[str, float]]:
+    """Its own test set, and ``Tally.summary`` of that and others'; {} if they have no example."""
     own = place.test(adapter, place.splits.test)
     # Of thousands of sites a sample will do: all of them would be a million evaluations.
     others = (_place(trial, other).splits.test for other in _sample(trial, site))
-    return own, _sum([own, *(place.test(adapter, test) for test in others)])
+    pooled = _pool([own, *(place.test(adapter, test) for test in others)])
+    return own, pooled.summary() if pooled.examples else {}
 
 
 def _central(trial: Trial) -> list[Evaluation | None]:

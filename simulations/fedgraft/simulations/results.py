@@ -25,12 +25,14 @@ def final_metrics(measured: Mapping[str, Measured | None], seed: int) -> dict[st
     final: dict[str, Any] = {}
     for name in COMPARISONS:
         result = measured.get(name)
-        if result is None or not result.pooled or not result.pooled[0].examples:
+        if result is None:
             final[name] = None
-        elif len(result.pooled) == 1 and name != "local_only":
-            final[name] = _metrics(result.pooled[0], seed, "pooled", name)
+        elif result.models is not None:
+            final[name] = _mean_of_models(result.models)
+        elif (pooled := result.pooled()) is not None and pooled.examples:
+            final[name] = _metrics(pooled, seed, "pooled", name)
         else:
-            final[name] = _mean_of_models(result.pooled)
+            final[name] = None
     return final
 
 
@@ -49,7 +51,7 @@ def _site(
         result = measured.get(name)
         own[name] = result.own[index] if result is not None else None
     metrics = {
-        name: _metrics(value.tally, seed, site.name, name) if value and len(value.correct) else None
+        name: _metrics(value.tally, seed, site.name, name) if value and len(value.true) else None
         for name, value in own.items()
     }
     federated, alone = own["federated"], own["local_only"]
@@ -83,28 +85,24 @@ def _metrics(tally: Tally, seed: int, *purpose: str) -> dict[str, Any]:
     }
 
 
-def _mean_of_models(tallies: Sequence[Tally]) -> dict[str, Any]:
+def _mean_of_models(summaries: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
     """Mean of several models' metrics. No interval: models of ten sites are not draws of one."""
-    summaries = [tally.summary() for tally in tallies]
+    if not summaries:
+        return None
     mean = {key: float(np.mean([one[key] for one in summaries])) for key in summaries[0]}
     return {**mean, "best_accuracy": max(one["accuracy"] for one in summaries)}
 
 
 def save_measured(path: Path, measured: Measured | None) -> None:
-    """Keep a comparison, so that a resumed run need not do it again."""
-    if measured is None:
-        write_text(path, "null")
-        return
-    value = {
-        "own": [
-            None
-            if one is None
-            else {"tally": _to_json(one.tally), "correct": one.correct.astype(int).tolist()}
-            for one in measured.own
-        ],
-        "pooled": [_to_json(tally) for tally in measured.pooled],
+    """Keep a comparison, so that a resumed run need not do it again.
+
+    As JSON: two labels a test example. A confusion matrix a site would be thousands of zeros.
+    """
+    value = measured and {
+        "own": [one and _to_json(one) for one in measured.own],
+        "models": measured.models,
     }
-    write_text(path, json.dumps(value))
+    write_text(path, json.dumps(value, separators=(",", ":")))
 
 
 def load_measured(path: Path) -> Measured | None:
@@ -112,18 +110,15 @@ def load_measured(path: Path) -> Measured | None:
     value = json.loads(path.read_text(encoding="utf-8"))
     if value is None:
         return None
-    own = tuple(
-        None
-        if one is None
-        else Evaluation(_from_json(one["tally"]), np.array(one["correct"], bool))
-        for one in value["own"]
-    )
-    return Measured(own, tuple(_from_json(tally) for tally in value["pooled"]))
+    models = value["models"]
+    own = tuple(one and _from_json(one) for one in value["own"])
+    return Measured(own, None if models is None else tuple(models))
 
 
-def _to_json(tally: Tally) -> dict[str, Any]:
-    return {"loss": tally.loss, "confusion": tally.confusion.tolist()}
+def _to_json(one: Evaluation) -> dict[str, Any]:
+    return {**vars(one), "true": one.true.tolist(), "predicted": one.predicted.tolist()}
 
 
-def _from_json(value: Mapping[str, Any]) -> Tally:
-    return Tally(value["loss"], np.array(value["confusion"], np.int64))
+def _from_json(value: Mapping[str, Any]) -> Evaluation:
+    true, predicted = (np.array(value[key], np.int64) for key in ("true", "predicted"))
+    return Evaluation(value["loss"], true, predicted, value["classes"])
