@@ -12,7 +12,8 @@ from fedgraft.common.jobfile import load_job
 from fedgraft.server.runs import Run
 from fedgraft.simulations import cli
 from fedgraft.simulations.demo import digits
-from fedgraft.simulations.simulate import prepare, simulate
+from fedgraft.simulations.preparation import prepare
+from fedgraft.simulations.simulate import simulate
 
 __all__ = ["SMALL", "adapter_of", "digits_job", "run_digits", "write_digits"]
 

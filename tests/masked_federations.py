@@ -5,7 +5,7 @@ names stages, where it matters which time the site is asked, and an action of ``
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedgraft.client import app as client
 from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.training import Trained, Wanted, train_together
 from fedgraft.common.adapters import Vector
 from fedgraft.common.federation import Federation
 from fedgraft.common.job import Job
@@ -59,6 +60,7 @@ __all__ = [
     "Consortium",
     "Recorder",
     "make_job",
+    "saying",
 ]
 
 APP = "masked_federations:app"
@@ -111,8 +113,15 @@ def site_file(name: str, size: int) -> Path:
 class Recorder(LocalGrid):
     """A grid that keeps what was asked and what came back: (stage, site, content or None)."""
 
-    def __init__(self, names: Sequence[str], nodes: Sequence[Mapping[str, str]], workers: Workers):
-        super().__init__(nodes, workers, app=APP)
+    def __init__(
+        self,
+        names: Sequence[str],
+        nodes: Sequence[Mapping[str, str]],
+        workers: Workers,
+        *,
+        together: int = 1,
+    ) -> None:
+        super().__init__(nodes, workers, app=APP, together=together)
         self._names = dict(enumerate(names, 2))
         self.asked: list[tuple[str, str, RecordDict]] = []
         self.replies: list[tuple[str, str, RecordDict | None]] = []
@@ -168,11 +177,18 @@ class Consortium:
             node["federation"] = str(self.folder / FILE)
         return node | ({"faults": faults} if faults else {})
 
-    def grid(self, faults: Mapping[str, str] = NONE, workers: Workers | None = None) -> Recorder:
-        """The sites, and whoever else has faults, as nodes."""
+    def grid(
+        self,
+        faults: Mapping[str, str] = NONE,
+        workers: Workers | None = None,
+        *,
+        together: int = 1,
+    ) -> Recorder:
+        """The sites, and whoever else has faults, as nodes; ``together`` without faults only."""
         names = [*self.names, *(name for name in faults if name not in self.names)]
         nodes = [self.node(name, faults.get(name, "")) for name in names]
-        return Recorder(names, nodes, workers or Workers(0, device="cpu"))
+        crew = workers or Workers(0, device="cpu")
+        return Recorder(names, nodes, crew, together=together)
 
     def transport(self, grid: Recorder) -> Transport:
         """To these sites, all of them invited; time stands still."""
@@ -183,10 +199,10 @@ class Consortium:
         return transport
 
     def run_round(
-        self, faults: Mapping[str, str] = NONE, *, workers: Workers | None = None
+        self, faults: Mapping[str, str] = NONE, *, workers: Workers | None = None, together: int = 1
     ) -> tuple[State, RoundRecord, Recorder]:
         """One round from the start."""
-        grid = self.grid(faults, workers)
+        grid = self.grid(faults, workers, together=together)
         state, record = run_round(self.plan, self.transport(grid), self.start)
         return state, record, grid
 
@@ -206,7 +222,7 @@ class Consortium:
 
     def trained(self, name: str, attempt: int = 0) -> TrainReply:
         """What the site would reply in clear."""
-        return self.participant(name).train(self.training(attempt))
+        return train_together([self.participant(name).train(self.training(attempt))])[0]
 
     def mean_of(self, names: Iterable[str], attempt: int = 0) -> Vector:
         """The adapter after one round in clear with these sites."""
@@ -216,6 +232,20 @@ class Consortium:
         updates = np.stack([reply.update.astype(np.float64) for reply in said])
         mean: Vector = self.start.adapter + weights @ updates / weights.sum()
         return mean
+
+
+def saying(
+    reply: TrainReply,
+) -> Callable[[Participant, TrainRequest], Generator[Wanted, Trained, TrainReply]]:
+    """A ``Participant.train`` that replies this, without training anything."""
+
+    def train(
+        participant: Participant, request: TrainRequest
+    ) -> Generator[Wanted, Trained, TrainReply]:
+        yield from ()
+        return reply
+
+    return train
 
 
 @dataclass
@@ -279,6 +309,11 @@ def app(message: Message, context: Context) -> Message:
     faults = dict(part.split("=") for part in str(context.node_config.get("faults", "")).split())
     action = faults.get(stage) or faults.get(f"{stage}/{count}")
     return ACTIONS[action](message, context) if action else client.app(message, context)
+
+
+def train_all(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """The sites' own, which has no faults."""
+    return client.train_all(asked)
 
 
 def _stage(message: Message) -> str:

@@ -66,7 +66,7 @@ def job_of(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "partition": {"kind": "natural"},
             "baselines": [],
             "finetune_epochs": 0,
-            "sites_per_pass": options.sites_per_pass,
+            "sites_per_pass": auto if (auto := options.sites_per_pass) == "auto" else int(auto),
             **({"workers": options.workers} if options.workers is not None else {}),
         },
     }

@@ -8,20 +8,17 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 from pyarrow import parquet
 
-from fedgraft.client import data
-from fedgraft.client.data import encode, read_split, split_validation
+from fedgraft.client.data import read_split, split_validation
 from fedgraft.client.examples import Indices
-from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.errors import DataError
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
-from fedgraft.common.processors import ImageProcessor, TextProcessor
 
 SECRET = "patient Ada Lovelace"
 
@@ -255,116 +252,6 @@ def test_bad_image_folders_are_refused(
         read_split(str(tmp_path), make_job("image"))
     assert message in str(caught.value)
     assert hint in caught.value.hint
-
-
-# Encoding
-
-
-class CountingTokenizer:
-    """One id per character; counts the texts it has seen."""
-
-    padding_side = "right"
-
-    def __init__(self, *, types: bool = False) -> None:
-        self.seen = 0
-        self.types = types
-
-    def get_vocab(self) -> dict[str, int]:
-        return {"characters": 0}
-
-    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        self.seen += len(texts)
-        ids = [[ord(letter) for letter in text][: options["max_length"]] for text in texts]
-        encoded = {"input_ids": ids, "attention_mask": [[1] * len(one) for one in ids]}
-        return encoded | ({"token_type_ids": [[1] * len(one) for one in ids]} if self.types else {})
-
-
-def text_rows(*texts: str) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"text": list(texts), "label": [0] * len(texts)})
-
-
-def test_batches_are_padded_to_their_longest() -> None:
-    processor = TextProcessor(CountingTokenizer(), pad_id=9, pad_left=False, limit=None)
-    rows = text_rows("abc", "d", "efghijkl", "mn")
-    examples = encode(rows, processor, make_job(max_length=5), cache=None, key="")
-    batch = examples.batch(np.array([1, 3]))
-    assert sorted(batch) == ["attention_mask", "input_ids"]
-    assert batch["input_ids"].tolist() == [[ord("d"), 9], [ord("m"), ord("n")]]
-    assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
-    assert batch["input_ids"].dtype == torch.int64
-    assert examples.batch(np.array([2]))["input_ids"].tolist() == [[ord(c) for c in "efghi"]]
-    part = examples.subset(np.array([3, 0]))
-    assert part.batch(np.array([1]))["input_ids"].tolist() == [[ord(c) for c in "abc"]]
-    assert part.labels.dtype == np.int64
-
-
-def test_token_types_and_left_padding() -> None:
-    processor = TextProcessor(CountingTokenizer(types=True), pad_id=9, pad_left=True, limit=None)
-    examples = encode(text_rows("abc", "d"), processor, make_job(), cache=None, key="")
-    batch = examples.batch(np.array([0, 1]))
-    assert batch["input_ids"][1].tolist() == [9, 9, ord("d")]
-    assert batch["token_type_ids"].tolist() == [[1, 1, 1], [0, 0, 1]]
-    empty = encode(text_rows(), processor, make_job(), cache=None, key="")
-    assert len(empty) == 0
-
-
-def test_tokens_come_from_the_cache_the_second_time(tmp_path: Path) -> None:
-    job, rows = make_job(), text_rows("abc", "d")
-    first = TextProcessor(CountingTokenizer(), pad_id=9, pad_left=False, limit=None)
-    once = encode(rows, first, job, cache=tmp_path / "new", key="k")
-    again = TextProcessor(CountingTokenizer(), pad_id=9, pad_left=False, limit=None)
-    twice = encode(rows, again, job, cache=tmp_path / "new", key="k")
-    assert (first.tokenizer.seen > 0, again.tokenizer.seen) == (True, 0)
-    every = np.arange(2)
-    assert once.batch(every)["input_ids"].equal(twice.batch(every)["input_ids"])
-    for other, key, settings in ((text_rows("abd", "d"), "k", job), (rows, "l", job)):
-        encode(other, again, settings, cache=tmp_path / "new", key=key)
-    encode(rows, again, make_job(max_length=4), cache=tmp_path / "new", key="k")
-    assert len(list((tmp_path / "new").iterdir())) == 4
-
-
-def test_a_text_without_tokens_or_a_length_beyond_the_backbone_is_refused() -> None:
-    processor = TextProcessor(CountingTokenizer(), pad_id=9, pad_left=False, limit=64)
-    with pytest.raises(BackboneError, match="reads 64 tokens") as caught:
-        encode(text_rows("a"), processor, make_job(), cache=None, key="")
-    assert "max_length=64" in caught.value.hint
-    with pytest.raises(DataError, match="text 2 of 2"):
-        encode(text_rows("a", ""), processor, make_job(max_length=64), cache=None, key="")
-
-
-def test_mapped_pixels_are_the_pixels_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for at in range(40):
-        picture(tmp_path / "images" / "no" / f"{at:02d}.png", at)
-    job = make_job("image", normalize="per-image")
-    rows = read_split(str(tmp_path / "images"), job).dataset
-    processor = ImageProcessor(None, channels=3, size=(8, 8))
-    memory = encode(rows, processor, job, cache=tmp_path / "cache", key="k")
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
-    mapped = encode(rows, processor, job, cache=tmp_path / "cache", key="k")
-    index = np.array([39, 0, 7])
-    assert memory.batch(index)["pixel_values"].equal(mapped.batch(index)["pixel_values"])
-    assert mapped.batch(index)["pixel_values"].shape == (3, 3, 8, 8)
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
-    monkeypatch.setattr(data, "open_image", _must_not_run)
-    again = encode(rows, processor, job, cache=tmp_path / "cache", key="k").subset(index)
-    assert again.batch(np.array([0]))["pixel_values"].equal(memory.batch(index[:1])["pixel_values"])
-
-
-def _must_not_run(*args: object) -> None:
-    raise AssertionError("decoded again")
-
-
-def test_a_killed_run_leaves_no_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(tmp_path / "images" / "no" / "a.png")
-    rows = read_split(str(tmp_path / "images"), make_job("image")).dataset
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(data, "open_image", _must_not_run)
-    processor = ImageProcessor(None, channels=1, size=(4, 4))
-    with pytest.raises(AssertionError):
-        encode(rows, processor, make_job("image"), cache=tmp_path / "cache", key="k")
-    assert list((tmp_path / "cache").iterdir()) == []
 
 
 # Validation

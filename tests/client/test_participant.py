@@ -1,4 +1,4 @@
-"""A site agrees only to what it has, trains as it is asked, and keeps its own head to itself."""
+"""A site agrees only to what it has, and trains and evaluates as it is asked."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,22 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from places import SESSION, Place, make_job, wire, write_rows
 
+from fedgraft.client import participant
+from fedgraft.client.data import read_split
 from fedgraft.client.evaluation import evaluate
+from fedgraft.client.examples import Examples
 from fedgraft.client.participant import NOTHING, Participant, Splits, open_participant
-from fedgraft.client.training import Span, train
-from fedgraft.common.adapters import Vector, is_head, read
+from fedgraft.client.training import train_together
+from fedgraft.common.adapters import cut_rank
 from fedgraft.common.errors import AdapterError, SiteFailure
 from fedgraft.common.job import Job
-from fedgraft.common.jobfile import parse_job
-from fedgraft.common.messages import encode
-from fedgraft.common.payloads import EvaluateRequest, PlanRequest, TrainReply, TrainRequest
-from fedgraft.common.seeds import torch_generator
-from fedgraft.common.workbench import Workbench, open_workbench
-from fedgraft.server.rounds import Plan, make_plan
-from fedgraft.simulations.demo import digits
-
-SESSION = "0123456789abcdef" * 2
+from fedgraft.common.payloads import EvaluateRequest, PlanRequest, TrainRequest
 
 
 @pytest.fixture(autouse=True)
@@ -34,57 +30,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_job(*, rule: str = "fedavg", head: str = "shared", **training: Any) -> Job:
-    raw = {
-        "job": {"name": "t", "task": "image-classification", "labels": list(digits.NAMES)},
-        "backbone": {"source": "builtin:glyph-vit"},
-        "method": {"kind": "lora", "rank": 2, "targets": ["q_proj"], "head": head},
-        "training": {"batch_size": 16, **training},
-        "rounds": {"count": 4},
-        "aggregation": {"rule": rule},
-        "data": {"validation": 0.25, "normalize": "per-image"},
-    }
-    return parse_job(raw, where="test")
-
-
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 80 digits to train on and 30 to test on."""
     folder = tmp_path_factory.mktemp("rows")
-    train_rows, test_rows = digits.load()
-    train_rows.select(range(80)).to_parquet(folder / "train.parquet")
-    test_rows.select(range(30)).to_parquet(folder / "test.parquet")
+    write_rows(folder)
     return folder
-
-
-class Place:
-    """One site and a coordinator's plan for it."""
-
-    def __init__(self, rows: Path, folder: Path, job: Job, name: str = "st-mary") -> None:
-        folder.mkdir(exist_ok=True)
-        self.path, self.state = folder / f"{name}.toml", folder / "state"
-        data = f'train = "{rows}/train.parquet"\ntest = "{rows}/test.parquet"\n'
-        self.path.write_text(f'name = "{name}"\ndevice = "cpu"\n[data]\n{data}')
-        self.job = job
-        self.bench: Workbench = open_workbench(job)
-        self.plan: Plan = make_plan(job, self.bench, SESSION)
-
-    def site(self) -> Participant:
-        """As after a restart: nothing of it is remembered in the object."""
-        return open_participant({"site": str(self.path), "state": str(self.state)})
-
-    def adapter(self, seed: int = 0) -> Vector:
-        start = self.bench.initial_of(self.plan.exchanged)
-        noise = np.random.default_rng(seed).normal(0, 0.02, start.shape)
-        return (start + noise).astype(np.float32)
-
-    def training(self, number: int = 1, *, seed: int = 0, session: str = SESSION) -> TrainRequest:
-        names = self.plan.exchanged.names
-        return TrainRequest(session, number, 0, self.plan.request.job, names, self.adapter(seed))
-
-    def evaluating(self, number: int = 1, *, split: str = "test") -> EvaluateRequest:
-        names, text = self.plan.exchanged.names, self.plan.request.job
-        return EvaluateRequest(SESSION, number, text, names, split, self.adapter())
 
 
 @pytest.fixture
@@ -96,11 +46,6 @@ def place(rows: Path, tmp_path: Path) -> Place:
 def private(rows: Path, tmp_path: Path) -> Place:
     """A site whose head is its own."""
     return Place(rows, tmp_path, make_job(head="local"))
-
-
-def wire(reply: TrainReply) -> bytes:
-    """The reply as it travels."""
-    return b"".join(record.deflate() for record in encode(reply).values())
 
 
 # Agreeing
@@ -149,10 +94,14 @@ def test_unknown_tensors_are_refused(place: Place) -> None:
 
 
 def test_a_site_without_examples_refuses(place: Place) -> None:
+    class Nothing(Splits):
+        @property
+        def train(self) -> Examples:
+            return super().train.subset(NOTHING)
+
     class Empty(Participant):
         def splits(self, job: Job) -> Splits:
-            whole = super().splits(job)
-            return replace(whole, train=whole.train.subset(NOTHING))
+            return Nothing(self.config, job, self.store)
 
     site = place.site()
     with pytest.raises(SiteFailure) as caught:
@@ -174,7 +123,8 @@ def test_a_session_that_could_name_another_folder_is_refused(
         "evaluate": private.evaluating(),
     }
     with pytest.raises(SiteFailure) as caught:
-        getattr(private.site(), verb)(replace(requests[verb], session=session))
+        came = getattr(private.site(), verb)(replace(requests[verb], session=session))
+        next(came)
     assert caught.value.code == "bad-session"
     assert not private.state.exists()
 
@@ -185,19 +135,9 @@ def test_a_session_that_could_name_another_folder_is_refused(
 @pytest.mark.parametrize("rule", ["fedavg", "ffa"])
 def test_an_update_is_that_of_training_here(rule: str, rows: Path, tmp_path: Path) -> None:
     place = Place(rows, tmp_path, make_job(rule=rule, epochs=2))
-    request = place.training(3)
-    reply = place.site().train(request)
-    bench, exchanged = place.bench, place.plan.exchanged
-    bench.put((exchanged, request.adapter))
-    result = train(
-        bench.model,
-        exchanged.names,
-        place.site().splits(place.job).train,
-        settings=place.job.training,
-        generator=torch_generator(place.job.job.seed, "train", 3, "st-mary"),
-        span=Span(2 / 4, 3 / 4),
-    )
-    assert reply.update.tobytes() == (read(bench.model, exchanged) - request.adapter).tobytes()
+    reply, exchanged = place.train(3), place.plan.exchanged
+    result = place.directly(3)
+    assert reply.update.tobytes() == (result.vector - place.adapter()).tobytes()
     assert np.abs(reply.update).max() > 0
     assert (reply.session, reply.round, reply.layout) == (SESSION, 3, exchanged.fingerprint)
     assert (reply.examples, reply.loss) == (60, result.loss)
@@ -207,33 +147,36 @@ def test_an_update_is_that_of_training_here(rule: str, rows: Path, tmp_path: Pat
 @pytest.mark.parametrize("head", ["shared", "local"])
 def test_a_repeated_request_gets_the_same_bytes(head: str, rows: Path, tmp_path: Path) -> None:
     place = Place(rows, tmp_path, make_job(head=head))
-    first = place.site().train(place.training(1))
+    first = place.train(1)
     place.site().evaluate(place.evaluating(1))
-    again = place.site().train(place.training(1))
+    again = place.train(1)
     assert wire(first) == wire(again)
 
 
 def test_requests_do_not_leak_into_each_other(rows: Path, tmp_path: Path) -> None:
-    # One workbench serves every site of a simulation in turn; A is fixed here and never sent.
+    # One stack serves every site of a simulation in turn; A is fixed here and never sent.
     place = Place(rows, tmp_path, make_job(rule="ffa"))
-    first = place.site().train(place.training(1))
-    place.bench.put((place.bench.layout, place.bench.initial + np.float32(1)))
-    assert wire(place.site().train(place.training(1))) == wire(first)
+    first = place.train(1)
+    stack, layout = place.site().stack(place.job), place.bench.layout
+    stack.put_one(layout, place.bench.initial + np.float32(1))
+    place.bench.put((layout, place.bench.initial + np.float32(1)))
+    assert wire(place.train(1)) == wire(first)
+    place.bench.put()
 
 
 def test_batches_differ_between_rounds_and_between_sites(rows: Path, tmp_path: Path) -> None:
     job = make_job()
     here, there = Place(rows, tmp_path, job), Place(rows, tmp_path, job, name="st-john")
     updates = {
-        here.site().train(here.training(1)).update.tobytes(),
-        here.site().train(here.training(2)).update.tobytes(),
-        there.site().train(there.training(1)).update.tobytes(),
+        here.train(1).update.tobytes(),
+        here.train(2).update.tobytes(),
+        there.train(1).update.tobytes(),
     }
     assert len(updates) == 3
 
 
 def test_a_site_without_a_local_head_keeps_nothing(place: Place) -> None:
-    place.site().train(place.training(1))
+    place.train(1)
     assert not place.state.exists()
 
 
@@ -244,9 +187,9 @@ def test_a_site_without_a_local_head_keeps_nothing(place: Place) -> None:
 def test_a_tally_is_that_of_evaluating_here(place: Place, split: str, count: int) -> None:
     request = place.evaluating(2, split=split)
     reply = place.site().evaluate(request)
-    place.bench.put((place.plan.exchanged, request.adapter))
     examples = getattr(place.site().splits(place.job), split)
-    tally = evaluate(place.bench.model, examples, classes=10).tally
+    stack, exchanged = place.site().stack(place.job), place.plan.exchanged
+    tally = evaluate(stack, exchanged, request.adapter, examples, classes=10).tally
     assert reply.tally.tolist() == tally.to_vector().tolist()
     assert reply.tally[1:].sum() == count
     assert (reply.session, reply.round) == (SESSION, 2)
@@ -270,103 +213,80 @@ def test_validation_is_held_out_of_training(place: Place) -> None:
     assert not kept & held
 
 
-# A head of one's own
+# Reading
 
 
-def heads(place: Place) -> list[str]:
-    return sorted(path.name for path in (place.state / SESSION).iterdir())
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read from here on."""
+    files: list[str] = []
+    reading = read_split
+
+    def counted(path: str, *args: Any, **options: Any) -> Any:
+        files.append(Path(path).stem)
+        return reading(path, *args, **options)
+
+    monkeypatch.setattr(participant, "read_split", counted)
+    return files
 
 
-def test_a_local_head_stays_at_the_site(private: Place) -> None:
-    reply = private.site().train(private.training(1))
-    assert not any(map(is_head, private.plan.exchanged.names))
-    assert reply.update.shape == (private.plan.exchanged.size,)
-    assert reply.layout == private.plan.exchanged.fingerprint
-    head = read(private.bench.model, private.bench.local)
-    assert not np.array_equal(head, private.bench.initial_of(private.bench.local))
-    assert heads(private) == ["000001.safetensors"]
-    # Not even as bytes of something else.
-    sent = wire(reply)
-    assert not any(head[at : at + 4].tobytes() in sent for at in range(0, len(head) - 4, 4))
+def test_a_file_is_read_once_while_there_is_room(place: Place, read: list[str]) -> None:
+    place.path.write_text(place.path.read_text() + "# another file, another key\n")
+    node = {"site": str(place.path), "cache": '{"memory": "3MB"}'}  # a memory of its own
+    for _ in range(2):
+        splits = open_participant(node).splits(place.job)
+        assert (len(splits.train), len(splits.validation)) == (60, 20)
+    assert read == ["train"]  # what no training sees is not read for it
+    assert len(splits.test) == 30
+    rounds = place.job.rounds.model_copy(update={"count": 9})
+    longer = place.job.model_copy(update={"rounds": rounds})
+    again = open_participant(node).splits(longer)
+    assert (len(again.train), len(again.test)) == (60, 30)
+    assert read == ["train", "test"]
+    data = place.job.data.model_copy(update={"validation": 0.5})
+    assert len(open_participant(node).splits(place.job.model_copy(update={"data": data})).train)
+    assert read == ["train", "test", "train"]
 
 
-def _continued(place: Place, number: int, head: Vector | None) -> bytes:
-    """The update of a round that starts from this head, trained directly."""
-    request, bench = place.training(number), place.bench
-    own = [] if head is None else [(bench.local, head)]
-    bench.put(*own, (place.plan.exchanged, request.adapter))
-    train(
-        bench.model,
-        (*place.plan.exchanged.names, *bench.local.names),
-        place.site().splits(place.job).train,
-        settings=place.job.training,
-        generator=torch_generator(place.job.job.seed, "train", number, "st-mary"),
-        span=Span((number - 1) / 4, number / 4),
-    )
-    update: Vector = read(bench.model, place.plan.exchanged) - request.adapter
-    return update.tobytes()
+def test_a_file_is_read_again_where_there_is_no_room(place: Place, read: list[str]) -> None:
+    splits = open_participant({"site": str(place.path), "cache": '{"memory": 0}'}).splits(place.job)
+    for _ in range(2):
+        assert (len(splits.train), len(splits.test)) == (60, 30)
+    assert read == ["train", "test", "train", "test"]
 
 
-def test_a_local_head_goes_on_from_the_round_before(private: Place) -> None:
-    first = private.site().train(private.training(1))
-    head = read(private.bench.model, private.bench.local)
-    second = private.site().train(private.training(2))
-    assert first.update.tobytes() == _continued(private, 1, None)
-    assert second.update.tobytes() == _continued(private, 2, head)
-    assert second.update.tobytes() != _continued(private, 2, None)
+# A rank of one's own
 
 
-def test_a_round_that_is_repeated_starts_from_the_same_head(private: Place) -> None:
-    replies = {number: private.site().train(private.training(number)) for number in (1, 2, 3)}
-    again = private.site().train(private.training(3))
-    assert wire(again) == wire(replies[3])
-    assert heads(private) == ["000001.safetensors", "000002.safetensors", "000003.safetensors"]
-    # a coordinator whose last checkpoint is damaged goes back one more
-    again = private.site().train(private.training(2))
-    assert wire(again) == wire(replies[2])
+def test_a_site_of_lower_rank_trains_and_changes_only_that(rows: Path, tmp_path: Path) -> None:
+    place = Place(rows, tmp_path, make_job())
+    whole, exchanged, request = place.train(1).update, place.plan.exchanged, place.training(1)
+    assert np.abs(whole - cut_rank(exchanged, whole, 1)).max() > 0
+    own = tmp_path / "own.toml"
+    own.write_text(f"rank = 1\n{place.path.read_text()}")
+    for node in ({"site": str(place.path), "rank": "1"}, {"site": str(own)}):
+        site = open_participant({**node, "state": str(place.state)})
+        (reply,) = train_together([site.train(request)])
+        assert reply.update.tobytes() == cut_rank(exchanged, reply.update, 1).tobytes()
+        assert np.abs(reply.update).max() > 0
+        start = site.start(place.bench, exchanged, request)
+        assert start.tobytes() == cut_rank(exchanged, request.adapter, 1).tobytes()
+        assert start.tobytes() != request.adapter.tobytes()
 
 
-def test_a_site_that_was_not_asked_for_rounds_goes_on_from_its_last(private: Place) -> None:
-    private.site().train(private.training(1))
-    head = read(private.bench.model, private.bench.local)
-    reply = private.site().train(private.training(4))
-    assert reply.update.tobytes() == _continued(private, 4, head)
-
-
-def test_only_the_last_three_heads_are_kept(private: Place) -> None:
-    for number in (1, 2, 3, 4):
-        private.site().train(private.training(number))
-    assert heads(private) == ["000002.safetensors", "000003.safetensors", "000004.safetensors"]
-
-
-def test_a_head_that_is_no_longer_kept_is_not_replaced_by_a_fresh_one(private: Place) -> None:
-    for number in (1, 2, 3, 4):
-        private.site().train(private.training(number))
-    with pytest.raises(SiteFailure, match="head-lost"):
-        private.site().train(private.training(2))
-
-
-def test_evaluation_uses_the_head_of_its_round(private: Place) -> None:
-    kept = []
-    for number in (1, 2):
-        private.site().train(private.training(number))
-        kept.append(read(private.bench.model, private.bench.local))
-    splits = private.site().splits(private.job)
-    for number, head in enumerate(kept, 1):
-        request = private.evaluating(number)
-        tally = private.site().evaluate(request).tally
-        private.bench.put((private.bench.local, head), (private.plan.exchanged, request.adapter))
-        wanted = evaluate(private.bench.model, splits.test, classes=10).tally
-        assert tally.tolist() == wanted.to_vector().tolist()
-    assert not np.array_equal(kept[0], kept[1])
-
-
-def test_sessions_do_not_share_a_head(private: Place) -> None:
-    private.site().train(private.training(1))
-    private.site().train(private.training(2))
-    other = private.training(2, session="f" * 32)
-    assert private.site().train(other).update.tobytes() == _continued(private, 2, None)
-    assert sorted(path.name for path in private.state.iterdir()) == [SESSION, "f" * 32]
+def test_evaluation_at_a_site_of_lower_rank_is_of_what_it_would_train(
+    rows: Path, tmp_path: Path
+) -> None:
+    place = Place(rows, tmp_path, make_job())
+    node = {"site": str(place.path), "state": str(place.state), "rank": "1"}
+    request, exchanged = place.evaluating(2), place.plan.exchanged
+    request = replace(request, adapter=place.adapter() * 3)
+    tally = open_participant(node).evaluate(request).tally
+    stack, examples = place.site().stack(place.job), place.site().splits(place.job).test
+    cut = cut_rank(exchanged, request.adapter, 1)
+    wanted = evaluate(stack, exchanged, cut, examples, classes=10).tally
+    assert tally.tolist() == wanted.to_vector().tolist()
+    assert tally.tolist() != place.site().evaluate(request).tally.tolist()
 
 
 # Opening

@@ -6,6 +6,7 @@ import pytest
 
 from fedgraft.client.site import SiteConfig, SiteData, dump_site, load_site
 from fedgraft.common.errors import JobError
+from fedgraft.common.section import Cache
 
 FULL = """
 name = "st-mary"
@@ -65,3 +66,33 @@ def test_a_missing_file_says_where_it_comes_from(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="no file") as caught:
         load_site(tmp_path / "site.toml")
     assert "[data]" in caught.value.hint
+
+
+# What a site bounds
+
+
+def test_a_site_may_bound_its_rank_and_what_it_keeps(tmp_path: Path) -> None:
+    plain = load_site(_written(tmp_path, FULL))
+    assert (plain.rank, plain.cache) == (None, Cache())
+    assert (plain.cache.memory, plain.cache.disk) == (256_000_000, 4_000_000_000)
+    bounds = 'rank = 4\ncache = { memory = "1GB", disk = 0 }\n'
+    site = load_site(_written(tmp_path, bounds + FULL))
+    assert (site.rank, site.cache.memory, site.cache.disk) == (4, 1_000_000_000, 0)
+    assert load_site(_written(tmp_path, dump_site(site))) == site
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rank = 0", "rank: "),
+        ("rank = 2.5", "rank: "),
+        ('cache = { memory = "lots" }', 'cache.memory: Value error, write a size as "64MB"'),
+        ("cache = { disk = -1 }", "cache.disk: "),
+        ("cache = { ram = 5 }", "unknown key cache.ram"),
+    ],
+)
+def test_a_bound_that_is_none_is_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(JobError) as caught:
+        load_site(_written(tmp_path, f"{line}\n{FULL}"))
+    assert message in str(caught.value)
+    assert caught.value.hint

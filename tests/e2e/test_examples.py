@@ -7,7 +7,7 @@ import pytest
 
 from fedgraft.common.jobfile import load_job
 from fedgraft.common.workbench import open_workbench
-from fedgraft.simulations.simulate import prepare
+from fedgraft.simulations.preparation import prepare
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "simulations" / "examples"

@@ -15,7 +15,8 @@ from fedgraft.common.workbench import open_workbench
 from fedgraft.server.rounds import make_plan
 from fedgraft.server.runs import Run
 from fedgraft.simulations.faults import choose_sites
-from fedgraft.simulations.simulate import prepare, simulate
+from fedgraft.simulations.preparation import prepare
+from fedgraft.simulations.simulate import simulate
 
 F = "simulation.faults."
 EVERYTHING = (

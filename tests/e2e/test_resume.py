@@ -22,8 +22,9 @@ from fedgraft.server.app import coordinate
 from fedgraft.server.runs import Run
 from fedgraft.server.transport import Transport
 from fedgraft.simulations import cli
+from fedgraft.simulations.engine import make_nodes
 from fedgraft.simulations.grid import LocalGrid
-from fedgraft.simulations.simulate import prepare
+from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.workers import Workers
 
 # Everything that changes the state of the disk on the way through the rounds.
@@ -63,11 +64,7 @@ def dying_at(count: int, *, after: bool) -> Iterator[None]:
 
 def federate(folder: Path) -> Vector:
     run = Run(folder)
-    state = str(folder / "sites")
-    nodes = [
-        {"site": str(site.config), "state": f"{state}/{site.name}", "device": "cpu"}
-        for site in prepare(run.job).sites
-    ]
+    nodes = make_nodes(run.job, prepare(run.job), states=str(folder / "sites"), device="cpu")
     with run, Workers(0, device="cpu") as workers:
         return coordinate(Transport(LocalGrid(nodes, workers)), run.job, run)
 

@@ -12,7 +12,7 @@ from fedgraft.server.app import coordinate
 from fedgraft.server.runs import Run
 from fedgraft.server.transport import SILENT, Transport
 from fedgraft.simulations.grid import LocalGrid
-from fedgraft.simulations.simulate import prepare
+from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.workers import Workers
 
 COMPLETED = "finished:completed"
@@ -24,7 +24,8 @@ def small_job(folder: Path, *overrides: str) -> Job:
 
 
 def sites_of(job: Job) -> dict[str, Path]:
-    return {site.name: site.config for site in prepare(job).sites}
+    prepared = prepare(job)
+    return {site.name: prepared.folder / site.name / "site.toml" for site in prepared.sites}
 
 
 def run_here(job: Job, folder: Path) -> Run:

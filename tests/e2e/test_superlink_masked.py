@@ -16,7 +16,7 @@ from fedgraft.server.runs import Run
 from fedgraft.server.transport import SILENT, Transport
 from fedgraft.simulations.grid import LocalGrid
 from fedgraft.simulations.identities import FILE, found_federation
-from fedgraft.simulations.simulate import prepare
+from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.workers import Workers
 
 MASKED = ("privacy.secure_aggregation.enabled=true", "rounds.count=1", "simulation.sites=4")
@@ -27,7 +27,8 @@ def masked_job(folder: Path, *overrides: str) -> Job:
 
 
 def sites_of(job: Job) -> dict[str, Path]:
-    return {site.name: site.config for site in prepare(job).sites}
+    prepared = prepare(job)
+    return {site.name: prepared.folder / site.name / "site.toml" for site in prepared.sites}
 
 
 def run_here(job: Job, folder: Path, sites: Sequence[str]) -> Run:

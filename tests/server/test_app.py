@@ -9,8 +9,9 @@ from flwr.app import Context, RecordDict
 from fedgraft.common.jobfile import dump_job
 from fedgraft.server.app import app
 from fedgraft.server.runs import Run
+from fedgraft.simulations.engine import make_nodes
 from fedgraft.simulations.grid import LocalGrid
-from fedgraft.simulations.simulate import prepare
+from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.workers import Workers
 
 
@@ -18,10 +19,7 @@ def test_the_server_app_comes_to_the_adapter_of_the_simulation(tmp_path: Path) -
     options = (*write_digits(tmp_path / "digits", 60, 30), "rounds.count=2")
     truth, _ = run_digits(tmp_path / "truth", *options)
     job = digits_job(*options)
-    nodes = [
-        {"site": str(site.config), "state": str(tmp_path / site.name), "device": "cpu"}
-        for site in prepare(job).sites
-    ]
+    nodes = make_nodes(job, prepare(job), states=str(tmp_path), device="cpu")
     context = Context(
         run_id=1,
         node_id=1,

@@ -13,7 +13,8 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedgraft.client.examples import ImageExamples
-from fedgraft.client.training import train
+from fedgraft.client.stack import open_stack
+from fedgraft.client.training import Task, train_alone
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
@@ -276,19 +277,16 @@ def test_a_failed_export_leaves_the_earlier_one(
 
 
 def test_a_model_that_was_just_trained_with_dropout_can_be_exported(tmp_path: Path) -> None:
-    # In a simulation a site has trained on the very object that is exported.
+    # In a simulation a site has trained on the very tensors that are exported.
     vit = Exported("vit", tmp_path)
     pixels = np.random.default_rng(0).normal(size=(8, 1, 8, 8)).astype(np.float32)
     examples = ImageExamples(np.arange(8), pixels, np.arange(8))
     job = vit.run.job
     settings = job.training.model_copy(update={"dropout": 0.5})
-    train(
-        vit.bench.model,
-        vit.bench.layout.names,
-        examples,
-        settings=settings,
-        generator=torch.Generator().manual_seed(1),
-    )
+    stack = open_stack(job)
+    assert stack.bench is vit.bench
+    task = Task(examples, vit.bench.initial, torch.Generator().manual_seed(1))
+    train_alone(stack, vit.bench.layout, task, settings=settings)
     model = auto("vit").from_pretrained(vit.merged(tmp_path / "out"))
     torch.testing.assert_close(logits(model, "vit"), vit.wanted, rtol=0, atol=1e-5)
 

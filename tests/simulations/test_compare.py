@@ -9,7 +9,8 @@ from fedgraft.common.console import Console
 from fedgraft.common.errors import RunError
 from fedgraft.common.job import HeadMethod
 from fedgraft.server.runs import Run
-from fedgraft.simulations.simulate import inputs_of, prepare, simulate
+from fedgraft.simulations.preparation import inputs_of, prepare
+from fedgraft.simulations.simulate import simulate
 
 ALL = "simulation.baselines=['zero_shot', 'head_only', 'local_only', 'central']"
 

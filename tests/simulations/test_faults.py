@@ -141,8 +141,9 @@ def make_job(folder: Path, *, test: bool, **faults: Any) -> Job:
     return parse_job(raw, where="test")
 
 
-def rows_of(job: Job, site: SimulatedSite, split: str) -> dict[str, int]:
-    rows = read_split(getattr(load_site(site.config).data, split), job).dataset[:]
+def rows_of(job: Job, folder: Path, site: SimulatedSite, split: str) -> dict[str, int]:
+    config = load_site(folder / site.name / "site.toml")
+    rows = read_split(getattr(config.data, split), job).dataset[:]
     return dict(zip(rows["text"], rows["label"], strict=True))
 
 
@@ -152,18 +153,15 @@ def test_poisoned_labels_are_wrong_in_training_and_right_in_test(
 ) -> None:
     clean = make_job(tmp_path, test=test)
     job = make_job(tmp_path, test=test, poisoned=0.5)
-    pairs = list(
-        zip(
-            prepare_sites(clean, tmp_path / "cache").sites,
-            prepare_sites(job, tmp_path / "cache").sites,
-            strict=True,
-        )
-    )
+    before, after = (prepare_sites(each, tmp_path / "cache") for each in (clean, job))
+    pairs = list(zip(before.sites, after.sites, strict=True))
     fates = Fates.draw(job, [site.name for _, site in pairs])
     assert len(fates.poisoned) == 2
     for was, site in pairs:
-        assert rows_of(job, site, "test") == rows_of(job, was, "test")
-        right, found = rows_of(job, was, "train"), rows_of(job, site, "train")
+        held = [rows_of(job, p.folder, s, "test") for p, s in ((before, was), (after, site))]
+        assert held[0] == held[1]
+        right = rows_of(job, before.folder, was, "train")
+        found = rows_of(job, after.folder, site, "train")
         moved = {text: (label + 1) % 3 for text, label in right.items()}
         assert found == (moved if site.name in fates.poisoned else right)
         counts = np.bincount(list(found.values()), minlength=3)
@@ -172,7 +170,8 @@ def test_poisoned_labels_are_wrong_in_training_and_right_in_test(
 
 def test_only_poisoned_labels_make_other_sites_on_disk(tmp_path: Path) -> None:
     def digest(**faults: Any) -> str:
-        return prepare_sites(make_job(tmp_path, test=True, **faults), tmp_path / "cache").digest
+        job = make_job(tmp_path, test=True, **faults)
+        return prepare_sites(job, tmp_path / "cache").folder.name
 
     clean = digest()
     assert digest(dropout=0.5, stragglers=0.5) == clean

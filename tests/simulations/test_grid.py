@@ -28,6 +28,15 @@ def app(message: Message, context: Context) -> Message:
     return Message(RecordDict({"said": ConfigRecord(said)}), reply_to=message)
 
 
+def train_all(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """Say beside that who was asked together."""
+    replies = [app(message, context) for message, context in asked]
+    names = "".join(str(context.node_config["site"]) for _, context in asked)
+    for reply in replies:
+        reply.content["said"]["group"] = names
+    return replies
+
+
 def ask(grid: LocalGrid, nodes: Sequence[int], *does: str) -> list[Message]:
     messages = [
         Message(RecordDict({"ask": ConfigRecord({"do": do})}), node, "train")
@@ -40,8 +49,10 @@ def counts(replies: Sequence[Message]) -> list[tuple[object, object]]:
     return [(reply.content["said"]["site"], reply.content["said"]["asked"]) for reply in replies]
 
 
-def open_grid(workers: Workers, sites: str = "abc") -> tuple[LocalGrid, list[int]]:
-    grid = LocalGrid([{"site": site} for site in sites], workers, app=APP)
+def open_grid(
+    workers: Workers, sites: str = "abc", *, together: int = 1
+) -> tuple[LocalGrid, list[int]]:
+    grid = LocalGrid([{"site": site} for site in sites], workers, app=APP, together=together)
     return grid, list(grid.get_node_ids())
 
 
@@ -108,3 +119,93 @@ def test_without_workers_nothing_runs_before_its_reply_is_wanted() -> None:
         assert list(grid.pull_messages([second])) == []  # the oldest comes first
         assert counts(list(grid.pull_messages([first, second]))) == [("a", 1), ("b", 1)]
         assert list(grid.pull_messages([first])) == []
+
+
+# Groups
+
+
+def groups(replies: Sequence[Message]) -> list[str]:
+    """Whom each was asked together with."""
+    told = [reply.content["said"] for reply in replies]
+    return [str(one.get("group", one["site"])) for one in told]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize(
+    ("together", "wanted"),
+    [
+        (1, ["a", "b", "c", "d", "e", "f", "g"]),
+        (3, ["abc"] * 3 + ["def"] * 3 + ["g"]),
+        (6, ["abcdef"] * 6 + ["g"]),
+        (7, ["abcdefg"] * 7),
+        (50, ["abcdefg"] * 7),
+    ],
+)
+def test_nodes_are_asked_to_train_in_groups(count: int, together: int, wanted: list[str]) -> None:
+    with Workers(count, device="cpu") as workers:
+        grid, nodes = open_grid(workers, "abcdefg", together=together)
+        for number in (1, 2):
+            replies = ask(grid, nodes, *[""] * 7)
+            assert groups(replies) == wanted
+            assert counts(replies) == [(site, number) for site in "abcdefg"]
+            assert len({reply.metadata.reply_to_message_id for reply in replies}) == 7
+            assert len({reply.metadata.message_id for reply in replies}) == 7
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_groups_answer_in_the_order_of_the_messages(count: int) -> None:
+    with Workers(count, device="cpu") as workers:
+        grid, nodes = open_grid(workers, "abcdef", together=2)
+        replies = ask(grid, nodes[::-1], "slow", "", "", "", "", "slow")
+        assert [site for site, _ in counts(replies)] == list("fedcba")
+        assert groups(replies) == ["fe", "fe", "dc", "dc", "ba", "ba"]
+        replies = ask(grid, nodes[1:4], *[""] * 3)  # who is in a group may change
+        assert counts(replies) == [("b", 2), ("c", 2), ("d", 2)]
+        assert groups(replies) == ["bc", "bc", "d"]
+
+
+def send(grid: LocalGrid, *parts: tuple[int, str]) -> list[Message]:
+    content = RecordDict({"ask": ConfigRecord({"do": ""})})
+    messages = [Message(content, node, kind) for node, kind in parts]
+    return list(grid.send_and_receive(messages))
+
+
+def test_only_messages_that_ask_to_train_are_answered_together() -> None:
+    with Workers(0, device="cpu") as workers:
+        grid, (a, b, c, d, e, f) = open_grid(workers, "abcdef", together=3)
+        kinds = ["train", "train", "evaluate", "train", "train", "train"]
+        replies = send(grid, *zip((a, b, c, d, e, f), kinds, strict=True))
+        assert groups(replies) == ["ab", "ab", "c", "def", "def", "def"]
+        replies = send(grid, *((node, "query.plan") for node in (a, b, c)))
+        assert groups(replies) == ["a", "b", "c"]
+        replies = send(grid, (a, "evaluate"), (b, "evaluate"), (c, "train"), (d, "train"))
+        assert groups(replies) == ["a", "b", "cd", "cd"]
+        assert counts(replies) == [("a", 3), ("b", 3), ("c", 3), ("d", 2)]
+
+
+def test_a_group_is_of_messages_that_were_sent_together() -> None:
+    with Workers(0, device="cpu") as workers:
+        grid, nodes = open_grid(workers, "abcd", together=3)
+        content = RecordDict({"ask": ConfigRecord({"do": ""})})
+        waiting = [
+            identifier
+            for pair in (nodes[:2], nodes[2:])
+            for identifier in grid.push_messages([Message(content, n, "train") for n in pair])
+        ]
+        replies: list[Message] = []
+        while len(replies) < 4:
+            replies += grid.pull_messages(waiting[len(replies) :])
+        assert groups(replies) == ["ab", "ab", "cd", "cd"]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_group_that_fails_fails_by_itself_and_its_nodes_keep_their_states(count: int) -> None:
+    with Workers(count, device="cpu") as workers:
+        grid, nodes = open_grid(workers, "abcdef", together=2)
+        replies = ask(grid, nodes, "", "", "", "fail", "", "forget")
+        assert [reply.has_error() for reply in replies] == [False] * 2 + [True] * 2 + [False] * 2
+        for reply in replies[2:4]:
+            assert reply.error.code == 2 and reply.error.reason == "ValueError"
+        assert len({reply.metadata.reply_to_message_id for reply in replies}) == 6
+        replies = ask(grid, nodes, *[""] * 6)
+        assert counts(replies) == [(s, 1 if s == "f" else 2) for s in "abcdef"]

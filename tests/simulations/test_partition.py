@@ -2,6 +2,7 @@
 like a real one."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,20 @@ LABELS = ["a", "b", "c"]
 Labels = NDArray[np.int64]
 
 
-def prepare_sites(job: Job, cache: Path) -> list[SimulatedSite]:
-    return list(partition_module.prepare_sites(job, cache).sites)
+@dataclass(frozen=True)
+class Placed(SimulatedSite):
+    """A site and where it lies."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "site.toml"
+
+
+def prepare_sites(job: Job, cache: Path) -> list[Placed]:
+    prepared = partition_module.prepare_sites(job, cache)
+    return [Placed(**vars(site), folder=prepared.folder / site.name) for site in prepared.sites]
 
 
 def make_job(labels: list[str] = LABELS, *, task: str = "text", seed: int = 0, **sim: Any) -> Job:
@@ -59,7 +72,7 @@ def write_images(folder: Path, count: int) -> str:
     return str(folder)
 
 
-def texts_of(job: Job, sites: list[SimulatedSite], split: str) -> list[list[str]]:
+def texts_of(job: Job, sites: list[Placed], split: str) -> list[list[str]]:
     return [
         read_split(getattr(load_site(site.config).data, split), job).dataset[:]["text"]
         for site in sites

@@ -35,8 +35,7 @@ def evaluations(
 
 
 def site(number: int) -> SimulatedSite:
-    here = Path("site")
-    return SimulatedSite(f"site-{number:02}", here, here, 60, 20, (30, 30, 0), "")
+    return SimulatedSite(f"site-{number:02}", 60, 20, (30, 30, 0), "")
 
 
 def tallied(one: Evaluation) -> Tally:
@@ -142,11 +141,11 @@ def test_an_evaluation_does_not_hold_on_to_a_sites_data() -> None:
 
     from fedgraft.client.evaluation import evaluate
     from fedgraft.client.examples import ImageExamples
-    from fedgraft.common.workbench import open_workbench
+    from fedgraft.client.stack import open_stack
 
-    bench = open_workbench(digits_job())
-    bench.put()
+    stack = open_stack(digits_job())
+    bench = stack.bench
     images = ImageExamples(np.arange(4), np.zeros((4, 1, 8, 8), np.float32), np.arange(4))
     window = replace(images, labels=np.arange(1000)[:4])
-    found = evaluate(bench.model, window, classes=10)
+    found = evaluate(stack, bench.layout, bench.initial, window, classes=10)
     assert found.true.tolist() == [0, 1, 2, 3] and found.true.base is None

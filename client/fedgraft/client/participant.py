@@ -332,6 +332,6 @@ def open_participant(node_config: Mapping[str, object]) -> Participant:
     return Participant(config, Path(str(node_config.get("state") or config.state)))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _load_site(path: str) -> SiteConfig:
     return load_site(Path(path))

@@ -19,6 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from fedgraft.client.stack import Stack
@@ -90,6 +91,7 @@ def _identity(stack: Stack, place: str) -> str:
         str(stack.dtype),
         stack.device.type,
         torch.__version__,
+        transformers.__version__,
         torch.backends.cpu.get_cpu_capability() if stack.device.type == "cpu" else "",
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -232,7 +234,7 @@ def _proved(
     with torch.no_grad():
         try:
             hidden = stop(inputs)
-            same = torch.equal(resume(inputs, hidden), stack.logits(inputs))
+            same = _same(resume(inputs, hidden), stack.logits(inputs))
             again = {key: torch.cat([value, value.flip(0)]) for key, value in inputs.items()}
             others = stop(again)
         except Exception:  # a model that is put together in another way: then nothing is kept
@@ -242,9 +244,16 @@ def _proved(
     real = torch.ones_like(hidden[..., :1])
     if by_token and mask is not None:
         real = mask.to(hidden)[(...,) + (None,) * (hidden.ndim - 2)]
-    same = same and torch.equal(hidden * real, others[: len(hidden)] * real)
-    same = same and torch.equal(hidden * real, others[len(hidden) :].flip(0) * real)
+    same = same and _same(hidden * real, others[: len(hidden)] * real)
+    same = same and _same(hidden * real, others[len(hidden) :].flip(0) * real)
     with torch.no_grad():  # padding is not kept: nothing may depend on it
-        same = same and torch.equal(resume(inputs, hidden * real), stack.logits(inputs))
+        same = same and _same(resume(inputs, hidden * real), stack.logits(inputs))
     unit = hidden.new_empty(0, *hidden.shape[2 if by_token else 1 :])
     return (by_token, unit.cpu()) if same else None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether all values are equal; what is not a number in one must not be in the other."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
+        one.nan_to_num(0.0, torch.inf, -torch.inf), other.nan_to_num(0.0, torch.inf, -torch.inf)
+    )

@@ -75,11 +75,19 @@ class SiteDropout(nn.Module):
 
 
 class Stacked(nn.Module):
-    """Something with K values of each parameter."""
+    """Something with K values of each parameter, in the place of the module ``base``."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
+        self.base = base
         self.values: dict[str, torch.Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        """Of the module replaced, where a model looks at its layers, say for their dtype."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
 
 
 class StackedLinearLora(Stacked):
@@ -89,8 +97,8 @@ class StackedLinearLora(Stacked):
     """
 
     def __init__(self, base: nn.Module, scaling: float, dropout: SiteDropout) -> None:
-        super().__init__()
-        self.base, self.scaling, self.dropout = base, scaling, dropout
+        super().__init__(base)
+        self.scaling, self.dropout = scaling, dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [K x R, ..., in] to [K x R, ..., out], in the dtype of ``x``."""
@@ -111,8 +119,8 @@ class StackedConvLora(Stacked):
     """
 
     def __init__(self, base: nn.Module, like: nn.Conv2d, scaling: float, dropout: SiteDropout):
-        super().__init__()
-        self.base, self.scaling, self.dropout = base, scaling, dropout
+        super().__init__(base)
+        self.scaling, self.dropout = scaling, dropout
         self.geometry: tuple[Any, ...] = (like.stride, like.padding, like.dilation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -130,22 +138,18 @@ class StackedConvLora(Stacked):
 class StackedModule(Stacked):
     """A module all of whose parameters train, such as a head's: K of it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [K x R, ...] through each site's own; computes in float32, as heads are kept."""
         sites = len(next(iter(self.values.values())))
         x = x.to(next(iter(self.values.values())).dtype)
-        if isinstance(self.module, nn.Linear) and sites > 1:
+        if isinstance(self.base, nn.Linear) and sites > 1:
             rows = x.reshape(sites, -1, x.shape[-1])
             weight, bias = self.values["weight"].transpose(1, 2), self.values.get("bias")
             out = torch.bmm(rows, weight)
             out = out if bias is None else out + bias[:, None]
             return out.view(*x.shape[:-1], -1)
         parts = [
-            functional_call(self.module, {name: v[site] for name, v in self.values.items()}, part)
+            functional_call(self.base, {name: v[site] for name, v in self.values.items()}, part)
             for site, part in enumerate(x.chunk(sites))
         ]
         return parts[0] if sites == 1 else torch.cat(parts)

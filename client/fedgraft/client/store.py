@@ -96,7 +96,7 @@ class Files:
         try:
             self._make_room(arrays.nbytes)
             write_atomically(self._path(key), lambda path: save_file(arrays, path))
-        except OSError:  # a full disk must not cost the result
+        except (OSError, SafetensorError):  # a full disk must not cost the result
             return
 
     def mapped(
@@ -117,6 +117,9 @@ class Files:
 
         def write(temporary: Path) -> None:
             array = np.lib.format.open_memmap(temporary, "w+", dtype=dtype, shape=shape)
+            with temporary.open("r+b") as file:
+                if hasattr(os, "posix_fallocate"):  # a page without room would kill us later
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             fill(array)
             array.flush()
 

@@ -154,20 +154,25 @@ def train_together(sites: Sequence[Generator[Wanted, Trained, T]]) -> list[T]:
         except StopIteration as done:
             results[number] = done.value
             continue
-        how = (id(want.stack), want.trained.names, want.settings.model_dump_json(), want.span)
-        passes.setdefault(how, []).append(number)
+        alike = (id(want.stack), want.trained.names, want.settings.model_dump_json(), want.span)
+        passes.setdefault(alike, []).append(number)
     for members in passes.values():
         first = wanted[members[0]]
         tasks = [wanted[number].task for number in members]
-        trained = train(first.stack, first.trained, tasks, settings=first.settings, span=first.span)
+        trained: Sequence[Trained | Exception]
+        stack, settings, span = first.stack, first.settings, first.span
+        try:
+            trained = train(stack, first.trained, tasks, settings=settings, span=span)
+        except Exception as error:  # nobody's own: each site says of it what it says of failures
+            trained = [error] * len(members)
         for number, came in zip(members, trained, strict=True):
             results[number] = _finish(sites[number], came)
     return [results[number] for number in range(len(sites))]
 
 
-def _finish(site: Generator[Wanted, Trained, T], came: Trained | SiteFailure) -> T:
+def _finish(site: Generator[Wanted, Trained, T], came: Trained | Exception) -> T:
     try:
-        if isinstance(came, SiteFailure):
+        if isinstance(came, Exception):
             site.throw(came)
         else:
             site.send(came)
@@ -237,17 +242,19 @@ class _Pass:
     def run(self) -> None:
         """All steps of all sites; each site's vector and summed loss are left with it."""
         active = 0
-        for step in range(self.sites[0].steps):
-            still = sum(site.steps > step for site in self.sites)
-            if still != active:
-                self._finish(still, active)
-                active = still
-                self.views = self.stack.put(self.trained, self.flat[:active])
-                for view in self.views:
-                    view.requires_grad_(True)
-            self._step(step, active)
-        self._finish(0, active)
-        self.stack.draws.rows = ()
+        try:
+            for step in range(self.sites[0].steps):
+                still = sum(site.steps > step for site in self.sites)
+                if still != active:
+                    self._finish(still, active)
+                    active = still
+                    self.views = self.stack.put(self.trained, self.flat[:active])
+                    for view in self.views:
+                        view.requires_grad_(True)
+                self._step(step, active)
+            self._finish(0, active)
+        finally:
+            self.stack.draws.rows = ()  # from here on nothing is random
 
     def _step(self, step: int, active: int) -> None:
         self.gradient.zero_()
@@ -270,13 +277,14 @@ class _Pass:
         """Add the gradient of one micro-batch, [sites x rows]; rows that pad weigh nothing."""
         parts = [batch[part] for batch in batches]
         rows = max(len(index) for index in parts)
-        # A site with fewer rows repeats its first: never another's, nor one that is not finite.
+        # A site with fewer rows repeats one of its own: another's might not be finite.
         padded = [
-            np.concatenate([index, np.repeat(batch[:1], rows - len(index))])
+            np.concatenate([index, np.repeat((index if len(index) else batch)[:1], more)])
             for index, batch in zip(parts, batches, strict=True)
+            if (more := rows - len(index)) >= 0
         ]
         feeds = self.feeds[: len(batches)]
-        width = max(feed.width(index) for feed, index in zip(feeds, parts, strict=True))
+        width = max(feed.width(index) for feed, index in zip(feeds, padded, strict=True))
         draws = self.stack.draws
         draws.width, draws.head = width, self.settings.dropout
         draws.rows = tuple(

@@ -13,6 +13,7 @@ from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
 
 __all__ = [
+    "Actor",
     "Aggregation",
     "Backbone",
     "Data",
@@ -225,6 +226,13 @@ class CentralTraining(Section):
     batch_size: int | None = Field(default=None, ge=1)
 
 
+class Actor(Section):
+    """What one process of the Ray engine takes; several share a GPU with, say, ``gpus = 0.25``."""
+
+    cpus: float = Field(default=1.0, gt=0)
+    gpus: float = Field(default=1.0, gt=0, description="if the device is a GPU")
+
+
 class Simulation(Section):
     """``[simulation]``: stands for the sites; never sent to a site."""
 
@@ -238,7 +246,7 @@ class Simulation(Section):
     finetune_epochs: int = Field(default=2, ge=0, description="federated, then tuned at each site")
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     workers: int | None = Field(default=None, ge=0, description="processes; the cores if absent")
-    sites_per_pass: Literal["auto"] | Annotated[int, Field(ge=1, le=256)] = Field(
+    sites_per_pass: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=256)] = Field(
         default="auto", description="trained side by side in one pass over the backbone"
     )
     ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -246,6 +254,7 @@ class Simulation(Section):
     )
     cache: Cache = Field(default=Cache(memory=64_000_000), description="memory: of all processes")
     faults: Faults = Faults()
+    actor: Actor = Actor()
 
 
 class Job(Section):

@@ -31,11 +31,12 @@ from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.simulations.grid import NodeConfig
-from fedgraft.simulations.workers import Workers
+from fedgraft.simulations.workers import Workers, cores
 
 __all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
 
 MOST_OTHERS = 50
+TESTED = 64  # sites tested in one task: a task carries the adapter and the names of all sites
 TUNED_RATE = 0.3  # of the federation's peak: the adapter is close to its optimum already
 
 
@@ -100,7 +101,10 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
         return None
     task = TASKS[name]
     finish = _separate_models if name == "local_only" else _one_model
-    groups = [sites[at : at + trial.together] for at in range(0, len(sites), trial.together)]
+    # A site that is only tested is tested by itself: the size of its group changes nothing.
+    trains = name in ("local_only", "federated_tuned")
+    size = trial.together if trains else max(1, min(TESTED, len(sites) // (4 * cores())))
+    groups = [sites[at : at + size] for at in range(0, len(sites), size)]
     return Started([workers.submit(task, trial, group) for group in groups], finish)
 
 

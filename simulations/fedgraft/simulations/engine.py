@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedgraft.client.participant import open_participant
 from fedgraft.client.stack import check_stacking
+from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.simulations.grid import NodeConfig
 from fedgraft.simulations.identities import FILE
@@ -27,7 +28,7 @@ SHARES = 4  # a cohort is cut into at least as many passes: idle cores are worse
 PROBED = 8  # rows in the proof that sites do not mix
 # Floating-point operations of a forward pass from which more rows gain nothing, measured on a CPU
 # (docs/results.md); a GPU wants far more.
-ENOUGH = {"fp32": 2e9, "bf16": 2e10}
+ENOUGH = {"fp32": 3e9, "bf16": 6e9}
 ON_A_GPU = 1e12
 
 
@@ -58,6 +59,7 @@ class Nodes(Sequence[NodeConfig]):
     def __getitem__(self, index: int | slice) -> NodeConfig | Sequence[NodeConfig]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
         name = self.names[index]
         node = {
             "site": f"{self.sites}/{name}/site.toml",
@@ -87,14 +89,19 @@ def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
     some = np.resize(np.arange(len(examples)), size)
     wanted = MOST if asked == "auto" else asked
     if asked == "auto":
+        stack.put_one(stack.bench.layout, stack.bench.initial)
         with FlopCounterMode(display=False) as counter:
             stack.logits(examples.batch(some))
         on_cpu = stack.device.type == "cpu"
         enough = ENOUGH[job.training.precision] if on_cpu else ON_A_GPU
         fitting = int(enough / max(counter.get_total_flops(), 1))
         wanted = min(wanted, -(-cohort // SHARES), 1 << max(fitting, 1).bit_length() - 1)
-    if wanted > 1:
+    try:
         check_stacking(stack, examples.batch(some[:PROBED]))
+    except InputError:
+        if asked == "auto":
+            return 1
+        raise
     return min(wanted, cohort)
 
 

@@ -8,10 +8,13 @@ class by class: the examples of class c go to the sites in proportions p_c ~ Dir
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +94,7 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".sites-", dir=cache))
         try:
-            _write_sites(job, simulation, partial)
+            _elsewhere(_write_sites, job, simulation, partial)
             _publish(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -302,6 +305,18 @@ def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.G
     buffer = io.BytesIO()
     shift.apply(to_channels(image, 1 if grey else 3), generator).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _elsewhere(task: Callable[..., None], *arguments: Any) -> None:
+    """Do ``task`` in a process of its own, which gives back the memory that all rows together took.
+
+    Where processes cannot be forked, here.
+    """
+    if sys.platform != "linux":
+        task(*arguments)
+        return
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        pool.submit(task, *arguments).result()
 
 
 def _publish(partial: Path, folder: Path) -> None:

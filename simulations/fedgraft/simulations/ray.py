@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import InputError, RunError
 from fedgraft.common.federation import Federation
-from fedgraft.common.job import Job
+from fedgraft.common.job import Actor, Job
 from fedgraft.server.app import coordinate
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord
@@ -67,7 +67,7 @@ def coordinate_on_ray(
             server_app=server,
             client_app=_AtNode(nodes),
             num_supernodes=len(nodes),
-            backend_config=_backend(nodes),
+            backend_config=_backend(job, nodes),
         )
     if not outcome:
         raise RunError("Ray ended before the federation began", hint="look at Ray's own messages")
@@ -101,10 +101,11 @@ class _AtNode:
         return app(message, context)
 
 
-def _backend(nodes: Sequence[NodeConfig]) -> dict[str, Any]:
+def _backend(job: Job, nodes: Sequence[NodeConfig]) -> dict[str, Any]:
     gpu = nodes[0].get("device") == "cuda"
     init: dict[str, Any] = {"include_dashboard": False}
     if "RAY_ADDRESS" not in os.environ:  # a cluster that runs already has its own idea of this
         init["num_cpus"] = cores()
-    resources = {"num_cpus": 1, "num_gpus": 1.0 if gpu else 0.0}
+    actor = job.simulation.actor if job.simulation else Actor()
+    resources = {"num_cpus": actor.cpus, "num_gpus": actor.gpus if gpu else 0.0}
     return {"client_resources": resources, "init_args": init}

@@ -180,13 +180,14 @@ class _Simulation:
             for name, chosen in trials.items()
             if chosen is not None
         }
-        tasks = sum(len(running.tasks) for running in started.values() if running)
-        with console.steps("comparing", tasks) as steps:
+        with console.steps("comparing", len(todo)) as steps:
             for name in todo:
                 running = started.get(name)
-                for task in running.tasks if running else ():
+                tasks = running.tasks if running else []
+                for number, task in enumerate(tasks, 1):
                     task.result()
-                    steps.done(name)
+                    steps.within(number / len(tasks), f"{name} {number}/{len(tasks)}")
+                steps.done(name)
                 save_measured(folder / f"{name}.json", running.result() if running else None)
         return {name: load_measured(folder / f"{name}.json") for name in wanted}
 

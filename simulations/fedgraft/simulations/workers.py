@@ -59,7 +59,7 @@ class Workers:
                 initializer=_die_with_parent,
                 initargs=(os.getpid(),),
             )
-        return self._pool.submit(task, *arguments)
+        return self._pool.submit(_tidily, task, *arguments)
 
     def __enter__(self) -> Self:
         return self
@@ -94,6 +94,15 @@ class _Later(Future[T]):
             except Exception as error:
                 self.set_exception(error)
         return super().result(timeout)
+
+
+def _tidily(task: Callable[..., T], *arguments: Any) -> T:
+    """Do the task, then give back the memory that it took: batches differ in width, and what the
+    allocator holds back for the next one would grow with every kind that ever came."""
+    result = task(*arguments)
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
+    return result
 
 
 def _die_with_parent(parent: int) -> None:
