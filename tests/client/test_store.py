@@ -292,6 +292,17 @@ def test_mapped_arrays_count_in_the_budget(tmp_path: Path) -> None:
     assert "a" not in kept(tmp_path) and kept(tmp_path) >= {"b", "d"}
 
 
+@pytest.mark.parametrize("spoil", [cut, empty, scramble, vanish])
+def test_a_mapped_file_that_is_damaged_or_gone_is_made_again(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    Files(tmp_path, 10**6).mapped("k", (4, 500), np.float32, filling(5, []))
+    (path,) = tmp_path.iterdir()
+    spoil(path)
+    array = Files(tmp_path, 10**6).mapped("k", (4, 500), np.float32, filling(6, []))
+    assert array is not None and (array == 6).all()
+
+
 def test_an_array_whose_making_fails_leaves_no_file(tmp_path: Path) -> None:
     def fail(array: Any) -> None:
         array[:1] = 9

@@ -190,6 +190,20 @@ def test_a_smaller_set_of_names_after_a_larger_one_trains_only_those() -> None:
     assert not np.array_equal(first.vector, noisy(stack.bench, layout))
 
 
+def test_a_tensor_that_no_output_depends_on_stays_where_it_is() -> None:
+    """Such as a pooler beside a head that has its own, with factors all the same."""
+    stack = open_small("bert")
+    layout, start = stack.bench.layout, noisy(stack.bench)
+    path = "encoder.layer.2.attention.self.value"
+    layer = stack.model.get_submodule(f"bert.{path}")
+    handle = layer.register_forward_hook(lambda module, args, output: output.detach())
+    result = trained(stack, rows_for("bert", 24), settings())
+    handle.remove()
+    for name, where in layout.slices.items():
+        same = np.array_equal(result.vector[where], start[where])
+        assert same == (path in name), name
+
+
 def test_the_stack_is_in_eval_mode() -> None:
     stack = open_small("bert", dropout=0.3)
     trained(stack, rows_for("bert", 8), settings(dropout=0.3))

@@ -146,7 +146,9 @@ class Participant:
             raise SiteFailure("layout-differs")
         if bench.fixed_hash({*request.names, *bench.local.names}) != request.fixed:
             raise SiteFailure("fixed-differs")
-        examples, masked = len(self.splits(job).train), job.privacy.secure_aggregation
+        splits, masked = self.splits(job), job.privacy.secure_aggregation
+        examples = len(splits.train)
+        len(splits.test)  # a file that is wrong is noticed now
         by_examples = job.aggregation.weights == "examples"
         if masked.enabled and (not examples or (by_examples and examples > masked.max_weight)):
             raise SiteFailure("not-eligible")  # not which of the two

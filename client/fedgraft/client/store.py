@@ -6,6 +6,7 @@ own. What would take more than a quarter of the memory budget is mapped from its
 """
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -22,6 +23,7 @@ from fedgraft.common.files import write_atomically
 __all__ = ["Arrays", "Files", "Recent", "Store", "open_store"]
 
 SUFFIX, MAPPED = ".kept.safetensors", ".kept.npy"
+ABANDONED = 86400.0  # seconds after which a half-written file is nobody's
 WORTH_A_FILE = 1 << 16  # bytes; less is made again as fast as it is read
 LARGEST_SHARE = 4
 
@@ -124,12 +126,11 @@ class Files:
             array.flush()
 
         try:
-            if not path.exists():
+            if (array := _mapped(path, shape)) is None:
                 self._make_room(size)
                 write_atomically(path, write)
-            array: NDArray[Any] = np.load(path, mmap_mode="r")
-            os.utime(path)
-        except (OSError, ValueError):
+                array = _mapped(path, shape)
+        except OSError:
             return None
         return array
 
@@ -150,12 +151,14 @@ class Files:
         """
         found: list[tuple[int, int, str]] = []
         for entry in os.scandir(self.folder):
+            try:
+                facts = entry.stat()
+            except FileNotFoundError:
+                continue
             if entry.name.endswith((SUFFIX, MAPPED)):
-                try:
-                    facts = entry.stat()
-                except FileNotFoundError:
-                    continue
                 found.append((facts.st_mtime_ns, facts.st_size, entry.path))
+            elif entry.name.startswith(".") and facts.st_mtime < time.time() - ABANDONED:
+                Path(entry.path).unlink(missing_ok=True)  # of a process that was killed
         total = sum(size for _, size, _ in found)
         if total <= most:
             return total
@@ -165,6 +168,16 @@ class Files:
             if total <= most * 9 // 10:
                 break
         return total
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[Any] | None:
+    """The array in ``path``; None if there is no file, or not a whole one of this shape."""
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r")
+        os.utime(path)
+    except (OSError, ValueError, EOFError):
+        return None
+    return array if array.shape == shape else None
 
 
 class Store:

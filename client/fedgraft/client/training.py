@@ -277,11 +277,10 @@ class _Pass:
         """Add the gradient of one micro-batch, [sites x rows]; rows that pad weigh nothing."""
         parts = [batch[part] for batch in batches]
         rows = max(len(index) for index in parts)
-        # A site with fewer rows repeats one of its own: another's might not be finite.
+        # A site with fewer rows repeats its own: another's might not be finite.
         padded = [
-            np.concatenate([index, np.repeat((index if len(index) else batch)[:1], more)])
+            np.resize(index if len(index) else batch, rows)
             for index, batch in zip(parts, batches, strict=True)
-            if (more := rows - len(index)) >= 0
         ]
         feeds = self.feeds[: len(batches)]
         width = max(feed.width(index) for feed, index in zip(feeds, padded, strict=True))
@@ -301,12 +300,11 @@ class _Pass:
         weights = torch.tensor([[float(row < len(i)) for row in range(rows)] for i in parts])
         summed = (losses * weights.to(losses.device)).sum(1)
         share = torch.tensor([1 / len(batch) for batch in batches], device=losses.device)
-        for where, gradient in zip(
-            self.trained.slices.values(),
-            torch.autograd.grad((summed * share).sum(), self.views),
-            strict=True,
-        ):
-            self.gradient[: len(batches), where].add_(gradient.reshape(len(batches), -1))
+        # A model may have layers that its output does not depend on: these stay as they are.
+        gradients = torch.autograd.grad((summed * share).sum(), self.views, allow_unused=True)
+        for where, gradient in zip(self.trained.slices.values(), gradients, strict=True):
+            if gradient is not None:
+                self.gradient[: len(batches), where].add_(gradient.reshape(len(batches), -1))
         self.total[: len(batches)] += summed.detach()
 
     def _finish(self, still: int, active: int) -> None:

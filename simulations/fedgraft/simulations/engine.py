@@ -97,6 +97,11 @@ def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
         fitting = int(enough / max(counter.get_total_flops(), 1))
         wanted = min(wanted, -(-cohort // SHARES), 1 << max(fitting, 1).bit_length() - 1)
     try:
+        if examples.pad_left:  # positions count from the left: a row would depend on its company
+            raise InputError(
+                "texts are padded on the left here, by as much as the longest in the pass needs",
+                hint="simulation.sites_per_pass = 1",
+            )
         check_stacking(stack, examples.batch(some[:PROBED]))
     except InputError:
         if asked == "auto":
