@@ -40,8 +40,9 @@ def test_how_many_share_a_pass_is_chosen_unless_the_job_says() -> None:
 
 @pytest.mark.parametrize("bad", [0, -1, 257, "all", 1.5, True, None])
 def test_a_number_that_cannot_share_a_pass_is_refused(bad: object) -> None:
-    with pytest.raises(JobError, match="sites_per_pass"):
+    with pytest.raises(JobError, match="sites_per_pass is no number of sites") as caught:
         job(sites_per_pass=bad)
+    assert len(str(caught.value).splitlines()) == 1 and "1 to 256" in caught.value.hint
 
 
 def test_texts_are_not_grouped_by_length_unless_the_job_says() -> None:

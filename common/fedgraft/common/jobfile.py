@@ -55,7 +55,7 @@ def parse_job(raw: dict[str, Any], *, where: str) -> Job:
         return Job.model_validate(raw)
     except ValidationError as error:
         problems = [_explain(dict(item)) for item in error.errors()]
-    lines = [f"{where}: {what}" for what, _ in problems]
+    lines = dict.fromkeys(f"{where}: {what}" for what, _ in problems)
     hints = list(dict.fromkeys(hint for _, hint in problems if hint))
     raise JobError("\n".join(lines), hint="; ".join(hints))
 
@@ -164,6 +164,8 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
         loc = [loc[0], *loc[2:]]
     if "targets" in loc:  # pydantic names every kind it could have been
         return "method.targets is no list of module names", 'targets = ["query", "value"]'
+    if "sites_per_pass" in loc:
+        return "simulation.sites_per_pass is no number of sites", '"auto", or 1 to 256'
     key = ".".join(loc) or "job"
     kind = problem["type"]
     if kind == "extra_forbidden":
