@@ -158,11 +158,11 @@ def test_a_cohort_is_cut_into_passes_of_enough_work(
 def test_the_work_of_a_pass_is_counted_not_timed(
     data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one site's batch; as many sites as come to enough, rounded down to a power of two."""
+    """Of one site's batch; as many sites as come to enough, to the nearest power of two."""
     monkeypatch.setattr(engine, "SHARES", 1)
     monkeypatch.setattr(engine, "MOST", 12)
     flops = 8 * 17 * 2 * 3 * (4 * 96 * 96 + 2 * 96 * 192)  # the large layers of eight images
-    for times, wanted in ((0.9, 1), (1.5, 1), (2.7, 2), (3.5, 2), (5.0, 4), (7.0, 4), (10.0, 8)):
+    for times, wanted in ((0.9, 1), (1.2, 1), (1.7, 2), (2.5, 2), (3.2, 4), (5.0, 4), (6.5, 8)):
         monkeypatch.setattr(engine, "ENOUGH", {"fp32": times * flops * 1.1})
         assert chosen(auto(data)) == wanted
     monkeypatch.setattr(engine, "ENOUGH", {"fp32": 1e15})
@@ -171,6 +171,16 @@ def test_the_work_of_a_pass_is_counted_not_timed(
     monkeypatch.setattr(engine, "ENOUGH", {"fp32": 5.0 * flops * 1.1})
     assert chosen(auto(data, "training.accumulation=2")) == 8  # a micro-batch is half the work
     assert MOST >= 32
+
+
+def test_what_is_kept_from_before_is_no_work(
+    data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With LoRA in the last of three layers alone, two thirds of the work are not done again."""
+    monkeypatch.setattr(engine, "SHARES", 1)
+    monkeypatch.setattr(engine, "ENOUGH", {"fp32": 8 * 17 * 2 * 3 * (4 * 96 * 96 + 2 * 96 * 192)})
+    assert chosen(auto(data)) == 1
+    assert chosen(auto(data, "method.targets=['layers.2.mlp.fc1']")) in (2, 4)
 
 
 def test_the_choice_is_the_same_whatever_was_computed_before(data: tuple[str, ...]) -> None:

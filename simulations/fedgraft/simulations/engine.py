@@ -5,6 +5,7 @@ depends on the job and the data alone, never on how many workers there are or ho
 because the number of sites in a pass moves the last bits of a result.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -12,6 +13,7 @@ from typing import overload
 import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedgraft.client.feed import logits_of, open_feed
 from fedgraft.client.participant import open_participant
 from fedgraft.client.stack import check_stacking
 from fedgraft.common.errors import InputError
@@ -28,7 +30,7 @@ SHARES = 4  # a cohort is cut into at least as many passes: idle cores are worse
 PROBED = 8  # rows in the proof that sites do not mix
 # Floating-point operations of a forward pass from which more rows gain nothing, measured on a CPU
 # (docs/results.md); a GPU wants far more.
-ENOUGH = {"fp32": 3e9, "bf16": 6e9}
+ENOUGH = {"fp32": 3e9, "bf16": 1.2e10}
 ON_A_GPU = 1e12
 
 
@@ -89,13 +91,15 @@ def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
     some = np.resize(np.arange(len(examples)), size)
     wanted = MOST if asked == "auto" else asked
     if asked == "auto":
-        stack.put_one(stack.bench.layout, stack.bench.initial)
-        with FlopCounterMode(display=False) as counter:
-            stack.logits(examples.batch(some))
+        layout = stack.bench.layout
+        feed = open_feed(stack, layout, examples, participant.store)
+        stack.put_one(layout, stack.bench.initial)
+        with FlopCounterMode(display=False) as counter:  # of what is not kept from before
+            logits_of([feed], [some], feed.width(some))
         on_cpu = stack.device.type == "cpu"
         enough = ENOUGH[job.training.precision] if on_cpu else ON_A_GPU
-        fitting = int(enough / max(counter.get_total_flops(), 1))
-        wanted = min(wanted, -(-cohort // SHARES), 1 << max(fitting, 1).bit_length() - 1)
+        power = round(math.log2(enough / max(counter.get_total_flops(), 1)))
+        wanted = min(wanted, -(-cohort // SHARES), 1 << max(power, 0))
     try:
         if examples.pad_left:  # positions count from the left: a row would depend on its company
             raise InputError(
