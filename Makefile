@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: simulate test test-all lint backbone clean
+.PHONY: simulate test test-all lint backbone rpc clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,11 @@ lint: .venv/ready
 # Draws the source glyphs and trains the built-in backbone again, byte for byte.
 backbone: .venv/ready
 	$(BIN)/python -m fedgraft.simulations.demo.pretrain common/fedgraft/common/builtin/glyph-vit
+
+# The code of the gRPC services from their description.
+rpc: .venv/ready
+	$(BIN)/python -m grpc_tools.protoc -I common --python_out=common --pyi_out=common \
+		--grpc_python_out=common common/fedgraft/common/rpc/fedgraft_v1.proto
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache dist build
