@@ -1,6 +1,5 @@
 """The site's identity: an Ed25519 private key that is made at the site and never leaves it."""
 
-import os
 import stat
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedgraft.common.errors import InputError
-from fedgraft.common.files import write_atomically
+from fedgraft.common.files import write_private
 from fedgraft.common.secagg.keys import Identity
 
 __all__ = ["load_identity", "make_identity"]
@@ -31,7 +30,7 @@ def make_identity(state: Path) -> Identity:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        write_atomically(path, lambda temporary: _write_private(temporary, pem))
+        write_private(path, pem)
     return load_identity(state)
 
 
@@ -55,8 +54,3 @@ def load_identity(state: Path) -> Identity:
             f"{path} is no Ed25519 private key", hint="restore it, or join the federation again"
         )
     return Identity(key.private_bytes_raw())
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)

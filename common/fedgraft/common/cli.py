@@ -5,6 +5,7 @@ import traceback
 import warnings
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import click
 import typer.core
@@ -26,35 +27,88 @@ VERBS = {
     "runs": ("fedgraft.server.cli:runs", "List runs and what they came to."),
     "report": ("fedgraft.server.cli:report", "Write a run's report.html again."),
     "export": ("fedgraft.server.cli:export", "Write a run's adapter or merged model."),
+    "provision kits": (
+        "fedgraft.server.provision_cli:kits",
+        "Found a federation, or add sites: one kit for each (`provision FILE` is short for it).",
+    ),
+    "provision renew": ("fedgraft.server.provision_cli:renew", "Write a site's kit again."),
+    "provision revoke": ("fedgraft.server.provision_cli:revoke", "Shut a site out."),
+    "provision list": ("fedgraft.server.provision_cli:sites", "List the sites and their kits."),
+    "coordinator run": ("fedgraft.server.coordinator_cli:run", "Run the coordinator."),
+    "coordinator status": ("fedgraft.server.coordinator_cli:status", "Sites, runs, processes."),
+    "coordinator stop": ("fedgraft.server.coordinator_cli:stop", "Stop a run, or all of it."),
+    "submit": ("fedgraft.server.coordinator_cli:submit", "Give the coordinator a job."),
+    "site join": ("fedgraft.client.site_cli:join", "Join a federation with a kit."),
+    "site run": ("fedgraft.client.site_cli:run", "Take part until stopped."),
 }
+GROUPS = {
+    "provision": "Found a federation; kits for its sites.",
+    "coordinator": "Run the coordinator of a federation.",
+    "site": "Take part in a federation.",
+}
+SHORT = {"provision": "kits"}  # `provision FILE` needs no verb
 
 
 class LazyGroup(click.Group):
-    """Import a verb's module on use, so that ``--help`` never pays for torch."""
+    """Import a verb's module on use, so that ``--help`` never pays for torch.
+
+    ``within`` is the verb that the verbs of this group come after, if any.
+    """
+
+    def __init__(self, *arguments: Any, within: str = "", **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.within = within
+
+    def _verbs(self) -> dict[str, str]:
+        """The verbs of the installed rooms that follow this group's, and their line of help."""
+        found: dict[str, str] = {}
+        for verb, (place, text) in VERBS.items():
+            first, _, second = verb.partition(" ")
+            if not _room_is_there(place):
+                continue
+            if not self.within:
+                found.setdefault(first, GROUPS[first] if second else text)
+            elif first == self.within:
+                found[second] = text
+        return found
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Verbs of the rooms that are installed, in the table's order."""
-        return [verb for verb, (place, _) in VERBS.items() if _room_is_there(place)]
+        return list(self._verbs())
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does it; a group's short form is spelt out."""
+        short = SHORT.get(self.within)
+        if short and args and args[0] not in self._verbs():
+            args = [short, *args]
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Load one verb, or explain that this install does not have it."""
-        if name not in VERBS:
+        if not self.within and name in GROUPS:
+            if name not in self._verbs():
+                raise click.ClickException(f"`{name}` is not part of this install")
+            return LazyGroup(name, within=name, help=GROUPS[name], no_args_is_help=True)
+        verb = f"{self.within} {name}".strip()
+        if verb not in VERBS:
             return None
-        module, _, function = VERBS[name][0].partition(":")
+        module, _, function = VERBS[verb][0].partition(":")
         try:
-            verb = getattr(import_module(module), function)
+            found = getattr(import_module(module), function)
         except ModuleNotFoundError as error:
             if error.name and module.startswith(error.name):
-                raise click.ClickException(f"`{name}` is not part of this install") from error
+                raise click.ClickException(f"`{verb}` is not part of this install") from error
             raise
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command(name)(verb)
+        app.command(name)(found)
         return typer.main.get_command(app)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List verbs without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(verb, VERBS[verb][1]) for verb in self.list_commands(ctx)])
+            formatter.write_dl(list(self._verbs().items()))
 
 
 def _room_is_there(place: str) -> bool:

@@ -18,7 +18,14 @@ from fedgraft.common.secagg.errors import ParameterError
 from fedgraft.common.secagg.transcript import Policy, Roster
 from fedgraft.common.section import IllegalJob, Section
 
-__all__ = ["Federation", "Floor", "dump_federation", "load_federation"]
+__all__ = [
+    "Federation",
+    "Floor",
+    "SiteName",
+    "dump_federation",
+    "load_federation",
+    "parse_federation",
+]
 
 SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -68,6 +75,11 @@ class Federation(Section):
         """The public keys in the order of the names."""
         return Roster(tuple(bytes.fromhex(self.sites[name]) for name in self.names))
 
+    def key_of(self, site: str) -> bytes | None:
+        """The public key of a site, 32 bytes; None if it is no member."""
+        key = self.sites.get(site)
+        return bytes.fromhex(key) if key else None
+
     @property
     def policy(self) -> Policy:
         """The floor, as secure aggregation checks it."""
@@ -86,19 +98,28 @@ def load_federation(path: Path) -> Federation:
             f"no file {path}",
             hint="it holds [sites] with a public key each; it comes with the federation's kit",
         )
+    return parse_federation(read_text(path), str(path))
+
+
+def parse_federation(text: str, where: str) -> Federation:
+    """The federation that ``text`` (TOML) describes; errors name ``where`` it came from.
+
+    Raises:
+        JobError: it does not describe a federation.
+    """
     try:
-        return Federation.model_validate(tomllib.loads(read_text(path)))
+        return Federation.model_validate(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise JobError(f"{path} is not valid TOML: {error}", hint="mend that line") from None
+        raise JobError(f"{where} is not valid TOML: {error}", hint="mend that line") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        key = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         hint = "[sites] maps a site's name to its Ed25519 public key, 64 hex digits"
-        if where.startswith("secure_aggregation"):
-            hint = f"mend {where}"
+        if key.startswith("secure_aggregation"):
+            hint = f"mend {key}"
         own = getattr(first.get("ctx", {}).get("error"), "hint", hint)
-        raise JobError(f"{path}: {where or 'sites'}: {message}", hint=own) from None
+        raise JobError(f"{where}: {key or 'sites'}: {message}", hint=own) from None
 
 
 def dump_federation(federation: Federation) -> str:

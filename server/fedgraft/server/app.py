@@ -13,18 +13,21 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
+from fedgraft.common.errors import InputError
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import open_workbench
+from fedgraft.server.export import export_adapter
 from fedgraft.server.gathering import Halfway
 from fedgraft.server.masked import Masking
 from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
+from fedgraft.server.summary import run_facts
 from fedgraft.server.transport import Transport
 
-__all__ = ["app", "coordinate"]
+__all__ = ["app", "coordinate", "finish"]
 
 app = ServerApp()
 
@@ -33,15 +36,28 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the job in ``run_config["job"]`` (TOML) into the folder ``run_config["run"]``.
 
-    ``run_config["federation"]`` is the path of the federation file, for secure aggregation.
+    ``run_config["federation"]`` is the path of the federation file, for secure aggregation. With
+    ``run_config["sealed"]`` only replies count that a site of that file signed, as our agent does.
     """
     job = parse_job(tomllib.loads(str(context.run_config["job"])), where="job")
     path = str(context.run_config.get("federation") or "")
     federation = load_federation(Path(path)) if path else None
     with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:
-        transport = Transport(grid)
+        sealed = bool(context.run_config.get("sealed"))
+        if sealed and federation is None:
+            raise InputError("sealed replies need the sites' public keys", hint="name federation")
+        transport = Transport(grid, key_of=federation.key_of if federation and sealed else None)
         transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
-        coordinate(transport, job, run, federation=federation)
+        final = coordinate(transport, job, run, federation=federation)
+        finish(run, job, final)
+
+
+def finish(run: Run, job: Job, final: Vector) -> None:
+    """Write what a federation of partner sites came to: the adapter, and the run's facts."""
+    bench = open_workbench(job)
+    plan = make_plan(job, bench, run.session)
+    export_adapter(run, bench, plan.exchanged, final, run.folder / "adapter")
+    run.finish(run_facts(run, bench, plan))
 
 
 def coordinate(

@@ -31,6 +31,7 @@ from fedgraft.common.payloads import (
     TrainRequest,
     UnmaskAsk,
 )
+from fedgraft.common.seals import unseal
 from fedgraft.common.secagg.statements import (
     Advertisement,
     Confirmation,
@@ -65,30 +66,37 @@ FLOWER_ERRORS = {2: "app-failed", 3: "expired", 5: "site-unreachable", 8: "app-d
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of asking one site: a ``payload``, or a ``failure`` code; bytes on the wire."""
+    """What came of asking one site: a ``payload``, or a ``failure`` code; bytes on the wire.
+
+    ``sealed`` is the name of the site that signed it, where replies are signed.
+    """
 
     site: str
     payload: Payload | None = None
     failure: str = ""
     bytes_up: int = 0
     bytes_down: int = 0
+    sealed: str | None = None
 
 
 class Transport:
     """The sites of a federation by name, behind a Flower grid.
 
-    ``watch`` is told of every reply: the stage, how many have come and how many were asked.
+    ``watch`` is told of every reply: the stage, how many have come and how many were asked. With
+    ``key_of``, which gives a site's public key, only replies that carry the site's seal count.
     """
 
     def __init__(
         self,
         grid: Grid,
         *,
+        key_of: Callable[[str], bytes | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] = time.sleep,
         watch: Watch = lambda stage, done, total: None,
     ) -> None:
         self._grid = grid
+        self._key_of = key_of
         self._watch = watch
         self._clock = clock
         self._pause = pause
@@ -127,6 +135,9 @@ class Transport:
         self._asked.update(new.values())
         for reply in self._ask(new, Stage.PLAN, request, deadline):
             answer = reply.payload
+            if isinstance(answer, PlanReply) and reply.sealed not in (None, answer.site):
+                yield replace(reply, payload=None, failure="another-sites-seal")
+                continue
             if not isinstance(answer, PlanReply):
                 yield reply
             elif failure := self._refusal(answer, request.session, members):
@@ -199,19 +210,23 @@ class Transport:
                     if asked is not None:  # else the reply came twice
                         came = True
                         self._watch(stage, total - len(waiting), total)
-                        yield self._read(asked, message)
+                        yield self._read(asked, message, identifier)
             if waiting and not came:
                 self._pause(pause)
             pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
         for asked in waiting.values():
             yield Reply(asked.site, failure="deadline", bytes_down=asked.size)
 
-    def _read(self, asked: "_Asked", message: Message) -> Reply:
+    def _read(self, asked: "_Asked", message: Message, request: str) -> Reply:
         reply = Reply(asked.site, bytes_down=asked.size)
         if message.has_error():
             code = message.error.code
             return replace(reply, failure=FLOWER_ERRORS.get(code, f"flower-error-{code}"))
         reply = replace(reply, bytes_up=wire_bytes(message.content))
+        try:
+            reply = replace(reply, sealed=self._unseal(asked, message, request))
+        except MessageError:
+            return replace(reply, failure="bad-seal")
         try:
             payload = decode(message.content, ANSWERS[asked.kind], Refusal)
         except MessageError:
@@ -220,6 +235,18 @@ class Transport:
             code = payload.code if CODE.fullmatch(payload.code) else "bad-code"
             return replace(reply, failure=code)
         return replace(reply, payload=payload)
+
+    def _unseal(self, asked: "_Asked", message: Message, request: str) -> str | None:
+        """Who signed the reply, where replies are signed: the site asked, if it has a name yet.
+
+        ``request`` is the id that we asked with: what the message says of itself proves nothing.
+        """
+        if self._key_of is None:
+            return None
+        site = unseal(message.content, request=request, key_of=self._key_of)
+        if asked.kind is not PlanRequest and site != asked.site:
+            raise MessageError("the seal of another site")
+        return site
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,223 @@
+"""A site's session with the coordinator's SuperLink, in one process that lives as the site does.
+
+Flower starts a process for every message and asks the coordinator for the app it should run. A site
+of ours does neither: it takes a message, hands it to the installed code and sends what comes back.
+What is used here of Flower's insides is held to the real thing by tests/e2e/test_contract.py.
+"""
+
+import ssl
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    pull_and_inflate_object_from_tree,
+    push_objects,
+)
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+__all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
+
+BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
+
+
+class FleetError(Exception):
+    """The coordinator could not be asked; the class says what to do about it."""
+
+
+class Unreachable(FleetError):
+    """No answer, or none from the SuperLink: try again."""
+
+
+class StillThere(FleetError):
+    """The coordinator takes this site's last session for alive: it ends within a minute or so."""
+
+
+class Gone(FleetError):
+    """The coordinator does not know this session any more: begin another."""
+
+
+class Refused(FleetError):
+    """The certificate, its revocation, the clock or the path: a person must look at it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A message for this site, and the Flower run that it belongs to."""
+
+    message: Message
+    run_id: int
+
+
+class Fleet:
+    """One session of a site. Use as a context manager: it says goodbye.
+
+    ``endpoint`` is ``host:port`` of the coordinator's public port; ``tls`` holds the federation's
+    CA and this site's certificate; ``key`` is the P-256 key that was enrolled.
+    """
+
+    def __init__(
+        self, endpoint: str, tls: ssl.SSLContext | None, key: EllipticCurvePrivateKey
+    ) -> None:
+        public = key.public_key()
+        self._public = public_key_to_bytes(public)
+        self._client = FleetHttpClient(
+            f"{'https' if tls else 'http'}://{endpoint}",
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, public),
+            ],
+            verify=tls or False,
+        )
+        self.node: Node | None = None
+        self._stop = threading.Event()
+        self._beating: threading.Thread | None = None
+        self._lost: FleetError | None = None
+
+    def __enter__(self) -> Self:
+        """Begin the session.
+
+        Raises:
+            FleetError: of the kind that says what to do.
+        """
+        request = ActivateNodeRequest(
+            public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+        self.node = Node(node_id=_asked(self._client.ActivateNode, request).node_id)
+        self._beating = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        self._beating.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        if self._beating:
+            self._beating.join()
+        if self.node and not isinstance(error, FleetError):
+            with suppress(FleetError):  # it notices by itself
+                goodbye = DeactivateNodeRequest(node_id=self.node.node_id)
+                _asked(self._client.DeactivateNode, goodbye)
+        self._client._client.close()
+
+    @property
+    def node_id(self) -> int:
+        """The id the SuperLink gave this session."""
+        assert self.node is not None, "not entered"  # noqa: S101
+        return int(self.node.node_id)
+
+    def receive(self) -> Task | None:
+        """The next message for this site with all its content; None if there is none.
+
+        Raises:
+            FleetError: of the kind that says what to do.
+        """
+        if self._lost:
+            raise self._lost
+        reply = _asked(self._client.PullMessages, PullMessagesRequest(node=self.node))
+        if not reply.messages_list:
+            return None
+        run_id, tree = reply.messages_list[0].metadata.run_id, reply.message_object_trees[0]
+        # Flower's records look these up, wherever they are made.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, self.node_id
+        pull = make_pull_object_fn_protobuf(self._ask(self._client.PullObject), self.node, run_id)
+        confirm = make_confirm_message_received_fn_protobuf(
+            self._ask(self._client.ConfirmMessageReceived), self.node, run_id
+        )
+        message = pull_and_inflate_object_from_tree(tree, pull, confirm, return_type=Message)
+        message.metadata.__dict__["_message_id"] = tree.object_id
+        return Task(message, run_id)
+
+    def reply(self, task: Task, message: Message, seconds: float) -> None:
+        """Send ``message``, which took ``seconds`` to make, in reply to ``task``.
+
+        Raises:
+            FleetError: of the kind that says what to do.
+        """
+        message.metadata.__dict__["_message_id"] = message.object_id
+        with no_object_id_recompute():
+            objects, tree = get_all_nested_objects(message), get_object_tree(message)
+            bare = remove_content_from_message(message) if message.has_content() else message
+            reply = _asked(
+                self._client.PushMessages,
+                PushMessagesRequest(
+                    node=self.node,
+                    messages_list=[message_to_proto(bare)],
+                    message_object_trees=[tree],
+                    clientapp_runtime_list=[seconds],
+                ),
+            )
+            push = make_push_object_fn_protobuf(
+                self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
+            )
+            push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
+
+    def _ask(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda request: _asked(call, request)
+
+    def _beat(self) -> None:
+        request = SendNodeHeartbeatRequest(
+            node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+        while not self._stop.wait(BEAT):
+            try:
+                if not _asked(self._client.SendNodeHeartbeat, request).success:
+                    raise Gone
+            except Unreachable:
+                continue  # the next question finds out
+            except FleetError as error:
+                self._lost = error
+                return
+
+
+def _asked(call: Callable[[Any], Any], request: Any) -> Any:
+    """What ``call`` answers to ``request``; a FleetError without any text of the other side."""
+    try:
+        return call(request)
+    except httpx.TransportError as error:
+        if isinstance(error.__cause__, ssl.SSLError) or "SSL" in str(error):
+            raise Refused("tls") from None
+        raise Unreachable(type(error).__name__) from None
+    except httpx.HTTPStatusError as error:
+        status = error.response.status_code
+        if status == httpx.codes.PRECONDITION_FAILED:
+            raise StillThere from None
+        if status in (httpx.codes.UNAUTHORIZED, httpx.codes.NOT_FOUND):
+            raise Gone(str(status)) from None
+        if status in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST):
+            raise Refused(str(status)) from None
+        raise Unreachable(str(status)) from None

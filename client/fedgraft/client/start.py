@@ -1,0 +1,76 @@
+"""From a site's files to its agent: who it is, where it connects, what it does between messages."""
+
+import logging
+import os
+import time
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from fedgraft.client.agent import Agent, make_tls
+from fedgraft.client.identity import load_identity
+from fedgraft.client.membership import (
+    Membership,
+    load_membership,
+    load_tls_key,
+    refresh_roster,
+    renew,
+    renewal_due,
+)
+from fedgraft.client.site import load_site
+from fedgraft.common.errors import FedgraftError, InputError
+
+__all__ = ["make_agent"]
+
+log = logging.getLogger("fedgraft.client")
+
+EVERY = 60.0  # seconds between two looks at the certificate and the roster
+
+
+def make_agent(path: Path) -> Agent:
+    """The agent of the site whose ``site.toml`` is at ``path``.
+
+    Raises:
+        InputError: the site has not joined, or a file of it is wrong.
+    """
+    config = load_site(path)
+    state = Path(config.state)
+    member = load_membership(state)
+    if member.site != config.name:
+        raise InputError(
+            f"{path} says {config.name}, and the membership is of {member.site}",
+            hint="name the site as its kit does",
+        )
+    os.environ["FEDGRAFT_BACKBONES"] = str(state / "backbones")
+    return Agent(
+        site=member.site,
+        endpoint=member.endpoint,
+        key=load_tls_key(state),
+        sign=load_identity(state).sign,
+        node_config={"site": str(path.resolve())},
+        tls=partial(make_tls, state / "ca.pem", state / "certificate.pem", state / "tls.key"),
+        upkeep=_Upkeep(member, state).due,
+    )
+
+
+class _Upkeep:
+    """What a member sees to once a minute."""
+
+    def __init__(self, member: Membership, state: Path) -> None:
+        self.member, self.state = member, state
+        self._last = time.monotonic() - EVERY
+
+    def due(self) -> bool:
+        """Renew the certificate and take keys of new sites, when it is time; whether renewed."""
+        if time.monotonic() - self._last < EVERY:
+            return False
+        self._last = time.monotonic()
+        try:
+            if renewal_due(self.state, datetime.now(UTC)):
+                renew(self.member, self.state)
+                log.info("the certificate was renewed")
+                return True
+            refresh_roster(self.member, self.state)
+        except FedgraftError as error:
+            log.warning("%s; %s", error, error.hint)
+        return False

@@ -1,0 +1,291 @@
+"""The coordinator as a process: it keeps Flower, nginx and our services running, and runs the jobs.
+
+``tend`` is called twice a second and is the whole story: start what died, tell a new SuperLink who
+its nodes are, follow the registry (who joined, who was revoked), go on with the oldest job. What
+the coordinator must remember is in files; killed at any point, it goes on from the last committed
+round.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import sysconfig
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedgraft.common.errors import FedgraftError
+from fedgraft.server.front import Front, front_command, write_front
+from fedgraft.server.jobs import Jobs, Submitted
+from fedgraft.server.registry import Member, Registry
+from fedgraft.server.superlink import FINISHED, Control, executor_command, superlink_command
+from fedgraft.server.supervisor import Supervised
+
+__all__ = ["Coordinator", "Home"]
+
+RETRY = 5.0  # seconds before a run that failed goes on from its last round
+TRIES = 20
+HOST = "127.0.0.1"
+Event = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Home:
+    """The coordinator's folder."""
+
+    folder: Path
+
+    @property
+    def runs(self) -> Path:
+        """Run folders."""
+        return self.folder / "runs"
+
+    @property
+    def sockets(self) -> Path:
+        """Sockets of our services."""
+        return self.folder / "run"
+
+    @property
+    def logs(self) -> Path:
+        """What the processes print."""
+        return self.folder / "logs"
+
+    @property
+    def roster(self) -> Path:
+        """The federation file of the sites that joined."""
+        return self.folder / "roster.toml"
+
+    def file(self, name: str) -> Path:
+        """A file of this folder."""
+        return self.folder / name
+
+
+class Coordinator:
+    """Keeps everything running; ``event`` is told of what an auditor would ask about."""
+
+    def __init__(self, home: Home, *, listen: str, event: Event, nginx: str | None = None) -> None:
+        self.home = home
+        self.registry = Registry(home.folder)
+        self.jobs = Jobs(home.file("jobs"))
+        self.nodes: dict[str, int] = {}
+        self._event = event
+        self._port = _free_port()
+        self._control: Control | None = None
+        self._current: tuple[str, int] | None = None
+        self._not_before = 0.0
+        self._members: dict[str, Member] = {}
+        self._listen = listen
+        for folder in (home.runs, home.sockets, home.logs):
+            folder.mkdir(exist_ok=True, mode=0o700)
+        found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        self.processes = self._make_processes(found)
+
+    @property
+    def public(self) -> bool:
+        """Whether there is an nginx, and so a public port."""
+        return "front" in self.processes
+
+    def _make_processes(self, nginx: str | None) -> dict[str, Supervised]:
+        home, port = self.home, self._port
+        tls = {"ca": home.file("ca.pem"), "secret": home.file("secret")}
+        server = {"certificate": home.file("server.pem"), "key": home.file("server.key")}
+        commands: dict[str, Callable[[], list[str]]] = {
+            "superlink": partial(superlink_command, port, **tls, **server),
+            "executor": partial(executor_command, port, **tls),
+        }
+        if nginx:
+            commands["front"] = lambda: front_command(self._front(), nginx)
+        made = {}
+        for name, command in commands.items():
+            made[name] = Supervised(
+                name,
+                command,
+                log=home.logs / f"{name}.log",
+                environment=self._environment(),
+                on_start=partial(self._started, name),
+            )
+        return made
+
+    def _environment(self) -> dict[str, str]:
+        flower = self.home.file("flower")  # where Flower unpacks apps
+        flower.mkdir(exist_ok=True, mode=0o700)
+        return {
+            **os.environ,
+            # Flower's executor looks for its other commands on PATH.
+            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+            "FLWR_HOME": str(flower),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+            "FEDGRAFT_BACKBONES": str(self.home.file("backbones")),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _started(self, name: str) -> None:
+        process = self.processes[name] if hasattr(self, "processes") else None
+        if process and process.starts > 1:
+            self._event("restarted", process=name)
+        if name == "superlink":  # it has forgotten everything
+            self._close_control()
+            self.nodes = {}
+            self._current = None
+
+    def _front(self) -> Front:
+        keys = {name: member.node_key for name, member in self._members.items()}
+        return Front(self.home.folder.resolve(), self._listen, self._port, keys)
+
+    def tend(self) -> None:
+        """See to everything once."""
+        self._follow_registry()
+        for process in self.processes.values():
+            process.tend()
+        if not self._reach_superlink():
+            return
+        try:
+            self._register_nodes()
+            self._tend_job()
+        except FedgraftError as error:
+            self._event("superlink", what=str(error))
+
+    def _follow_registry(self) -> None:
+        """Write nginx's configuration again when a site joined, was renewed or was revoked."""
+        members = self.registry.members()
+        if members == self._members and (self.home.file("nginx") / "nginx.conf").exists():
+            return
+        self._members = members
+        if self.public:
+            write_front(self._front())
+            self.processes["front"].signal(signal.SIGHUP)
+        self._event("members", sites=sorted(members))
+
+    def reload(self) -> None:
+        """Have nginx read its certificates and the revocation list again."""
+        if self.public:
+            self.processes["front"].signal(signal.SIGHUP)
+
+    def _reach_superlink(self) -> bool:
+        if self._control is None and _listens(self._port):
+            self._control = Control(self._port, self.home.file("ca.pem"))
+        return self._control is not None
+
+    def _close_control(self) -> None:
+        if self._control:
+            self._control.close()
+        self._control = None
+
+    def _register_nodes(self) -> None:
+        """Let the SuperLink know the keys of the members, and forget those of others."""
+        assert self._control is not None  # noqa: S101  # tend saw to it
+        for name, member in self._members.items():
+            if name not in self.nodes:
+                self.nodes[name] = self._control.register(member.public_key, name)
+        for name in [name for name in self.nodes if name not in self._members]:
+            self._control.unregister(self.nodes.pop(name))
+            self._event("unregistered", site=name)
+
+    def _tend_job(self) -> None:
+        """Start the oldest open job, or see how it is."""
+        assert self._control is not None  # noqa: S101  # tend saw to it
+        if self._current is None:
+            one = self.jobs.next()
+            if one and time.monotonic() >= self._not_before:
+                self._start(one)
+            return
+        name, run_id = self._current
+        if not any(one.name == name and one.state == "running" for one in self.jobs.all()):
+            self._control.stop(run_id)
+            self._current = None
+            return
+        status, _ = self._control.status(run_id)
+        if status == FINISHED:
+            self._current = None
+            self._ended(name)
+
+    def _start(self, one: Submitted) -> None:
+        assert self._control is not None  # noqa: S101  # tend saw to it
+        config = {
+            "job": self.jobs.text(one.name),
+            "run": str((self.home.runs / one.name).resolve()),
+            "federation": str(self.home.roster.resolve()),
+            "sealed": "yes",
+        }
+        run_id = self._control.start(config)
+        self._current = (one.name, run_id)
+        self.jobs.set(one.name, "running")
+        self._event("started", run=one.name, attempt=one.tries + 1)
+
+    def _ended(self, name: str) -> None:
+        """A run has ended at Flower's: it is done if it says so itself, else it goes on later."""
+        if (self.home.runs / name / "summary.json").exists():
+            self.jobs.set(name, "finished")
+            self._event("finished", run=name)
+            return
+        one = next(one for one in self.jobs.all() if one.name == name)
+        if one.tries >= TRIES:
+            self.jobs.set(name, "failed", "it failed too often; logs/executor.log says why")
+            self._event("failed", run=name)
+            return
+        self._not_before = time.monotonic() + RETRY
+        self._event("interrupted", run=name, attempt=one.tries)
+
+    def status(self) -> dict[str, Any]:
+        """What `fedgraft coordinator status` shows."""
+        online = self._control.nodes() if self._control else {}
+        sites = [
+            {
+                "site": name,
+                "state": "joined",
+                **_seen(online.get(self.nodes.get(name, 0), {})),
+            }
+            for name in sorted(self._members)
+        ]
+        return {
+            "processes": {
+                name: {"pid": each.pid, "starts": each.starts}
+                for name, each in self.processes.items()
+            },
+            "sites": sites,
+            "runs": [self._run_line(one) for one in self.jobs.all()],
+        }
+
+    def _run_line(self, one: Submitted) -> dict[str, Any]:
+        from fedgraft.server.runs import Run
+
+        folder = self.home.runs / one.name
+        history = Run(folder).history() if (folder / "run.json").exists() else []
+        return {
+            "run": one.name,
+            "state": one.state,
+            "why": one.why,
+            "rounds": len(history),
+            "bytes_up": sum(line["bytes_up"] for line in history),
+            "bytes_down": sum(line["bytes_down"] for line in history),
+            "dropped": sum(len(line["dropped"]) for line in history),
+            "seconds": history[-1]["seconds"] if history else None,
+        }
+
+    def close(self) -> None:
+        """End all processes."""
+        self._close_control()
+        for process in reversed(self.processes.values()):
+            process.stop()
+
+
+def _seen(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {"connected": node.get("status") == "online", "last_seen": node.get("last_seen")}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0

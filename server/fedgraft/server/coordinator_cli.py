@@ -1,0 +1,168 @@
+"""The verbs of a coordinator: run it, submit a job to it, see how it is, stop a run."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgraft.common.console import Console
+from fedgraft.common.errors import FedgraftError
+
+if TYPE_CHECKING:
+    from fedgraft.server.coordinator import Coordinator
+
+__all__ = ["run", "status", "stop", "submit"]
+
+TICK = 0.5  # seconds
+Home = Annotated[Path, typer.Option(help="The coordinator's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+HERE = Path("coordinator")
+
+
+def run(
+    home: Home = HERE,
+    listen: Annotated[str, typer.Option(help="ADDRESS:PORT of the public port.")] = "0.0.0.0:8443",
+) -> None:
+    """Run the coordinator until it is stopped: Flower, nginx, our services, the submitted jobs."""
+    # We start processes beside gRPC's threads, and only by exec: it need not see to forks.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    from fedgraft.common.audit import Audit
+    from fedgraft.common.locks import lock_folder
+    from fedgraft.server.coordinator import Coordinator, Home
+    from fedgraft.server.registry import Registry
+    from fedgraft.server.services import serve_operators, serve_sites
+
+    console, stopping = Console(), threading.Event()
+    Registry(home).sites()
+    with lock_folder(home):
+        audit = Audit(home / "audit.jsonl")
+
+        def event(kind: str, **facts: Any) -> None:
+            audit.append({"event": kind, **facts})
+            console.note(f"{kind}  {_words(facts)}")
+
+        coordinator = Coordinator(Home(home.resolve()), listen=listen, event=event)
+        servers = [serve_sites(home.resolve(), event)]
+        servers.append(serve_operators(home.resolve(), _operator(coordinator, stopping)))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopping.set())
+        if coordinator.public:
+            console.note(f"sites connect to {listen}")
+        else:
+            console.note("no nginx on PATH: there is no public port, and no site can connect")
+        try:
+            while not stopping.wait(TICK):
+                coordinator.tend()
+        finally:
+            for server in servers:
+                server.stop(1.0)
+            coordinator.close()
+
+
+def _operator(coordinator: "Coordinator", stopping: threading.Event) -> Any:
+    from fedgraft.server.services import Operator
+    from fedgraft.server.submission import prepare_job
+
+    def take(text: str) -> str:
+        name, job = prepare_job(text, coordinator.home)
+        return coordinator.jobs.submit(name, job).name
+
+    def halt(name: str) -> None:
+        if name:
+            coordinator.jobs.set(name, "stopped", "by the operator")
+        else:
+            stopping.set()
+
+    return Operator(take, coordinator.status, halt)
+
+
+def submit(
+    job: Annotated[Path, typer.Argument(help="Job file.")],
+    home: Home = HERE,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. rounds.count=5."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Give the running coordinator a job; it runs when those before it have ended."""
+    from fedgraft.common.jobfile import dump_job, load_job
+    from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
+
+    console = Console(as_json=as_json)
+    text = dump_job(load_job(job, tuple(overrides or ())))
+    reply = _ask(home, lambda stub: stub.Submit(pb.SubmitRequest(job=text), timeout=600))
+    console.json({"run": reply.run, "folder": str(home / "runs" / reply.run)})
+    console.text(f"submitted as {reply.run}\nnext: fedgraft coordinator status --home {home}")
+
+
+def status(home: Home = HERE, as_json: Json = False) -> None:
+    """Sites, runs and processes of the running coordinator."""
+    import json
+
+    from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
+
+    console = Console(as_json=as_json)
+    reply = _ask(home, lambda stub: stub.Status(pb.StatusRequest(), timeout=30))
+    facts = json.loads(reply.status)
+    console.json(facts)
+    rows = [
+        [site["site"], "yes" if site["connected"] else "no", site["last_seen"] or "never"]
+        for site in facts["sites"]
+    ]
+    console.table("Sites", ["site", "connected", "last seen"], rows)
+    rows = [
+        [
+            one["run"],
+            one["state"],
+            str(one["rounds"]),
+            f"{one['bytes_up'] / 1e6:,.1f} MB",
+            f"{one['bytes_down'] / 1e6:,.1f} MB",
+            str(one["dropped"]),
+            one["why"],
+        ]
+        for one in facts["runs"]
+    ]
+    console.table("Runs", ["run", "state", "rounds", "up", "down", "dropped", ""], rows)
+
+
+def stop(
+    run: Annotated[str, typer.Argument(help="Name of a run; without one, the coordinator.")] = "",
+    home: Home = HERE,
+) -> None:
+    """Stop a run for good, or the coordinator; an unfinished run goes on at its next start."""
+    from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
+
+    _ask(home, lambda stub: stub.Stop(pb.StopRequest(run=run), timeout=30))
+    Console().text(f"stopped {run}" if run else "the coordinator stops")
+
+
+def _ask(home: Path, question: Any) -> Any:
+    """What the running coordinator answers to ``question``, which gets the operator's stub."""
+    import json
+
+    import grpc
+
+    from fedgraft.common.channels import open_channel
+    from fedgraft.common.rpc.fedgraft_v1_pb2_grpc import OperatorStub
+
+    path = home.resolve() / "run" / "operator.sock"
+    try:
+        with open_channel(f"unix:{path}") as channel:
+            return question(OperatorStub(channel))
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
+            raise FedgraftError(
+                f"no coordinator runs in {home}", hint=f"fedgraft coordinator run --home {home}"
+            ) from None
+        said = json.loads(str(error.details()))
+    failure = FedgraftError(said["error"], hint=said["hint"])
+    failure.exit_code = int(said["code"])
+    raise failure
+
+
+def _words(facts: dict[str, Any]) -> str:
+    return "  ".join(f"{key} {value}" for key, value in facts.items())

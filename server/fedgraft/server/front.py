@@ -1,0 +1,142 @@
+"""The one public port: an nginx in front, whose configuration is written here.
+
+It speaks TLS with the federation's certificate, asks for a client certificate and passes on what
+sites need: Flower's Fleet API to the SuperLink, and our gRPC services to their socket. A request to
+Flower must carry the node key that was enrolled with the certificate's name; registering a node is
+never passed on. All else ends here. What was refused is in a log that the coordinator reads.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgraft.common.files import write_text
+
+__all__ = ["LOG", "Front", "front_command", "write_front"]
+
+LOG = "refused.log"
+BODY = "16m"  # Flower's chunks are 5 MiB
+RATE, BURST = 50, 200  # requests a second of one site: a round in many stages asks in bursts
+
+
+@dataclass(frozen=True)
+class Front:
+    """What nginx must know; ``members`` maps a site's name to its node key (base64 of PEM)."""
+
+    home: Path
+    listen: str
+    superlink: int
+    members: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Where nginx has its files."""
+        return self.home / "nginx"
+
+
+def front_command(front: Front, nginx: str) -> list[str]:
+    """The command of the nginx process, in the foreground."""
+    folder = front.folder
+    return [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", "error.log", "-g", "daemon off;"]
+
+
+def write_front(front: Front) -> None:
+    """Write the configuration; nginx reads it at its start and on a reload (SIGHUP)."""
+    front.folder.mkdir(exist_ok=True, mode=0o700)
+    write_text(front.folder / "nginx.conf", _configuration(front))
+
+
+def _configuration(front: Front) -> str:
+    names = sorted(front.members)
+    keys = "\n".join(f'    "CN={name} {front.members[name]}" {name};' for name in names)
+    known = "\n".join(f'    "CN={name}" {name};' for name in names)
+    user = "user root;\n" if os.geteuid() == 0 else ""  # the sockets are this user's alone
+    return f"""\
+# Written by fedgraft; changes are lost.
+{user}worker_processes auto;
+worker_shutdown_timeout 20s;  # an open session of a revoked site ends by then
+pid nginx.pid;
+events {{ worker_connections 1024; }}
+http {{
+  map_hash_bucket_size 1024;
+  log_format refused escape=json '{{"time":"$time_iso8601","status":$status,'
+    '"site":"$ssl_client_s_dn","verify":"$ssl_client_verify","method":"$request_method",'
+    '"path":"$uri","bytes":$request_length}}';
+  map $status $is_refused {{ default 0; "~^[4]" 1; }}
+  access_log {LOG} refused if=$is_refused;
+  server_tokens off;
+  client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi; scgi_temp_path scgi;
+
+  # Who may be whom: a certificate with the key that was enrolled with it.
+  map "$ssl_client_s_dn $http_flwr_public_key" $node_of {{
+    default "";
+{keys}
+  }}
+  map $ssl_client_s_dn $site {{
+    default "";
+{known}
+  }}
+  limit_req_zone $ssl_client_s_dn zone=site:1m rate={RATE}r/s;
+  limit_req_zone $binary_remote_addr zone=stranger:1m rate=2r/s;
+  limit_req_status 429;
+  limit_conn_zone $ssl_client_s_dn zone=open:1m;
+
+  server {{
+    listen {front.listen} ssl http2;
+    ssl_certificate {front.home}/server.pem;
+    ssl_certificate_key {front.home}/server.key;
+    ssl_protocols TLSv1.2 TLSv1.3;
+    ssl_session_tickets off;
+    ssl_session_cache none;  # each new connection shows its certificate again
+    ssl_client_certificate {front.home}/ca.pem;
+    ssl_crl {front.home}/crl.pem;
+    ssl_verify_client optional;
+    client_max_body_size {BODY};
+    client_body_buffer_size 1m;
+    client_body_timeout 30s;
+    client_header_timeout 10s;
+    keepalive_timeout 75s;
+
+    location = /v1/fleet/register-node {{ return 403; }}
+    location = /v1/fleet/unregister-node {{ return 403; }}
+    location /v1/fleet/ {{
+      if ($ssl_client_verify != SUCCESS) {{ return 401; }}
+      if ($node_of = "") {{ return 403; }}
+      limit_req zone=site burst={BURST} nodelay;
+      limit_conn open 64;
+      proxy_pass https://superlink;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_ssl_trusted_certificate {front.home}/ca.pem;
+      proxy_ssl_verify on;
+      proxy_ssl_name localhost;
+      proxy_ssl_session_reuse on;
+      proxy_buffering off;
+      proxy_read_timeout 120s;
+    }}
+    location = /fedgraft.v1.Enrolment/Enrol {{
+      limit_req zone=stranger burst=10 nodelay;
+      client_max_body_size 64k;
+      grpc_set_header x-site "";
+      grpc_pass grpc://services;
+    }}
+    location ~ ^/fedgraft\\.v1\\.(Backbones|Membership)/ {{
+      if ($ssl_client_verify != SUCCESS) {{ return 401; }}
+      if ($site = "") {{ return 403; }}
+      limit_req zone=site burst={BURST} nodelay;
+      limit_conn open 64;
+      client_max_body_size 1m;
+      grpc_set_header x-site $site;
+      grpc_buffer_size 256k;
+      grpc_read_timeout 600s;
+      grpc_send_timeout 600s;
+      grpc_pass grpc://services;
+    }}
+    location / {{ return 404; }}
+  }}
+  upstream superlink {{ server 127.0.0.1:{front.superlink}; keepalive 32; }}
+  upstream services {{ server unix:{front.home}/run/services.sock; }}
+}}
+"""

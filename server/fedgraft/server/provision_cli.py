@@ -1,0 +1,69 @@
+"""The verbs of provisioning: kits for new sites, kits again, and shutting a site out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedgraft.common.console import Console
+
+__all__ = ["kits", "renew", "revoke", "sites"]
+
+Home = Annotated[Path, typer.Option(help="The coordinator's folder.")]
+Kits = Annotated[Path, typer.Option("-o", "--out", help="Folder for the kits.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Site = Annotated[str, typer.Argument(help="Name of a site.")]
+HERE, KITS = Path("coordinator"), Path("kits")
+
+
+def kits(
+    federation: Annotated[Path, typer.Argument(help="federation.toml: name, endpoint, sites.")],
+    out: Kits = KITS,
+    home: Home = HERE,
+    as_json: Json = False,
+) -> None:
+    """Found a federation, or add the sites that are new in its file; one kit for each."""
+    from fedgraft.server.provision import found
+
+    console = Console(as_json=as_json)
+    fingerprint, written = found(federation, home, out)
+    console.json({"fingerprint": fingerprint, "kits": [str(path) for path in written]})
+    rows = [[path.stem, str(path)] for path in written]
+    console.table("Kits" if rows else "No new site", ["site", "file"], rows)
+    console.text(
+        f"fingerprint: {fingerprint}\nSend each site its kit; tell it the fingerprint by another "
+        f"way.\nnext: fedgraft coordinator run --home {home}"
+    )
+
+
+def renew(site: Site, out: Kits = KITS, home: Home = HERE) -> None:
+    """Write a site's kit again, with another token; the old kit and its certificates are void."""
+    from fedgraft.server.provision import renew_kit
+
+    Console().text(f"wrote {renew_kit(home, site, out)}")
+
+
+def revoke(site: Site, home: Home = HERE) -> None:
+    """Shut a site out: within a minute where the coordinator runs, open sessions included."""
+    from fedgraft.server.provision import revoke as shut_out
+
+    shut_out(home, site)
+    Console().text(f"{site} is shut out; to let it in again: fedgraft provision renew {site}")
+
+
+def sites(home: Home = HERE, as_json: Json = False) -> None:
+    """List the sites and what became of their kits."""
+    from fedgraft.server.registry import Registry
+
+    console = Console(as_json=as_json)
+    found = Registry(home).sites()
+    console.json(
+        {
+            "sites": [
+                {"site": name, "state": site.state, "joined": site.joined}
+                for name, site in found.items()
+            ]
+        }
+    )
+    rows = [[name, site.state, site.joined or "-"] for name, site in found.items()]
+    console.table("Sites", ["site", "state", "joined"], rows)

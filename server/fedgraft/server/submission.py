@@ -1,0 +1,31 @@
+"""A job becomes a run of a federation: checked, and its backbone made ready to be handed out."""
+
+import secrets
+import tomllib
+from datetime import UTC, datetime
+
+from fedgraft.common.errors import InputError
+from fedgraft.common.job import Job
+from fedgraft.common.jobfile import parse_job
+from fedgraft.server.coordinator import Home
+from fedgraft.server.registry import Registry
+
+__all__ = ["prepare_job"]
+
+
+def prepare_job(text: str, home: Home) -> tuple[str, Job]:
+    """The name of the run that the job in ``text`` (TOML) will be, and the job as sites get it.
+
+    Raises:
+        InputError: the job is wrong, or this federation cannot do it.
+    """
+    job = parse_job(tomllib.loads(text), where="job")
+    sites = Registry(home.folder).sites()
+    able = [name for name, site in sites.items() if site.state != "revoked"]
+    if job.rounds.min_sites > len(able):
+        raise InputError(
+            f"rounds.min_sites is {job.rounds.min_sites}, and the federation has {len(able)} sites",
+            hint="lower it, or provision more sites",
+        )
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return f"{stamp}-{job.job.name}-{secrets.token_hex(2)}", job.for_sites()

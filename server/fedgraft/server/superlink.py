@@ -1,0 +1,151 @@
+"""Flower's processes at the coordinator, and how they are told what to do.
+
+The SuperLink listens on loopback alone, with TLS because node authentication wants it; its executor
+proves itself with a secret. Runs are started and nodes registered over the Control API, which asks
+nobody who they are: whoever may connect to loopback on this host is trusted. What is used here of
+Flower's insides is held to the real thing by tests/e2e/test_contract.py.
+"""
+
+import ssl
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.cli.build import build_fab_from_files
+from flwr.common.serde import user_config_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.fab_pb2 import Fab
+from flwr.supercore.control.control_http_client import ControlHttpClient
+
+from fedgraft.common.errors import FedgraftError
+
+__all__ = ["FINISHED", "Control", "executor_command", "superlink_command"]
+
+FINISHED = "finished"
+HOST = "127.0.0.1"
+APP = """\
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "fedgraft"
+version = "0.1.0"
+description = "Entry points of fedgraft; the code is what each party installed."
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "fedgraft"
+
+[tool.flwr.app.components]
+serverapp = "fedgraft.server.app:app"
+clientapp = "fedgraft.client.app:app"
+
+[tool.flwr.app.config]
+job = ""
+run = ""
+federation = ""
+sealed = ""
+"""
+
+
+def superlink_command(
+    port: int, *, certificate: Path, key: Path, ca: Path, secret: Path
+) -> list[str]:
+    """The command of a SuperLink that keeps everything in memory: our checkpoints outlive it."""
+    return [
+        _script("flower-superlink"),
+        *("--host", HOST, "--port", str(port), "--isolation", "process"),
+        *("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)),
+        *("--ssl-ca-certfile", str(ca), "--enable-supernode-auth"),
+        *("--superexec-auth-secret-file", str(secret)),
+        "--disable-runtime-dependency-installation",
+    ]
+
+
+def executor_command(port: int, *, ca: Path, secret: Path) -> list[str]:
+    """The command of what starts the ServerApp of each run."""
+    return [
+        _script("flower-superexec"),
+        *("--runtime-api-address", f"{HOST}:{port}", "--root-certificates", str(ca)),
+        *("--superexec-auth-secret-file", str(secret)),
+    ]
+
+
+def _script(name: str) -> str:
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+class Control:
+    """What the coordinator asks of its SuperLink, over the Control API on loopback."""
+
+    def __init__(self, port: int, ca: Path) -> None:
+        context = ssl.create_default_context(cafile=str(ca))
+        self._client = ControlHttpClient(f"https://{HOST}:{port}", verify=context)
+
+    def start(self, config: Mapping[str, str]) -> int:
+        """Start a run of the installed ``fedgraft.server.app`` with this configuration; its id.
+
+        Raises:
+            FedgraftError: the SuperLink did not take it.
+        """
+        content, _ = build_fab_from_files({"pyproject.toml": APP.encode()})
+        reply = self._ask(
+            self._client.StartRun,
+            StartRunRequest(
+                fab=Fab(content=content), override_config=user_config_to_proto(dict(config))
+            ),
+        )
+        if not reply.HasField("run_id"):
+            raise FedgraftError("the SuperLink did not start the run", hint="look at its log")
+        return int(reply.run_id)
+
+    def stop(self, run_id: int) -> None:
+        """Stop a run."""
+        self._ask(self._client.StopRun, StopRunRequest(run_id=run_id))
+
+    def status(self, run_id: int) -> tuple[str, str]:
+        """``pending``, ``running`` or ``finished``, and how it finished."""
+        reply = self._ask(self._client.ListRuns, ListRunsRequest(run_id=run_id))
+        status = reply.run_dict[run_id].status
+        return str(status.status), str(status.sub_status)
+
+    def register(self, public_key: bytes, name: str) -> int:
+        """Let the node with this public key (PEM) take part; its id."""
+        request = RegisterNodeRequest(public_key=public_key, name=name)
+        return int(self._ask(self._client.RegisterNode, request).node_id)
+
+    def unregister(self, node_id: int) -> None:
+        """Let a node take part no more."""
+        self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
+
+    def nodes(self) -> dict[int, dict[str, Any]]:
+        """The registered nodes by id: ``status``, and the ``public_key`` in PEM."""
+        reply = self._ask(self._client.ListNodes, ListNodesRequest())
+        return {
+            int(node.node_id): {"status": str(node.status), "public_key": bytes(node.public_key)}
+            for node in reply.nodes_info
+        }
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client._client.close()
+
+    def _ask(self, call: Any, request: Any) -> Any:
+        try:
+            return call(request)
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            raise FedgraftError(f"the SuperLink answers {status}", hint="look at its log") from None
+        except httpx.TransportError as error:
+            what = f"the SuperLink does not answer ({type(error).__name__})"
+            raise FedgraftError(what, hint="it is started again") from None

@@ -1,0 +1,75 @@
+"""A seal holds for one site, one request and every byte of a reply."""
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgraft.common.errors import MessageError
+from fedgraft.common.messages import decode, encode
+from fedgraft.common.payloads import TrainReply
+from fedgraft.common.seals import seal, unseal
+from fedgraft.common.secagg.keys import Identity
+
+SITE = Identity(bytes(range(32)))
+OTHER = Identity(bytes(range(1, 33)))
+KEYS = {"a": SITE.public, "b": OTHER.public}
+
+
+def reply(loss: float = 0.5, update: float = 1.0) -> RecordDict:
+    values = np.array([update, 2.0], np.float32)
+    return encode(TrainReply("s" * 32, 1, "layout", 10, loss, values))
+
+
+def sealed(request: str = "request") -> RecordDict:
+    content = reply()
+    seal(content, site="a", request=request, sign=SITE.sign)
+    return content
+
+
+def test_a_sealed_reply_is_read_and_the_seal_is_off() -> None:
+    content = sealed()
+    assert unseal(content, request="request", key_of=KEYS.get) == "a"
+    assert decode(content, TrainReply).examples == 10
+
+
+def test_a_seal_is_for_one_request() -> None:
+    with pytest.raises(MessageError, match="broken"):
+        unseal(sealed("another"), request="request", key_of=KEYS.get)
+
+
+def test_another_site_cannot_seal_for_this_one() -> None:
+    content = reply()
+    seal(content, site="a", request="request", sign=OTHER.sign)
+    with pytest.raises(MessageError, match="broken"):
+        unseal(content, request="request", key_of=KEYS.get)
+
+
+def test_a_stranger_or_no_seal_is_refused() -> None:
+    with pytest.raises(MessageError, match="stranger"):
+        unseal(sealed(), request="request", key_of={}.get)
+    with pytest.raises(MessageError, match="without"):
+        unseal(reply(), request="request", key_of=KEYS.get)
+
+
+@pytest.mark.parametrize("changed", [reply(loss=0.25), reply(update=1.5)], ids=["loss", "update"])
+def test_what_was_changed_on_its_way_is_refused(changed: RecordDict) -> None:
+    changed["seal"] = sealed()["seal"]
+    with pytest.raises(MessageError, match="broken"):
+        unseal(changed, request="request", key_of=KEYS.get)
+
+
+def test_a_record_that_was_added_is_refused() -> None:
+    content = sealed()
+    content["more"] = ConfigRecord({"x": 1})
+    with pytest.raises(MessageError, match="broken"):
+        unseal(content, request="request", key_of=KEYS.get)
+
+
+@given(st.binary(max_size=80), st.text(max_size=10))
+def test_any_other_seal_is_refused(signature: bytes, site: str) -> None:
+    content = reply()
+    content["seal"] = ConfigRecord({"site": site, "signature": signature})
+    with pytest.raises(MessageError):
+        unseal(content, request="request", key_of=KEYS.get)
