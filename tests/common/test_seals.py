@@ -48,7 +48,7 @@ def test_another_site_cannot_seal_for_this_one() -> None:
 
 def test_a_stranger_or_no_seal_is_refused() -> None:
     with pytest.raises(MessageError, match="stranger"):
-        unseal(sealed(), request="request", key_of={}.get)
+        unseal(sealed(), request="request", key_of=lambda site: None)
     with pytest.raises(MessageError, match="without"):
         unseal(reply(), request="request", key_of=KEYS.get)
 

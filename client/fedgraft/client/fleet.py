@@ -30,6 +30,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -38,7 +39,8 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
-    pull_and_inflate_object_from_tree,
+    inflate_object_from_contents,
+    pull_objects,
     push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -49,6 +51,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 __all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
 
+FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
 
 
@@ -158,7 +161,17 @@ class Fleet:
         confirm = make_confirm_message_received_fn_protobuf(
             self._ask(self._client.ConfirmMessageReceived), self.node, run_id
         )
-        message = pull_and_inflate_object_from_tree(tree, pull, confirm, return_type=Message)
+        # The coordinator's objects follow its message: with Flower's first wait, a second, each
+        # stage of a round would take one.
+        contents = pull_objects(
+            [part.object_id for part in iterate_object_tree(tree)],
+            pull,
+            max_time=PATIENCE,
+            initial_backoff=FIRST_WAIT,
+            backoff_cap=LONGEST_WAIT,
+        )
+        confirm(tree.object_id)
+        message = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return Task(message, run_id)
 

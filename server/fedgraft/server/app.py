@@ -25,6 +25,7 @@ from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.summary import run_facts
+from fedgraft.server.superlink import hasten_pulls
 from fedgraft.server.transport import Transport
 
 __all__ = ["app", "coordinate", "finish"]
@@ -42,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
     job = parse_job(tomllib.loads(str(context.run_config["job"])), where="job")
     path = str(context.run_config.get("federation") or "")
     federation = load_federation(Path(path)) if path else None
+    hasten_pulls()
     with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:
         sealed = bool(context.run_config.get("sealed"))
         if sealed and federation is None:

@@ -56,7 +56,7 @@ ANSWERS: dict[type[Request], type[Payload]] = {
 Watch = Callable[[Stage, int, int], None]
 CODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.25  # seconds between pulls that brought nothing
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.1  # seconds between pulls that brought nothing
 
 # Failures of sites that may not be there at all.
 SILENT = frozenset({"deadline", "expired", "site-unreachable", "not-sent"})
