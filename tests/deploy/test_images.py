@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from programs import find, passes
 
+from fedgraft.common.cli import VERBS
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/docker"
 IMAGES = ("site", "coordinator")
@@ -58,22 +60,42 @@ def test_only_what_is_copied_enters_the_build(image: str) -> None:
     assert allowed == {name for stage in stages(image) for name in copies(stage)}
 
 
+def wheel_of(image: str, folder: Path) -> Path:
+    """The wheel that an image installs, built from what its first stage copies."""
+    if find_spec("hatchling") is None:
+        pytest.skip("hatchling is not here: it comes with the extra `dev`")
+    context = folder / "build"
+    context.mkdir()
+    for name in copies(stages(image)[0]):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, context / name)
+    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", folder)
+    passes([sys.executable, "-m", "pip", "wheel", *flags, context])
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.mark.parametrize(
     ("image", "left_out"),
     [("site", {"server", "simulations"}), ("coordinator", {"client", "simulations"})],
 )
 def test_the_wheel_holds_one_side_only(image: str, left_out: set[str], tmp_path: Path) -> None:
-    if find_spec("hatchling") is None:
-        pytest.skip("hatchling is not here: it comes with the extra `dev`")
-    context = tmp_path / "build"
-    context.mkdir()
-    for name in copies(stages(image)[0]):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, context / name)
-    flags = ("--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tmp_path)
-    passes([sys.executable, "-m", "pip", "wheel", *flags, context])
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+    names = zipfile.ZipFile(wheel_of(image, tmp_path)).namelist()
     rooms = {found[1] for name in names if (found := re.match(r"fedgraft/(\w+)/", name))}
     assert rooms == {"common"} | ROOMS - left_out
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+
+
+@pytest.mark.skipif("site" not in VERBS, reason="no verb of a site yet")
+def test_a_sites_image_offers_the_verbs_of_a_site_only(tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel_of("site", tmp_path)).extractall(tmp_path / "installed")
+    rooms = [str(ROOT / room) for room in ("common", "client", "server", "simulations")]
+    script = (
+        f"import sys; sys.path = [{str(tmp_path / 'installed')!r}]"
+        f" + [path for path in sys.path if path not in {rooms!r}];"
+        " sys.argv = ['fedgraft', '--help']; from fedgraft.common.cli import main; main()"
+    )
+    said = passes([sys.executable, "-c", script], cwd=tmp_path)
+    offered = set(re.findall(r"^  ([a-z]+)  ", said.partition("Commands:")[2], re.MULTILINE))
+    assert "site" in offered
+    assert offered == {v for v, (place, _) in VERBS.items() if place.split(".")[1] == "client"}
