@@ -28,6 +28,10 @@ def sealed(request: str = "request") -> RecordDict:
     return content
 
 
+def parts(content: RecordDict) -> dict[str, object]:
+    return {key: value for key, value in content["payload"].items() if key.startswith("seal.")}
+
+
 def test_a_sealed_reply_is_read_and_the_seal_is_off() -> None:
     content = sealed()
     assert unseal(content, request="request", key_of=KEYS.get) == "a"
@@ -55,7 +59,8 @@ def test_a_stranger_or_no_seal_is_refused() -> None:
 
 @pytest.mark.parametrize("changed", [reply(loss=0.25), reply(update=1.5)], ids=["loss", "update"])
 def test_what_was_changed_on_its_way_is_refused(changed: RecordDict) -> None:
-    changed["seal"] = sealed()["seal"]
+    changed = changed.copy()
+    changed["payload"] = ConfigRecord({**changed["payload"], **parts(sealed())})
     with pytest.raises(MessageError, match="broken"):
         unseal(changed, request="request", key_of=KEYS.get)
 
@@ -70,6 +75,6 @@ def test_a_record_that_was_added_is_refused() -> None:
 @given(st.binary(max_size=80), st.text(max_size=10))
 def test_any_other_seal_is_refused(signature: bytes, site: str) -> None:
     content = reply()
-    content["seal"] = ConfigRecord({"site": site, "signature": signature})
+    content["payload"].update({"seal.site": site, "seal.signature": signature})
     with pytest.raises(MessageError):
         unseal(content, request="request", key_of=KEYS.get)

@@ -1,12 +1,14 @@
 """The codec between typed payloads and Flower's records.
 
 A payload (``payloads.py``) is on the wire one Flower ``RecordDict`` with one ``ConfigRecord`` and,
-if it has arrays, one ``ArrayRecord``: few, flat records, because Flower moves every nested object
-in a request of its own. Arrays travel as plain numpy (pickles refused), so the dtype is what it
-says; adapters are float32 whatever the precision that a site trains in.
+if it has large arrays, one ``ArrayRecord``: few, flat records, because Flower moves every nested
+object in a request of its own, and each array is two. Small arrays are in the ``ConfigRecord``.
+Arrays travel as plain numpy (pickles refused), so the dtype is what it says; adapters are float32
+whatever the precision that a site trains in.
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -40,7 +42,8 @@ __all__ = [
     "wire_bytes",
 ]
 
-FORMAT = 1
+FORMAT = 2
+SMALL = 65536  # bytes of an array that travels in the payload's record
 
 
 class Stage(StrEnum):
@@ -69,12 +72,14 @@ def encode(payload: "DataclassInstance", arrays: Shared | None = None) -> Record
     config: dict[str, Any] = {"kind": type(payload).__name__, "format": FORMAT}
     found: dict[str, Array] = {}
     for key, value in _flatten("", payload):
-        if isinstance(value, np.ndarray):
+        if not isinstance(value, np.ndarray):
+            config[key] = value
+        elif value.nbytes <= SMALL:
+            config[key] = Array(value).data
+        else:
             if id(value) not in shared:
                 shared[id(value)] = (value, Array(value))
             found[key] = shared[id(value)][1]
-        else:
-            config[key] = value
     record = RecordDict({"payload": ConfigRecord(config)})
     if found:
         record["arrays"] = ArrayRecord(found)
@@ -164,7 +169,21 @@ def _take(values: dict[str, Any], key: str, hint: Any) -> Any:
             return value
     elif isinstance(value, np.ndarray):
         return value
+    elif type(value) is bytes:
+        return _read_small(value)
     raise MessageError(f"{key} is missing or has the wrong type")
+
+
+def _read_small(data: bytes) -> NDArray[Any]:
+    """The array in ``data``, which is a whole .npy file."""
+    file = io.BytesIO(data)
+    try:
+        found: NDArray[Any] = np.load(file, allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds over hostile bytes
+        raise MessageError(f"an array cannot be read ({type(error).__name__})") from None
+    if not isinstance(found, np.ndarray) or file.read(1):
+        raise MessageError("an array is not one array")
+    return found
 
 
 def _read_arrays(record: RecordDict) -> dict[str, NDArray[Any]]:

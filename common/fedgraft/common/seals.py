@@ -17,13 +17,15 @@ from fedgraft.common.secagg.keys import verify
 
 __all__ = ["seal", "unseal"]
 
-SEAL = "seal"
+PLACE, SITE, SIGNATURE = "payload", "seal.site", "seal.signature"
 CONTEXT = b"fedgraft-reply/1\n"
 
 
 def seal(content: RecordDict, *, site: str, request: str, sign: Callable[[bytes], bytes]) -> None:
     """Add the seal of ``site`` to ``content``, the reply to the message with the id ``request``."""
-    content[SEAL] = ConfigRecord({"site": site, "signature": sign(_digest(content, site, request))})
+    signature = sign(_digest(content, site, request))
+    # In the payload's record: one of its own would cost two requests more.
+    content.config_records[PLACE].update({SITE: site, SIGNATURE: signature})
 
 
 def unseal(content: RecordDict, *, request: str, key_of: Callable[[str], bytes | None]) -> str:
@@ -34,8 +36,8 @@ def unseal(content: RecordDict, *, request: str, key_of: Callable[[str], bytes |
     Raises:
         MessageError: there is no seal, or it is not one of that site over this reply.
     """
-    found = content.config_records.pop(SEAL, None)
-    site, signature = (found or {}).get("site"), (found or {}).get("signature")
+    record = content.config_records.get(PLACE, ConfigRecord())
+    site, signature = record.pop(SITE, None), record.pop(SIGNATURE, None)
     if not isinstance(site, str) or not isinstance(signature, bytes):
         raise MessageError("a reply without a seal")
     key = key_of(site)
