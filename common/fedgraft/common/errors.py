@@ -10,6 +10,7 @@ FedgraftError            exit 1   base: ``str(error)`` says what, ``.hint`` says
 |   `-- TooFewSites      exit 4   fewer sites answered than the job allows
 |-- RunError             exit 1   a run folder that cannot be used
 |   `-- CheckpointError           no checkpoint of the run can be trusted
+|-- TransferError        exit 1   a backbone could not be fetched, or not stored whole
 |-- MessageError         exit 1   a message that is not what the protocol says
 `-- SiteFailure          exit 1   a site could not do its part; only ``.code`` ever leaves the site
 """
@@ -27,6 +28,7 @@ __all__ = [
     "RunError",
     "SiteFailure",
     "TooFewSites",
+    "TransferError",
 ]
 
 
@@ -78,6 +80,10 @@ class RunError(FedgraftError):
 
 class CheckpointError(RunError):
     """No checkpoint of the run can be trusted."""
+
+
+class TransferError(FedgraftError):
+    """A backbone could not be fetched, or not stored whole; what has come is kept."""
 
 
 class MessageError(FedgraftError):
