@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -34,7 +34,7 @@ __all__ = [
     "make_manifest",
 ]
 
-CHUNK = 4_194_304  # bytes: 4 MiB; only the last chunk of a file is shorter
+CHUNK: Final = 4_194_304  # bytes: 4 MiB; only the last chunk of a file is shorter
 LIMIT = 8_000_000  # bytes of a manifest as JSON: about 500 GB of backbone
 DIGEST = r"^[0-9a-f]{64}$"
 HASHERS = min(8, os.cpu_count() or 1)
