@@ -59,8 +59,11 @@ def main() -> None:
     site.add_argument("tls", type=Path)
     site.add_argument("digest")
     site.add_argument("store", type=Path)
-    options = vars(parser.parse_args())
-    {"serve": serve, "fetch": fetch}[options.pop("end")](**options)
+    options = parser.parse_args()
+    if options.end == "serve":
+        serve(options.store, options.socket)
+    else:
+        fetch(options.endpoint, options.tls, options.digest, options.store)
 
 
 if __name__ == "__main__":

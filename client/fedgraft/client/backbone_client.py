@@ -133,10 +133,11 @@ class _Arrival:
     def _write(self, stream: Iterator[rpc.Chunk], index: int) -> None:
         offset = 0
         for piece in stream:
-            if piece.index != index or not piece.data:
+            data = piece.data  # a copy each time it is asked for
+            if piece.index != index or not data:
                 raise MessageError(f"chunk {index} was expected")
-            self._receiver.write(index, offset, piece.data)
-            offset += len(piece.data)
+            self._receiver.write(index, offset, data)
+            offset += len(data)
             if piece.last:
                 return
         raise MessageError(f"the coordinator ended before chunk {index}")

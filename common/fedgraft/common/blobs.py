@@ -88,13 +88,7 @@ class BlobStore:
         Raises:
             BackboneError: a file is not as it came. Receiving the manifest again mends it.
         """
-        damaged = []
-        for file in manifest.files:
-            path = self.file_path(file)
-            if path.exists() and (self._unverified(path, file) or not self._has(file)):
-                self._put_back(file)
-                damaged.append(file.name)
-        if damaged:
+        if damaged := self._put_back_damaged(manifest):
             raise BackboneError(
                 f"{', '.join(damaged)} of the backbone {manifest.digest[:12]} changed on disk",
                 hint="fetch it again: only the chunks that are wrong are transferred",
@@ -138,13 +132,14 @@ class BlobStore:
     def import_folder(
         self, folder: Path, manifest: Manifest, *, progress: Progress | None = None
     ) -> Path:
-        """Copy what is missing of a backbone from a local folder, verified; the store's folder.
+        """Copy what is missing or damaged here from a local folder, verified; the store's folder.
 
         Raises:
             BackboneError: a file there is missing or not what the manifest says.
             RunError: another process receives into this store.
             TransferError: the disk is full.
         """
+        self._put_back_damaged(manifest)
         with self.receive(manifest) as receiver, ThreadPoolExecutor(HASHERS) as copiers:
 
             def copy(index: int) -> None:
@@ -182,6 +177,15 @@ class BlobStore:
             return self.file_path(file).stat().st_size == file.size
         except FileNotFoundError:
             return False
+
+    def _put_back_damaged(self, manifest: Manifest) -> list[str]:
+        damaged = []
+        for file in manifest.files:
+            path = self.file_path(file)
+            if path.exists() and (not self._has(file) or self._unverified(path, file)):
+                self._put_back(file)
+                damaged.append(file.name)
+        return damaged
 
     def _put_back(self, file: ManifestFile) -> None:
         self.file_path(file).chmod(0o600)

@@ -26,6 +26,7 @@ VERBS = {
     "runs": ("fedgraft.server.cli:runs", "List runs and what they came to."),
     "report": ("fedgraft.server.cli:report", "Write a run's report.html again."),
     "export": ("fedgraft.server.cli:export", "Write a run's adapter or merged model."),
+    "fetch": ("fedgraft.client.fetch_cli:fetch", "Import a local backbone at a site."),
 }
 
 
