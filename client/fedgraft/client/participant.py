@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from fedgraft.client.data import Examples, encode, read_split, split_validation
 from fedgraft.client.evaluation import evaluate
 from fedgraft.client.identity import load_identity
+from fedgraft.client.provisions import ensure_backbone
 from fedgraft.client.site import SiteConfig, load_site
 from fedgraft.client.stack import Stack, open_stack
 from fedgraft.client.store import Store, open_store
@@ -138,6 +139,7 @@ class Participant:
                 ``no-examples``, or a code of ``check_privacy``. Where updates are masked,
                 ``not-eligible`` for too few or too many examples.
         """
+        ensure_backbone(Job.model_validate_json(request.job), self.state)
         job, bench = self.open(request.session, request.job)
         self.check_privacy(job)
         if bench.backbone.fingerprint != request.backbone:

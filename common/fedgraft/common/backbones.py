@@ -1,10 +1,8 @@
 """The frozen model: find it, refuse what is unsafe, fingerprint it, load it.
 
-Only safetensors are read and no code of a model repository ever runs: a pickle file or an
-``auto_map`` in a config would let whoever wrote it run code at every site.
+What is refused, and why, is in ``model_folder.py``.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedgraft.common.blobs import open_store
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.job import Job
+from fedgraft.common.model_folder import FINGERPRINTED, fingerprint, refuse_unsafe
 from fedgraft.common.seeds import derive_seed
 
 __all__ = [
@@ -30,8 +30,6 @@ __all__ = [
 ]
 
 BUILTIN = Path(__file__).parent / "builtin"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
-FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
 
 
 @dataclass(frozen=True)
@@ -81,15 +79,19 @@ class LoadedBackbone:
 
 
 def find_backbone(source: str, *, weights: str = "pretrained") -> Backbone:
-    """Resolve ``hf:REPO[@REVISION]``, ``path:DIR`` or ``builtin:NAME`` to a checked local folder.
+    """Resolve a job's ``backbone.source`` to a checked local folder.
+
+    ``hf:REPO[@REVISION]``, ``path:DIR``, ``builtin:NAME``, or ``manifest:DIGEST`` of what lies in
+    this process's store of backbones (``blobs.open_store``).
 
     Raises:
-        BackboneError: not there, not a Hugging Face folder, holds pickle weights or remote code.
+        BackboneError: not there, damaged, no Hugging Face folder, pickle weights or remote code.
     """
     kind, _, name = source.partition(":")
-    folder = {"hf": _download, "path": Path, "builtin": _builtin}[kind](name)
-    _refuse_unsafe(folder, source, weights)
-    return Backbone(source, folder, _fingerprint(folder, weights), weights)
+    places = {"hf": _download, "path": Path, "builtin": _builtin, "manifest": _stored}
+    folder = places[kind](name)
+    refuse_unsafe(folder, source, weights)
+    return Backbone(source, folder, fingerprint(folder, weights), weights)
 
 
 def load(backbone: Backbone, job: Job) -> LoadedBackbone:
@@ -156,7 +158,7 @@ def _download(name: str) -> Path:
     repository, _, revision = name.partition("@")
     try:
         # Pickles are not even downloaded.
-        patterns = [f"*{suffix}" for suffix in FINGERPRINTED]
+        patterns = [*(f"*{suffix}" for suffix in FINGERPRINTED), "README.md"]  # has the licence
         revised = revision or None
         return Path(snapshot_download(repository, revision=revised, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
@@ -166,82 +168,18 @@ def _download(name: str) -> Path:
         ) from None
 
 
+def _stored(digest: str) -> Path:
+    """Every chunk is hashed again: a disk may have changed a bit since it came."""
+    store = open_store()
+    store.check(store.manifest(digest))
+    return store.folder(digest)
+
+
 def _builtin(name: str) -> Path:
     known = sorted(path.name for path in BUILTIN.iterdir() if path.is_dir())
     if name not in known:
         raise BackboneError(f"no built-in backbone {name}", hint=f"there is: {', '.join(known)}")
     return BUILTIN / name
-
-
-def _refuse_unsafe(folder: Path, source: str, weights: str) -> None:
-    if not (folder / "config.json").is_file():
-        raise BackboneError(
-            f"{source}: no config.json in that folder",
-            hint="point backbone.source at a Hugging Face model folder",
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        remote = "auto_map" in config
-    except (ValueError, TypeError):
-        raise BackboneError(f"{source}: config.json is not JSON", hint="copy it again") from None
-    if remote:
-        raise BackboneError(
-            f"{source}: config.json asks to run code from the model's repository (auto_map)",
-            hint="fedgraft never runs remote code: use an architecture that transformers ships",
-        )
-    if (folder / "adapter_config.json").exists():
-        raise BackboneError(
-            f"{source}: this is an adapter, or has one beside the model",
-            hint="point backbone.source at the model itself, without adapter_config.json",
-        )
-    _refuse_shards_elsewhere(folder, source)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise BackboneError(
-            f"{source}: holds weights in a format that can run code: {', '.join(pickles)}",
-            hint="save it with model.save_pretrained(DIR) (safetensors) and remove those files",
-        )
-    if weights == "pretrained" and not list(folder.glob("*.safetensors")):
-        raise BackboneError(
-            f"{source}: no .safetensors file in that folder",
-            hint='save the weights as safetensors, or set backbone.weights = "random"',
-        )
-
-
-def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
-    """An index may name any file, also a pickle or one that no fingerprint covers."""
-    for index in folder.glob("*.index.json"):
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            bad = sorted(
-                str(name)
-                for name in names
-                if Path(name).name != name
-                or Path(name).suffix != ".safetensors"
-                or not (folder / name).is_file()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise BackboneError(
-                f"{source}: {index.name} is no index", hint="copy it again"
-            ) from None
-        if bad:
-            raise BackboneError(
-                f"{source}: {index.name} names {bad[0]}, which is no .safetensors file beside it",
-                hint="save the model again with model.save_pretrained(DIR)",
-            )
-
-
-def _fingerprint(folder: Path, weights: str) -> str:
-    if weights == "random":  # the config alone makes the model
-        files = [folder / "config.json"]
-    else:
-        files = sorted(p for p in folder.iterdir() if p.suffix in FINGERPRINTED and p.is_file())
-    digest = hashlib.sha256(f"fedgraft-backbone/1 {weights}\n".encode())
-    for path in files:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name} {content}\n".encode())
-    return digest.hexdigest()
 
 
 def _build(backbone: Backbone, task: str, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:

@@ -1,28 +1,38 @@
-"""gRPC connections of fedgraft's own services: TLS with the federation's CA, or a local socket."""
+"""gRPC between coordinator and sites: how a channel is opened, and the options of both ends."""
 
 import grpc
 
-__all__ = ["open_channel"]
+__all__ = ["SERVER_OPTIONS", "open_channel"]
 
-OPTIONS = [
-    ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
+LARGEST_MESSAGE = 8_388_608  # bytes; above the largest manifest and the largest piece of a chunk
+# A dead line is noticed within a minute, also by a site that only waits; a coordinator that starts
+# again is found within seconds.
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+    ("grpc.max_send_message_length", LARGEST_MESSAGE),
+    ("grpc.keepalive_time_ms", 40_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
-]
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
+    ("grpc.http2.lookahead_bytes", 4_194_304),
+)
+SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE),
+    ("grpc.max_send_message_length", LARGEST_MESSAGE),
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),  # sites ask every 40 s
+)
 
 
 def open_channel(
-    endpoint: str, *, ca: bytes = b"", key: bytes | None = None, certificate: bytes | None = None
+    endpoint: str, ca: bytes = b"", key: bytes | None = None, certificate: bytes | None = None
 ) -> grpc.Channel:
-    """A channel to ``host:port`` that trusts ``ca`` alone, or to ``unix:PATH`` in clear.
+    """A channel to ``HOST:PORT`` over mutual TLS, or to ``unix:PATH`` on this host without.
 
-    ``key`` and ``certificate`` (PEM) are what a member shows; without them only enrolment answers.
+    All three are PEM; without ``key`` and ``certificate`` the other side does not learn who calls,
+    which only enrolment allows. Nothing is sent before the first call.
     """
     if endpoint.startswith("unix:"):
-        # nginx and the operator's own commands share the socket's folder, which is theirs alone
-        return grpc.insecure_channel(endpoint, [*OPTIONS, ("grpc.default_authority", "localhost")])
-    return grpc.secure_channel(
-        endpoint, grpc.ssl_channel_credentials(ca, key, certificate), OPTIONS
-    )
+        return grpc.insecure_channel(endpoint, CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+    return grpc.secure_channel(endpoint, credentials, CHANNEL_OPTIONS)

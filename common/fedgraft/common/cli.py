@@ -40,6 +40,7 @@ VERBS = {
     "submit": ("fedgraft.server.coordinator_cli:submit", "Give the coordinator a job."),
     "site join": ("fedgraft.client.site_cli:join", "Join a federation with a kit."),
     "site run": ("fedgraft.client.site_cli:run", "Take part until stopped."),
+    "fetch": ("fedgraft.client.fetch_cli:fetch", "Import a local backbone at a site."),
 }
 GROUPS = {
     "provision": "Found a federation; kits for its sites.",

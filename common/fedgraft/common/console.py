@@ -6,7 +6,7 @@ that a log file stays readable.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -14,10 +14,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console as Rich
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 from rich.table import Table
 
@@ -96,6 +98,39 @@ class Console:
                 yield _Live(progress, task)
         else:
             yield _Lines(self, title, total, done)
+
+    @contextmanager
+    def transfer(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """Show bytes on their way, with rate and time left; call with (bytes done, in all)."""
+        if self.quiet:
+            yield lambda done, total: None
+        elif self._err.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self._err) as progress:
+                task = progress.add_task(title, total=None)
+                yield lambda done, total: progress.update(task, completed=done, total=total)
+        else:
+            yield _Tenths(self, title)
+
+
+class _Tenths:
+    """A line each tenth of a transfer, for a log."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console, self._title, self._said = console, title, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenths = 10 * done // max(total, 1)
+        if tenths > self._said:
+            self._said = tenths
+            self._console.note(f"{self._title} {done / 1e6:,.1f}/{total / 1e6:,.1f} MB")
 
 
 class _Silent:

@@ -11,6 +11,7 @@ FedgraftError            exit 1   base: ``str(error)`` says what, ``.hint`` says
 |-- RunError             exit 1   a run folder that cannot be used
 |   `-- CheckpointError           no checkpoint of the run can be trusted
 |-- AuditError           exit 1   an audit cannot be written, or its chain is broken
+|-- TransferError        exit 1   a backbone could not be fetched, or not stored whole
 |-- MessageError         exit 1   a message that is not what the protocol says
 `-- SiteFailure          exit 1   a site could not do its part; only ``.code`` ever leaves the site
 """
@@ -29,6 +30,7 @@ __all__ = [
     "RunError",
     "SiteFailure",
     "TooFewSites",
+    "TransferError",
 ]
 
 
@@ -84,6 +86,10 @@ class CheckpointError(RunError):
 
 class AuditError(FedgraftError):
     """An audit cannot be written, or somebody changed it."""
+
+
+class TransferError(FedgraftError):
+    """A backbone could not be fetched, or not stored whole; what has come is kept."""
 
 
 class MessageError(FedgraftError):

@@ -57,7 +57,7 @@ class General(Section):
 class Backbone(Section):
     """``[backbone]``: the frozen model; ``weights = "random"`` takes only its ``config.json``."""
 
-    source: str = Field(pattern=r"^(hf|path|builtin):.+$")
+    source: str = Field(pattern=r"^((hf|path|builtin):.+|manifest:[0-9a-f]{64})$")
     weights: Literal["pretrained", "random"] = "pretrained"
 
 

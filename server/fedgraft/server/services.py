@@ -11,15 +11,17 @@ from typing import Any
 
 import grpc
 
+from fedgraft.common.blobs import BlobStore
+from fedgraft.common.channels import SERVER_OPTIONS
 from fedgraft.common.errors import FedgraftError
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
+from fedgraft.server.backbone_service import BackboneService
 from fedgraft.server.enrollment import Enrolment, Membership
 
 __all__ = ["Operator", "serve_operators", "serve_sites"]
 
 THREADS = 16
-OPTIONS = [("grpc.max_receive_message_length", 1 << 20), ("grpc.so_reuseport", 0)]
 Event = Callable[..., None]
 
 
@@ -58,15 +60,17 @@ def _answered(context: grpc.ServicerContext, call: Callable[..., Any], *argument
 
 def serve_sites(home: Path, event: Event) -> grpc.Server:
     """Serve enrolment and membership on ``run/services.sock``."""
-    server = grpc.server(ThreadPoolExecutor(THREADS, "sites"), options=OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(THREADS, "sites"), options=SERVER_OPTIONS)
     services.add_EnrolmentServicer_to_server(Enrolment(home, event), server)
     services.add_MembershipServicer_to_server(Membership(home, event), server)
+    backbones = BackboneService(BlobStore(home / "backbones"))
+    services.add_BackbonesServicer_to_server(backbones, server)
     return _listen(server, home / "run" / "services.sock")
 
 
 def serve_operators(home: Path, operator: Operator) -> grpc.Server:
     """Serve ``operator`` on ``run/operator.sock``."""
-    server = grpc.server(ThreadPoolExecutor(2, "operators"), options=OPTIONS)
+    server = grpc.server(ThreadPoolExecutor(2, "operators"), options=SERVER_OPTIONS)
     services.add_OperatorServicer_to_server(operator, server)
     return _listen(server, home / "run" / "operator.sock")
 

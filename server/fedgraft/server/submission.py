@@ -4,6 +4,8 @@ import secrets
 import tomllib
 from datetime import UTC, datetime
 
+from fedgraft.common.backbones import find_backbone
+from fedgraft.common.blobs import BlobStore, make_manifest
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
@@ -28,4 +30,20 @@ def prepare_job(text: str, home: Home) -> tuple[str, Job]:
             hint="lower it, or provision more sites",
         )
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{stamp}-{job.job.name}-{secrets.token_hex(2)}", job.for_sites()
+    return f"{stamp}-{job.job.name}-{secrets.token_hex(2)}", _with_manifest(job.for_sites(), home)
+
+
+def _with_manifest(job: Job, home: Home) -> Job:
+    """The job with its backbone named by what it is, and that ready to be handed out.
+
+    A built-in backbone is in every install.
+    """
+    source = job.backbone.source
+    if source.startswith(("builtin:", "manifest:")):
+        return job
+    backbone = find_backbone(source, weights=job.backbone.weights)
+    named = source if source.startswith("hf:") else f"path:{backbone.folder.name}"
+    manifest = make_manifest(backbone.folder, source=named)
+    BlobStore(home.file("backbones")).import_folder(backbone.folder, manifest)
+    renamed = job.backbone.model_copy(update={"source": f"manifest:{manifest.digest}"})
+    return job.model_copy(update={"backbone": renamed})

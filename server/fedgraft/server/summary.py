@@ -53,8 +53,8 @@ def _without_folders(job: Job) -> Job:
 
 
 def _named(source: str) -> str:
-    """``path:FOLDER/NAME`` or a path as its last part; ``hf:`` and ``builtin:`` as they are."""
-    if source.startswith(("hf:", "builtin:")):
+    """``path:FOLDER/NAME`` or a path as its last part; names that are no paths as they are."""
+    if source.startswith(("hf:", "builtin:", "manifest:")):
         return source
     kind = "path:" if source.startswith("path:") else ""
     return kind + Path(source).name

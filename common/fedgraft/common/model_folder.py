@@ -1,0 +1,97 @@
+"""A model's folder: which files make the model, what is refused, what identifies it.
+
+Only safetensors are read and no code of a model repository ever runs: a pickle file or an
+``auto_map`` in a config would let whoever wrote it run code at every site.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from fedgraft.common.errors import BackboneError
+
+__all__ = ["FINGERPRINTED", "PICKLES", "fingerprint", "model_files", "refuse_unsafe"]
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
+
+
+def refuse_unsafe(folder: Path, source: str, weights: str = "pretrained") -> None:
+    """Refuse a folder whose loading could run code, or that cannot be a model's.
+
+    ``source`` is what its user calls it. With ``weights = "random"`` it needs no weights.
+
+    Raises:
+        BackboneError: not a Hugging Face folder, no safetensors, pickles, remote code, an adapter.
+    """
+    if not (folder / "config.json").is_file():
+        raise BackboneError(
+            f"{source}: no config.json in that folder",
+            hint="point backbone.source at a Hugging Face model folder",
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        remote = "auto_map" in config
+    except (ValueError, TypeError):
+        raise BackboneError(f"{source}: config.json is not JSON", hint="copy it again") from None
+    if remote:
+        raise BackboneError(
+            f"{source}: config.json asks to run code from the model's repository (auto_map)",
+            hint="fedgraft never runs remote code: use an architecture that transformers ships",
+        )
+    if (folder / "adapter_config.json").exists():
+        raise BackboneError(
+            f"{source}: this is an adapter, or has one beside the model",
+            hint="point backbone.source at the model itself, without adapter_config.json",
+        )
+    _refuse_shards_elsewhere(folder, source)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise BackboneError(
+            f"{source}: holds weights in a format that can run code: {', '.join(pickles)}",
+            hint="save it with model.save_pretrained(DIR) (safetensors) and remove those files",
+        )
+    if weights == "pretrained" and not list(folder.glob("*.safetensors")):
+        raise BackboneError(
+            f"{source}: no .safetensors file in that folder",
+            hint='save the weights as safetensors, or set backbone.weights = "random"',
+        )
+
+
+def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
+    """An index may name any file, also a pickle or one that no fingerprint covers."""
+    for index in folder.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            bad = sorted(
+                str(name)
+                for name in names
+                if Path(name).name != name
+                or Path(name).suffix != ".safetensors"
+                or not (folder / name).is_file()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BackboneError(
+                f"{source}: {index.name} is no index", hint="copy it again"
+            ) from None
+        if bad:
+            raise BackboneError(
+                f"{source}: {index.name} names {bad[0]}, which is no .safetensors file beside it",
+                hint="save the model again with model.save_pretrained(DIR)",
+            )
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files in ``folder`` that make the model what it is, by name; nothing else is loaded."""
+    return sorted(p for p in folder.iterdir() if p.suffix in FINGERPRINTED and p.is_file())
+
+
+def fingerprint(folder: Path, weights: str) -> str:
+    """SHA-256 (hex) over names and contents of ``model_files``, or of the config alone."""
+    files = model_files(folder) if weights != "random" else [folder / "config.json"]
+    digest = hashlib.sha256(f"fedgraft-backbone/1 {weights}\n".encode())
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
