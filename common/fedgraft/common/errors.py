@@ -10,12 +10,14 @@ FedgraftError            exit 1   base: ``str(error)`` says what, ``.hint`` says
 |   `-- TooFewSites      exit 4   fewer sites answered than the job allows
 |-- RunError             exit 1   a run folder that cannot be used
 |   `-- CheckpointError           no checkpoint of the run can be trusted
+|-- AuditError           exit 1   an audit cannot be written, or its chain is broken
 |-- MessageError         exit 1   a message that is not what the protocol says
 `-- SiteFailure          exit 1   a site could not do its part; only ``.code`` ever leaves the site
 """
 
 __all__ = [
     "AdapterError",
+    "AuditError",
     "BackboneError",
     "CheckpointError",
     "DataError",
@@ -78,6 +80,10 @@ class RunError(FedgraftError):
 
 class CheckpointError(RunError):
     """No checkpoint of the run can be trusted."""
+
+
+class AuditError(FedgraftError):
+    """An audit cannot be written, or somebody changed it."""
 
 
 class MessageError(FedgraftError):

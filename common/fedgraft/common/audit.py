@@ -1,0 +1,264 @@
+"""A file that only grows, in which every line vouches for all lines before it.
+
+A line is JSON: ``n`` (from 1), ``time`` (UTC), a random ``salt``, the hash of the ``previous``
+line, the facts, and last the SHA-256 ``hash`` of the line's own bytes up to there. Whoever knows
+the newest hash, the head, can tell whether a single byte below it was changed, removed, moved or
+added. Whoever does not know it cannot tell a chain from one that was written anew as a whole, so
+a head belongs in other hands. The salts make a head say nothing about the facts.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from fedgraft.common.errors import AuditError
+
+__all__ = ["Audit", "Head", "read", "rows", "verify"]
+
+NOTHING = "0" * 64  # the hash before the first line
+LONGEST = 1 << 24  # bytes of a line
+BLOCK = 1 << 16
+CHANGED = "keep it as evidence, move it away, and find out who changed it"
+LINE = re.compile(
+    rb'(\{"n":([1-9]\d*),"time":"[^"]+","salt":"[0-9a-f]{32}","previous":"([0-9a-f]{64})".*)'
+    rb',"hash":"([0-9a-f]{64})"\}',
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a chain: how many lines it has, and the hash of the last one."""
+
+    lines: int
+    hash: str
+
+
+class Audit:
+    """The audit at ``path``, which several processes may write at once."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float] = time.time,
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self.path = path
+        self._clock, self._entropy = clock, entropy
+
+    @property
+    def head(self) -> Head:
+        """The end of the chain as it is on disk.
+
+        Raises:
+            AuditError: the file cannot be read, or its last line is none of ours.
+        """
+        if not self.path.exists():
+            return Head(0, NOTHING)
+        with _locked(self.path, "rb") as file:
+            return _settled(self.path, file)[0]
+
+    def append(self, facts: Mapping[str, Any]) -> Head:
+        """Add a line; it is durable when this returns, and what is torn off is cut before.
+
+        ``facts`` are JSON and have none of the chain's own keys.
+
+        Raises:
+            AuditError: it cannot be written, or the line to chain it to was changed.
+        """
+        with _locked(self.path, "r+b") as file:
+            head, end, lacking = _settled(self.path, file)
+            line, new = _sealed(head, dict(facts), self._clock(), self._entropy(16))
+            file.truncate(end)
+            try:
+                _write(file, lacking + line, end)
+            except OSError:
+                file.truncate(end)  # no part of a line that could not be written
+                raise
+        return new
+
+
+def _sealed(head: Head, facts: dict[str, Any], seconds: float, salt: bytes) -> tuple[bytes, Head]:
+    """The line after ``head``, and the head that it makes."""
+    moment = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+    chain = {"n": head.lines + 1, "time": moment, "salt": salt.hex(), "previous": head.hash}
+    if taken := facts.keys() & {*chain, "hash"}:
+        raise ValueError(f"facts may not be named {min(taken)}")
+    body = json.dumps(chain | facts, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    digest = hashlib.sha256(body).hexdigest()
+    return body + f',"hash":"{digest}"}}\n'.encode(), Head(head.lines + 1, digest)
+
+
+def _write(file: IO[bytes], content: bytes, start: int) -> None:
+    """Write ``content`` at ``start`` of an unbuffered file, durably."""
+    file.seek(start)
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+def _settled(path: Path, file: IO[bytes]) -> tuple[Head, int, bytes]:
+    """The head of an open file, where the next line goes, and what is lacking before it.
+
+    What follows the last line end was being written when its writer died, and nobody relied on
+    it. It is cut if it is the beginning of the next line, and an error if it is anything else.
+    """
+    size = file.seek(0, os.SEEK_END)
+    *before, torn = _tail(file, size)
+    head = _head_of(path, before[-1]) if before else Head(0, NOTHING)
+    if not torn:
+        return head, size, b""
+    if (whole := _follows(torn, head)) is not None:  # only its line end is lacking
+        return whole, size, b"\n"
+    begins = f'{{"n":{head.lines + 1},'.encode()
+    if not (torn.startswith(begins) or begins.startswith(torn)):
+        raise AuditError(f"{path} does not end in a line of an audit", hint=CHANGED)
+    return head, size - len(torn), b""
+
+
+def _tail(file: IO[bytes], size: int) -> list[bytes]:
+    """The last line of a file, if it has one, and what follows its end."""
+    found, start = b"", size
+    while start and found.count(b"\n") < 2:
+        step = min(BLOCK, start)
+        start -= step
+        file.seek(start)
+        found = file.read(step) + found
+    return found.split(b"\n")[-2:]
+
+
+def _head_of(path: Path, line: bytes) -> Head:
+    """The head that the last line makes, whatever came before it."""
+    chain = _chain(line)
+    if chain is None:
+        raise AuditError(f"the last line of {path} was changed", hint=CHANGED)
+    return chain[1]
+
+
+def _chain(line: bytes) -> tuple[str, Head] | None:
+    """The hash that a line follows and the head that it makes; None if it was changed."""
+    found = LINE.fullmatch(line)
+    if found is None or hashlib.sha256(found[1]).hexdigest() != found[4].decode():
+        return None
+    return found[3].decode(), Head(int(found[2]), found[4].decode())
+
+
+def _follows(line: bytes, before: Head) -> Head | None:
+    """The head that a line makes after ``before``; None if it does not belong there."""
+    chain = _chain(line)
+    if chain is None or chain[0] != before.hash or chain[1].lines != before.lines + 1:
+        return None
+    return chain[1]
+
+
+@contextmanager
+def _locked(path: Path, mode: str) -> Iterator[IO[bytes]]:
+    """The file, locked for one writer, or for readers; a writer makes it if it is not there."""
+    writes = "+" in mode
+    try:
+        if writes and not path.exists():
+            _make(path)
+        with path.open(mode, buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX if writes else fcntl.LOCK_SH)
+            yield file
+    except OSError as error:
+        what = "written" if writes else "read"
+        raise AuditError(
+            f"{path} cannot be {what}: {error.strerror}", hint="check the disk and the folder"
+        ) from None
+
+
+def _make(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+    folder = os.open(path.parent, os.O_RDONLY)  # a new file must survive a power cut too
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines in order, each checked before it is given; never more than one in memory.
+
+    Raises:
+        AuditError: with the first line that does not follow from the one before.
+    """
+    if not path.exists():
+        raise AuditError(
+            f"no audit {path}", hint="a site with a policy has one after its first job"
+        )
+    with _locked(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size  # what comes later is for the next reader
+    head = Head(0, NOTHING)
+    with path.open("rb") as file:
+        while left > 0:
+            line = file.readline(min(left, LONGEST))
+            left -= len(line)
+            head = _checked(path, line, head)
+            yield json.loads(line)
+
+
+def _checked(path: Path, line: bytes, before: Head) -> Head:
+    """The head after the line that comes after ``before``."""
+    number = before.lines + 1
+    if not line.endswith(b"\n"):
+        raise AuditError(
+            f"line {number} of {path} is not finished",
+            hint="if its writer was killed, the next message mends that: look again then",
+        )
+    head = _follows(line[:-1], before)
+    if head is None:
+        raise AuditError(
+            f"line {number} of {path} does not follow from the lines before it: it was changed, "
+            "removed or moved, or one was put before it",
+            hint=CHANGED,
+        )
+    return head
+
+
+def verify(path: Path, known: Head | None = None) -> int:
+    """Check the whole chain, in constant memory; the number of its lines.
+
+    ``known`` is a head that somebody else kept: the chain must go through it.
+
+    Raises:
+        AuditError: with the first bad line, or that the chain does not reach or match ``known``.
+    """
+    lines = 0
+    for lines, facts in enumerate(read(path), 1):
+        if known is not None and lines == known.lines and facts["hash"] != known.hash:
+            raise AuditError(f"line {lines} of {path} is not the one that is known", hint=CHANGED)
+    if known is not None and lines < known.lines:
+        raise AuditError(
+            f"{path} ends at line {lines}, and line {known.lines} is known: lines were removed",
+            hint=CHANGED,
+        )
+    return lines
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines as flat rows: one for every entry of a list of tables, such as the tensors.
+
+    Raises:
+        AuditError: as ``read``.
+    """
+    for facts in read(path):
+        tables = {key: value for key, value in facts.items() if isinstance(value, list)}
+        plain = {key: value for key, value in facts.items() if key not in tables}
+        entries = [(key, entry) for key, value in tables.items() for entry in value]
+        for key, entry in entries:
+            yield plain | {f"{key}.{name}": value for name, value in entry.items()}
+        if not entries:
+            yield plain
