@@ -279,7 +279,7 @@ def test_a_damaged_state_is_a_refusal(node: Node, tmp_path: Path) -> None:
 
 def test_a_node_that_was_not_set_up_refuses(node: Node) -> None:
     node.config = {}
-    assert node.refusal(make_plan_of().request, Stage.PLAN) == Refusal(SESSION, "KeyError")
+    assert node.refusal(make_plan_of().request, Stage.PLAN) == Refusal("", "KeyError")
 
 
 def test_a_site_file_that_is_missing_is_a_refusal_without_its_path(
@@ -287,7 +287,7 @@ def test_a_site_file_that_is_missing_is_a_refusal_without_its_path(
 ) -> None:
     node.config = {"site": str(tmp_path / "nowhere" / "site.toml")}
     record = node.ask(make_plan_of().request, Stage.PLAN)
-    assert decode(record, Refusal) == Refusal(SESSION, "JobError")
+    assert decode(record, Refusal) == Refusal("", "JobError")
     assert str(tmp_path).encode() not in content_bytes(record)
 
 

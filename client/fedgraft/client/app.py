@@ -145,23 +145,46 @@ def _answering(
     *kinds: type[Request],
 ) -> Generator[Wanted, Trained, Message]:
     """The answer, whatever happens; it may want something trained on the way."""
-    session, what = "", message.metadata.message_type
+    what = message.metadata.message_type
+    under_way = 0
+    at: Participant | None = None
+    request: Request | None = None
     reply: Reply
     try:
+        at = open_participant(context.node_config)
         request = decode(message.content, *kinds)
-        session = request.session
-        came = handle(open_participant(context.node_config), request)
+        if at.guard is not None:
+            under_way = _round_under_way(context)
+            at.guard.admit(what, request, message.content, under_way)
+        came = handle(at, request)
         reply = (yield from came) if isinstance(came, Generator) else came
-    except SiteFailure as error:
+    except Exception as error:
+        reply = _refusal(what, "" if request is None else request.session, error)
+    if at is None or at.guard is None:
+        return Message(encode(reply), reply_to=message)
+    leaving, content = at.guard.release(what, request, reply, under_way)
+    if leaving is not reply and isinstance(leaving, Refusal):
+        remember(context.state, None)  # what did not leave is no part of a masked round
+    return Message(content, reply_to=message)
+
+
+def _refusal(what: str, session: str, error: Exception) -> Refusal:
+    """What the coordinator is told of an error; the site's log is told more."""
+    if isinstance(error, SiteFailure):
         log.warning("%s refused: %s", what, error.code)
-        reply = Refusal(session, error.code)
-    except FedgraftError as error:
+        return Refusal(session, error.code)
+    kind = type(error).__name__
+    if isinstance(error, FedgraftError):
         # Our own words, but those about data name labels.
         why = "" if isinstance(error, DataError) else f": {error}"
-        log.warning("%s refused: %s%s", what, type(error).__name__, why)
-        reply = Refusal(session, type(error).__name__)
-    except Exception as error:
+        log.warning("%s refused: %s%s", what, kind, why)
+    else:
         where = "".join(traceback.format_tb(error.__traceback__))
-        log.error("%s failed: %s\n%s", what, type(error).__name__, where)
-        reply = Refusal(session, type(error).__name__)
-    return Message(encode(reply), reply_to=message)
+        log.error("%s failed: %s\n%s", what, kind, where)
+    return Refusal(session, kind)
+
+
+def _round_under_way(context: Context) -> int:
+    """The round that a masked stage is of; 0 outside masked rounds."""
+    kept = recall(context.state, Kept)
+    return kept.round if kept else 0

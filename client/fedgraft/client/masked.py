@@ -61,8 +61,9 @@ LIFETIME = 86400.0  # seconds that a round may take; a simulation on one machine
 
 @dataclass(frozen=True)
 class Kept:
-    """What a site keeps of a round between two messages, and ``until`` when (Unix time)."""
+    """What a site keeps of round ``round`` between two messages, and ``until`` when (Unix time)."""
 
+    round: int
     until: float
     memory: Memory
 
@@ -89,7 +90,8 @@ class MaskedParticipant:
             else:
                 parameters = evaluation_terms(job, ask.session, ask.cohort)
             policy = floor_for(at.federation().policy, parameters, work.stage)
-            with self._party(parameters, policy, None, time.time() + LIFETIME) as party:
+            until = time.time() + LIFETIME
+            with self._party(parameters, policy, None, (work.round, until)) as party:
                 return party.advertise(ask.request)
 
     def shares(self, ask: SharesAsk) -> SealedShares:
@@ -140,14 +142,19 @@ class MaskedParticipant:
         if time.time() > kept.until:
             raise SiteFailure("abstained", "the round began too long ago")
         policy, memory = self.participant.federation().policy, kept.memory
-        with self._party(memory.parameters, policy, memory, kept.until) as party:
+        mark = kept.round, kept.until
+        with self._party(memory.parameters, policy, memory, mark) as party:
             yield party
 
     @contextmanager
     def _party(
-        self, parameters: Parameters, policy: Policy, memory: Memory | None, until: float
+        self,
+        parameters: Parameters,
+        policy: Policy,
+        memory: Memory | None,
+        mark: tuple[int, float],
     ) -> Iterator[MaskingParty]:
-        """The site's masking party; what it must remember afterwards is kept."""
+        """The site's masking party; what it must remember afterwards is kept, with its ``mark``."""
         at = self.participant
         federation = at.federation()
         party = MaskingParty(
@@ -168,7 +175,7 @@ class MaskedParticipant:
             party.abort()
             raise
         left = party.remember()
-        self.kept = Kept(until, left) if left else None
+        self.kept = Kept(*mark, left) if left else None
 
     @contextmanager
     def _abstaining(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ A participant holds nothing of a run in memory that it could not find again: any
 answered after a restart, because local heads are on the site's own disk, one file per round.
 """
 
-import re
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from fedgraft.client.data import Examples, encode, read_split, split_validation
 from fedgraft.client.evaluation import evaluate
+from fedgraft.client.guard import SESSION, Guard
 from fedgraft.client.identity import load_identity
+from fedgraft.client.leaving import what_leaves
 from fedgraft.client.provisions import ensure_backbone
 from fedgraft.client.site import SiteConfig, load_site
 from fedgraft.client.stack import Stack, open_stack
@@ -47,7 +48,6 @@ from fedgraft.common.workbench import (
 
 __all__ = ["Participant", "Splits", "open_participant"]
 
-SESSION = re.compile(r"[0-9a-f]{32}")
 NOTHING = np.empty(0, np.int64)
 # The coordinator keeps two checkpoints: it may go back two rounds, to train from the head before.
 KEPT_STATES = 3
@@ -127,6 +127,7 @@ class Participant:
     def __init__(self, config: SiteConfig, state: Path) -> None:
         self.config = config
         self.state = state
+        self.guard = Guard(Path(config.policy), state) if config.policy else None
         self.device = str(choose_device(config.device))
         cache = config.cache
         self.store: Store = open_store(cache_folder() / "encoded", cache.memory, cache.disk)
@@ -136,8 +137,8 @@ class Participant:
 
         Raises:
             SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs``,
-                ``no-examples``, or a code of ``check_privacy``. Where updates are masked,
-                ``not-eligible`` for too few or too many examples.
+                ``no-examples``, or a code of ``check_privacy`` or of ``Guard.consent``. Where
+                updates are masked, ``not-eligible`` for too few or too many examples.
         """
         ensure_backbone(Job.model_validate_json(request.job), self.state)
         job, bench = self.open(request.session, request.job)
@@ -156,22 +157,33 @@ class Participant:
             raise SiteFailure("not-eligible")  # not which of the two
         if not examples:
             raise SiteFailure("no-examples")
+        if self.guard is not None:
+            sites = len(self.federation().sites) if masked.enabled else 1
+            leaving = what_leaves(job, bench.layout.only(request.names), sites)
+            self.guard.consent(request, job, leaving, examples)
         return PlanReply(request.session, self.config.name)
 
     def check_privacy(self, job: Job) -> None:
         """Check that the job masks what this site will only send masked, and that it can.
 
         Raises:
-            SiteFailure: ``secure-aggregation-required`` where this site is in a federation and
-                the job would have updates in clear, ``no-federation`` or ``not-in-roster``.
+            SiteFailure: ``secure-aggregation-required`` where the job would have updates in clear
+                and this site would not, ``no-federation`` or ``not-in-roster``.
         """
         masked = job.privacy.secure_aggregation.enabled
-        if self.config.federation is not None and not masked:
+        if self.masks_only and not masked:
             raise SiteFailure("secure-aggregation-required")
         if masked:
             key = self.federation().sites.get(self.config.name)
             if key != load_identity(self.state).public.hex():
                 raise SiteFailure("not-in-roster")
+
+    @property
+    def masks_only(self) -> bool:
+        """Whether updates leave only masked: as the policy says, else in every federation."""
+        if self.guard is not None:
+            return self.guard.policy.privacy.secure_aggregation == "required"
+        return self.config.federation is not None
 
     def federation(self) -> Federation:
         """The federation this site is in, from its own file.
@@ -190,7 +202,7 @@ class Participant:
             SiteFailure: ``secure-aggregation-required``.
         """
         job = self.open(request.session, request.job, request.round)[0]
-        if self.config.federation is not None or job.privacy.secure_aggregation.enabled:
+        if self.masks_only or job.privacy.secure_aggregation.enabled:
             raise SiteFailure("secure-aggregation-required")
 
     def train(self, request: TrainRequest) -> Generator[Wanted, Trained, TrainReply]:

@@ -37,14 +37,16 @@ class SiteData(Section):
 class SiteConfig(Section):
     """One site: its name, its data, its device, and the folder ``state`` for what it keeps.
 
-    ``federation`` is the path of the federation file; with one, updates leave only masked. ``rank``
-    is the most that this site trains of a job's LoRA rank. ``cache`` bounds what it keeps to save
-    time.
+    ``federation`` is the path of the federation file; with one, updates leave only masked, unless
+    the policy says otherwise. ``policy`` is the path of the site's policy; with one, all that comes
+    and goes is checked against it and audited. ``rank`` is the most that this site trains of a
+    job's LoRA rank. ``cache`` bounds what it keeps to save time.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     state: str = Field(default="state", min_length=1)
     federation: str | None = Field(default=None, min_length=1)
+    policy: str | None = Field(default=None, min_length=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     rank: int | None = Field(default=None, ge=1)
     cache: Cache = Cache()
@@ -89,8 +91,9 @@ def _anchored(config: SiteConfig, base: Path) -> SiteConfig:
     paths = {name: absolute(text) for name in named if (text := getattr(config.data, name))}
     data = config.data.model_copy(update=paths)
     here = {"state": absolute(config.state), "data": data}
-    if config.federation is not None:
-        here["federation"] = absolute(config.federation)
+    here |= {
+        name: absolute(text) for name in ("federation", "policy") if (text := getattr(config, name))
+    }
     return config.model_copy(update=here)
 
 

@@ -40,6 +40,8 @@ VERBS = {
     "submit": ("fedgraft.server.coordinator_cli:submit", "Give the coordinator a job."),
     "site join": ("fedgraft.client.site_cli:join", "Join a federation with a kit."),
     "site run": ("fedgraft.client.site_cli:run", "Take part until stopped."),
+    "site approve": ("fedgraft.client.approve_cli:approve", "Approve jobs that wait for you."),
+    "site audit": ("fedgraft.client.audit_cli:audit", "What came and went; verify it; export it."),
     "fetch": ("fedgraft.client.fetch_cli:fetch", "Import a local backbone at a site."),
 }
 GROUPS = {

@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
+    "RecordDict",
     "Shared",
     "Stage",
     "array_hash",
+    "arrays_in",
     "decode",
     "encode",
+    "parts",
     "recall",
     "remember",
     "wire_bytes",
@@ -207,11 +210,28 @@ def recall(state: RecordDict, kind: type[T]) -> T | None:
     return None if kept is None else decode(RecordDict({"payload": kept}), kind)
 
 
+def arrays_in(payload: "DataclassInstance") -> Iterator[tuple[str, NDArray[Any]]]:
+    """The arrays of a payload, each with its field's name, as ``adapter`` or ``train.adapter``."""
+    for name, value in _flatten("", payload):
+        if isinstance(value, np.ndarray):
+            yield name, value
+
+
+def parts(record: RecordDict) -> Iterator[tuple[str, bytes]]:
+    """The record's content as it is serialised: ``NAME.npy`` for an array, ``NAME`` for the rest.
+
+    A zip file of them is one that ``numpy.load`` opens.
+    """
+    for group in record.array_records.values():
+        for name, array in group.items():
+            yield f"{name}.npy", array.data
+    for name, config in record.config_records.items():
+        yield name, config.deflate()
+
+
 def wire_bytes(record: RecordDict) -> int:
     """Bytes of the record's content as it is serialised, without Flower's envelope and hashes."""
-    arrays = (array for part in record.array_records.values() for array in part.values())
-    configs = (part.deflate() for part in record.config_records.values())
-    return sum(len(array.data) for array in arrays) + sum(len(config) for config in configs)
+    return sum(len(content) for _, content in parts(record))
 
 
 def array_hash(*arrays: NDArray[Any]) -> str:

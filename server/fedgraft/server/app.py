@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
-from fedgraft.common.errors import InputError
+from fedgraft.common.errors import InputError, TooFewSites
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
@@ -28,9 +28,10 @@ from fedgraft.server.summary import run_facts
 from fedgraft.server.superlink import hasten_pulls
 from fedgraft.server.transport import Transport
 
-__all__ = ["app", "coordinate", "finish"]
+__all__ = ["WAITING", "app", "coordinate", "finish"]
 
 app = ServerApp()
+WAITING = "waiting"  # the event of a run that ended for now, because sites were missing
 
 
 @app.main()
@@ -50,7 +51,11 @@ def main(grid: Grid, context: Context) -> None:
             raise InputError("sealed replies need the sites' public keys", hint="name federation")
         transport = Transport(grid, key_of=federation.key_of if federation and sealed else None)
         transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
-        final = coordinate(transport, job, run, federation=federation)
+        try:
+            final = coordinate(transport, job, run, federation=federation)
+        except TooFewSites as error:  # nothing is lost: who runs us tries again later
+            run.event(WAITING, what=str(error))
+            return
         finish(run, job, final)
 
 

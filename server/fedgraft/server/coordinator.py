@@ -13,7 +13,7 @@ import socket
 import sysconfig
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fedgraft.common.errors import FedgraftError
 from fedgraft.server.front import Front, front_command, write_front
 from fedgraft.server.jobs import Jobs, Submitted
 from fedgraft.server.registry import Member, Registry
+from fedgraft.server.runs import Run
 from fedgraft.server.superlink import FINISHED, Control, executor_command, superlink_command
 from fedgraft.server.supervisor import Supervised
 
@@ -226,12 +227,21 @@ class Coordinator:
             self._event("finished", run=name)
             return
         one = next(one for one in self.jobs.all() if one.name == name)
+        if self._waits_for_sites(name):
+            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why="waiting for sites"))
+            self._not_before = time.monotonic() + RETRY
+            return
         if one.tries >= TRIES:
             self.jobs.set(name, "failed", "it failed too often; logs/executor.log says why")
             self._event("failed", run=name)
             return
         self._not_before = time.monotonic() + RETRY
         self._event("interrupted", run=name, attempt=one.tries)
+
+    def _waits_for_sites(self, name: str) -> bool:
+        folder = self.home.runs / name
+        events = Run(folder).events() if (folder / "run.json").exists() else []
+        return bool(events) and events[-1]["event"] == "waiting"
 
     def status(self) -> dict[str, Any]:
         """What `fedgraft coordinator status` shows."""
@@ -254,8 +264,6 @@ class Coordinator:
         }
 
     def _run_line(self, one: Submitted) -> dict[str, Any]:
-        from fedgraft.server.runs import Run
-
         folder = self.home.runs / one.name
         history = Run(folder).history() if (folder / "run.json").exists() else []
         return {

@@ -60,6 +60,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.1  # seconds between pulls that brought no
 
 # Failures of sites that may not be there at all.
 SILENT = frozenset({"deadline", "expired", "site-unreachable", "not-sent"})
+# Refusals that a person at the site may take back at any time: such a node is invited again.
+PENDING = frozenset({"approval-pending", "policy-hours"})
 # Flower's error codes that mean more to a person than their number.
 FLOWER_ERRORS = {2: "app-failed", 3: "expired", 5: "site-unreachable", 8: "app-died"}
 
@@ -135,6 +137,8 @@ class Transport:
         self._asked.update(new.values())
         for reply in self._ask(new, Stage.PLAN, request, deadline):
             answer = reply.payload
+            if reply.failure in PENDING:
+                self._asked.discard(new[reply.site])
             if isinstance(answer, PlanReply) and reply.sealed not in (None, answer.site):
                 yield replace(reply, payload=None, failure="another-sites-seal")
                 continue

@@ -1,0 +1,137 @@
+"""The jobs that were proposed to this site, what it said to each, and what it has sent for them.
+
+One file a session in ``state/approvals``. An agreement is to one job and the tensors that it
+exchanges: whatever else comes under the same session needs a new one.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fedgraft.common.errors import InputError, RunError, SiteFailure
+from fedgraft.common.files import write_text
+
+__all__ = ["Agreement", "Agreements", "hash_plan"]
+
+Status = Literal["pending", "agreed", "approved", "denied"]
+MOST_PENDING = 100  # a coordinator must not fill a disk with proposals
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What became of one proposal.
+
+    ``agreed`` is by the policy alone, ``approved`` and ``denied`` by a person. ``plan`` is
+    ``hash_plan`` of the job and its tensors, ``job`` its JSON, ``leaving`` what would leave.
+    """
+
+    session: str
+    plan: str
+    status: Status
+    asked: float
+    job: str
+    leaving: dict[str, Any]
+
+    def binds(self, plan: str | None, *, ask: bool) -> bool:
+        """Whether the site takes part in ``plan`` (None: in this one), a person being asked."""
+        said = self.status == "approved" or (self.status == "agreed" and not ask)
+        return said and plan in (None, self.plan)
+
+
+def hash_plan(job: str, names: Sequence[str]) -> str:
+    """SHA-256 (hex) over a job, as JSON, and the names of the tensors that it exchanges."""
+    return hashlib.sha256(json.dumps([job, *names]).encode()).hexdigest()
+
+
+class Agreements:
+    """The proposals in ``folder``; sessions are 32 hex digits, which the caller has checked."""
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+        self.folder = folder
+        self._clock = clock
+
+    def find(self, session: str) -> Agreement | None:
+        """What became of the proposal, if there was one.
+
+        Raises:
+            RunError: its file is damaged.
+        """
+        path = self.folder / f"{session}.json"
+        if not path.exists():
+            return None
+        try:
+            return Agreement(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise RunError(f"{path} is damaged", hint="remove it: the job is then new") from None
+
+    def pending(self) -> list[Agreement]:
+        """Proposals that wait for a person, the oldest first."""
+        found = [self.find(path.stem) for path in self.folder.glob("[0-9a-f]*.json")]
+        waiting = [each for each in found if each is not None and each.status == "pending"]
+        return sorted(waiting, key=lambda each: each.asked)
+
+    def propose(
+        self, session: str, job: str, names: Sequence[str], leaving: dict[str, Any], *, ask: bool
+    ) -> None:
+        """Agree to a job, or have a person asked.
+
+        Raises:
+            SiteFailure: ``approval-pending`` or ``approval-denied``.
+        """
+        plan, known = hash_plan(job, names), self.find(session)
+        if known is None or known.plan != plan:
+            known = Agreement(session, plan, "pending", self._clock(), job, leaving)
+            if not ask:
+                known = replace(known, status="agreed")
+            if ask and len(self.pending()) >= MOST_PENDING:
+                raise SiteFailure("approval-pending", "too many jobs wait for approval")
+            self._keep(known)
+        elif known.status == "pending" and not ask:  # the policy no longer asks
+            self._keep(replace(known, status="agreed"))
+            return
+        if known.status == "denied":
+            raise SiteFailure("approval-denied")
+        if not known.binds(plan, ask=ask):
+            if known.status == "agreed":  # the policy did not ask then, and does now
+                self._keep(replace(known, status="pending"))
+            raise SiteFailure("approval-pending")
+
+    def decide(self, agreement: Agreement, *, approve: bool) -> None:
+        """A person's word on the proposal as it was shown."""
+        self._keep(replace(agreement, status="approved" if approve else "denied"))
+
+    def named(self, prefix: str) -> Agreement:
+        """The one proposal whose session begins with ``prefix``.
+
+        Raises:
+            InputError: none does, or several do.
+        """
+        paths = sorted(self.folder.glob("[0-9a-f]*.json"))
+        found = [path.stem for path in paths if path.stem.startswith(prefix)]
+        agreement = self.find(found[0]) if len(found) == 1 else None
+        if agreement is None:
+            many = f"{len(found)} jobs begin with {prefix}" if found else f"no job {prefix}"
+            raise InputError(many, hint="fedgraft site approve lists those that wait")
+        return agreement
+
+    def spend(self, session: str, number: int, size: int, *, most: int) -> None:
+        """Count bytes about to leave in a round; they stay counted if they do not.
+
+        Raises:
+            SiteFailure: ``policy-bytes`` where it would be more than ``most`` in this round.
+        """
+        path = self.folder / f"{session}.bytes"
+        spent: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+        total = spent.get(str(number), 0) + size
+        if total > most:
+            raise SiteFailure("policy-bytes")
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_text(path, json.dumps(spent | {str(number): total}))
+
+    def _keep(self, agreement: Agreement) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_text(self.folder / f"{agreement.session}.json", json.dumps(asdict(agreement)))
