@@ -1,0 +1,255 @@
+"""A federation as partners run it, on this machine: the real commands, nginx, one process a site.
+
+with Partners(tmp_path, job) as partners:
+    partners.join_all()
+    partners.start_sites()
+    run = partners.submit(job)
+    partners.until(lambda: partners.state(run) == "finished", 60)
+"""
+
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import tomli_w
+from e2e.superlink import _die_with_parent, _free_ports
+
+from fedgraft.client.agent import make_tls
+from fedgraft.client.site import load_site
+from fedgraft.common.backbones import find_backbone
+from fedgraft.common.blobs import make_manifest
+from fedgraft.common.job import Job
+from fedgraft.common.jobfile import dump_job
+from fedgraft.simulations.preparation import prepare
+
+__all__ = ["NGINX", "Partners"]
+
+NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+POLICY: dict[str, dict[str, Any]] = {
+    "model": {"allowed_methods": ["lora", "head"], "max_rank": 16},
+    "privacy": {
+        "secure_aggregation": "allowed",
+        "min_cohort": 2,
+        "min_examples": 1,
+        "min_local_steps": 1,
+    },
+    "limits": {"max_rounds": 50, "max_bytes_out_per_round": "20MB"},
+    "metrics": {"allowed": ["loss", "accuracy", "f1"]},
+    "approval": {"mode": "auto"},
+}
+TAIL = 25
+
+
+class Partners:
+    """A coordinator and the sites of the simulation in ``job``; all processes end with it."""
+
+    def __init__(self, folder: Path, job: Job, *, lifetime: str = "7d") -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        prepared = prepare(job)
+        self.data = {site.name: prepared.folder / site.name for site in prepared.sites}
+        (self.port,) = _free_ports(1)
+        self.home, self.kits = folder / "coordinator", folder / "kits"
+        self.lifetime = lifetime
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.allowed = {"the": f"sha256:{_digest(job)}"}
+        self.fingerprint = self.provision()
+
+    @property
+    def endpoint(self) -> str:
+        """Where sites connect."""
+        return f"127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.start_coordinator()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            for log in sorted([*self.folder.glob("*.log"), *self.home.glob("logs/*.log")]):
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                error.add_note("\n".join([f"--- end of {log.name}", *lines[-TAIL:]]))
+        for name in list(self._processes):
+            self.kill(name, signal.SIGTERM)
+
+    # --- commands as people type them
+
+    def call(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`fedgraft ARGUMENTS`, to its end."""
+        done = subprocess.run(
+            [sys.executable, "-m", "fedgraft", *arguments],
+            cwd=self.folder,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def provision(self) -> str:
+        """Found the federation; the fingerprint."""
+        plan = {
+            "federation": {
+                "name": "trial",
+                "endpoint": self.endpoint,
+                "sites": sorted(self.data),
+                "certificate_lifetime": self.lifetime,
+            }
+        }
+        (self.folder / "federation.toml").write_text(tomli_w.dumps(plan))
+        where = ("--home", str(self.home), "-o", str(self.kits), "--json")
+        done = self.call("provision", "federation.toml", *where)
+        return str(json.loads(done.stdout)["fingerprint"])
+
+    def join(self, name: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Have a site join with its kit, and fill in its files."""
+        site = self.folder / name
+        site.mkdir(exist_ok=True)
+        kit = str(self.kits / f"{name}.kit")
+        tell = ("--fingerprint", self.fingerprint, "--folder", str(site))
+        done = self.call("site", "join", kit, *tell, check=check)
+        data = load_site(self.data[name] / "site.toml").data
+        config = {
+            "name": name,
+            "device": "cpu",
+            "federation": "state/roster.toml",
+            "policy": "policy.toml",
+            "data": data.model_dump(mode="json", exclude_none=True),
+        }
+        (site / "site.toml").write_text(tomli_w.dumps(config))
+        self.write_policy(name)
+        return done
+
+    def write_policy(self, name: str, **changes: dict[str, Any]) -> None:
+        """Write a site's policy; ``changes`` by section."""
+        policy = {key: {**value, **changes.get(key, {})} for key, value in POLICY.items()}
+        policy["model"].setdefault("allowed_backbones", self.allowed)
+        (self.folder / name / "policy.toml").write_text(tomli_w.dumps(policy))
+
+    def submit(self, job: Job) -> str:
+        """Submit a job; the name of its run."""
+        path = self.folder / "job.toml"
+        path.write_text(dump_job(job))
+        done = self.call("submit", str(path), "--home", str(self.home), "--json")
+        return str(json.loads(done.stdout)["run"])
+
+    def status(self) -> dict[str, Any]:
+        """What `fedgraft coordinator status --json` says; empty if there is no coordinator."""
+        done = self.call("coordinator", "status", "--home", str(self.home), "--json", check=False)
+        return dict(json.loads(done.stdout)) if done.stdout else {}
+
+    # --- what a test waits for, from files, which costs no process
+
+    def state(self, run: str) -> str:
+        """The state of a submitted job."""
+        return str(json.loads((self.home / "jobs" / f"{run}.json").read_text())["state"])
+
+    def rounds(self, run: str) -> list[dict[str, Any]]:
+        """The rounds of a run that are committed."""
+        path = self.home / "runs" / run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def events(self) -> list[dict[str, Any]]:
+        """The coordinator's audit."""
+        path = self.home / "audit.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def until(self, happened: Callable[[], object], limit: float) -> None:
+        """Wait until ``happened()``.
+
+        Raises:
+            TimeoutError: it is not after ``limit`` seconds.
+        """
+        stop = time.monotonic() + limit
+        while not happened():
+            if time.monotonic() > stop:
+                raise TimeoutError(f"waited {limit:g} s in vain")
+            time.sleep(0.1)
+
+    # --- processes
+
+    def start_coordinator(self) -> None:
+        """Start the coordinator and wait until sites can connect."""
+        listen = ("--home", str(self.home), "--listen", self.endpoint)
+        self._start("coordinator", ["coordinator", "run", *listen])
+        self.until(lambda: (self.home / "nginx" / "nginx.pid").exists(), 60)
+        self.until(lambda: "Uvicorn running" in self.read("coordinator/logs/superlink.log"), 60)
+
+    def start_sites(self, names: Sequence[str] = ()) -> None:
+        """Start sites (all by default) and wait until they have a session."""
+        for name in names or sorted(self.data):
+            self._start(name, ["site", "run", "--site", str(self.folder / name / "site.toml")])
+        for name in names or sorted(self.data):
+            self.until(lambda name=name: "joined as" in self.read(f"{name}.log"), 90)  # type: ignore[misc]
+
+    def join_all(self) -> None:
+        """Have every site join."""
+        for name in sorted(self.data):
+            self.join(name)
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        """End a process and wait until it is gone."""
+        process = self._processes.pop(name)
+        with suppress(ProcessLookupError):
+            process.send_signal(number)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def read(self, name: str) -> str:
+        """A log below the folder, as far as it is there."""
+        path = self.folder / name
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+    def _start(self, name: str, arguments: Sequence[str]) -> None:
+        log = self.folder / f"{name}.log"
+        log.unlink(missing_ok=True)
+        with log.open("ab") as output:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "fedgraft", "-v", *arguments],
+                cwd=self.folder,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_die_with_parent,
+            )
+
+    def tls(self, name: str | None) -> ssl.SSLContext:
+        """TLS as the site ``name`` speaks it; without a name, as a stranger with the CA's file."""
+        ca = self.home / "ca.pem"
+        if name is None:
+            return ssl.create_default_context(cafile=str(ca))
+        state = self.folder / name / "state"
+        return make_tls(ca, state / "certificate.pem", state / "tls.key")
+
+
+def _digest(job: Job) -> str:
+    """What a policy allows the job's backbone by."""
+    backbone = find_backbone(job.backbone.source)
+    if job.backbone.source.startswith("builtin:"):
+        return backbone.fingerprint
+    return make_manifest(backbone.folder, source=f"path:{backbone.folder.name}").digest
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
