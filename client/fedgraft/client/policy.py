@@ -227,9 +227,15 @@ def _masks(job: Job) -> bool:
 def _is_allowed(model: ModelRules, job: Job, digests: frozenset[str]) -> bool:
     """Whether the backbone is one of the policy's, by its name and by what identifies it.
 
-    The name keeps a coordinator from having anything else fetched, which is compared after that.
+    The name keeps a coordinator from having anything else fetched, which is compared after that. A
+    manifest's digest says all by itself.
     """
     source = job.backbone.source
+    if source.startswith("manifest:"):
+        digests |= {source.removeprefix("manifest:")}
+        return any(
+            one.removeprefix("sha256:") in digests for one in model.allowed_backbones.values()
+        )
     path = source.partition(":")[2]
     names = {source, path, path.partition("@")[0], path.partition("@")[0].rpartition("/")[2]}
     allowed = (model.allowed_backbones[name] for name in names if name in model.allowed_backbones)
