@@ -158,7 +158,7 @@ def compare(bench: Bench, sites: int, repeats: int, console: Console) -> Figures
 
 
 def kill(bench: Bench, after: float) -> int:
-    """Kill a site ``after`` so many seconds; the chunks that had come at least in part and are lost."""
+    """Kill a site after so many seconds; how many chunks had begun to come and are lost."""
     folder = bench.work / "killed"
     process = bench.site(folder)
     if process.stdin:

@@ -29,13 +29,13 @@ http {{
     ssl_certificate {tls}/server.pem; ssl_certificate_key {tls}/server.key;
     ssl_client_certificate {tls}/ca.pem; ssl_verify_client on; ssl_protocols TLSv1.2 TLSv1.3;
     ssl_buffer_size 16k;
-    http2_chunk_size 64k;
+    http2_chunk_size 128k;
     client_max_body_size 8m;
     location /files/ {{ alias {files}/; }}
     location /fedgraft.v1. {{
       grpc_pass grpc://unix:{socket};
       grpc_set_header x-site site;
-      grpc_buffer_size 64k;
+      grpc_buffer_size 256k;
       grpc_read_timeout 120s; grpc_send_timeout 120s;
     }}
   }}

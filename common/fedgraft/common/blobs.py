@@ -43,13 +43,20 @@ PLACE = "FEDGRAFT_BACKBONES"
 
 
 class BlobStore:
-    """The backbones in the folder ``root``, which is made if it is not there (mode 0700)."""
+    """The backbones in the folder ``root``, which is made if it is not there (mode 0700).
+
+    Raises:
+        TransferError: it cannot be made.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for name in ("manifests", "models", "files", "partial"):
-            (root / name).mkdir(exist_ok=True, mode=0o700)
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for name in ("manifests", "models", "files", "partial"):
+                (root / name).mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise _not_stored(error, root) from None
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest of a backbone that is or was complete here.
@@ -159,9 +166,11 @@ class BlobStore:
                 for _ in copiers.map(copy, receiver.missing):
                     if progress:
                         progress(receiver.done, manifest.size)
-            except FileNotFoundError as error:
-                name = Path(error.filename).name
-                raise BackboneError(f"no {name} in {folder}", hint="copy the model again") from None
+            except OSError as error:
+                name = Path(str(error.filename)).name
+                raise BackboneError(
+                    f"no {name} in {folder} that can be read", hint="copy the model again"
+                ) from None
             finally:
                 copiers.shutdown(cancel_futures=True)
         return self.folder(manifest.digest)
