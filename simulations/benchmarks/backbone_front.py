@@ -25,17 +25,17 @@ http {{
   client_body_temp_path {home}/body; proxy_temp_path {home}/proxy; fastcgi_temp_path {home}/fcgi;
   uwsgi_temp_path {home}/uwsgi; scgi_temp_path {home}/scgi;
   server {{
-    listen {host}:{port} ssl http2;
+    listen {address} ssl http2;
     ssl_certificate {tls}/server.pem; ssl_certificate_key {tls}/server.key;
     ssl_client_certificate {tls}/ca.pem; ssl_verify_client on; ssl_protocols TLSv1.2 TLSv1.3;
     ssl_buffer_size 16k;
-    http2_chunk_size {chunk};
+    http2_chunk_size 128k;
     client_max_body_size 8m;
     location /files/ {{ alias {files}/; }}
     location /fedgraft.v1. {{
       grpc_pass grpc://unix:{socket};
       grpc_set_header x-site site;
-      grpc_buffer_size {buffer};
+      grpc_buffer_size 256k;
       grpc_read_timeout 120s; grpc_send_timeout 120s;
     }}
   }}
@@ -88,44 +88,32 @@ def _certify(
 
 
 def start_nginx(
-    home: Path,
-    *,
-    host: str,
-    port: int,
-    tls: Path,
-    files: Path,
-    socket: Path,
-    chunk: str,
-    buffer: str,
-    prefix: tuple[str, ...] = (),
+    home: Path, address: str, *, tls: Path, files: Path, socket: Path
 ) -> "subprocess.Popen[bytes]":
-    """nginx at ``host:port``: ``files`` under /files/, our services from ``socket``.
+    """nginx at ``address``: ``files`` under /files/, our services from ``socket``.
 
     Raises:
         FedgraftError: it did not start.
     """
     home.mkdir()
-    configuration = home / "nginx.conf"
-    configuration.write_text(
-        CONFIGURATION.format(
-            user="user root;" if os.geteuid() == 0 else "",
-            home=home,
-            host=host,
-            port=port,
-            tls=tls,
-            files=files,
-            socket=socket,
-            chunk=chunk,
-            buffer=buffer,
-        )
+    configuration = CONFIGURATION.format(
+        user="user root;" if os.geteuid() == 0 else "",  # the socket is its owner's alone
+        home=home,
+        address=address,
+        tls=tls,
+        files=files,
+        socket=socket,
     )
-    process = subprocess.Popen(
-        [*prefix, "nginx", "-p", home, "-c", configuration, "-e", home / "error.log"]
-    )
+    (home / "nginx.conf").write_text(configuration)
+    log = home / "error.log"
+    command = ["nginx", "-p", str(home), "-c", str(home / "nginx.conf"), "-e", str(log)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for _ in range(100):
         if (home / "nginx.pid").exists():
             return process
         if process.poll() is not None:
             break
         time.sleep(0.05)
-    raise FedgraftError("nginx did not start", hint=f"see {home / 'error.log'}")
+    process.terminate()
+    said = log.read_text().splitlines() if log.exists() else ["is it installed?"]
+    raise FedgraftError("nginx did not start", hint=said[-1])

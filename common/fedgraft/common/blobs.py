@@ -14,6 +14,7 @@ one file write the same bytes to it. Damage found later is handled alike: the fi
 
 import errno
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from fedgraft.common.errors import BackboneError, MessageError, TransferError
 from fedgraft.common.files import sync_folder, write_atomically
 from fedgraft.common.locks import lock_folder
 from fedgraft.common.manifest import (
+    DIGEST,
     HASHERS,
     Chunk,
     Manifest,
@@ -41,12 +43,20 @@ PLACE = "FEDGRAFT_BACKBONES"
 
 
 class BlobStore:
-    """The backbones in the folder ``root``, which is made if it is not there (mode 0700)."""
+    """The backbones in the folder ``root``, which is made if it is not there (mode 0700).
+
+    Raises:
+        TransferError: it cannot be made.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        for name in ("manifests", "models", "files", "partial"):
-            (root / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for name in ("manifests", "models", "files", "partial"):
+                (root / name).mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise _not_stored(error, root) from None
 
     def manifest(self, digest: str) -> Manifest:
         """The manifest of a backbone that is or was complete here.
@@ -54,12 +64,12 @@ class BlobStore:
         Raises:
             BackboneError: there is none, or its file is damaged.
         """
-        try:
-            manifest = Manifest.from_json(self._manifest_path(digest).read_bytes())
-        except OSError:
+        path = self._manifest_path(digest)
+        if not re.fullmatch(DIGEST, digest) or not path.exists():  # it may come from the wire
             raise BackboneError(
                 f"no backbone {digest[:12]} in {self.root}", hint="fedgraft fetch PATH brings it"
-            ) from None
+            )
+        manifest = Manifest.from_json(path.read_bytes())
         if manifest.digest != digest:
             raise BackboneError(f"the manifest {digest[:12]} is damaged", hint="fetch it again")
         return manifest
@@ -156,9 +166,11 @@ class BlobStore:
                 for _ in copiers.map(copy, receiver.missing):
                     if progress:
                         progress(receiver.done, manifest.size)
-            except FileNotFoundError as error:
-                name = Path(error.filename).name
-                raise BackboneError(f"no {name} in {folder}", hint="copy the model again") from None
+            except OSError as error:
+                name = Path(str(error.filename)).name
+                raise BackboneError(
+                    f"no {name} in {folder} that can be read", hint="copy the model again"
+                ) from None
             finally:
                 copiers.shutdown(cancel_futures=True)
         return self.folder(manifest.digest)
@@ -321,6 +333,11 @@ class Receiver:
             os.fchmod(self._open[file.content], 0o400)
             self._store._partial(file).replace(self._store.file_path(file))
             sync_folder(self._store.root / "files")
+        except FileNotFoundError:
+            if not self._store._has(file):  # unless another thread had the same file whole
+                raise BackboneError(
+                    f"{self._store.root} was changed meanwhile", hint="fetch again"
+                ) from None
         except OSError as error:
             raise _not_stored(error, self._store.root) from None
 

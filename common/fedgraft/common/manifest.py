@@ -159,14 +159,14 @@ def make_manifest(folder: Path, *, source: str, progress: Progress | None = None
     """The manifest of the model in ``folder``; reads every byte once, a chunk at a time.
 
     Raises:
-        BackboneError: nothing that may be loaded as a model, see ``refuse_unsafe``.
+        BackboneError: it cannot be read, or not be loaded as a model (``refuse_unsafe``).
     """
     refuse_unsafe(folder, source, "random")  # a config alone is enough for random weights
-    paths = model_files(folder)
-    sizes = [path.stat().st_size for path in paths]
-    total, done = sum(sizes), 0
-    files = []
+    files, done = [], 0
     try:
+        paths = model_files(folder)
+        sizes = [path.stat().st_size for path in paths]
+        total = sum(sizes)
         with ThreadPoolExecutor(HASHERS) as hashers:
             for path, size in zip(paths, sizes, strict=True):
                 hashes = []
@@ -180,6 +180,10 @@ def make_manifest(folder: Path, *, source: str, progress: Progress | None = None
     except ValidationError as error:
         raise BackboneError(
             f"{source}: {_first_problem(error)}", hint="rename that file, or take it out"
+        ) from None
+    except OSError as error:
+        raise BackboneError(
+            f"{source} cannot be read: {error.strerror}", hint="check the folder and its files"
         ) from None
     if len(manifest.to_json()) > LIMIT:
         raise BackboneError(f"{source} is too large to hand out", hint="take a smaller backbone")

@@ -31,8 +31,8 @@ def refuse_unsafe(folder: Path, source: str, weights: str = "pretrained") -> Non
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        remote = "auto_map" in config
-    except (ValueError, TypeError):
+        remote = "auto_map" in config.keys()  # noqa: SIM118  # of an object and nothing else
+    except (ValueError, AttributeError):
         raise BackboneError(f"{source}: config.json is not JSON", hint="copy it again") from None
     if remote:
         raise BackboneError(
