@@ -2,15 +2,17 @@
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
+from payload_samples import REPLIES, SAMPLES, assert_equal, over_the_wire
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.messages import decode, encode
+from fedgraft.common.messages import SMALL, decode, encode
 from fedgraft.common.payloads import TrainReply
 from fedgraft.common.seals import seal, unseal
 from fedgraft.common.secagg.keys import Identity
+from fedgraft.common.secagg.statements import SealedShares
 
 SITE = Identity(bytes(range(32)))
 OTHER = Identity(bytes(range(1, 33)))
@@ -36,6 +38,48 @@ def test_a_sealed_reply_is_read_and_the_seal_is_off() -> None:
     content = sealed()
     assert unseal(content, request="request", key_of=KEYS.get) == "a"
     assert decode(content, TrainReply).examples == 10
+
+
+@pytest.mark.parametrize("name", REPLIES)
+def test_every_reply_is_read_under_its_seal_after_the_wire(name: str) -> None:
+    content = encode(SAMPLES[name])
+    records = list(content)
+    seal(content, site="a", request="request", sign=SITE.sign)
+    assert list(content) == records  # another would cost two more requests
+    arrived = over_the_wire(content)
+    assert unseal(arrived, request="request", key_of=KEYS.get) == "a"
+    assert_equal(decode(arrived, type(SAMPLES[name])), SAMPLES[name])
+
+
+def test_a_seal_is_over_lists_of_nothing_too() -> None:
+    content = encode(SealedShares(1, ()))
+    seal(content, site="a", request="request", sign=SITE.sign)
+    arrived = over_the_wire(content)
+    assert unseal(arrived, request="request", key_of=KEYS.get) == "a"
+    assert decode(arrived, SealedShares) == SealedShares(1, ())
+
+
+LARGE = Array(np.ones(SMALL, np.float32))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"update": Array(np.full(SMALL, 2, np.float32))},
+        {"update": Array("float32", (SMALL, 1), "numpy.ndarray", LARGE.data)},
+        {"update": Array("float64", (SMALL,), "numpy.ndarray", LARGE.data)},
+        {"update": LARGE, "more": LARGE},
+        {"another": LARGE},
+        {},
+    ],
+    ids=["values", "shape", "dtype", "one more", "name", "none"],
+)
+def test_a_large_array_that_was_changed_is_refused(arrays: dict[str, Array]) -> None:
+    content = encode(TrainReply("s", 1, "layout", 10, 0.5, np.ones(SMALL, np.float32)))
+    seal(content, site="a", request="request", sign=SITE.sign)
+    content["arrays"] = ArrayRecord(arrays)
+    with pytest.raises(MessageError, match="broken"):
+        unseal(content, request="request", key_of=KEYS.get)
 
 
 def test_a_seal_is_for_one_request() -> None:
