@@ -31,7 +31,7 @@ MASKED = "privacy.secure_aggregation.enabled=true"
 
 
 def small_job(folder: Path, *overrides: str) -> Job:
-    options = ("rounds.count=3", "rounds.deadline='60s'", *overrides)
+    options = ("rounds.count=3", "rounds.min_sites=3", "rounds.deadline='60s'", *overrides)
     return digits_job(*write_digits(folder / "digits", 60, 30), *options)
 
 

@@ -31,6 +31,7 @@ __all__ = ["Coordinator", "Home"]
 RETRY = 5.0  # seconds before a run that failed goes on from its last round
 TRIES = 20
 HOST = "127.0.0.1"
+WAITING = "waiting for sites"
 Event = Callable[..., None]
 
 
@@ -217,8 +218,9 @@ class Coordinator:
         }
         run_id = self._control.start(config)
         self._current = (one.name, run_id)
-        self.jobs.set(one.name, "running")
-        self._event("started", run=one.name, attempt=one.tries + 1)
+        self.jobs.set(one.name, "running", one.why)
+        if one.why != WAITING:  # it is tried again every few seconds
+            self._event("started", run=one.name, attempt=one.tries + 1)
 
     def _ended(self, name: str) -> None:
         """A run has ended at Flower's: it is done if it says so itself, else it goes on later."""
@@ -228,7 +230,7 @@ class Coordinator:
             return
         one = next(one for one in self.jobs.all() if one.name == name)
         if self._waits_for_sites(name):
-            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why="waiting for sites"))
+            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING))
             self._not_before = time.monotonic() + RETRY
             return
         if one.tries >= TRIES:
