@@ -1,0 +1,73 @@
+"""What must happen when a process of a federation is killed, or its certificate runs out."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from e2e.partners import NGINX, Partners
+from federations import adapter_of, digits_job, write_digits
+
+from fedgraft.common.certificates import serial
+from fedgraft.common.job import Job
+from fedgraft.server.app import coordinate
+from fedgraft.server.runs import Run
+from fedgraft.server.transport import SILENT, Transport
+from fedgraft.simulations.grid import LocalGrid
+from fedgraft.simulations.workers import Workers
+
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+
+
+def job_of(folder: Path, *overrides: str) -> Job:
+    return digits_job(*write_digits(folder / "digits", 60, 30), *overrides)
+
+
+@pytest.fixture
+def partners(tmp_path: Path) -> Iterator[Partners]:
+    with Partners(tmp_path / "partners", job_of(tmp_path), lifetime="200s") as running:
+        running.join_all()
+        running.start_sites()
+        yield running
+
+
+def test_a_coordinator_that_is_killed_goes_on_and_sites_renew_their_certificates(
+    partners: Partners, tmp_path: Path
+) -> None:
+    """The certificates live for minutes, so that they are renewed on the way."""
+    job = job_of(tmp_path, "rounds.count=8", "rounds.min_sites=3", "rounds.deadline='60s'")
+    state = partners.folder / "site-00" / "state" / "certificate.pem"
+    before = serial(state.read_bytes())
+    run = partners.submit(job)
+    partners.until(lambda: len(partners.rounds(run)) >= 2, 60)
+    partners.kill("coordinator")
+    partners.start_coordinator()
+    partners.until(lambda: partners.state(run) == "finished", 120)
+    there = Run(partners.home / "runs" / run)
+    assert [line["round"] for line in there.history()] == list(range(1, 9))  # each done once
+    assert [line["sites"] for line in there.history()] == [3] * 8
+    nodes = [
+        {"site": str(data / "site.toml"), "state": str(tmp_path / "here" / name), "device": "cpu"}
+        for name, data in partners.data.items()
+    ]
+    with Run.open_or_create(tmp_path / "run", job) as truth, Workers(0, device="cpu") as workers:
+        coordinate(Transport(LocalGrid(nodes, workers)), job, truth)
+    np.testing.assert_allclose(adapter_of(there), adapter_of(truth), rtol=0, atol=1e-6)
+    partners.until(lambda: serial(state.read_bytes()) != before, 90)
+    partners.until(lambda: "was renewed" in partners.read("site-00.log"), 10)
+
+
+@pytest.mark.slow  # Flower misses a site only after a minute
+def test_a_site_that_is_killed_costs_its_own_update_and_comes_back(
+    partners: Partners, tmp_path: Path
+) -> None:
+    job = job_of(tmp_path, "rounds.count=60", "rounds.min_sites=2", "rounds.deadline='15s'")
+    run = partners.submit(job)
+    partners.until(lambda: len(partners.rounds(run)) >= 2, 60)
+    partners.kill("site-01")
+    partners.until(lambda: partners.rounds(run)[-1]["sites"] == 2, 60)
+    dropped = [drop for line in partners.rounds(run) for drop in line["dropped"]]
+    assert {drop["site"] for drop in dropped} == {"site-01"}
+    assert {drop["reason"] for drop in dropped} <= SILENT
+    partners.start_sites(["site-01"])
+    partners.until(lambda: partners.rounds(run)[-1]["sites"] == 3, 90)
