@@ -35,8 +35,8 @@ def approve(
         _list(console, agreements.pending())
         return
     agreement = agreements.named(run)
-    for line in _in_words(agreement):
-        console.note(line)
+    for line in _in_words(agreement):  # in which the coordinator chose words
+        console.note("".join(sign if sign.isprintable() else "?" for sign in line))
     verb = "deny" if deny else "approve"
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"{verb} it?", err=True)):
         raise InputError("nothing was decided", hint="answer y, or add --yes")
@@ -62,8 +62,9 @@ def _list(console: Console, pending: "list[Agreement]") -> None:
     if not pending:
         console.text("no job waits for approval")
         return
-    rows = [(f["run"], f["asked"], f["job"], f["leaving"]) for f in map(_facts, pending)]
-    console.table("jobs that wait for approval", ("run", "asked", "job", "would leave"), rows)
+    for facts in map(_facts, pending):
+        console.text(f"{facts['run']}  {facts['job']}, asked for at {facts['asked']}")
+        console.text(f"  would leave: {facts['leaving']}")
     console.note("next: fedgraft site approve RUN, or with --deny")
 
 

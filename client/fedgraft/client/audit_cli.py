@@ -98,16 +98,16 @@ def _show(console: Console, path: Path, number: int | None) -> None:
 
     lines = list(_of_round(read(path), number))
     console.json({"lines": lines})
-    if lines:
-        columns = ("n", "time", "run", "round", "stage", "bytes", "tensors", "what")
-        console.table("audit", columns, [_cells(line) for line in lines])
-    else:
+    for line in lines:
+        console.text(_in_words(line))
+    if not lines:
         console.text("nothing" if number is None else f"nothing in round {number}")
 
 
-def _cells(line: dict[str, Any]) -> list[str]:
+def _in_words(line: dict[str, Any]) -> str:
     what = " ".join(part for part in (line["decision"], line.get("code", "")) if part)
-    return [
-        *(str(line["n"]), line["time"][:19], line["run"][:8], str(line["round"]), line["stage"]),
-        *(f"{line.get('bytes', 0):,}", str(len(line.get("tensors", ()))), what),
-    ]
+    size = f"  {line['bytes']:,} bytes" if "bytes" in line else ""
+    names = [tensor["name"] for tensor in line.get("tensors", ())]
+    tensors = f" of {names[0]}" if len(names) == 1 else f" of {len(names)} tensors" if names else ""
+    when = f"{line['time'][:19]}  {line['run'][:8] or '-':8}  round {line['round']}"
+    return f"{line['n']:>6}  {when}  {line['stage']} {line['direction']}  {what}{size}{tensors}"
