@@ -123,7 +123,7 @@ class Partners:
         site = self.folder / name
         site.mkdir(exist_ok=True)
         kit = str(self.kits / f"{name}.kit")
-        tell = ("--fingerprint", self.fingerprint, "--folder", str(site))
+        tell = ("--fingerprint", self.fingerprint, "--site", str(site / "site.toml"))
         done = self.call("site", "join", kit, *tell, check=check)
         data = load_site(self.data[name] / "site.toml").data
         config = {

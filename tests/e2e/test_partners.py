@@ -121,7 +121,7 @@ def test_a_certificate_goes_with_its_own_node_key_alone(partners: Partners) -> N
 
 def test_a_kit_is_good_once(partners: Partners, tmp_path: Path) -> None:
     kit = str(partners.kits / "site-00.kit")
-    tell = ("--fingerprint", partners.fingerprint, "--folder", str(tmp_path))
+    tell = ("--fingerprint", partners.fingerprint, "--site", str(tmp_path / "site.toml"))
     done = partners.call("site", "join", kit, *tell, check=False)
     assert done.returncode == 1
     assert "token-used" in done.stderr
@@ -158,9 +158,36 @@ def test_a_job_outside_a_sites_policy_is_refused_with_its_reason(partners: Partn
     assert "policy-rank" in audit
 
 
+def doctor(partners: Partners, site: str) -> tuple[int, dict[str, str]]:
+    """Exit code, and the state of each finding."""
+    path = str(partners.folder / site / "site.toml")
+    done = partners.call("site", "doctor", "--site", path, "--json", check=False)
+    return done.returncode, {
+        one["name"]: one["state"] for one in json.loads(done.stdout)["findings"]
+    }
+
+
+def test_the_doctor_finds_a_site_well_and_says_what_is_not(partners: Partners) -> None:
+    code, found = doctor(partners, "site-00")
+    assert code == 0
+    assert set(found.values()) <= {"ok", "warning"}
+    key = partners.folder / "site-00" / "state" / "tls.key"
+    key.chmod(0o644)
+    try:
+        code, found = doctor(partners, "site-00")
+    finally:
+        key.chmod(0o600)
+    assert code == 1
+    assert found["keys"] == "failed"
+    assert found["coordinator"] == "ok"
+
+
 def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
     """Last: it takes site-02 out of the federation."""
     partners.call("provision", "revoke", "site-02", "--home", str(partners.home))
     partners.until(lambda: "refused by" in partners.read("site-02.log"), 60)
     assert post(partners, "/v1/fleet/pull-messages", "site-02", content=b"") in (400, 403)
     assert "site-02" not in json.dumps(partners.status()["sites"])
+    code, found = doctor(partners, "site-02")
+    assert code == 1
+    assert "failed" in (found["tls"], found["coordinator"])

@@ -11,7 +11,7 @@ from fedgraft.common.errors import InputError
 __all__ = ["join", "run"]
 
 SiteFile = Annotated[Path, typer.Option("--site", help="The site's own configuration.")]
-HERE, FOLDER = Path("site.toml"), Path()
+HERE = Path("site.toml")
 TEMPLATE = """\
 # This site's own configuration. Nothing in it ever leaves the site.
 name = "{name}"
@@ -32,27 +32,24 @@ def join(
     fingerprint: Annotated[
         str, typer.Option(help="What the coordinator told you by another way than the kit.")
     ],
-    folder: Annotated[
-        Path, typer.Option(help="Folder for site.toml, policy.toml, state.")
-    ] = Path(),
+    site: SiteFile = HERE,
 ) -> None:
     """Join a federation: make keys here, have them certified, write what to fill in."""
     from datetime import UTC, datetime
 
     from fedgraft.client.membership import join as enrol
+    from fedgraft.client.site import load_site
     from fedgraft.common.files import write_text
     from fedgraft.common.kit import open_kit
 
     opened = open_kit(kit, fingerprint, datetime.now(UTC))
-    state = folder / "state"
+    state = Path(load_site(site).state) if site.exists() else site.parent / "state"
     if (state / "membership.json").exists():
-        raise InputError(
-            f"{folder} has joined already", hint=f"to join again, move {state} away first"
-        )
+        raise InputError("this site has joined already", hint=f"to join again, move {state} away")
     member = enrol(opened, state)
     files = {
-        folder / "site.toml": TEMPLATE.format(name=member.site),
-        folder / "policy.toml": opened.policy,
+        site: TEMPLATE.format(name=member.site),
+        site.parent / "policy.toml": opened.policy,
     }
     written = [path for path in files if not path.exists()]
     for path in written:
@@ -61,7 +58,7 @@ def join(
     console.text(f"{member.site} has joined {member.federation}")
     for path in written:
         console.text(f"wrote {path}: read it, and fill in what is yours")
-    console.text(f"next: fedgraft site doctor --site {folder / 'site.toml'}")
+    console.text(f"next: fedgraft site doctor --site {site}")
 
 
 def run(site: SiteFile = HERE) -> None:

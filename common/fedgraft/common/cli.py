@@ -39,6 +39,7 @@ VERBS = {
     "coordinator stop": ("fedgraft.server.coordinator_cli:stop", "Stop a run, or all of it."),
     "submit": ("fedgraft.server.coordinator_cli:submit", "Give the coordinator a job."),
     "site join": ("fedgraft.client.site_cli:join", "Join a federation with a kit."),
+    "site doctor": ("fedgraft.client.doctor_cli:doctor", "Try what taking part needs."),
     "site run": ("fedgraft.client.site_cli:run", "Take part until stopped."),
     "site approve": ("fedgraft.client.approve_cli:approve", "Approve jobs that wait for you."),
     "site audit": ("fedgraft.client.audit_cli:audit", "What came and went; verify it; export it."),

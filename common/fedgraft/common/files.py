@@ -1,11 +1,12 @@
 """Files that are there whole or not at all, also when the machine dies half-way."""
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["sync_folder", "write_atomically", "write_private", "write_text"]
+__all__ = ["hash_file", "sync_folder", "write_atomically", "write_private", "write_text"]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -44,3 +45,9 @@ def write_private(path: Path, content: bytes) -> None:
             file.write(content)
 
     write_atomically(path, write)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits; read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
