@@ -1,6 +1,7 @@
 """A federation of real processes: what it comes to, and what it refuses."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from federations import adapter_of, digits_job, write_digits
 from fedgraft.client.fleet import Fleet, Refused
 from fedgraft.client.membership import load_tls_key
 from fedgraft.common.audit import verify
+from fedgraft.common.backbones import find_backbone
+from fedgraft.common.blobs import BlobStore, make_manifest
 from fedgraft.common.channels import open_channel
 from fedgraft.common.job import Job
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
@@ -77,6 +80,26 @@ def test_partners_come_to_the_adapter_of_the_simulation(
     for name in partners.data:
         assert verify(partners.folder / name / "state" / "audit.jsonl") > 10
     verify(partners.home / "audit.jsonl")
+
+
+def test_a_backbone_is_handed_out_once(partners: Partners) -> None:
+    copy = partners.folder / "glyph"
+    shutil.copytree(find_backbone("builtin:glyph-vit").folder, copy)
+    manifest = make_manifest(copy, source="path:glyph")
+    partners.allowed["glyph"] = f"sha256:{manifest.digest}"
+    for name in partners.data:
+        partners.write_policy(name)
+    job = small_job(partners.folder, f"backbone.source='path:{copy}'", "rounds.count=1")
+    run = partners.submit(job)
+    partners.until(lambda: partners.state(run) == "finished", 90)
+    assert partners.rounds(run)[0]["sites"] == 3
+    for name in partners.data:
+        assert BlobStore(partners.folder / name / "state" / "backbones").complete(manifest)
+        assert partners.read(f"{name}.log").count("backbone: ") == 1
+    again = partners.submit(job)
+    partners.until(lambda: partners.state(again) == "finished", 90)
+    for name in partners.data:
+        assert partners.read(f"{name}.log").count("backbone: ") == 1
 
 
 # --- a stranger who holds the CA's file, and members who are not content with what they may
