@@ -82,15 +82,19 @@ class _Named:
         return [("x-site", name.decode())]
 
 
+def _named(context: Any) -> Any:
+    return _Named(context)
+
+
 class _Behind(Membership):
     def Renew(self, request: Any, context: Any) -> Any:
-        return super().Renew(request, _Named(context))
+        return super().Renew(request, _named(context))
 
     def GetRoster(self, request: Any, context: Any) -> Any:
-        return super().GetRoster(request, _Named(context))
+        return super().GetRoster(request, _named(context))
 
     def ReportHead(self, request: Any, context: Any) -> Any:
-        return super().ReportHead(request, _Named(context))
+        return super().ReportHead(request, _named(context))
 
 
 def write_plan(
@@ -137,7 +141,7 @@ def enrolment_of(kit: Kit, **changes: Any) -> pb.EnrolRequest:
     """A request to join with new keys; ``key``, ``identity`` and fields can be others."""
     identity = changes.pop("identity", None) or Identity.generate()
     site = changes.get("site", kit.site)
-    csr = make_csr(changes.pop("key", None) or make_key(), site)
+    csr = make_csr(changes.pop("key", None) or make_key(), kit.site)
     facts = {"site": site, "token": kit.token, "csr": csr, "identity": identity.public}
     facts["proof"] = identity.sign(enrolment_statement(site, csr))
     return pb.EnrolRequest(**(facts | changes))
@@ -145,4 +149,4 @@ def enrolment_of(kit: Kit, **changes: Any) -> pb.EnrolRequest:
 
 def code_of(error: grpc.RpcError) -> tuple[str, str]:
     """Status and details: all that a refused caller learns."""
-    return error.code().name, error.details()
+    return error.code().name, str(error.details())

@@ -112,7 +112,7 @@ def accept(roster: bytes, trust: Trust) -> tuple[Federation, list[str]]:
             "the roster is refused: floor-changed", hint="ask the coordinator for a new kit"
         )
     agreed = {name: key for name, key in federation.sites.items() if name in trust.named}
-    return federation.model_copy(update={"sites": agreed}), sorted({*known} - {*agreed})
+    return _with_sites(federation, agreed), sorted({*known} - {*agreed})
 
 
 def keep_roster(state: Path, federation: Federation) -> None:
@@ -170,4 +170,9 @@ def _write_known(state: Path, known: dict[str, str]) -> None:
 def _text(federation: Federation) -> str:
     """The same text at every site that has the same keys."""
     ordered = {name: federation.sites[name] for name in federation.names}
-    return dump_federation(federation.model_copy(update={"sites": ordered}))
+    return dump_federation(_with_sites(federation, ordered))
+
+
+def _with_sites(federation: Federation, sites: dict[str, str]) -> Federation:
+    # made anew: a copy would keep the ids that were worked out for the sites of before
+    return Federation(secure_aggregation=federation.secure_aggregation, sites=sites)
