@@ -28,7 +28,10 @@ from fedgraft.simulations.grid import LocalGrid
 from fedgraft.simulations.identities import found_federation
 from fedgraft.simulations.workers import Workers
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NGINX is None, reason="nginx is not installed"),
+]
 
 MASKED = "privacy.secure_aggregation.enabled=true"
 
