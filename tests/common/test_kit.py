@@ -52,13 +52,19 @@ def colons(digits: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "told", [TOLD, colons(TOLD), f"SHA256:{TOLD}", TOLD[:32], colons(TOLD[:40]), f" {TOLD}\n"]
+    "told",
+    [TOLD, colons(TOLD), f"SHA256:{TOLD}", TOLD[:32], colons(TOLD[:40]), f" {TOLD}\n"],
+    ids=["whole", "colons", "kind", "half", "part", "blanks"],  # the CA is another each time
 )
 def test_a_kit_opens_with_the_fingerprint_as_people_write_it(path: Path, told: str) -> None:
     assert open_kit(path, told, NOW) == KIT
 
 
-@pytest.mark.parametrize("told", ["", TOLD[:31], TOLD + "0", "g" * 64, TOLD[:-1] + "x", "*" * 32])
+@pytest.mark.parametrize(
+    "told",
+    ["", TOLD[:31], TOLD + "0", "g" * 64, TOLD[:-1] + "x", "*" * 32],
+    ids=["none", "short", "long", "no digits", "one no digit", "stars"],
+)
 def test_a_fingerprint_that_is_too_short_or_none_is_refused(path: Path, told: str) -> None:
     refused(path, "64 hex digits", told)
 
