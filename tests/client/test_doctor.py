@@ -7,19 +7,24 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import pytest
+import torch
 from clinic import CANARY, Authority, Coordinator, Site
 
+from fedgraft import common
 from fedgraft.client import doctor_device
 from fedgraft.client.doctor import CHECKS, Check, Finding, examine
-from fedgraft.client.doctor_checks import roster_fingerprint
+from fedgraft.client.doctor_checks import _largest_backbone, roster_fingerprint
 from fedgraft.common.audit import Audit
 from fedgraft.common.cli import main
 from fedgraft.common.federation import Federation
+from fedgraft.common.manifest import make_manifest
 
 QUICK = tuple(check for check in CHECKS if check.name not in ("device", "training"))
+BUILTIN = Path(common.__file__).parent / "builtin" / "glyph-vit"
 NETWORK = ("name", "tcp", "tls", "coordinator", "clock", "latency")
 
 
@@ -66,6 +71,19 @@ def test_all_is_well(site: Site, coordinator: Coordinator) -> None:
     assert found["data"].what == "train 2 rows (text, label); test 1 rows (text, label)"
     assert "2 of 3 sites have joined" in found["roster"].what
     assert "Methods allowed: lora" in found["rules"].what
+
+
+def test_nothing_is_changed(site: Site) -> None:
+    def everything() -> dict[Path, tuple[int, int, bytes]]:
+        found = {path: path.stat() for path in [site.folder, *site.folder.rglob("*")]}
+        return {
+            path: (facts.st_mode, facts.st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+            for path, facts in found.items()
+        }
+
+    before = everything()
+    look(site, CHECKS)
+    assert everything() == before
 
 
 def test_a_check_that_breaks_stops_no_other_and_keeps_its_words_to_itself(site: Site) -> None:
@@ -159,6 +177,15 @@ def test_a_full_disk(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert look(site)["disk"].state == "ok"  # once more what is here already
     monkeypatch.setattr("fedgraft.client.doctor_checks._largest_backbone", lambda state: 5 * 10**8)
     assert "another backbone of this size needs 0.5 GB" in look(site)["disk"].what
+
+
+def test_the_largest_backbone_that_is_here(site: Site) -> None:
+    manifest = make_manifest(BUILTIN, source="builtin")
+    place = site.state / "backbones" / "manifests"
+    place.mkdir(parents=True)
+    (place / f"{manifest.digest}.json").write_bytes(manifest.to_json())
+    assert _largest_backbone(site.state) == manifest.size > 0
+    assert look(site)["disk"].state == "ok"
 
 
 def test_a_name_that_does_not_resolve(site: Site) -> None:
@@ -307,6 +334,27 @@ def test_a_gpu_that_is_not_there(site: Site) -> None:
     found = look(site, CHECKS)
     assert found["device"].what == "device mps is not available here"
     assert found["training"].what == "needs device"
+
+
+def test_a_gpu_and_what_it_can_do(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.file.write_text(site.file.read_text().replace('"cpu"', '"auto"'))
+    facts = SimpleNamespace(name="Fake T4", total_memory=16e9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: facts)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (4e9, 16e9))
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    monkeypatch.setattr(doctor_device, "DRIVER", site.folder / "none")
+
+    def full(chosen: object) -> tuple[bool, int]:
+        raise torch.OutOfMemoryError(CANARY)
+
+    monkeypatch.setattr(doctor_device, "_train", full)
+    found = look(site, CHECKS)
+    said = "Fake T4, 4.0 of 16.0 GB free, driver unknown, no bf16, torch "
+    assert found["device"].what.startswith(said)
+    assert found["training"].what == "cuda has no memory left"
 
 
 def test_a_driver_that_torch_cannot_use(

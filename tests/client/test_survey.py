@@ -1,8 +1,11 @@
 """What is told of a site's data without a job: counts, names of columns, and never a value."""
 
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedgraft.client.survey import survey
 
@@ -97,6 +100,39 @@ def test_a_file_that_is_wrong(tmp_path: Path, name: str, text: str, hint: str) -
     assert hint in said
 
 
+def test_a_column_twice(tmp_path: Path) -> None:
+    path = written(tmp_path, "t.csv", f"text,label,label\n{CANARY},a,b\n")
+    assert "two columns 'label'" in told(path)[2]
+
+
+def test_many_columns_and_odd_names_stay_one_line(tmp_path: Path) -> None:
+    names = ["text", "label", '"a\n\x1b[2J"', *(f"c{number}" for number in range(40))]
+    path = written(tmp_path, "t.csv", f"{','.join(names)}\n{','.join('x' * len(names))}\n")
+    what = told(path)[1]
+    assert what.isprintable()
+    assert what.endswith("c16 and 23 more)")
+
+
+CELL = st.text(max_size=5).map(lambda text: f"{CANARY}{text}")
+
+
+@given(
+    rows=st.lists(st.lists(CELL, min_size=1, max_size=3), min_size=1, max_size=4),
+    kind=st.sampled_from([".csv", ".jsonl", ".parquet"]),
+    cut=st.integers(0, 12),
+)
+def test_whatever_a_file_without_names_holds_is_not_told(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[list[str]], kind: str, cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("survey") / f"t{kind}"
+    lines = [json.dumps(dict.fromkeys(row, row[0])) for row in rows]
+    if kind == ".csv":
+        lines = [",".join(row) for row in rows]
+    content = "\n".join(lines).encode("utf-8", "surrogatepass")
+    path.write_bytes(content[: max(0, len(content) - cut)])
+    assert told(path)[0] in ("warn", "fail")
+
+
 def test_not_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(b"text,label\n\xff\xfe,x\n")
@@ -120,3 +156,14 @@ def test_what_lies_beside_a_missing_file_is_not_told(tmp_path: Path) -> None:
     assert told(tmp_path / "*.csv")[0] == "fail"
     (tmp_path / "empty").mkdir()
     assert told(tmp_path / "empty")[0] == "fail"
+
+
+def test_a_folder_that_is_closed_to_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(self: Path, **more: object) -> bool:
+        raise PermissionError(13, "Permission denied", f"{CANARY}")
+
+    monkeypatch.setattr(Path, "exists", closed)
+    said = told("/closed/t.csv")
+    assert said == ("fail", "cannot be read", "Permission denied: check owner and mode")

@@ -184,19 +184,19 @@ def test_a_job_outside_a_sites_policy_is_refused_with_its_reason(partners: Partn
     assert "policy-rank" in audit
 
 
-def doctor(partners: Partners, site: str) -> tuple[int, dict[str, str]]:
-    """Exit code, and the state of each finding."""
+def doctor(partners: Partners, site: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Exit code, and the state of each finding with what was seen."""
     path = str(partners.folder / site / "site.toml")
     done = partners.call("site", "doctor", "--site", path, "--json", check=False)
     return done.returncode, {
-        one["name"]: one["state"] for one in json.loads(done.stdout)["findings"]
+        one["name"]: (one["state"], one["what"]) for one in json.loads(done.stdout)["findings"]
     }
 
 
 def test_the_doctor_finds_a_site_well_and_says_what_is_not(partners: Partners) -> None:
     code, found = doctor(partners, "site-00")
     assert code == 0
-    assert set(found.values()) <= {"ok", "warn"}
+    assert {state for state, _ in found.values()} <= {"ok", "warn"}
     key = partners.folder / "site-00" / "state" / "tls.key"
     key.chmod(0o644)
     try:
@@ -204,8 +204,8 @@ def test_the_doctor_finds_a_site_well_and_says_what_is_not(partners: Partners) -
     finally:
         key.chmod(0o600)
     assert code == 1
-    assert found["keys"] == "fail"
-    assert found["coordinator"] == "ok"
+    assert found["keys"][0] == "fail"
+    assert found["coordinator"][0] == "ok"
 
 
 def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
@@ -216,4 +216,4 @@ def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
     assert "site-02" not in json.dumps(partners.status()["sites"])
     code, found = doctor(partners, "site-02")
     assert code == 1
-    assert found["coordinator"] == "fail"
+    assert found["coordinator"] == ("fail", "certificate revoked or unknown")

@@ -48,7 +48,8 @@ def device(patient: Patient) -> Finding:
     facts = torch.cuda.get_device_properties(chosen)
     free = torch.cuda.mem_get_info(chosen)[0]
     memory = f"{free / 1e9:.1f} of {facts.total_memory / 1e9:.1f} GB free"
-    half = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
+    # Older cards only emulate it, slower than fp32.
+    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
     parts = (facts.name, memory, f"driver {driver or 'unknown'}", half, version)
     return Finding("device", OK, ", ".join(parts))
 
@@ -65,11 +66,17 @@ def _driver() -> str:
 
 def training(patient: Patient) -> Finding:
     """Three steps of a LoRA adapter with drawn inputs on the site's device."""
+    import torch
+
     from fedgraft.common.workbench import choose_device
 
     chosen = choose_device(patient.config.device)
     began = time.perf_counter()
-    moved, steps = _train(chosen)
+    try:
+        moved, steps = _train(chosen)
+    except torch.OutOfMemoryError:
+        hint = "what else uses it? nvidia-smi says; the agent of this site may"
+        return Finding("training", FAIL, f"{chosen.type} has no memory left", hint)
     seconds = time.perf_counter() - began
     if not moved:
         hint = f'set device = "cpu" in site.toml, and report what {chosen} is'

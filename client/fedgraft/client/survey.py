@@ -17,6 +17,7 @@ from fedgraft.common.errors import DataError
 __all__ = ["Survey", "survey"]
 
 DEFAULTS = ("text", "image", "label")  # what a job calls its columns if it does not say
+MOST = 20  # names of columns that are told
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ def survey(place: str, columns: Mapping[str, str]) -> Survey:
     ``columns`` maps the job's columns to this site's own, as ``data.columns`` does.
     """
     try:
-        sources = find_sources(place)
-    except DataError:  # its hint lists what lies beside, which may be labels
-        return Survey("fail", "is not there", "no such file: mend the path in site.toml")
-    try:
+        try:
+            sources = find_sources(place)
+        except DataError:  # its hint lists what lies beside, which may be labels
+            return Survey("fail", "is not there", "no such file: mend the path in site.toml")
         seen = [_look(source, columns) for source in sources]
     except DataError as error:
         return Survey("fail", "cannot be read", f"{error}: {error.hint}")
-    except OSError as error:
+    except OSError as error:  # a folder on the way may be closed to this user
         return Survey("fail", "cannot be read", f"{error.strerror}: check owner and mode")
     return _summed(seen)
 
@@ -60,7 +61,7 @@ def _summed(seen: list[_Seen]) -> Survey:
     what = f"{sum(one.rows for one in seen):,} rows"
     names = dict.fromkeys(name for one in seen for name in one.columns)
     if names:
-        what += f" ({', '.join(names)})"
+        what += f" ({_listed(list(names))})"
     if lacking := sum(one.lacking for one in seen):
         hint = "fill them in or remove those rows: a job stops at the first"
         return Survey("warn", f"{what}, {lacking:,} of them empty in a column", hint)
@@ -68,6 +69,12 @@ def _summed(seen: list[_Seen]) -> Survey:
         hint = "no two columns have names that a job asks for: is there a header? else map them"
         return Survey("warn", what, f"{hint} in [data.columns]")
     return Survey("ok", what)
+
+
+def _listed(names: list[str]) -> str:
+    """Names on one line; what a terminal would not show as it is, is escaped."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:MOST]]
+    return ", ".join(shown) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
 
 
 def _look(source: Path, columns: Mapping[str, str]) -> _Seen:
@@ -98,12 +105,14 @@ def _table(source: Path, columns: Mapping[str, str]) -> _Seen:
         )
     wanted = {*columns.values(), *(set(DEFAULTS) - columns.keys())}
     known = [name for name in there if name in wanted]
-    counted = Counter(there)
-    single = [name for name in known or there if counted[name] == 1]
+    sure, counted = len(set(known)) > 1, Counter(there)
+    twice = [name for name in known if counted[name] > 1]
+    if sure and twice:
+        raise DataError(f"there are two columns {twice[0]!r}", hint="rename one of them")
+    single = [name for name in there if counted[name] == 1]
     if not single:
         raise DataError("no column has a name of its own", hint="is there a header?")
-    sure = len(set(known)) > 1
-    content, label = (single[0], single[-1]) if sure else (single[0], single[0])
+    content, label = (known[0], known[1]) if sure else (single[0], single[0])
     rows = lacking = 0
     for _, one, other in READERS[source.suffix.lower()](source, content, label):
         rows += 1
