@@ -217,3 +217,22 @@ def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
     code, found = doctor(partners, "site-02")
     assert code == 1
     assert found["coordinator"] == ("fail", "certificate revoked or unknown")
+
+
+def test_a_site_comes_back_by_what_the_doctor_says(partners: Partners) -> None:
+    """After the last: with the keys it had, so that the others see no other site."""
+    folder = partners.folder / "site-02"
+    identity = (folder / "state" / "identity.pem").read_bytes()
+    path = str(folder / "site.toml")
+    said = partners.call("site", "doctor", "--site", path, check=False).stdout
+    steps = f"mv {folder}/state/membership.json {folder}/state/membership.json.old && "
+    join = f"fedgraft site join site-02.kit --fingerprint ... --site {path}"
+    assert "(fedgraft provision renew site-02)" in said
+    assert steps + join in said
+    home, kits = str(partners.home), str(partners.kits)
+    partners.call("provision", "renew", "site-02", "--home", home, "-o", kits)
+    (folder / "state" / "membership.json").rename(folder / "state" / "membership.json.old")
+    kit = str(partners.kits / "site-02.kit")
+    partners.call("site", "join", kit, "--fingerprint", partners.fingerprint, "--site", path)
+    assert (folder / "state" / "identity.pem").read_bytes() == identity
+    partners.until(lambda: doctor(partners, "site-02")[0] == 0, 60)

@@ -26,10 +26,6 @@ __all__ = ["FAIL", "OK", "SKIPPED", "WARN", "Finding", "Patient"]
 OK, WARN, FAIL, SKIPPED = "ok", "warn", "fail", "skipped"
 UNKNOWN = 1_000_000_000  # bytes that a backbone which is not known yet is given room for
 SOON = timedelta(days=1)
-NEW_KIT = (
-    "ask the coordinator for a new kit (fedgraft provision renew {site}), "
-    "then: fedgraft site join {site}.kit --fingerprint ..."
-)
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,16 @@ class Patient:
         """Host and port of the coordinator."""
         host, _, port = self.member.endpoint.rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def new_kit(self) -> str:
+        """How to get another certificate; keys, audit and what was answered before stay."""
+        site, member = self.member.site, self.state / "membership.json"
+        return (
+            f"ask the coordinator for a new kit (fedgraft provision renew {site}), then: "
+            f"mv {member} {member}.old && "
+            f"fedgraft site join {site}.kit --fingerprint ... --site {self.path}"
+        )
 
     @cached_property
     def answers(self) -> list[tuple[float, float]]:
@@ -113,7 +119,7 @@ def membership(patient: Patient) -> Finding:
 
 def certificate(patient: Patient) -> Finding:
     """The certificate is good today, by the pinned CA, and for our key."""
-    now, again = datetime.now(UTC), NEW_KIT.format(site=patient.member.site)
+    now, again = datetime.now(UTC), patient.new_kit
     for name in ("certificate.pem", "ca.pem", "tls.key"):
         if not (patient.state / name).exists():
             return Finding("certificate", FAIL, f"{name} is missing", again)
@@ -138,7 +144,7 @@ def certificate(patient: Patient) -> Finding:
 
 def keys(patient: Patient) -> Finding:
     """Private keys are this user's alone (0600), and so is the state folder (0700)."""
-    state, again = patient.state, NEW_KIT.format(site=patient.member.site)
+    state, again = patient.state, patient.new_kit
     for path in (state / "identity.pem", state / "tls.key"):
         if not path.exists():
             return Finding("keys", FAIL, f"{path} is missing", again)

@@ -13,7 +13,7 @@ import urllib.request
 
 import grpc
 
-from fedgraft.client.doctor_checks import FAIL, NEW_KIT, OK, SKIPPED, WARN, Finding, Patient
+from fedgraft.client.doctor_checks import FAIL, OK, SKIPPED, WARN, Finding, Patient
 from fedgraft.client.membership import open_member_channel
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
@@ -72,8 +72,7 @@ def tls(patient: Patient) -> Finding:
     try:
         context.load_verify_locations(cafile=patient.state / "ca.pem")
     except (OSError, ssl.SSLError):
-        hint = NEW_KIT.format(site=patient.member.site)
-        return Finding("tls", FAIL, "ca.pem is missing or damaged", hint)
+        return Finding("tls", FAIL, "ca.pem is missing or damaged", patient.new_kit)
     try:
         with (
             socket.create_connection((host, port), PATIENCE) as plain,
@@ -117,16 +116,16 @@ def coordinator(patient: Patient) -> Finding:
                 trip = time.perf_counter() - before
                 patient.answers.append((began + trip / 2 - said, trip))
         except grpc.RpcError as error:
-            return Finding("coordinator", FAIL, *_refusal(error, member.site))
+            return Finding("coordinator", FAIL, *_refusal(error, patient.new_kit))
     return Finding("coordinator", OK, f"takes the certificate of {member.site}")
 
 
-def _refusal(error: grpc.RpcError, site: str) -> tuple[str, str]:
+def _refusal(error: grpc.RpcError, new_kit: str) -> tuple[str, str]:
     """What a refused GetTime means. nginx answers HTTP 400 to a certificate it does not accept."""
     status = error.code()
     denied = status in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
     if denied or (status == grpc.StatusCode.INTERNAL and "400" in str(error.details())):
-        return "certificate revoked or unknown", NEW_KIT.format(site=site)
+        return "certificate revoked or unknown", new_kit
     if status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         hint = "does something between let TLS through but not HTTP/2? is the coordinator up?"
         return f"no answer ({status.name.lower()})", hint
