@@ -2,7 +2,7 @@
 
 Flower starts a process for every message and asks the coordinator for the app it should run. A site
 of ours does neither: it takes a message, hands it to the installed code and sends what comes back.
-What is used here of Flower's insides is held to the real thing by tests/e2e/test_partners.py.
+What is used here of Flower's insides is held to the real thing by tests/e2e/test_contract.py.
 """
 
 import ssl
