@@ -57,6 +57,7 @@ from fedgraft.simulations.preparation import prepare
 
 FLEET, SUPERLINK = "client/fedgraft/client/fleet.py", "server/fedgraft/server/superlink.py"
 AGENT, TRANSPORT = "client/fedgraft/client/agent.py", "server/fedgraft/server/transport.py"
+COORDINATOR = "server/fedgraft/server/coordinator.py"
 FRONT = "server/fedgraft/server/front.py"
 PROTOBUF = {"content-type": "application/protobuf"}
 SECRET = "what a site's exception says"
@@ -161,6 +162,8 @@ def test_nodes_are_registered_seen_and_forgotten(link: Link) -> None:
         assert link.control.nodes()[node]["status"] == "offline"
         link.control.unregister(node)
         assert link.control.nodes().get(node, {}).get("status") in (None, "unregistered")
+    with relied_on_by(COORDINATOR), pytest.raises(FedgraftError):  # who comes back needs a new one
+        link.control.register(public_pem(key.public_key()), "a")
 
 
 def test_a_run_that_is_not_there_is_an_error_without_its_text(link: Link) -> None:

@@ -74,6 +74,8 @@ class Coordinator:
         self.registry = Registry(home.folder)
         self.jobs = Jobs(home.file("jobs"))
         self.nodes: dict[str, int] = {}
+        self._registered: dict[str, Member] = {}  # of ``nodes``
+        self._spent: set[str] = set()  # keys that this SuperLink has unregistered
         self._event = event
         self._port = _free_port()
         self._control: Control | None = None
@@ -134,7 +136,7 @@ class Coordinator:
             self._event("restarted", process=name)
         if name == "superlink":  # it has forgotten everything
             self._close_control()
-            self.nodes = {}
+            self.nodes, self._registered, self._spent = {}, {}, set()
             self._current = None
 
     def _front(self) -> Front:
@@ -183,12 +185,19 @@ class Coordinator:
     def _register_nodes(self) -> None:
         """Let the SuperLink know the keys of the members, and forget those of others."""
         assert self._control is not None  # noqa: S101  # tend saw to it
+        for name, was in list(self._registered.items()):
+            if self._members.get(name) != was:
+                self._spent.add(self._registered.pop(name).node_key)
+                self._event("unregistered", site=name)
+                self._control.unregister(self.nodes.pop(name))
+        if any(member.node_key in self._spent for member in self._members.values()):
+            # A site came back with the key it had, which Flower does not take a second time.
+            self.processes["superlink"].stop()
+            return
         for name, member in self._members.items():
             if name not in self.nodes:
                 self.nodes[name] = self._control.register(member.public_key, name)
-        for name in [name for name in self.nodes if name not in self._members]:
-            self._control.unregister(self.nodes.pop(name))
-            self._event("unregistered", site=name)
+                self._registered[name] = member
 
     def _tend_job(self) -> None:
         """Start the oldest open job, or see how it is."""
