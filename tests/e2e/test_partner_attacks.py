@@ -28,6 +28,7 @@ from models import write_model
 from fedgraft.client.fleet import Fleet, FleetError, Gone, Refused, Task
 from fedgraft.client.identity import load_identity
 from fedgraft.client.membership import load_tls_key, open_member_channel
+from fedgraft.common.audit import verify
 from fedgraft.common.blobs import BlobStore, make_manifest
 from fedgraft.common.certificates import make_csr
 from fedgraft.common.channels import open_channel
@@ -266,6 +267,11 @@ def test_a_reply_counts_if_the_site_asked_signed_it_for_this_request(partners: P
     events = Run(partners.home / "runs" / run).events()
     told = [(one["round"], one["reason"]) for one in events if one["event"] == "dropped"]
     assert told == [*((number, "bad-seal") for number in range(2, 6)), (6, "wrong-round")]
+    audit = [event for event in partners.events() if event["event"] == "reply-refused"]
+    assert [(one["site"], one["round"], one["code"]) for one in audit] == [
+        ("site-01", *each) for each in told
+    ]
+    verify(partners.home / "audit.jsonl")
 
 
 def bare_of(content: RecordDict) -> RecordDict:

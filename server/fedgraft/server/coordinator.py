@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.common.errors import FedgraftError
+from fedgraft.server.forgeries import Forgeries
 from fedgraft.server.front import Front, front_command, write_front
 from fedgraft.server.jobs import Jobs, Submitted
 from fedgraft.server.registry import Member, Registry
@@ -85,6 +86,7 @@ class Coordinator:
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
             folder.mkdir(exist_ok=True, mode=0o700)
+        self._forgeries = Forgeries(home.runs, event)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         self.processes = self._make_processes(found)
 
@@ -213,6 +215,7 @@ class Coordinator:
             self._current = None
             return
         status, _ = self._control.status(run_id)
+        self._forgeries.tend(name)
         if status == FINISHED:
             self._current = None
             self._ended(name)
