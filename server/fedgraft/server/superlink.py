@@ -100,10 +100,10 @@ def hasten_pulls() -> None:
 def _pull_objects(
     object_ids: list[str], pull_object_fn: Callable[[str], bytes]
 ) -> dict[str, bytes]:
-    known = known_objects(object_ids)
-    unknown = [each for each in object_ids if each not in known]
-    pulled = pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5)
-    return known | pulled
+    found = known_objects(object_ids)
+    unknown = [each for each in object_ids if each not in found]
+    found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
+    return found
 
 
 class Control:
