@@ -6,7 +6,7 @@ of our files to mend.
 """
 
 import base64
-import inspect
+import logging
 import os
 import ssl
 import subprocess
@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from clinic import Authority
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from e2e.superlink import QUIET, _die_with_parent, _free_ports, _listens
+from e2e.superlink import QUIET, _listens, die_with_parent, free_ports
 from federations import digits_job, write_digits
 from flwr.common.constant import (
     FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE,
@@ -43,6 +43,7 @@ from fedgraft.common.federation import Federation, dump_federation
 from fedgraft.common.files import write_private
 from fedgraft.common.jobfile import dump_job
 from fedgraft.common.messages import SMALL
+from fedgraft.common.objects import known_objects
 from fedgraft.server.front import BODY, Front, write_front
 from fedgraft.server.runs import Run
 from fedgraft.server.superlink import (
@@ -57,6 +58,7 @@ from fedgraft.simulations.preparation import prepare
 
 FLEET, SUPERLINK = "client/fedgraft/client/fleet.py", "server/fedgraft/server/superlink.py"
 AGENT, TRANSPORT = "client/fedgraft/client/agent.py", "server/fedgraft/server/transport.py"
+OBJECTS = "common/fedgraft/common/objects.py"
 COORDINATOR = "server/fedgraft/server/coordinator.py"
 FRONT = "server/fedgraft/server/front.py"
 PROTOBUF = {"content-type": "application/protobuf"}
@@ -117,7 +119,7 @@ class Link:
 
 @pytest.fixture(scope="module")
 def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
-    folder, (port,) = tmp_path_factory.mktemp("link"), _free_ports(1)
+    folder, (port,) = tmp_path_factory.mktemp("link"), free_ports(1)
     authority = Authority()
     key, certificate = authority.server()
     contents = {"ca.pem": authority.pem, "server.pem": certificate, "server.key": key}
@@ -137,7 +139,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
             stack.callback(process.wait)
             stack.callback(process.kill)
@@ -181,16 +183,15 @@ def test_tasks_are_for_who_has_the_secret(link: Link) -> None:
         assert answer.status_code == 401
 
 
-def test_the_first_wait_for_a_replys_objects_can_be_shortened(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with relied_on_by(SUPERLINK):
-        monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)  # to be put back
+def test_how_the_grid_pulls_a_reply_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with relied_on_by(SUPERLINK, OBJECTS):
+        theirs = http_grid.pull_objects
+        monkeypatch.setattr(http_grid, "pull_objects", theirs)  # to be put back
         hasten_pulls()
-        quick = http_grid.pull_objects
-        assert isinstance(quick, partial)
-        assert quick.keywords.keys() <= inspect.signature(quick.func).parameters.keys()
+        assert http_grid.pull_objects is not theirs
         assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
+        wanted = {"object_ids": ["a", "b"], "pull_object_fn": str.encode}
+        assert http_grid.pull_objects(**wanted) == theirs(**wanted) == {"a": b"a", "b": b"b"}
 
 
 # --- the Fleet API, as client/fleet.py speaks it
@@ -263,14 +264,15 @@ def test_flowers_error_codes_mean_what_we_say() -> None:
         }
 
 
-def test_a_job_is_done_by_the_installed_code_and_its_reply_is_the_one_asked_for(
-    link: Link, tmp_path: Path
+def test_a_job_is_done_by_the_installed_code_until_it_is_stopped(
+    link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One round over the executor's ServerApp: arrays both ways, a seal on the request's id.
+    """A round over the executor's ServerApp: arrays both ways, a seal on the request's id.
 
-    The last message fails at the site: what arrives is an error, without its text.
+    Then a message fails at the site, of which an error arrives without its text; and the run is
+    stopped while the site is at work, which does not end its session.
     """
-    options = ("simulation.sites=2", "rounds.count=1", "rounds.min_sites=1")
+    options = ("simulation.sites=2", "rounds.count=2", "rounds.min_sites=1", "method.rank=64")
     job = digits_job(*write_digits(tmp_path / "digits", 40, 10), *options, "rounds.deadline='60s'")
     site = prepare(job).folder / "site-00" / "site.toml"
     identity, key = make_identity(tmp_path / "state"), make_key()
@@ -282,7 +284,19 @@ def test_a_job_is_done_by_the_installed_code_and_its_reply_is_the_one_asked_for(
         signed.append(content)
         if len(signed) == 3:  # after PLAN and TRAIN
             raise ZeroDivisionError(SECRET)
+        if len(signed) == 4:
+            link.control.stop(run)
         return identity.sign(content)
+
+    known: list[int] = []
+
+    def know(*asked: Any) -> dict[str, bytes]:
+        found = known_objects(*asked)
+        known.append(len(found))
+        return found
+
+    monkeypatch.setattr(fleet, "known_objects", know)
+    caplog.set_level(logging.INFO, "fedgraft.client")
 
     agent = Agent(
         site="site-00",
@@ -294,7 +308,7 @@ def test_a_job_is_done_by_the_installed_code_and_its_reply_is_the_one_asked_for(
         pace=Pace(idle=0.1),
     )
     config = {"job": dump_job(job), "run": str(tmp_path / "run"), "sealed": "yes"}
-    with relied_on_by(SUPERLINK, FLEET, AGENT, TRANSPORT):
+    with relied_on_by(SUPERLINK, FLEET, OBJECTS, AGENT, TRANSPORT):
         node = link.control.register(public_pem(key.public_key()), "site-00")
         run = link.control.start({**config, "federation": str(tmp_path / "roster.toml")})
         assert link.control.status(run)[0] in ("pending", "starting", "running")
@@ -302,13 +316,15 @@ def test_a_job_is_done_by_the_installed_code_and_its_reply_is_the_one_asked_for(
         working.start()
         try:
             link.until(lambda: link.control.status(run)[0] == FINISHED, 90)
+            link.until(lambda: "its run was stopped" in caplog.text)
         finally:
             agent.stopping = True
             working.join(30)
-        assert link.control.status(run) == (FINISHED, "completed")
+        assert caplog.text.count("joined as") == 1
+        assert known[0] == 2  # of three: PLAN's payload alone was asked for
         (line,) = Run(tmp_path / "run").history()
         assert line["sites"] == 1
-        assert line["bytes_up"] > 2 * SMALL  # an array of its own each way
+        assert line["bytes_up"] > SMALL  # an array of its own, as it came
         assert line["dropped"] == [{"site": "site-00", "reason": "evaluation: app-failed"}]
         link.control.unregister(node)
     assert SECRET not in (link.folder / "flower.log").read_text(errors="replace")

@@ -7,8 +7,8 @@ What is used here of Flower's insides is held to the real thing by tests/e2e/tes
 
 import ssl
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +27,9 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
+    UnexpectedObjectContentError,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
@@ -39,6 +41,8 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -51,7 +55,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgraft.common.objects import known_objects
 
-__all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
+__all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
 
 FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
@@ -75,6 +79,10 @@ class Gone(FleetError):
 
 class Refused(FleetError):
     """The certificate, its revocation, the clock or the path: a person must look at it."""
+
+
+class Over(FleetError):
+    """Nobody waits for a message any more, as when its run was stopped."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,7 @@ class Fleet:
         """The next message for this site with all its content; None if there is none.
 
         Raises:
+            Over: there was one, for which nobody waits.
             FleetError: of the kind that says what to do.
         """
         if self._lost:
@@ -167,15 +176,16 @@ class Fleet:
         # stage of a round would take one.
         parts = [part.object_id for part in iterate_object_tree(tree)]
         contents = known_objects(parts, reply.messages_list[0])
-        contents |= pull_objects(
-            [part for part in parts if part not in contents],
-            pull,
-            max_time=PATIENCE,
-            initial_backoff=FIRST_WAIT,
-            backoff_cap=LONGEST_WAIT,
-        )
-        confirm(tree.object_id)
-        message = inflate_object_from_contents(tree.object_id, contents)
+        with _gone_is_over():
+            contents |= pull_objects(
+                [part for part in parts if part not in contents],
+                pull,
+                max_time=PATIENCE,
+                initial_backoff=FIRST_WAIT,
+                backoff_cap=LONGEST_WAIT,
+            )
+            confirm(tree.object_id)
+            message = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return Task(message, run_id)
 
@@ -183,6 +193,7 @@ class Fleet:
         """Send ``message``, which took ``seconds`` to make, in reply to ``task``.
 
         Raises:
+            Over: nobody waits for it.
             FleetError: of the kind that says what to do.
         """
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -201,7 +212,8 @@ class Fleet:
             push = make_push_object_fn_protobuf(
                 self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
             )
-            push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
+            with _gone_is_over():
+                push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
 
     def _ask(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda request: _asked(call, request)
@@ -235,6 +247,25 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
             raise StillThere from None
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.NOT_FOUND):
             raise Gone(str(status)) from None
+        if status == httpx.codes.FORBIDDEN and _run_is_over(error.response):
+            raise Over from None
         if status in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST):
             raise Refused(str(status)) from None
         raise Unreachable(str(status)) from None
+
+
+@contextmanager
+def _gone_is_over() -> Iterator[None]:
+    """Where the parts of a message cannot be had, or not be left, the message is of no use."""
+    try:
+        yield
+    except (ObjectPullError, ObjectPushError, UnexpectedObjectContentError):
+        raise Over from None
+
+
+def _run_is_over(response: httpx.Response) -> bool:
+    """Whether it is Flower that refuses, and not the front, which speaks no JSON."""
+    try:
+        return bool(response.json()["code"] == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED)
+    except (ValueError, KeyError, TypeError):
+        return False
