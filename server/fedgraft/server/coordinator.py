@@ -21,6 +21,8 @@ from typing import Any
 from fedgraft.common.errors import FedgraftError
 from fedgraft.server.front import Front, front_command, write_front
 from fedgraft.server.jobs import Jobs, Submitted
+from fedgraft.server.overview import Overview
+from fedgraft.server.refusals import Refusals
 from fedgraft.server.registry import Member, Registry
 from fedgraft.server.runs import Run
 from fedgraft.server.superlink import FINISHED, Control, executor_command, superlink_command
@@ -30,6 +32,7 @@ __all__ = ["Coordinator", "Home"]
 
 RETRY = 5.0  # seconds before a run that failed goes on from its last round
 TRIES = 20
+POLL = 2.0  # seconds between two looks at who is online
 HOST = "127.0.0.1"
 WAITING = "waiting for sites"
 Event = Callable[..., None]
@@ -85,6 +88,12 @@ class Coordinator:
             folder.mkdir(exist_ok=True, mode=0o700)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         self.processes = self._make_processes(found)
+        self._overview = Overview(self.jobs, home.runs)
+        self._refusals = Refusals(
+            home.file("nginx"), event, reopen=lambda: self._signal_front(signal.SIGUSR1)
+        )
+        self._seen: dict[str, dict[str, Any]] = {}  # what the SuperLink said of each site
+        self._next_poll = 0.0
 
     @property
     def public(self) -> bool:
@@ -136,6 +145,7 @@ class Coordinator:
             self._close_control()
             self.nodes = {}
             self._current = None
+            self._seen = {name: _offline(node) for name, node in self._seen.items()}
 
     def _front(self) -> Front:
         keys = {name: member.node_key for name, member in self._members.items()}
@@ -146,10 +156,12 @@ class Coordinator:
         self._follow_registry()
         for process in self.processes.values():
             process.tend()
+        self._refusals.tend(self._seen)
         if not self._reach_superlink():
             return
         try:
             self._register_nodes()
+            self._look_at_nodes()
             self._tend_job()
         except FedgraftError as error:
             self._event("superlink", what=str(error))
@@ -162,13 +174,16 @@ class Coordinator:
         self._members = members
         if self.public:
             write_front(self._front())
-            self.processes["front"].signal(signal.SIGHUP)
+            self._signal_front(signal.SIGHUP)
         self._event("members", sites=sorted(members))
 
     def reload(self) -> None:
         """Have nginx read its certificates and the revocation list again."""
+        self._signal_front(signal.SIGHUP)
+
+    def _signal_front(self, number: signal.Signals) -> None:
         if self.public:
-            self.processes["front"].signal(signal.SIGHUP)
+            self.processes["front"].signal(number)
 
     def _reach_superlink(self) -> bool:
         if self._control is None and _listens(self._port):
@@ -189,6 +204,18 @@ class Coordinator:
         for name in [name for name in self.nodes if name not in self._members]:
             self._control.unregister(self.nodes.pop(name))
             self._event("unregistered", site=name)
+
+    def _look_at_nodes(self) -> None:
+        """Note who is online; what was seen before the SuperLink forgot it stays."""
+        assert self._control is not None  # noqa: S101  # tend saw to it
+        if time.monotonic() < self._next_poll:
+            return
+        self._next_poll = time.monotonic() + POLL
+        found = self._control.nodes()
+        for name, number in self.nodes.items():
+            node = found.get(number, {})
+            if node.get("last_seen"):
+                self._seen[name] = node
 
     def _tend_job(self) -> None:
         """Start the oldest open job, or see how it is."""
@@ -246,37 +273,30 @@ class Coordinator:
         return bool(events) and events[-1]["event"] == "waiting"
 
     def status(self) -> dict[str, Any]:
-        """What `fedgraft coordinator status` shows."""
-        online = self._control.nodes() if self._control else {}
-        sites = [
-            {
-                "site": name,
-                "state": "joined",
-                **_seen(online.get(self.nodes.get(name, 0), {})),
-            }
-            for name in sorted(self._members)
-        ]
-        return {
-            "processes": {
-                name: {"pid": each.pid, "starts": each.starts}
-                for name, each in self.processes.items()
-            },
-            "sites": sites,
-            "runs": [self._run_line(one) for one in self.jobs.all()],
-        }
+        """How everything is: what `fedgraft coordinator status`, the page and the figures show.
 
-    def _run_line(self, one: Submitted) -> dict[str, Any]:
-        folder = self.home.runs / one.name
-        history = Run(folder).history() if (folder / "run.json").exists() else []
+        ``totals`` are counted since this process started. Times are Unix seconds.
+        """
+        processes = {
+            name: {"pid": each.pid, "starts": each.starts} for name, each in self.processes.items()
+        }
         return {
-            "run": one.name,
-            "state": one.state,
-            "why": one.why,
-            "rounds": len(history),
-            "bytes_up": sum(line["bytes_up"] for line in history),
-            "bytes_down": sum(line["bytes_down"] for line in history),
-            "dropped": sum(len(line["dropped"]) for line in history),
-            "seconds": history[-1]["seconds"] if history else None,
+            "time": time.time(),
+            "listen": self._listen if self.public else "",
+            "processes": processes,
+            "sites": [
+                {"site": name, "state": site.state, **_seen(self._seen.get(name, {}), site.state)}
+                for name, site in sorted(self.registry.sites().items())
+            ],
+            "runs": self._overview.lines(),
+            "refused": list(self._refusals.recent),
+            "totals": {
+                **self._overview.totals(),
+                "refused": dict(self._refusals.totals),
+                "restarts": {
+                    name: max(each.starts - 1, 0) for name, each in self.processes.items()
+                },
+            },
         }
 
     def close(self) -> None:
@@ -284,10 +304,16 @@ class Coordinator:
         self._close_control()
         for process in reversed(self.processes.values()):
             process.stop()
+        self._refusals.close()
 
 
-def _seen(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {"connected": node.get("status") == "online", "last_seen": node.get("last_seen")}
+def _seen(node: Mapping[str, Any], state: str) -> dict[str, Any]:
+    connected = state == "joined" and node.get("status") == "online"
+    return {"connected": connected, "last_seen": node.get("last_seen")}
+
+
+def _offline(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {**node, "status": "offline"}
 
 
 def _free_port() -> int:
