@@ -24,13 +24,15 @@ def job_of(folder: Path, *overrides: str) -> Job:
 
 
 @pytest.fixture
-def partners(tmp_path: Path) -> Iterator[Partners]:
-    with Partners(tmp_path / "partners", job_of(tmp_path), lifetime="200s") as running:
+def partners(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Partners]:
+    folder = tmp_path_factory.mktemp("p")  # short: it holds sockets
+    with Partners(folder, job_of(folder), lifetime="200s") as running:
         running.join_all()
         running.start_sites()
         yield running
 
 
+@pytest.mark.slow  # the certificate is renewed after a minute
 def test_a_coordinator_that_is_killed_goes_on_and_sites_renew_their_certificates(
     partners: Partners, tmp_path: Path
 ) -> None:

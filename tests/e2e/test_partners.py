@@ -1,6 +1,7 @@
 """A federation of real processes: what it comes to, and what it refuses."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from federations import adapter_of, digits_job, write_digits
 from fedgraft.client.fleet import Fleet, Refused
 from fedgraft.client.membership import load_tls_key
 from fedgraft.common.audit import verify
+from fedgraft.common.backbones import find_backbone
+from fedgraft.common.blobs import BlobStore, make_manifest
 from fedgraft.common.channels import open_channel
 from fedgraft.common.job import Job
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
@@ -25,7 +28,10 @@ from fedgraft.simulations.grid import LocalGrid
 from fedgraft.simulations.identities import found_federation
 from fedgraft.simulations.workers import Workers
 
-pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NGINX is None, reason="nginx is not installed"),
+]
 
 MASKED = "privacy.secure_aggregation.enabled=true"
 
@@ -77,6 +83,27 @@ def test_partners_come_to_the_adapter_of_the_simulation(
     for name in partners.data:
         assert verify(partners.folder / name / "state" / "audit.jsonl") > 10
     verify(partners.home / "audit.jsonl")
+
+
+def test_a_backbone_is_handed_out_once(partners: Partners) -> None:
+    copy = partners.folder / "glyph"
+    shutil.copytree(find_backbone("builtin:glyph-vit").folder, copy)
+    manifest = make_manifest(copy, source="path:glyph")
+    partners.allowed["glyph"] = f"sha256:{manifest.digest}"
+    for name in partners.data:
+        partners.write_policy(name)
+    job = small_job(partners.folder, f"backbone.source='path:{copy}'", "rounds.count=1")
+    run = partners.submit(job)
+    partners.until(lambda: partners.state(run) == "finished", 90)
+    assert partners.rounds(run)[0]["sites"] == 3
+    for name in partners.data:
+        assert BlobStore(partners.folder / name / "state" / "backbones").complete(manifest)
+    said = {name: partners.read(f"{name}.log").count("backbone: ") for name in partners.data}
+    assert min(said.values()) >= 1
+    again = partners.submit(job)
+    partners.until(lambda: partners.state(again) == "finished", 90)
+    for name, before in said.items():
+        assert partners.read(f"{name}.log").count("backbone: ") == before
 
 
 # --- a stranger who holds the CA's file, and members who are not content with what they may
@@ -158,19 +185,19 @@ def test_a_job_outside_a_sites_policy_is_refused_with_its_reason(partners: Partn
     assert "policy-rank" in audit
 
 
-def doctor(partners: Partners, site: str) -> tuple[int, dict[str, str]]:
-    """Exit code, and the state of each finding."""
+def doctor(partners: Partners, site: str) -> tuple[int, dict[str, tuple[str, str]]]:
+    """Exit code, and the state of each finding with what was seen."""
     path = str(partners.folder / site / "site.toml")
     done = partners.call("site", "doctor", "--site", path, "--json", check=False)
     return done.returncode, {
-        one["name"]: one["state"] for one in json.loads(done.stdout)["findings"]
+        one["name"]: (one["state"], one["what"]) for one in json.loads(done.stdout)["findings"]
     }
 
 
 def test_the_doctor_finds_a_site_well_and_says_what_is_not(partners: Partners) -> None:
     code, found = doctor(partners, "site-00")
     assert code == 0
-    assert set(found.values()) <= {"ok", "warning"}
+    assert {state for state, _ in found.values()} <= {"ok", "warn"}
     key = partners.folder / "site-00" / "state" / "tls.key"
     key.chmod(0o644)
     try:
@@ -178,8 +205,8 @@ def test_the_doctor_finds_a_site_well_and_says_what_is_not(partners: Partners) -
     finally:
         key.chmod(0o600)
     assert code == 1
-    assert found["keys"] == "failed"
-    assert found["coordinator"] == "ok"
+    assert found["keys"][0] == "fail"
+    assert found["coordinator"][0] == "ok"
 
 
 def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
@@ -190,4 +217,23 @@ def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
     assert "site-02" not in json.dumps(partners.status()["sites"])
     code, found = doctor(partners, "site-02")
     assert code == 1
-    assert "failed" in (found["tls"], found["coordinator"])
+    assert found["coordinator"] == ("fail", "certificate revoked or unknown")
+
+
+def test_a_site_comes_back_by_what_the_doctor_says(partners: Partners) -> None:
+    """After the last: with the keys it had, so that the others see no other site."""
+    folder = partners.folder / "site-02"
+    identity = (folder / "state" / "identity.pem").read_bytes()
+    path = str(folder / "site.toml")
+    said = partners.call("site", "doctor", "--site", path, check=False).stdout
+    steps = f"mv {folder}/state/membership.json {folder}/state/membership.json.old && "
+    join = f"fedgraft site join site-02.kit --fingerprint ... --site {path}"
+    assert "(fedgraft provision renew site-02)" in said
+    assert steps + join in said
+    home, kits = str(partners.home), str(partners.kits)
+    partners.call("provision", "renew", "site-02", "--home", home, "-o", kits)
+    (folder / "state" / "membership.json").rename(folder / "state" / "membership.json.old")
+    kit = str(partners.kits / "site-02.kit")
+    partners.call("site", "join", kit, "--fingerprint", partners.fingerprint, "--site", path)
+    assert (folder / "state" / "identity.pem").read_bytes() == identity
+    partners.until(lambda: doctor(partners, "site-02")[0] == 0, 60)

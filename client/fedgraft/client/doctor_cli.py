@@ -18,16 +18,20 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check what taking part needs; changes nothing. Exit code 1 if a check failed."""
-    from fedgraft.client.doctor import FAILED, examine
+    from fedgraft.client.doctor import CHECKS, examine
+    from fedgraft.client.doctor_checks import FAIL
 
     console = Console(as_json=as_json)
-    found = list(examine(site))
-    healthy = not any(one.state == FAILED for one in found)
+    width = max(len(check.name) for check in CHECKS)
+    found = []
+    for one in examine(site):  # a line as soon as it is known: some take seconds
+        found.append(one)
+        console.text(f"{one.state:<8}{one.name:<{width + 2}}{one.what}")
+    healthy = not any(one.state == FAIL for one in found)
     console.json({"healthy": healthy, "findings": [asdict(one) for one in found]})
-    rows = [[one.name, one.state, one.what] for one in found]
-    console.table("Doctor", ["check", "", "what was seen"], rows)
-    for one in found:
-        if one.hint:
-            console.text(f"{one.name}: {one.hint}")
+    hints = [one for one in found if one.hint]
+    console.text("\nhints" if hints else "")
+    for one in hints:
+        console.text(f"  {one.name}: {one.hint}")
     if not healthy:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ never values, and nothing of an exception but its code.
 """
 
 import hashlib
+import io
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ class Ledger:
         if isinstance(reply, TrainReply) and layout is not None:
             tensors = list(_by_name(reply.update, layout))
         if tensors and self._keep:
-            self._store(occasion, content)
+            self._store(occasion, reply, content)
         norm = float(np.linalg.norm(reply.update)) if isinstance(reply, TrainReply) else None
         facts = {"norm_before": norm, "norm_after": norm, "epsilon": None}
         self._write(occasion, "out", "sent", content, tensors, **facts)
@@ -107,12 +108,21 @@ class Ledger:
         facts |= {"sha256": digest.hexdigest(), **more, "tensors": tensors}
         self.audit.append(asdict(occasion) | facts)
 
-    def _store(self, occasion: Occasion, content: RecordDict) -> None:
-        """Keep the content that leaves, and forget that of older rounds, of whatever run."""
+    def _store(self, occasion: Occasion, reply: Reply, content: RecordDict) -> None:
+        """Keep the content that leaves, and forget that of older rounds, of whatever run.
+
+        Small arrays leave inside the payload's record; they are kept on their own as well.
+        """
         folder = self.sent_folder / occasion.run / f"{occasion.round:06d}"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         found = list(parts(content))
         digest = hashlib.sha256(b"".join(part for _, part in found)).hexdigest()
+        there = {name for name, _ in found}
+        for name, array in arrays_in(reply):
+            if f"{name}.npy" not in there:
+                file = io.BytesIO()
+                np.save(file, array, allow_pickle=False)
+                found.append((f"{name}.npy", file.getvalue()))
         path = folder / f"{occasion.stage}-{digest[:16]}.npz"
         write_atomically(path, lambda temporary: _zip(temporary, found))
         rounds = sorted(self.sent_folder.glob("*/*"), key=lambda each: each.stat().st_mtime_ns)

@@ -2,11 +2,13 @@
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from fedgraft.client.backbone_client import fetch_backbone
 from fedgraft.client.membership import load_membership, open_member_channel
 from fedgraft.common.blobs import open_store
+from fedgraft.common.errors import BackboneError
 from fedgraft.common.job import Job
 
 __all__ = ["ensure_backbone"]
@@ -27,6 +29,9 @@ def ensure_backbone(job: Job, state: Path) -> None:
     if not source.startswith(KIND):
         return
     store, digest = open_store(), source.removeprefix(KIND)
+    with suppress(BackboneError):  # it is not here
+        if store.complete(store.manifest(digest)):
+            return
     member = load_membership(state)
     with open_member_channel(state, member.endpoint) as channel:
         fetch_backbone(channel, digest, store, progress=_Progress())

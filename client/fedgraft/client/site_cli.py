@@ -8,7 +8,7 @@ import typer
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
 
-__all__ = ["join", "run"]
+__all__ = ["admit", "join", "run"]
 
 SiteFile = Annotated[Path, typer.Option("--site", help="The site's own configuration.")]
 HERE = Path("site.toml")
@@ -37,28 +37,53 @@ def join(
     """Join a federation: make keys here, have them certified, write what to fill in."""
     from datetime import UTC, datetime
 
-    from fedgraft.client.membership import join as enrol
+    from fedgraft.client.join import join as enrol
     from fedgraft.client.site import load_site
     from fedgraft.common.files import write_text
     from fedgraft.common.kit import open_kit
 
-    opened = open_kit(kit, fingerprint, datetime.now(UTC))
-    state = Path(load_site(site).state) if site.exists() else site.parent / "state"
-    if (state / "membership.json").exists():
-        raise InputError("this site has joined already", hint=f"to join again, move {state} away")
-    member = enrol(opened, state)
-    files = {
-        site: TEMPLATE.format(name=member.site),
-        site.parent / "policy.toml": opened.policy,
-    }
+    now = datetime.now(UTC)
+    opened = open_kit(kit, fingerprint, now)
+    state, policy = site.parent / "state", site.parent / "policy.toml"
+    if site.exists():
+        config = load_site(site)
+        state, policy = Path(config.state), Path(config.policy or policy)
+        if config.name != opened.site:
+            raise InputError(
+                f"{site} is of {config.name}, and the kit is for {opened.site}",
+                hint="name another --site, or take the other kit",
+            )
+    joined = enrol(opened, state, now)
+    files = {site: TEMPLATE.format(name=opened.site), policy: opened.policy}
     written = [path for path in files if not path.exists()]
     for path in written:
         write_text(path, files[path])
     console = Console()
-    console.text(f"{member.site} has joined {member.federation}")
+    console.text(f"{opened.site} has joined {opened.federation}")
     for path in written:
         console.text(f"wrote {path}: read it, and fill in what is yours")
+    for name in joined.strangers:
+        console.note(f"the kit does not name {name}; if you agree: fedgraft site admit {name}")
     console.text(f"next: fedgraft site doctor --site {site}")
+
+
+def admit(
+    name: Annotated[str, typer.Argument(help="A site that your kit does not name, or names.")],
+    key: Annotated[
+        str, typer.Option(help="Its public key, as that site told you by another way.")
+    ] = "",
+    site: SiteFile = HERE,
+) -> None:
+    """Agree to a site that came later, or to a new key of one that made its keys again."""
+    from fedgraft.client.roster import admit as agree
+    from fedgraft.client.site import load_site
+
+    agree(Path(load_site(site).state), name, key)
+    Console().text(
+        f"{name} may take part"
+        + (" with that key and no other" if key else "")
+        + "\nCompare the roster with the other sites again: fedgraft site doctor"
+    )
 
 
 def run(site: SiteFile = HERE) -> None:

@@ -13,10 +13,10 @@ from fedgraft.client.membership import (
     Membership,
     load_membership,
     load_tls_key,
-    refresh_roster,
     renew,
     renewal_due,
 )
+from fedgraft.client.roster import refresh_roster
 from fedgraft.client.site import load_site
 from fedgraft.common.errors import FedgraftError, InputError
 
@@ -70,7 +70,7 @@ class _Upkeep:
                 renew(self.member, self.state)
                 log.info("the certificate was renewed")
                 return True
-            refresh_roster(self.member, self.state)
+            refresh_roster(self.state)
         except FedgraftError as error:
             log.warning("%s; %s", error, error.hint)
         return False

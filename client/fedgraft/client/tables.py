@@ -17,7 +17,7 @@ from typing import Any
 
 from fedgraft.common.errors import DataError
 
-__all__ = ["Table", "find_sources", "read_tables"]
+__all__ = ["READERS", "Table", "column_names", "find_sources", "images_in", "read_tables"]
 
 Row = tuple[int, Any, Any]  # line or row number, content, label
 
@@ -113,19 +113,24 @@ def _read_folder(path: Path, *, images: bool) -> Table:
             f"{path} is a folder, and this job reads text",
             hint=f"name a file, or a pattern such as {path}/*.jsonl",
         )
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _kept(entry))
-    files = [
-        (file, folder.name)
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and _kept(file)
-    ]
+    files = [(file, file.relative_to(path).parts[0]) for file in images_in(path)]
     if not files:
         raise DataError(
             f"{path} has no images in label folders",
             hint=f"put them into {path}/<label>/, one folder per label of the job",
         )
     return _image_table(path, files)
+
+
+def images_in(path: Path) -> list[Path]:
+    """All files in the label folders of ``path``, folder by folder, but what litters them."""
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _kept(entry))
+    return [
+        file
+        for folder in folders
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and _kept(file)
+    ]
 
 
 def _image_table(path: Path, files: Iterable[tuple[Path, str]]) -> Table:
@@ -256,6 +261,29 @@ READERS: dict[str, Callable[[Path, str, str], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
+
+
+def column_names(path: Path) -> list[str]:
+    """What the file of a table calls its columns: its header, or the keys of its first row.
+
+    In a CSV file without a header these are values.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            with parquet.ParquetFile(path) as file:
+                return list(file.schema_arrow.names)
+        if path.suffix.lower() == ".csv":
+            return next(csv.reader(_lines(path), strict=True), [])
+        return list(json.loads(next(filter(str.strip, _lines(path)), "{}")))
+    except (ValueError, TypeError, OSError, csv.Error, RecursionError):
+        raise DataError(
+            f"{path} cannot be read", hint=f"is it {path.suffix.lower()} inside, and for this user?"
+        ) from None
 
 
 def _check_columns(path: Path, there: list[str], content: str, label: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -30,6 +30,7 @@ __all__ = [
     "make_key",
     "public_pem",
     "read_csr",
+    "revoked",
     "serial",
     "sign",
     "site_of",
@@ -126,12 +127,15 @@ def read_csr(pem: bytes) -> ec.EllipticCurvePublicKey:
     Raises:
         ValueError: it is malformed, not signed by its key, or not on P-256.
     """
-    request = x509.load_pem_x509_csr(pem)
-    key = request.public_key()
-    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
-        raise ValueError("not a P-256 key")
-    if not request.is_signature_valid:
-        raise ValueError("not signed by its key")
+    try:
+        request = x509.load_pem_x509_csr(pem)
+        key = request.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name != "secp256r1":
+            raise ValueError("not a P-256 key")
+        if not request.is_signature_valid:
+            raise ValueError("not signed by its key")
+    except UnsupportedAlgorithm:
+        raise ValueError("not a P-256 key") from None
     return key
 
 
@@ -145,6 +149,11 @@ def make_crl(
         revoked = x509.RevokedCertificateBuilder().serial_number(number)
         builder = builder.add_revoked_certificate(revoked.revocation_date(now).build())
     return builder.sign(key, HASH).public_bytes(serialization.Encoding.PEM)
+
+
+def revoked(crl: bytes) -> set[int]:
+    """The serial numbers in a list of revoked certificates."""
+    return {one.serial_number for one in x509.load_pem_x509_crl(crl)}
 
 
 def fingerprint(pem: bytes) -> str:
@@ -180,11 +189,14 @@ def site_of(pem: bytes, ca: bytes, public: ec.EllipticCurvePublicKey, now: datet
             raise ValueError("it is for another key")
         if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
             raise ValueError("it is not valid now")
-        (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        name, *more = certificate.subject
+        if more or name.oid != NameOID.COMMON_NAME:
+            raise ValueError("its subject is not a name alone")
     except (ValueError, TypeError, InvalidSignature) as error:
         what = str(error) or "it is not signed by the federation's CA"
         raise InputError(
-            f"the certificate cannot be used: {what}", hint="ask the coordinator for a new kit"
+            f"the certificate cannot be used: {what}",
+            hint="set this machine's clock, then ask the coordinator for a new kit",
         ) from None
     return str(name.value)
 
@@ -197,10 +209,11 @@ def sign(key: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
 def verify(ca: bytes, signature: bytes, message: bytes) -> bool:
     """Whether ``signature`` over ``message`` is by the key of the certificate ``ca``."""
     key = x509.load_pem_x509_certificate(ca).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        return False
     try:
-        assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101  # narrowed for the caller
         key.verify(signature, message, ec.ECDSA(HASH))
-    except (InvalidSignature, AssertionError):
+    except InvalidSignature:
         return False
     return True
 

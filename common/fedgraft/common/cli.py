@@ -41,6 +41,7 @@ VERBS = {
     "site join": ("fedgraft.client.site_cli:join", "Join a federation with a kit."),
     "site doctor": ("fedgraft.client.doctor_cli:doctor", "Try what taking part needs."),
     "site run": ("fedgraft.client.site_cli:run", "Take part until stopped."),
+    "site admit": ("fedgraft.client.site_cli:admit", "Agree to a site that came later."),
     "site approve": ("fedgraft.client.approve_cli:approve", "Approve jobs that wait for you."),
     "site audit": ("fedgraft.client.audit_cli:audit", "What came and went; verify it; export it."),
     "fetch": ("fedgraft.client.fetch_cli:fetch", "Import a local backbone at a site."),
@@ -80,14 +81,12 @@ class LazyGroup(click.Group):
         """Verbs of the rooms that are installed, in the table's order."""
         return list(self._verbs())
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click does it; a group's short form is spelt out."""
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does it; a group's short form is spelt out, also where options come first."""
         short = SHORT.get(self.within)
-        if short and args and args[0] not in self._verbs():
+        if short and args and args[0] not in (*self._verbs(), "--help"):
             args = [short, *args]
-        return super().resolve_command(ctx, args)
+        return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         """Load one verb, or explain that this install does not have it."""

@@ -10,18 +10,18 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError, model_validator
 
 from fedgraft.common.certificates import fingerprint, sign, verify
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation import Floor, SiteName
 from fedgraft.common.files import write_private
-from fedgraft.common.section import Section
+from fedgraft.common.section import IllegalJob, Section
 
-__all__ = ["Endpoint", "Kit", "open_kit", "write_kit"]
+__all__ = ["Endpoint", "Kit", "enrolment_statement", "open_kit", "sign_kit", "write_kit"]
 
 FEWEST_DIGITS = 32  # of a fingerprint: 128 bits cannot be met by trying
 LARGEST = 1_000_000
@@ -40,15 +40,31 @@ class Kit(Section):
     sites: tuple[SiteName, ...]
     floor: Floor
     policy: str
-    issued: datetime
-    expires: datetime
+    issued: AwareDatetime
+    expires: AwareDatetime
+
+    @model_validator(mode="after")
+    def _names_its_site(self) -> "Kit":
+        if self.site not in self.sites:
+            raise IllegalJob("the kit's site is not among its sites", "name it there")
+        return self
 
 
 def write_kit(kit: Kit, key: ec.EllipticCurvePrivateKey, path: Path) -> None:
     """Sign the kit and write it to ``path``, for this user alone: the token is a secret."""
-    text = {"kit": kit.model_dump(mode="json"), "signature": sign(key, _canonical(kit)).hex()}
-    path.unlink(missing_ok=True)
-    write_private(path, json.dumps(text, indent=1).encode())
+    write_private(path, sign_kit(kit, key))
+
+
+def sign_kit(kit: Kit, key: ec.EllipticCurvePrivateKey) -> bytes:
+    """The kit's file, signed with the CA's key."""
+    inner = kit.model_dump(mode="json")
+    signed = {"kit": inner, "signature": sign(key, _canonical(inner)).hex()}
+    return json.dumps(signed, indent=1).encode()
+
+
+def enrolment_statement(site: str, csr: bytes) -> bytes:
+    """What a site signs with its identity when it joins: this request is mine."""
+    return b"fedgraft-enrol/1\n" + site.encode() + b"\n" + csr
 
 
 def open_kit(path: Path, told: str, now: datetime) -> Kit:
@@ -66,7 +82,7 @@ def open_kit(path: Path, told: str, now: datetime) -> Kit:
         signature, own = bytes.fromhex(raw["signature"]), fingerprint(kit.ca.encode())
     except FileNotFoundError:
         raise InputError(f"no file {path}", hint="name the .kit file you were sent") from None
-    except (OSError, ValueError, TypeError, KeyError, ValidationError):
+    except (OSError, ValueError, TypeError, KeyError, ValidationError, RecursionError):
         raise InputError(f"{path} is not a kit", hint=again) from None
     digits = re.sub(r"[\s:]", "", told).lower().removeprefix("sha256")
     if not re.fullmatch(rf"[0-9a-f]{{{FEWEST_DIGITS},64}}", digits):
@@ -79,7 +95,7 @@ def open_kit(path: Path, told: str, now: datetime) -> Kit:
             f"{path} is of another federation, or was changed: its CA is {own}",
             hint="compare the fingerprint with the coordinator by phone; do not join",
         )
-    if not verify(kit.ca.encode(), signature, _canonical(kit)):
+    if not verify(kit.ca.encode(), signature, _canonical(raw["kit"])):
         raise InputError(f"{path} was changed after it was signed", hint=again)
     if now >= kit.expires:
         raise InputError(
@@ -89,6 +105,6 @@ def open_kit(path: Path, told: str, now: datetime) -> Kit:
     return kit
 
 
-def _canonical(kit: Kit) -> bytes:
-    value = kit.model_dump(mode="json")
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+def _canonical(inner: dict[str, Any]) -> bytes:
+    """What is signed: as it is in the file, so that no default fills in for what was taken out."""
+    return json.dumps(inner, sort_keys=True, separators=(",", ":")).encode()

@@ -1,13 +1,16 @@
 """gRPC: let a site in with its kit's token, and what members ask about themselves.
 
 The site's name in ``Membership`` is what nginx read from the client certificate; nothing but nginx
-can reach these services' socket. A refusal is a reason code and nothing more.
+can reach these services' socket. A refusal is a reason code and nothing more, also where the fault
+is ours. Only who holds a kit's token learns how that site stands.
 """
 
 import base64
 import hmac
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,19 +19,29 @@ from typing import Any, NoReturn
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedgraft.common.certificates import issue_site, load_key, public_pem, read_csr, serial
+from fedgraft.common.certificates import (
+    expires,
+    issue_site,
+    load_key,
+    public_pem,
+    read_csr,
+    serial,
+)
+from fedgraft.common.kit import enrolment_statement
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 from fedgraft.common.secagg.errors import StatementError
 from fedgraft.common.secagg.keys import verify
 from fedgraft.server.provision import load_plan
-from fedgraft.server.registry import Registry, Site, hash_token
+from fedgraft.server.registry import Certificate, Registry, Site, hash_token
 
-__all__ = ["PROOF", "Enrolment", "Membership"]
+__all__ = ["Enrolment", "Membership"]
 
-PROOF = b"fedgraft-enrol/1\n"
 WRONG_TOKENS, CALM = 10, 60.0  # so many wrong tokens for a site, and it is refused so many seconds
-KEPT_SERIALS = 64
+LARGEST_CSR = 4096  # bytes
+# A site renews some three times in a certificate's life. All that live are kept, so that revoking
+# the site revokes every one of them; their number must then have an end.
+MOST_LIVE = 64
 Event = Callable[..., None]
 
 
@@ -38,29 +51,96 @@ class _Refused(Exception):
         self.code, self.status = code, status
 
 
+def _bad_request() -> _Refused:
+    return _Refused("bad-request", grpc.StatusCode.INVALID_ARGUMENT)
+
+
+def _denied(code: str) -> _Refused:
+    return _Refused(code, grpc.StatusCode.PERMISSION_DENIED)
+
+
 class _Issuer:
-    """Issues certificates to sites of the registry in ``home``."""
+    """Issues certificates to sites of the registry in ``home``; ``event`` is told what came of it.
+
+    ``event`` gets a kind and facts: ``enrolled``, ``renewed``, ``enrolment-refused`` and
+    ``renewal-refused`` with the site, the last two with a ``code``; ``audit-head``.
+    """
 
     def __init__(self, home: Path, event: Event) -> None:
         self.home, self.event = home, event
         self.registry = Registry(home)
 
-    def issue(self, name: str, key: ec.EllipticCurvePublicKey) -> bytes:
-        """A certificate for a site, PEM."""
+    def issue(self, name: str, key: ec.EllipticCurvePublicKey, site: Site) -> tuple[bytes, Site]:
+        """A certificate for a site, PEM, and the site with it."""
+        now = datetime.now(UTC)
+        before = site.without_ended(now)
+        if len(before.certificates) >= MOST_LIVE:
+            raise _Refused("too-many-certificates", grpc.StatusCode.RESOURCE_EXHAUSTED)
         lifetime = load_plan(self.home / "federation.toml").federation.certificate_lifetime
-        return issue_site(
+        pem = issue_site(
             (self.home / "ca.pem").read_bytes(),
             load_key((self.home / "ca.key").read_bytes()),
             key,
             site=name,
-            now=datetime.now(UTC),
+            now=now,
             lifetime=timedelta(seconds=lifetime),
         )
+        new = Certificate(serial(pem), expires(pem).isoformat())
+        return pem, replace(before, certificates=(*before.certificates, new))
 
     def roster(self) -> bytes:
         """The roster as it is now."""
         path = self.home / "roster.toml"
         return path.read_bytes() if path.exists() else b""
+
+    def member(self, context: grpc.ServicerContext) -> str:
+        """The caller, who is a member.
+
+        Raises:
+            _Refused: it is none, or no more.
+        """
+        name = str(dict(context.invocation_metadata()).get("x-site", ""))
+        if not name:
+            raise _Refused("no-certificate", grpc.StatusCode.UNAUTHENTICATED)
+        if self.registry.sites().get(name, Site()).state != "joined":
+            raise _denied("site-revoked")
+        return name
+
+    @contextmanager
+    def answering(
+        self, context: grpc.ServicerContext, refusal: str = "", site: str = ""
+    ) -> Iterator[None]:
+        """End a call that is refused with its code; one that fails says nothing of what failed."""
+        try:
+            yield
+            return
+        except _Refused as error:
+            refused = error
+        except Exception:
+            refused = _Refused("fault", grpc.StatusCode.INTERNAL)
+            refusal = refusal or "fault"
+        if refusal:
+            self.event(refusal, site=_printable(site), code=refused.code)
+        _refuse(context, refused)
+
+
+class _Pace:
+    """Counts wrong tokens for each site; of names that are no site's, together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wrong: dict[str, list[float]] = {}
+
+    def check(self, name: str) -> None:
+        with self._lock:
+            recent = [at for at in self._wrong.get(name, []) if time.monotonic() - at < CALM]
+            self._wrong[name] = recent
+        if len(recent) >= WRONG_TOKENS:
+            raise _Refused("too-many-tries", grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+    def note(self, name: str) -> None:
+        with self._lock:
+            self._wrong.setdefault(name, []).append(time.monotonic())
 
 
 class Enrolment(services.EnrolmentServicer):
@@ -68,53 +148,41 @@ class Enrolment(services.EnrolmentServicer):
 
     def __init__(self, home: Path, event: Event) -> None:
         self._issuer = _Issuer(home, event)
-        self._wrong: dict[str, list[float]] = {}
+        self._pace = _Pace()
 
     def Enrol(self, request: Any, context: grpc.ServicerContext) -> Any:
         """See the .proto."""
-        event = self._issuer.event
-        try:
-            reply = self._enrol(request)
-        except _Refused as error:
-            event("enrolment-refused", site=_printable(request.site), code=error.code)
-            _refuse(context, error)
-        event("enrolled", site=request.site)
-        return reply
+        with self._issuer.answering(context, "enrolment-refused", request.site):
+            certificate = self._enrol(request)
+            return pb.EnrolReply(certificate=certificate, roster=self._issuer.roster())
 
-    def _enrol(self, request: Any) -> Any:
+    def _enrol(self, request: Any) -> bytes:
         key = _read(request)
-        name = request.site
-        self._check_pace(name)
+        name, node_key = request.site, _base64(key)
         with self._issuer.registry.change() as sites:
-            self._check_token(sites.get(name, Site()), name, request.token)
-            certificate = self._issuer.issue(name, key)
-            before = sites[name]
+            site = sites.get(name, Site())
+            counted = name if name in sites else ""
+            self._pace.check(counted)
+            if not hmac.compare_digest(site.token, hash_token(request.token)):
+                self._pace.note(counted)
+                raise _denied("token-wrong")
+            _check_open(site)
+            if any(
+                node_key == other.node_key or request.identity.hex() == other.identity
+                for another, other in sites.items()
+                if another != name
+            ):
+                raise _bad_request()
+            certificate, issued = self._issuer.issue(name, key, site)
             sites[name] = replace(
-                before,
+                issued,
                 state="joined",
-                token="",
-                node_key=base64.b64encode(public_pem(key)).decode(),
+                node_key=node_key,
                 identity=request.identity.hex(),
-                serials=(*before.serials, serial(certificate))[-KEPT_SERIALS:],
                 joined=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-        return pb.EnrolReply(certificate=certificate, roster=self._issuer.roster())
-
-    def _check_pace(self, name: str) -> None:
-        recent = [at for at in self._wrong.get(name, []) if time.monotonic() - at < CALM]
-        self._wrong[name] = recent
-        if len(recent) >= WRONG_TOKENS:
-            raise _Refused("too-many-tries", grpc.StatusCode.RESOURCE_EXHAUSTED)
-
-    def _check_token(self, site: Site, name: str, token: str) -> None:
-        if not hmac.compare_digest(site.token, hash_token(token)):
-            self._wrong.setdefault(name, []).append(time.monotonic())
-            code = "token-wrong"
-            if site.state != "invited":
-                code = "site-revoked" if site.state == "revoked" else "token-used"
-            raise _Refused(code, grpc.StatusCode.PERMISSION_DENIED)
-        if datetime.now(UTC) >= datetime.fromisoformat(site.kit_expires):
-            raise _Refused("kit-expired", grpc.StatusCode.PERMISSION_DENIED)
+            self._issuer.event("enrolled", site=name)  # what cannot be recorded is not done
+        return certificate
 
 
 class Membership(services.MembershipServicer):
@@ -125,62 +193,79 @@ class Membership(services.MembershipServicer):
 
     def Renew(self, request: Any, context: grpc.ServicerContext) -> Any:
         """A new certificate for the same key."""
-        name = _caller(context)
-        try:
-            with self._issuer.registry.change() as sites:
-                certificate = self._renew(sites, name, request.csr)
-        except _Refused as error:
-            self._issuer.event("renewal-refused", site=name, code=error.code)
-            _refuse(context, error)
-        self._issuer.event("renewed", site=name)
-        return pb.EnrolReply(certificate=certificate, roster=self._issuer.roster())
+        name = str(dict(context.invocation_metadata()).get("x-site", ""))
+        with self._issuer.answering(context, "renewal-refused", name):
+            certificate = self._renew(self._issuer.member(context), request.csr)
+            return pb.EnrolReply(certificate=certificate, roster=self._issuer.roster())
 
-    def _renew(self, sites: dict[str, Site], name: str, csr: bytes) -> bytes:
-        site = sites.get(name, Site())
-        if site.state != "joined":
-            raise _Refused("site-revoked", grpc.StatusCode.PERMISSION_DENIED)
-        try:
-            key = read_csr(csr)
-        except ValueError:
-            raise _Refused("bad-request", grpc.StatusCode.INVALID_ARGUMENT) from None
-        if base64.b64encode(public_pem(key)).decode() != site.node_key:
-            raise _Refused("another-key", grpc.StatusCode.PERMISSION_DENIED)
-        certificate = self._issuer.issue(name, key)
-        serials = (*site.serials, serial(certificate))[-KEPT_SERIALS:]
-        sites[name] = replace(site, serials=serials)
+    def _renew(self, name: str, csr: bytes) -> bytes:
+        key = _read_csr(csr)
+        with self._issuer.registry.change() as sites:
+            if sites[name].state != "joined":  # since it was looked at
+                raise _denied("site-revoked")
+            if _base64(key) != sites[name].node_key:
+                raise _denied("another-key")
+            certificate, sites[name] = self._issuer.issue(name, key, sites[name])
+            self._issuer.event("renewed", site=name)
         return certificate
 
     def GetRoster(self, request: Any, context: grpc.ServicerContext) -> Any:
         """The public keys of all members."""
-        return pb.RosterReply(roster=self._issuer.roster())
+        with self._issuer.answering(context):
+            self._issuer.member(context)
+            return pb.RosterReply(roster=self._issuer.roster())
 
     def ReportHead(self, request: Any, context: grpc.ServicerContext) -> Any:
         """Note the head of a site's audit, so that it cannot be cut off later unseen."""
-        if len(request.head) != 64 or not set(request.head) <= set("0123456789abcdef"):
-            _refuse(context, _Refused("bad-request", grpc.StatusCode.INVALID_ARGUMENT))
-        self._issuer.registry.report(_caller(context), request.lines, request.head)
-        return pb.HeadReply()
+        with self._issuer.answering(context):
+            name = self._issuer.member(context)
+            if len(request.head) != 64 or not set(request.head) <= set("0123456789abcdef"):
+                raise _bad_request()
+            with self._issuer.registry.change() as sites:
+                sites[name] = replace(
+                    sites[name], audit_lines=request.lines, audit_head=request.head
+                )
+                facts = {"run": _printable(request.run), "round": request.round}
+                facts |= {"lines": request.lines, "head": request.head}
+                self._issuer.event("audit-head", site=name, **facts)
+            return pb.HeadReply()
 
     def GetTime(self, request: Any, context: grpc.ServicerContext) -> Any:
         """The coordinator's clock."""
         return pb.TimeReply(unix_seconds=time.time())
 
 
+def _check_open(site: Site) -> None:
+    """Whether a kit whose token is right still lets anybody in."""
+    if site.state == "revoked":
+        raise _denied("site-revoked")
+    if site.state == "joined":
+        raise _denied("token-used")
+    if datetime.now(UTC) >= datetime.fromisoformat(site.kit_expires):
+        raise _denied("kit-expired")
+
+
 def _read(request: Any) -> ec.EllipticCurvePublicKey:
     """The key of a request to join that is what it should be."""
+    key = _read_csr(request.csr)
     try:
-        key = read_csr(request.csr)
-        verify(request.identity, request.proof, PROOF + request.site.encode() + b"\n" + request.csr)
+        verify(request.identity, request.proof, enrolment_statement(request.site, request.csr))
     except (ValueError, StatementError):
-        raise _Refused("bad-request", grpc.StatusCode.INVALID_ARGUMENT) from None
+        raise _bad_request() from None
     return key
 
 
-def _caller(context: grpc.ServicerContext) -> str:
-    found = dict(context.invocation_metadata()).get("x-site", "")
-    if not found:
-        _refuse(context, _Refused("no-certificate", grpc.StatusCode.UNAUTHENTICATED))
-    return str(found)
+def _read_csr(csr: bytes) -> ec.EllipticCurvePublicKey:
+    try:
+        if len(csr) > LARGEST_CSR:
+            raise ValueError
+        return read_csr(csr)
+    except ValueError:
+        raise _bad_request() from None
+
+
+def _base64(key: ec.EllipticCurvePublicKey) -> str:
+    return base64.b64encode(public_pem(key)).decode()
 
 
 def _refuse(context: grpc.ServicerContext, error: _Refused) -> NoReturn:

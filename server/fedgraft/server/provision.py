@@ -7,7 +7,7 @@ when it joins, and the kit's token lets it in once.
 import os
 import secrets
 import tomllib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from fedgraft.common.kit import Endpoint, Kit, write_kit
 from fedgraft.common.section import Duration, Section
 from fedgraft.server.registry import Registry, Site, hash_token
 
-__all__ = ["Plan", "found", "load_plan", "renew_kit", "revoke"]
+__all__ = ["Founded", "Plan", "found", "load_plan", "renew_kit", "revoke"]
 
 POLICY = """\
 # What this site allows. All that is not allowed here is refused.
@@ -98,34 +98,52 @@ def load_plan(path: Path) -> Plan:
     names = plan.federation.sites
     if len(set(names)) < len(names):
         raise InputError(f"{path}: a site is named twice", hint="give each a name of its own")
+    if not 0 < int(plan.federation.endpoint.rpartition(":")[2]) < 65536:
+        raise InputError(f"{path}: the endpoint's port is none", hint='for example "host:8443"')
     return plan
 
 
-def found(source: Path, home: Path, kits: Path) -> tuple[str, list[Path]]:
+@dataclass(frozen=True)
+class Founded:
+    """What came of it: the CA's fingerprint, the new kits, and sites that the file names no more.
+
+    Those go on as members: only ``revoke`` shuts a site out.
+    """
+
+    fingerprint: str
+    kits: tuple[Path, ...]
+    left: tuple[str, ...]
+
+
+def found(source: Path, home: Path, kits: Path) -> Founded:
     """Found the federation of ``source`` in the folder ``home``, or add the sites that are new.
 
-    One kit for each new site goes into the folder ``kits``; the CA's fingerprint comes back.
+    One kit for each new site goes into the folder ``kits``. The CA is made once and never again.
 
     Raises:
-        InputError: ``source`` is wrong, or a folder cannot be written.
+        InputError: ``source`` is wrong, changes what sites were promised, or a folder cannot be
+            written.
     """
-    plan = load_plan(source)
+    plan, text = load_plan(source), read_text(source)
     try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        kits.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not (home / "ca.pem").exists():
-            _make_ca(plan, home)
-        _make_server(plan, home)
-        write_text(home / "federation.toml", read_text(source))
-        write_text(home / "floor.json", plan.secure_aggregation.model_dump_json())
+        for folder in (home, kits):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.chmod(home, 0o700)  # also where it was there before
+        with Registry(home).lock():
+            if not (home / "ca.pem").exists():
+                _make_ca(plan, home)
+            _keep_name_and_floor(plan, home)
+            _make_server(plan, home)
+            write_text(home / "federation.toml", text)
+        with Registry(home).change() as sites:
+            new = [name for name in plan.federation.sites if name not in sites]
+            written = [_invite(plan, home, kits, name, sites) for name in new]
+            left = tuple(name for name in sites if name not in plan.federation.sites)
     except OSError as error:
         raise InputError(
             f"{error.filename} cannot be written: {error.strerror}", hint="check the folder"
         ) from None
-    with Registry(home).change() as sites:
-        new = [name for name in plan.federation.sites if name not in sites]
-        written = [_invite(plan, home, kits, name, sites) for name in new]
-    return fingerprint((home / "ca.pem").read_bytes()), written
+    return Founded(fingerprint((home / "ca.pem").read_bytes()), tuple(written), left)
 
 
 def renew_kit(home: Path, site: str, kits: Path) -> Path:
@@ -134,10 +152,10 @@ def renew_kit(home: Path, site: str, kits: Path) -> Path:
     Raises:
         InputError: there is no such site.
     """
+    _known(Registry(home).sites(), site)
     plan = load_plan(home / "federation.toml")
+    kits.mkdir(parents=True, exist_ok=True, mode=0o700)
     with Registry(home).change() as sites:
-        _known(sites, site)
-        kits.mkdir(parents=True, exist_ok=True, mode=0o700)
         # Certificates of before are revoked: the site makes keys anew, or another machine does.
         return _invite(plan, home, kits, site, sites)
 
@@ -150,7 +168,7 @@ def revoke(home: Path, site: str) -> None:
     """
     with Registry(home).change() as sites:
         _known(sites, site)
-        sites[site] = replace(_without_certificates(sites[site]), state="revoked", token="")
+        sites[site] = replace(_without_certificates(sites[site]), state="revoked")
 
 
 def _known(sites: dict[str, Site], site: str) -> None:
@@ -160,7 +178,7 @@ def _known(sites: dict[str, Site], site: str) -> None:
 
 def _without_certificates(site: Site) -> Site:
     """The site, and what it has of certificates revoked."""
-    return replace(site, serials=(), dead=(*site.dead, *site.serials))
+    return replace(site, certificates=(), dead=(*site.dead, *site.certificates))
 
 
 def _invite(plan: Plan, home: Path, kits: Path, name: str, sites: dict[str, Site]) -> Path:
@@ -170,13 +188,14 @@ def _invite(plan: Plan, home: Path, kits: Path, name: str, sites: dict[str, Site
     sites[name] = replace(
         before, state="invited", token=hash_token(token), kit_expires=expires.isoformat()
     )
+    named = dict.fromkeys((*plan.federation.sites, name))  # it may be in the registry alone
     kit = Kit(
         federation=plan.federation.name,
         site=name,
         endpoint=plan.federation.endpoint,
         ca=(home / "ca.pem").read_text(),
         token=token,
-        sites=plan.federation.sites,
+        sites=tuple(named),
         floor=plan.secure_aggregation,
         policy=POLICY,
         issued=now,
@@ -191,16 +210,38 @@ def _make_ca(plan: Plan, home: Path) -> None:
     key = make_key()
     write_private(home / "secret", secrets.token_bytes(32))
     write_private(home / "ca.key", key_to_pem(key))
+    write_text(home / "sites.json", '{"sites": {}}\n')
+    write_text(home / "floor.json", plan.secure_aggregation.model_dump_json())
     ca = make_ca(plan.federation.name, key, datetime.now(UTC))
+    (home / "crl.pem").unlink(missing_ok=True)  # of a CA that was half made
     write_text(home / "ca.pem", ca.decode())  # last: with it the folder is founded
 
 
+def _keep_name_and_floor(plan: Plan, home: Path) -> None:
+    """Sites keep to the name and the floor of their kits, and would refuse others."""
+    path = home / "federation.toml"
+    before = load_plan(path) if path.exists() else plan
+    floor = Floor.model_validate_json((home / "floor.json").read_bytes())
+    for what, same in (
+        ("name", before.federation.name == plan.federation.name),
+        ("[secure_aggregation]", floor == plan.secure_aggregation),
+    ):
+        if not same:
+            raise InputError(
+                f"{what} is not what the sites' kits say",
+                hint="put it back, or found another federation with --home",
+            )
+
+
 def _make_server(plan: Plan, home: Path) -> None:
-    """The server certificate: made anew each time, so that the endpoint may change."""
-    ca, key = (home / "ca.pem").read_bytes(), make_key()
+    """The server certificate: made anew each time, so that the endpoint may change.
+
+    Its key is made once: a coordinator that runs never finds a certificate with another key.
+    """
+    if not (home / "server.key").exists():
+        write_private(home / "server.key", key_to_pem(make_key()))
+    ca, public = (home / "ca.pem").read_bytes(), load_key((home / "server.key").read_bytes())
     ca_key = load_key((home / "ca.key").read_bytes())
     now = datetime.now(UTC)
-    server = issue_server(ca, ca_key, key.public_key(), host=plan.host, now=now)
-    write_private(home / "server.key", key_to_pem(key))
+    server = issue_server(ca, ca_key, public.public_key(), host=plan.host, now=now)
     write_text(home / "server.pem", server.decode())
-    os.chmod(home / "server.pem", 0o644)

@@ -26,13 +26,16 @@ def kits(
     from fedgraft.server.provision import found
 
     console = Console(as_json=as_json)
-    fingerprint, written = found(federation, home, out)
-    console.json({"fingerprint": fingerprint, "kits": [str(path) for path in written]})
-    rows = [[path.stem, str(path)] for path in written]
+    made = found(federation, home, out)
+    console.json({"fingerprint": made.fingerprint, "kits": [str(path) for path in made.kits]})
+    for name in made.left:
+        console.note(f"{federation} names {name} no more: fedgraft provision revoke {name}")
+    rows = [[path.name.removesuffix(".kit"), str(path)] for path in made.kits]
     console.table("Kits" if rows else "No new site", ["site", "file"], rows)
     console.text(
-        f"fingerprint: {fingerprint}\nSend each site its kit; tell it the fingerprint by another "
-        f"way.\nnext: fedgraft coordinator run --home {home}"
+        f"fingerprint: {made.fingerprint}\n"
+        "Send each site its kit; tell it the fingerprint by another way.\n"
+        f"next: fedgraft coordinator run --home {home}"
     )
 
 
@@ -57,13 +60,19 @@ def sites(home: Home = HERE, as_json: Json = False) -> None:
 
     console = Console(as_json=as_json)
     found = Registry(home).sites()
-    console.json(
+    lines = [
         {
-            "sites": [
-                {"site": name, "state": site.state, "joined": site.joined}
-                for name, site in found.items()
-            ]
+            "site": name,
+            "state": site.state,
+            "joined": site.joined,
+            "kit_expires": site.kit_expires if site.state == "invited" else "",
+            "certificate_expires": max((one.expires for one in site.certificates), default=""),
         }
-    )
-    rows = [[name, site.state, site.joined or "-"] for name, site in found.items()]
-    console.table("Sites", ["site", "state", "joined"], rows)
+        for name, site in found.items()
+    ]
+    console.json({"sites": lines})
+    rows = [[text[:16].replace("T", " ") or "-" for text in line.values()] for line in lines]
+    for row, line in zip(rows, lines, strict=True):
+        row[0] = line["site"]
+    columns = ["site", "state", "joined", "kit until", "certificate until"]
+    console.table("Sites", columns, rows)

@@ -13,7 +13,7 @@ import grpc
 
 from fedgraft.common.blobs import BlobStore
 from fedgraft.common.channels import SERVER_OPTIONS
-from fedgraft.common.errors import FedgraftError
+from fedgraft.common.errors import FedgraftError, InputError
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 from fedgraft.server.backbone_service import BackboneService
@@ -22,6 +22,7 @@ from fedgraft.server.enrollment import Enrolment, Membership
 __all__ = ["Operator", "serve_operators", "serve_sites"]
 
 THREADS = 16
+LONGEST = 107  # bytes of a socket's path, unix(7)
 Event = Callable[..., None]
 
 
@@ -76,6 +77,11 @@ def serve_operators(home: Path, operator: Operator) -> grpc.Server:
 
 
 def _listen(server: grpc.Server, path: Path) -> grpc.Server:
+    if len(str(path)) > LONGEST:
+        raise InputError(
+            f"{path} is too long for a socket ({LONGEST} bytes at most)",
+            hint="put the coordinator's folder at a shorter path",
+        )
     path.unlink(missing_ok=True)
     server.add_insecure_port(f"unix:{path}")
     server.start()
