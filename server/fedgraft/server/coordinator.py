@@ -14,6 +14,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from fedgraft.server.front import Front, front_command, write_front
 from fedgraft.server.jobs import Jobs, Submitted
 from fedgraft.server.overview import Overview
 from fedgraft.server.refusals import Refusals
-from fedgraft.server.registry import Member, Registry
+from fedgraft.server.registry import Member, Registry, Site
 from fedgraft.server.runs import Run
 from fedgraft.server.superlink import FINISHED, Control, executor_command, superlink_command
 from fedgraft.server.supervisor import Supervised
@@ -35,6 +36,7 @@ TRIES = 20
 POLL = 2.0  # seconds between two looks at who is online
 HOST = "127.0.0.1"
 WAITING = "waiting for sites"
+TRUST = ("ca.pem", "crl.pem", "server.pem", "server.key")  # what nginx reads beside its own files
 Event = Callable[..., None]
 
 
@@ -83,6 +85,7 @@ class Coordinator:
         self._current: tuple[str, int] | None = None
         self._not_before = 0.0
         self._members: dict[str, Member] = {}
+        self._trust: list[tuple[int, int]] = []
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
             folder.mkdir(exist_ok=True, mode=0o700)
@@ -167,7 +170,14 @@ class Coordinator:
             self._event("superlink", what=str(error))
 
     def _follow_registry(self) -> None:
-        """Write nginx's configuration again when a site joined, was renewed or was revoked."""
+        """Have nginx know who joined or was revoked, and the certificates as they are."""
+        self._follow_members()
+        trust = [_version(self.home.file(name)) for name in TRUST]
+        if trust != self._trust:
+            self._trust = trust
+            self._signal_front(signal.SIGHUP)
+
+    def _follow_members(self) -> None:
         members = self.registry.members()
         if members == self._members and (self.home.file("nginx") / "nginx.conf").exists():
             return
@@ -176,10 +186,6 @@ class Coordinator:
             write_front(self._front())
             self._signal_front(signal.SIGHUP)
         self._event("members", sites=sorted(members))
-
-    def reload(self) -> None:
-        """Have nginx read its certificates and the revocation list again."""
-        self._signal_front(signal.SIGHUP)
 
     def _signal_front(self, number: signal.Signals) -> None:
         if self.public:
@@ -285,7 +291,12 @@ class Coordinator:
             "listen": self._listen if self.public else "",
             "processes": processes,
             "sites": [
-                {"site": name, "state": site.state, **_seen(self._seen.get(name, {}), site.state)}
+                {
+                    "site": name,
+                    "state": site.state,
+                    **_seen(self._seen.get(name, {}), site.state),
+                    "audit": _audit(site),
+                }
                 for name, site in sorted(self.registry.sites().items())
             ],
             "runs": self._overview.lines(),
@@ -310,6 +321,27 @@ class Coordinator:
 def _seen(node: Mapping[str, Any], state: str) -> dict[str, Any]:
     connected = state == "joined" and node.get("status") == "online"
     return {"connected": connected, "last_seen": node.get("last_seen")}
+
+
+def _audit(site: Site) -> dict[str, Any]:
+    """What a site told last of its audit; ``lost`` lines that it had told are not in it."""
+    return {
+        "lines": site.audit_lines,
+        "head": site.audit_head,
+        "run": site.audit_run,
+        "round": site.audit_round,
+        "time": datetime.fromisoformat(site.audit_time).timestamp() if site.audit_time else None,
+        "lost": site.audit_lost,
+    }
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Changes with each new content: files here are replaced, never written into."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
 
 
 def _offline(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def run(
     home: Home = HERE,
     listen: Annotated[str, typer.Option(help="ADDRESS:PORT of the public port.")] = "0.0.0.0:8443",
     watch: Annotated[
-        str, typer.Option(help="127.0.0.1:PORT of a page and of Prometheus' /metrics.")
-    ] = "",
+        str, typer.Option(help="127.0.0.1:PORT of a page and of /metrics; empty: neither.")
+    ] = "127.0.0.1:9464",
 ) -> None:
     """Run the coordinator until it is stopped: Flower, nginx, our services, the submitted jobs."""
     # We start processes beside gRPC's threads, and only by exec: it need not see to forks.
@@ -141,10 +141,13 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     console.table("Processes", ["process", "started again", "state"], rows)
     if not facts["listen"]:
         console.text("no nginx on PATH: there is no public port, and no site can connect\n")
-    rows = [
-        [each["site"], each["state"], each["connected"], each["seen"]] for each in site_rows(facts)
-    ]
-    console.table("Sites", ["site", "state", "connected", "last seen"], rows)
+    sites = site_rows(facts)
+    columns = ["site", "state", "connected", "seen", "audit"]
+    titles = ["site", "state", "connected", "last seen", "its audit, as it told"]
+    console.table("Sites", titles, [[each[key] for key in columns] for each in sites])
+    for each in sites:
+        if each["cut"]:
+            console.text(f"{each['site']}  its audit was cut or changed: it {each['cut']}")
     runs = run_rows(facts)[:LATEST]
     columns = ["run", "state", "round", "seconds", "left", "up", "down", "dropped", "why"]
     titles = ["run", "state", "rounds", "last round", "left", "up", "down", "dropped", ""]

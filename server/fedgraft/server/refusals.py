@@ -2,8 +2,8 @@
 
 Whoever can reach the port can make nginx write lines, so nothing here grows with them: a bounded
 piece of the log is read at a time, what is alike in a minute becomes one event with a count, and
-of what is not alike only the first few have events of their own. The log is moved away before it
-is large; one older part is kept.
+of what is not alike only the first few have events of their own. nginx's logs are moved away before
+they are large; one older part of each is kept.
 
 A second live session with a site's key is refused by the SuperLink with 412, and so is a site that
 starts again within a minute after a crash. They differ in what comes after: the crashed session
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.common.files import write_text
-from fedgraft.server.front import LOG
+from fedgraft.server.front import ERRORS, LOG
 
 __all__ = ["Refusals", "Tail"]
 
@@ -36,8 +36,9 @@ NAMED = 10  # events of one window, besides one a status for all others
 PATIENCE = 90.0  # seconds: a session that died ends after 60 s without a heartbeat
 CALM = 3600.0  # seconds between two alarms about one site
 ACTIVATE = "/v1/fleet/activate-node"
-REFUSED = {400, 401, 403, 404, 413, 429}
 SESSION_IS_THERE = 412
+REFUSED = {400, 401, 403, 404, 413, 429}
+GAVE_UP = {408, 499}  # the client went away: nobody refused it anything
 SECOND = (
     "another session with this site's key was refused, and the one before it is alive: the site "
     "runs twice, or somebody else has its key"
@@ -163,19 +164,19 @@ class Refusals:
 
     def _take(self, line: bytes) -> None:
         try:
-            said = json.loads(line)
+            said = json.loads(line.decode("utf-8", "replace"))  # a path may be any bytes
             status, at = int(said["status"]), datetime.fromisoformat(said["time"]).timestamp()
             verify = _printable(said["verify"])
             refusal = Refusal(_site(said["site"]), status, _printable(said["path"]), verify)
         except (ValueError, KeyError, TypeError, RecursionError):
             return  # torn, or none of ours
-        if not 400 <= status < 500:
+        if not 400 <= status < 500 or status in GAVE_UP:
             return
         self.totals[str(status)] += 1
-        if status in REFUSED:
+        second = status == SESSION_IS_THERE and refusal.path == ACTIVATE
+        if status in REFUSED or second:
             self._count(refusal)
-        known = verify == "SUCCESS" and refusal.path == ACTIVATE
-        if known and status == SESSION_IS_THERE:
+        if second and verify == "SUCCESS":
             self._doubts.setdefault(refusal.site, at)
 
     def _count(self, refusal: Refusal) -> None:
@@ -192,7 +193,8 @@ class Refusals:
             self.recent.append({"time": self._begun, **facts})
         self._counts.clear()
         if self._tail.position[0]:
-            write_text(self._folder / "refused.json", json.dumps(self._tail.position))
+            with suppress(OSError):  # then these lines are told again after a restart
+                write_text(self._folder / "refused.json", json.dumps(self._tail.position))
 
     def _settle_doubts(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         now = self._clock()
@@ -208,10 +210,17 @@ class Refusals:
                 self._event("second-session", site=site, what=SECOND)
 
     def _rotate(self) -> None:
-        with suppress(FileNotFoundError):
-            if self._tail.path.stat().st_size >= LARGE:
-                self._tail.path.replace(self._tail.path.with_suffix(".before.log"))
-                self._reopen()
+        moved = [path for path in (self._tail.path, self._folder / ERRORS) if _move_large(path)]
+        if moved:
+            self._reopen()
+
+
+def _move_large(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        if path.stat().st_size >= LARGE:
+            path.replace(path.with_suffix(".before.log"))
+            return True
+    return False
 
 
 def _read_position(path: Path) -> tuple[int, int]:

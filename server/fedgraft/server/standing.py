@@ -36,16 +36,27 @@ def process_rows(facts: Facts) -> list[Row]:
 
 
 def site_rows(facts: Facts) -> list[Row]:
-    """Name, state, whether connected and last seen of each site."""
+    """Name, state, whether connected, last seen and the last head of its audit, of each site."""
     return [
         {
             "site": _plain(each["site"]),
             "state": each["state"],
             "connected": "yes" if each["connected"] else "no",
             "seen": _ago(facts["time"], each["last_seen"]),
+            "audit": _audit(each["audit"]),
+            "cut": f"had told {each['audit']['lost']:,} lines, and now other or fewer"
+            if each["audit"]["lost"]
+            else "",
         }
         for each in facts["sites"]
     ]
+
+
+def _audit(head: Facts) -> str:
+    """How far a site's audit is, by what it told."""
+    if not head["head"]:
+        return "not told"
+    return f"line {head['lines']:,}, round {head['round']} of {_plain(head['run'])}"
 
 
 def run_rows(facts: Facts) -> list[dict[str, Any]]:
