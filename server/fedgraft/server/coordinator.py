@@ -301,6 +301,7 @@ class Coordinator:
             ],
             "runs": self._overview.lines(),
             "refused": list(self._refusals.recent),
+            "second_sessions": dict(self._refusals.alarms),
             "totals": {
                 **self._overview.totals(),
                 "refused": dict(self._refusals.totals),

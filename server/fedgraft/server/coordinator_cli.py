@@ -135,8 +135,10 @@ def status(home: Home = HERE, as_json: Json = False) -> None:
 
 
 def _show(console: Console, facts: dict[str, Any]) -> None:
-    from fedgraft.server.standing import process_rows, refused_rows, run_rows, site_rows
+    from fedgraft.server.standing import alarms, process_rows, refused_rows, run_rows, site_rows
 
+    for alarm in alarms(facts):
+        console.text(f"ALARM  {alarm}")
     rows = [[each["name"], each["restarts"], each["state"]] for each in process_rows(facts)]
     console.table("Processes", ["process", "started again", "state"], rows)
     if not facts["listen"]:
@@ -145,9 +147,6 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     columns = ["site", "state", "connected", "seen", "audit"]
     titles = ["site", "state", "connected", "last seen", "its audit, as it told"]
     console.table("Sites", titles, [[each[key] for key in columns] for each in sites])
-    for each in sites:
-        if each["cut"]:
-            console.text(f"{each['site']}  its audit was cut or changed: it {each['cut']}")
     runs = run_rows(facts)[:LATEST]
     columns = ["run", "state", "round", "seconds", "left", "up", "down", "dropped", "why"]
     titles = ["run", "state", "rounds", "last round", "left", "up", "down", "dropped", ""]

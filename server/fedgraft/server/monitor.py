@@ -16,7 +16,7 @@ from typing import Any, Self
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fedgraft.common.errors import FedgraftError, InputError
-from fedgraft.server.standing import down, process_rows, refused_rows, run_rows, site_rows
+from fedgraft.server.standing import alarms, down, process_rows, refused_rows, run_rows, site_rows
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest
@@ -74,7 +74,8 @@ class Monitor:
             self._server = _Server(place, handler)
         except OSError as error:
             raise InputError(
-                f"nothing can listen on {address}: {error.strerror}", hint="choose another port"
+                f"nothing can listen on {address}: {error.strerror}",
+                hint="another one: --watch 127.0.0.1:PORT; or none: --watch ''",
             ) from None
         self._thread = threading.Thread(
             target=self._server.serve_forever, daemon=True, name="monitor"
@@ -147,6 +148,7 @@ def render_page(facts: Facts) -> str:
     return _template().render(
         facts=facts,
         down=down(facts),
+        alarms=alarms(facts),
         processes=process_rows(facts),
         sites=site_rows(facts),
         runs=run_rows(facts),

@@ -124,7 +124,8 @@ class Tail:
 class Refusals:
     """Follows the log in nginx's ``folder``; ``reopen`` makes nginx open its logs again.
 
-    ``totals`` counts by status since the start; ``clock`` gives Unix time.
+    ``totals`` counts by status since the start, ``recent`` is what was told last, ``alarms`` when a
+    site was last found to have two sessions; ``clock`` gives Unix time.
     """
 
     def __init__(
@@ -136,13 +137,13 @@ class Refusals:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.totals: Counter[str] = Counter()
+        self.alarms: dict[str, float] = {}
         self.recent: deque[dict[str, Any]] = deque(maxlen=NAMED)
         self._folder, self._event, self._reopen, self._clock = folder, event, reopen, clock
         self._tail = Tail(folder / LOG, _read_position(folder / "refused.json"))
         self._counts: Counter[Refusal] = Counter()
         self._begun = 0.0
         self._doubts: dict[str, float] = {}  # when a site's session was first refused
-        self._alarms: dict[str, float] = {}
 
     def tend(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
         """Read on, and tell what is due.
@@ -205,8 +206,8 @@ class Refusals:
             node = nodes.get(site, {})
             # nginx writes whole seconds, so a session may seem to begin after its rival's refusal.
             outlived = node.get("status") == "online" and node.get("activated", now) < since + 1
-            if outlived and now - self._alarms.get(site, -CALM) >= CALM:
-                self._alarms[site] = now
+            if outlived and now - self.alarms.get(site, -CALM) >= CALM:
+                self.alarms[site] = now
                 self._event("second-session", site=site, what=SECOND)
 
     def _rotate(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedgraft.server.report_values import as_duration, as_size
 
-__all__ = ["NEVER", "down", "process_rows", "refused_rows", "run_rows", "site_rows"]
+__all__ = ["NEVER", "alarms", "down", "process_rows", "refused_rows", "run_rows", "site_rows"]
 
 Facts = Mapping[str, Any]
 Row = dict[str, str]
@@ -21,6 +21,27 @@ LONGEST = 400
 def down(facts: Facts) -> list[str]:
     """The processes that do not run."""
     return [name for name, each in facts["processes"].items() if not each["pid"]]
+
+
+def alarms(facts: Facts) -> list[str]:
+    """What somebody must look at now."""
+    cut = [site for site in facts["sites"] if site["audit"]["lost"]]
+    return [
+        *(
+            f"{name} is down: it is started again by itself; if it stays so, logs/{name}.log says why"
+            for name in down(facts)
+        ),
+        *(
+            f"{_plain(site['site'])} had told {site['audit']['lost']:,} lines of its audit, and then "
+            "fewer or others: it was cut or changed there"
+            for site in cut
+        ),
+        *(
+            f"{_plain(site)} runs twice, or somebody else has its key: a second session was refused "
+            f"while the first is alive, {_ago(facts['time'], then)}"
+            for site, then in facts["second_sessions"].items()
+        ),
+    ]
 
 
 def process_rows(facts: Facts) -> list[Row]:
@@ -44,9 +65,6 @@ def site_rows(facts: Facts) -> list[Row]:
             "connected": "yes" if each["connected"] else "no",
             "seen": _ago(facts["time"], each["last_seen"]),
             "audit": _audit(each["audit"]),
-            "cut": f"had told {each['audit']['lost']:,} lines, and now other or fewer"
-            if each["audit"]["lost"]
-            else "",
         }
         for each in facts["sites"]
     ]
@@ -56,7 +74,8 @@ def _audit(head: Facts) -> str:
     """How far a site's audit is, by what it told."""
     if not head["head"]:
         return "not told"
-    return f"line {head['lines']:,}, round {head['round']} of {_plain(head['run'])}"
+    cut = ", CUT" if head["lost"] else ""
+    return f"line {head['lines']:,}, round {head['round']} of {_plain(head['run'])}{cut}"
 
 
 def run_rows(facts: Facts) -> list[dict[str, Any]]:
