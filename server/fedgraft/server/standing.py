@@ -25,23 +25,22 @@ def down(facts: Facts) -> list[str]:
 
 def alarms(facts: Facts) -> list[str]:
     """What somebody must look at now."""
-    cut = [site for site in facts["sites"] if site["audit"]["lost"]]
-    return [
-        *(
-            f"{name} is down: it is started again by itself; if it stays so, logs/{name}.log says why"
-            for name in down(facts)
-        ),
-        *(
-            f"{_plain(site['site'])} had told {site['audit']['lost']:,} lines of its audit, and then "
-            "fewer or others: it was cut or changed there"
-            for site in cut
-        ),
-        *(
-            f"{_plain(site)} runs twice, or somebody else has its key: a second session was refused "
-            f"while the first is alive, {_ago(facts['time'], then)}"
-            for site, then in facts["second_sessions"].items()
-        ),
+    found = [
+        f"{name} is down: it is started again by itself; if it stays so, logs/{name}.log says why"
+        for name in down(facts)
     ]
+    for site in facts["sites"]:
+        if lost := site["audit"]["lost"]:
+            found.append(
+                f"{_plain(site['site'])} had told {lost:,} lines of its audit, and then fewer or "
+                "others: it was cut or changed there"
+            )
+    for site, then in facts["second_sessions"].items():
+        found.append(
+            f"{_plain(site)} runs twice, or somebody else has its key: a second session was "
+            f"refused {_ago(facts['time'], then)} and the first goes on"
+        )
+    return found
 
 
 def process_rows(facts: Facts) -> list[Row]:
