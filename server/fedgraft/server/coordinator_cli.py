@@ -145,14 +145,14 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
         console.text("no nginx on PATH: there is no public port, and no site can connect\n")
     sites = site_rows(facts)
     columns = ["site", "state", "connected", "seen", "audit"]
-    titles = ["site", "state", "connected", "last seen", "its audit, as it told"]
+    titles = ["site", "state", "connected", "last seen", "its audit, told"]
     console.table("Sites", titles, [[each[key] for key in columns] for each in sites])
     runs = run_rows(facts)[:LATEST]
-    columns = ["run", "state", "round", "seconds", "left", "up", "down", "dropped", "why"]
-    titles = ["run", "state", "rounds", "last round", "left", "up", "down", "dropped", ""]
+    columns = ["run", "state", "round", "left", "up", "down", "dropped"]
+    titles = ["run", "state", "rounds", "left", "up", "down", "dropped"]
     console.table("Runs", titles, [[each[key] for key in columns] for each in runs])
     for each in runs:
-        for line in each["told"]:
+        for line in filter(None, [each["why"], *each["told"]]):
             console.text(f"{each['run']}  {line}")
     if refused := refused_rows(facts):
         columns = ["site", "status", "count", "when", "path"]
