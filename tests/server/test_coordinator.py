@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 from commands import command
+from flwr.common.constant import HEARTBEAT_PATIENCE
+from flwr.proto.node_pb2 import NodeInfo
 from memberships import NAMES, open_federation
 from memberships import Coordinator as Federation
 from programs import find
@@ -26,6 +28,7 @@ from fedgraft.server.coordinator import Coordinator, Home
 from fedgraft.server.provision import revoke
 from fedgraft.server.registry import Registry
 from fedgraft.server.services import Operator, serve_operators
+from fedgraft.server.superlink import _read_node
 
 A, B, C = NAMES
 
@@ -115,6 +118,18 @@ def test_last_seen_outlives_the_superlink_that_saw_it(federation: Federation) ->
     revoke(federation.home, A)
     coordinator._seen[A] = found[7]
     assert not site_of(coordinator, A)["connected"]
+
+
+def test_when_flower_last_heard_of_a_node() -> None:
+    now, interval = 1_800_000_000.0, 30.0
+    node = NodeInfo(status="registered", heartbeat_interval=interval)
+    assert _read_node(node) == {"status": "registered", "activated": None, "last_seen": None}
+    node.last_activated_at = "2027-01-15T07:50:00+00:00"
+    node.online_until = now - 5 + HEARTBEAT_PATIENCE * interval
+    assert _read_node(node)["last_seen"] == now - 5
+    assert _read_node(node)["activated"] == now - 600
+    node.online_until = now - 599  # a goodbye after a second
+    assert _read_node(node)["last_seen"] == now - 600
 
 
 class Answers:
@@ -244,7 +259,10 @@ def test_the_log_is_moved_while_nginx_writes(
 # --- what the terminal shows
 
 
-def test_the_status_command(federation: Federation, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_status_command(
+    federation: Federation, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     facts = make_status()
     (federation.home / "run").mkdir(exist_ok=True)
     server = serve_operators(federation.home, Operator(str, lambda: facts, print))
