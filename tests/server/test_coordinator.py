@@ -278,3 +278,22 @@ def test_the_status_command(
         assert json.loads(out) == facts
     finally:
         server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("watch", "words"),
+    [("0.0.0.0:9464", "open to others"), ("9464", "no ADDRESS:PORT"), ("taken", "can listen on")],
+)
+def test_a_page_that_cannot_be_served_starts_nothing(
+    federation: Federation, capsys: pytest.CaptureFixture[str], watch: str, words: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        if watch == "taken":
+            watch = f"127.0.0.1:{other.getsockname()[1]}"
+        where = ("--home", str(federation.home), "--watch", watch)
+        code, _, err = command(capsys, "coordinator", "run", *where)
+    assert code == 2
+    assert words in err
+    assert "--watch" in err
+    assert not list((federation.home / "logs").iterdir())
+    assert not (federation.home / "nginx").exists()
