@@ -282,7 +282,11 @@ def test_the_status_command(
 
 @pytest.mark.parametrize(
     ("watch", "words"),
-    [("0.0.0.0:9464", "open to others"), ("9464", "no ADDRESS:PORT"), ("taken", "can listen on")],
+    [
+        ("0.0.0.0:9464", "open to others"),
+        ("127.0.0.1:x", "no ADDRESS:PORT"),
+        ("taken", "can listen on"),
+    ],
 )
 def test_a_page_that_cannot_be_served_starts_nothing(
     federation: Federation, capsys: pytest.CaptureFixture[str], watch: str, words: str
