@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from fedgraft.common.backbones import public_source
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job
 from fedgraft.common.workbench import Workbench
@@ -27,7 +28,7 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
             "labels": list(job.job.labels),
             "method": job.method.kind,
             "rule": job.aggregation.rule,
-            "backbone": _named(job.backbone.source),
+            "backbone": public_source(job.backbone.source),
         },
         "job_toml": dump_job(_without_folders(job)),
         "environment": run.environment(),
