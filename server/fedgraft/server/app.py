@@ -26,7 +26,7 @@ from fedgraft.server.report import write_report
 from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
-from fedgraft.server.summary import run_facts
+from fedgraft.server.summary import partner_facts, run_facts
 from fedgraft.server.superlink import hasten_pulls
 from fedgraft.server.transport import Transport
 
@@ -69,8 +69,8 @@ def finish(run: Run, transport: Transport, final: Vector) -> None:
     bench = open_workbench(run.job)
     plan = make_plan(run.job, bench, run.session)
     export_adapter(run, bench, plan.exchanged, final, run.folder / "adapter")
-    hand_over(plan, transport, run, final)
-    summary = run_facts(run, bench, plan) | {"partners": True}
+    handed = hand_over(plan, transport, run, final)
+    summary = run_facts(run, bench, plan) | partner_facts(run, handed)
     write_report(run.folder, summary, run.history())
     run.finish(summary)
 

@@ -31,22 +31,24 @@ def hand_over(
     *,
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
-) -> None:
-    """Send ``final``, the exchanged adapter, float32, to every site.
+) -> dict[str, Any]:
+    """Send ``final``, the exchanged adapter, float32, to every site: which ``sites`` have it.
 
-    Returns when as many have answered as were asked in the last round, or after ``PATIENCE``.
+    Those that are known to lack it are ``missing``, with the reason. Returns when as many have
+    answered as were asked in the last round, or after ``PATIENCE``.
     """
     history = run.history()
     wanted = history[-1]["asked"] if history else 0
     until = clock() + min(PATIENCE, plan.job.rounds.deadline)
     answers: dict[str, str] = {}  # of sites that are done: why not, empty if they have it
-    again = False
+    again, sent = False, 0
     while True:
         # Also who is there already: a coordinator that was restarted knows no site yet.
         list(transport.invite(plan.request, max(until - clock(), PAUSE), again=again))
         left = [site for site in transport.sites if site not in answers]
         request = _result(plan, run, final, history, max(wanted, len(transport.sites)))
         for reply in transport.ask(left, Stage.RESULT, request, max(until - clock(), PAUSE)):
+            sent += reply.bytes_down
             if reply.failure not in SILENT:
                 answers[reply.site] = reply.failure
         if len(answers) >= wanted or clock() + PAUSE > until:
@@ -55,11 +57,12 @@ def hand_over(
         pause(PAUSE)
     silent = dict.fromkeys(set(transport.sites) - set(answers), "silent")
     missing = {site: why for site, why in {**answers, **silent}.items() if why}
-    run.event(
-        "handed-over",
-        sites=sorted(site for site, why in answers.items() if not why),
-        missing=[{"site": site, "reason": missing[site]} for site in sorted(missing)],
-    )
+    facts = {
+        "sites": sorted(site for site, why in answers.items() if not why),
+        "missing": [{"site": site, "reason": missing[site]} for site in sorted(missing)],
+    }
+    run.event("handed-over", bytes_down=sent, **facts)
+    return facts
 
 
 def _result(
