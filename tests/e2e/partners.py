@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import tomli_w
-from e2e.superlink import _die_with_parent, _free_ports
+from e2e.superlink import die_with_parent, free_ports
 
 from fedgraft.client.agent import make_tls
 from fedgraft.client.site import load_site
@@ -58,7 +58,7 @@ class Partners:
         folder.mkdir(parents=True, exist_ok=True)
         prepared = prepare(job)
         self.data = {site.name: prepared.folder / site.name for site in prepared.sites}
-        (self.port,) = _free_ports(1)
+        (self.port,) = free_ports(1)
         self.home, self.kits = folder / "coordinator", folder / "kits"
         self.lifetime = lifetime
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -215,6 +215,10 @@ class Partners:
             process.kill()
             process.wait()
 
+    def pid(self, name: str) -> int:
+        """The process id of a site or of the ``coordinator``."""
+        return self._processes[name].pid
+
     def read(self, name: str) -> str:
         """A log below the folder, as far as it is there."""
         path = self.folder / name
@@ -231,7 +235,7 @@ class Partners:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def tls(self, name: str | None) -> ssl.SSLContext:

@@ -52,6 +52,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedgraft.common.objects import known_objects
+
 __all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
 
 log = logging.getLogger("fedgraft.client")
@@ -180,8 +182,10 @@ class Fleet:
         )
         # The coordinator's objects follow its message: with Flower's first wait, a second, each
         # stage of a round would take one.
-        contents = pull_objects(
-            [part.object_id for part in iterate_object_tree(tree)],
+        parts = [part.object_id for part in iterate_object_tree(tree)]
+        contents = known_objects(parts, reply.messages_list[0])
+        contents |= pull_objects(
+            [part for part in parts if part not in contents],
             pull,
             max_time=PATIENCE,
             initial_backoff=FIRST_WAIT,
