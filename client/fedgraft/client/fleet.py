@@ -5,6 +5,7 @@ of ours does neither: it takes a message, hands it to the installed code and sen
 What is used here of Flower's insides is held to the real thing by tests/e2e/test_partners.py.
 """
 
+import logging
 import ssl
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -39,6 +41,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -53,6 +56,8 @@ from fedgraft.common.objects import known_objects
 
 __all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
 
+log = logging.getLogger("fedgraft.client")
+
 FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
 
@@ -62,7 +67,7 @@ class FleetError(Exception):
 
 
 class Unreachable(FleetError):
-    """No answer, or none from the SuperLink: try again."""
+    """No answer, or none that a SuperLink gives: try again."""
 
 
 class StillThere(FleetError):
@@ -148,6 +153,8 @@ class Fleet:
     def receive(self) -> Task | None:
         """The next message for this site with all its content; None if there is none.
 
+        A message whose parts do not come, or make no message, is left out.
+
         Raises:
             FleetError: of the kind that says what to do.
         """
@@ -156,6 +163,16 @@ class Fleet:
         reply = _asked(self._client.PullMessages, PullMessagesRequest(node=self.node))
         if not reply.messages_list:
             return None
+        try:
+            return self._collect(reply)
+        except FleetError:
+            raise
+        except Exception as error:  # whatever was sent, it must not end the site
+            log.warning("a message is left out, it is not whole: %s", type(error).__name__)
+            return None
+
+    def _collect(self, reply: PullMessagesResponse) -> Task:
+        """The message that was announced."""
         run_id, tree = reply.messages_list[0].metadata.run_id, reply.message_object_trees[0]
         # Flower's records look these up, wherever they are made.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, self.node_id
@@ -182,6 +199,8 @@ class Fleet:
     def reply(self, task: Task, message: Message, seconds: float) -> None:
         """Send ``message``, which took ``seconds`` to make, in reply to ``task``.
 
+        What the coordinator no longer takes, because its run has ended, is lost.
+
         Raises:
             FleetError: of the kind that says what to do.
         """
@@ -201,7 +220,8 @@ class Fleet:
             push = make_push_object_fn_protobuf(
                 self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
             )
-            push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
+            with suppress(ObjectPushError):
+                push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
 
     def _ask(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda request: _asked(call, request)
@@ -225,7 +245,9 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
     """What ``call`` answers to ``request``; a FleetError without any text of the other side."""
     try:
         return call(request)
-    except httpx.TransportError as error:
+    except ValueError:
+        raise Unreachable("no SuperLink") from None
+    except httpx.RequestError as error:
         if isinstance(error.__cause__, ssl.SSLError) or "SSL" in str(error):
             raise Refused("tls") from None
         raise Unreachable(type(error).__name__) from None

@@ -83,6 +83,7 @@ class Coordinator:
         self._port = _free_port()
         self._control: Control | None = None
         self._current: tuple[str, int] | None = None
+        self._passed = ""  # a job that lacked sites: the next one has its turn
         self._not_before = 0.0
         self._members: dict[str, Member] = {}
         self._trust: list[tuple[int, int]] = []
@@ -227,7 +228,7 @@ class Coordinator:
         """Start the oldest open job, or see how it is."""
         assert self._control is not None  # noqa: S101  # tend saw to it
         if self._current is None:
-            one = self.jobs.next()
+            one = self.jobs.next(self._passed)
             if one and time.monotonic() >= self._not_before:
                 self._start(one)
             return
@@ -257,6 +258,7 @@ class Coordinator:
 
     def _ended(self, name: str) -> None:
         """A run has ended at Flower's: it is done if it says so itself, else it goes on later."""
+        self._passed = ""
         if (self.home.runs / name / "summary.json").exists():
             self.jobs.set(name, "finished")
             self._event("finished", run=name)
@@ -264,6 +266,7 @@ class Coordinator:
         one = next(one for one in self.jobs.all() if one.name == name)
         if self._waits_for_sites(name):
             self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING))
+            self._passed = name
             self._not_before = time.monotonic() + RETRY
             return
         if one.tries >= TRIES:

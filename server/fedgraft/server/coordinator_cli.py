@@ -185,6 +185,9 @@ def _ask(home: Path, question: Any) -> Any:
         with open_channel(f"unix:{path}") as channel:
             return question(OperatorStub(channel))
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.INTERNAL:
+            hint = "look at what the coordinator printed"
+            raise FedgraftError("the coordinator could not do it", hint=hint) from None
         if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
             raise FedgraftError(
                 f"no coordinator runs in {home}", hint=f"fedgraft coordinator run --home {home}"

@@ -101,6 +101,7 @@ http {{
     client_body_timeout 30s;
     client_header_timeout 10s;
     keepalive_timeout 75s;
+    http2_chunk_size 128k;  # of a backbone on its way out
 
     location = /v1/fleet/register-node {{ return 403; }}
     location = /v1/fleet/unregister-node {{ return 403; }}
