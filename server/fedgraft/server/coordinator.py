@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.common.errors import FedgraftError
+from fedgraft.server.forgeries import Forgeries
 from fedgraft.server.front import Front, front_command, write_front
 from fedgraft.server.jobs import Jobs, Submitted
 from fedgraft.server.overview import Overview
@@ -79,6 +80,8 @@ class Coordinator:
         self.registry = Registry(home.folder)
         self.jobs = Jobs(home.file("jobs"))
         self.nodes: dict[str, int] = {}
+        self._registered: dict[str, Member] = {}  # of ``nodes``
+        self._spent: set[str] = set()  # keys that this SuperLink has unregistered
         self._event = event
         self._port = _free_port()
         self._control: Control | None = None
@@ -90,6 +93,7 @@ class Coordinator:
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
             folder.mkdir(exist_ok=True, mode=0o700)
+        self._forgeries = Forgeries(home.runs, event)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         self.processes = self._make_processes(found)
         self._overview = Overview(self.jobs, home.runs)
@@ -147,7 +151,7 @@ class Coordinator:
             self._event("restarted", process=name)
         if name == "superlink":  # it has forgotten everything
             self._close_control()
-            self.nodes = {}
+            self.nodes, self._registered, self._spent = {}, {}, set()
             self._current = None
             self._seen = {name: _offline(node) for name, node in self._seen.items()}
 
@@ -205,12 +209,19 @@ class Coordinator:
     def _register_nodes(self) -> None:
         """Let the SuperLink know the keys of the members, and forget those of others."""
         assert self._control is not None  # noqa: S101  # tend saw to it
+        for name, was in list(self._registered.items()):
+            if self._members.get(name) != was:
+                self._spent.add(self._registered.pop(name).node_key)
+                self._event("unregistered", site=name)
+                self._control.unregister(self.nodes.pop(name))
+        if any(member.node_key in self._spent for member in self._members.values()):
+            # A site came back with the key it had, which Flower does not take a second time.
+            self.processes["superlink"].stop()
+            return
         for name, member in self._members.items():
             if name not in self.nodes:
                 self.nodes[name] = self._control.register(member.public_key, name)
-        for name in [name for name in self.nodes if name not in self._members]:
-            self._control.unregister(self.nodes.pop(name))
-            self._event("unregistered", site=name)
+                self._registered[name] = member
 
     def _look_at_nodes(self) -> None:
         """Note who is online; what was seen before the SuperLink forgot it stays."""
@@ -238,6 +249,7 @@ class Coordinator:
             self._current = None
             return
         status, _ = self._control.status(run_id)
+        self._forgeries.tend(name)
         if status == FINISHED:
             self._current = None
             self._ended(name)
