@@ -30,7 +30,7 @@ from fedgraft.client.fleet import (
 )
 from fedgraft.common.seals import seal
 
-__all__ = ["Agent", "Pace", "make_tls"]
+__all__ = ["Agent", "Chores", "Pace", "make_tls"]
 
 log = logging.getLogger("fedgraft.client")
 
@@ -53,13 +53,30 @@ class Pace:
         return self.brisk if since < self.during else self.idle
 
 
+class Chores:
+    """What a site sees to beside its messages; none by default."""
+
+    def came(self) -> None:
+        """A message has come and is about to be answered."""
+
+    def answered(self) -> None:
+        """The reply has left."""
+
+    def idle(self) -> bool:
+        """There is no message; whether the certificate was renewed."""
+        return False
+
+    def close(self) -> None:
+        """The site stops."""
+
+
 @dataclass
 class Agent:
     """What a site needs to work for a coordinator.
 
     ``node_config`` is what ``participant.open_participant`` reads; ``sign`` is by the site's
-    identity; ``tls`` makes a context with the certificate as it is now. ``upkeep`` is called
-    between messages, where certificates are renewed.
+    identity; ``tls`` makes a context with the certificate as it is now. ``chores`` are seen to
+    between messages.
     """
 
     site: str
@@ -68,13 +85,19 @@ class Agent:
     sign: Callable[[bytes], bytes]
     node_config: Mapping[str, str]
     tls: Callable[[], ssl.SSLContext | None]
-    upkeep: Callable[[], bool] = lambda: False
+    chores: Chores = field(default_factory=Chores)
     pace: Pace = Pace()
     contexts: dict[int, Context] = field(default_factory=dict)
     stopping: bool = False
 
     def run(self) -> None:
         """Work until ``stopping``, whatever happens to the connection."""
+        try:
+            self._keep_working()
+        finally:
+            self.chores.close()
+
+    def _keep_working(self) -> None:
         failures = 0
         while not self.stopping:
             try:
@@ -100,7 +123,7 @@ class Agent:
                     continue
             except Over:
                 log.info("a message is not answered: its run was stopped")
-            if self.upkeep():
+            if self.chores.idle():
                 return
             self._wait(self.pace.pause(time.monotonic() - last))
 
@@ -109,8 +132,10 @@ class Agent:
         task = fleet.receive()
         if task is None:
             return False
+        self.chores.came()
         started = time.monotonic()
         fleet.reply(task, self.answer(task, fleet.node_id), time.monotonic() - started)
+        self.chores.answered()
         return True
 
     def answer(self, task: Task, node_id: int) -> Message:

@@ -5,6 +5,7 @@ of ours does neither: it takes a message, hands it to the installed code and sen
 What is used here of Flower's insides is held to the real thing by tests/e2e/test_contract.py.
 """
 
+import logging
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -57,6 +59,8 @@ from fedgraft.common.objects import known_objects
 
 __all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
 
+log = logging.getLogger("fedgraft.client")
+
 FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
 
@@ -66,7 +70,7 @@ class FleetError(Exception):
 
 
 class Unreachable(FleetError):
-    """No answer, or none from the SuperLink: try again."""
+    """No answer, or none that a SuperLink gives: try again."""
 
 
 class StillThere(FleetError):
@@ -156,6 +160,8 @@ class Fleet:
     def receive(self) -> Task | None:
         """The next message for this site with all its content; None if there is none.
 
+        A message whose parts do not come, or make no message, is left out.
+
         Raises:
             Over: there was one, for which nobody waits.
             FleetError: of the kind that says what to do.
@@ -165,6 +171,16 @@ class Fleet:
         reply = _asked(self._client.PullMessages, PullMessagesRequest(node=self.node))
         if not reply.messages_list:
             return None
+        try:
+            return self._collect(reply)
+        except FleetError:
+            raise
+        except Exception as error:  # whatever was sent, it must not end the site
+            log.warning("a message is left out, it is not whole: %s", type(error).__name__)
+            return None
+
+    def _collect(self, reply: PullMessagesResponse) -> Task:
+        """The message that was announced."""
         run_id, tree = reply.messages_list[0].metadata.run_id, reply.message_object_trees[0]
         # Flower's records look these up, wherever they are made.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, self.node_id
@@ -237,7 +253,9 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
     """What ``call`` answers to ``request``; a FleetError without any text of the other side."""
     try:
         return call(request)
-    except httpx.TransportError as error:
+    except ValueError:
+        raise Unreachable("no SuperLink") from None
+    except httpx.RequestError as error:
         if isinstance(error.__cause__, ssl.SSLError) or "SSL" in str(error):
             raise Refused("tls") from None
         raise Unreachable(type(error).__name__) from None
