@@ -38,7 +38,7 @@ import tomli_w
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job
 
-__all__ = ["Federation"]
+__all__ = ["Federation", "die_with_parent", "free_ports"]
 
 APP = Path(__file__).parents[2] / "deploy" / "app"
 HOST = "127.0.0.1"
@@ -100,7 +100,7 @@ class Federation:
         self._warm = warm
         self._parties: dict[str, _Party] = {}
         self._stream: subprocess.Popen[bytes] | None = None
-        port, *self._ports = _free_ports(1 + len(sites))
+        port, *self._ports = free_ports(1 + len(sites))
         self.address = f"{HOST}:{port}"
 
     def __enter__(self) -> Self:
@@ -270,7 +270,7 @@ class Federation:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 process_group=group,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def _status(self) -> str:
@@ -286,7 +286,7 @@ class Federation:
             error.add_note("\n".join([f"--- end of {log}", *lines[-TAIL:]]))
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports of the loopback interface that were free a moment ago, all different."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
@@ -307,7 +307,8 @@ def _reap(process: subprocess.Popen[bytes] | ForkServerProcess) -> None:
         process.join(GONE)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """In a new process: have it killed when the one that started it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
