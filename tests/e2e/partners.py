@@ -17,8 +17,8 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +34,7 @@ from fedgraft.common.blobs import make_manifest
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job
 from fedgraft.server.app import coordinate
+from fedgraft.server.jobs import OPEN
 from fedgraft.server.runs import Run
 from fedgraft.server.transport import Transport
 from fedgraft.simulations.grid import LocalGrid
@@ -94,9 +95,7 @@ class Partners:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            for log in sorted([*self.folder.glob("*.log"), *self.home.glob("logs/*.log")]):
-                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-                error.add_note("\n".join([f"--- end of {log.name}", *lines[-TAIL:]]))
+            self._explain(error)
         for name in list(self._processes):
             self.end(name)
 
@@ -165,6 +164,16 @@ class Partners:
         done = self.call("submit", str(path), "--home", str(self.home), "--json")
         return str(json.loads(done.stdout)["run"])
 
+    @contextmanager
+    def running(self, job: Job) -> Iterator[str]:
+        """Submit a job; the name of its run, which is stopped at the end if it still goes on."""
+        run = self.submit(job)
+        try:
+            yield run
+        finally:
+            if self.state(run) in OPEN:
+                self.call("coordinator", "stop", run, "--home", str(self.home))
+
     def status(self) -> dict[str, Any]:
         """What `fedgraft coordinator status --json` says; empty if there is no coordinator."""
         done = self.call("coordinator", "status", "--home", str(self.home), "--json", check=False)
@@ -195,7 +204,9 @@ class Partners:
         stop = time.monotonic() + limit
         while not happened():
             if time.monotonic() > stop:
-                raise TimeoutError(f"waited {limit:g} s in vain")
+                error = TimeoutError(f"waited {limit:g} s in vain")
+                self._explain(error)
+                raise error
             time.sleep(0.1)
 
     # --- processes
@@ -269,6 +280,11 @@ class Partners:
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent,
             )
+
+    def _explain(self, error: BaseException) -> None:
+        for log in sorted([*self.folder.glob("*.log"), *self.home.glob("logs/*.log")]):
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            error.add_note("\n".join([f"--- end of {log.name}", *lines[-TAIL:]]))
 
     def _inside(self, name: str) -> list[str]:
         return self.network.inside(name) if self.network else []

@@ -4,8 +4,8 @@ The backbone stays in eval mode: its batch-norm statistics must not drift (they 
 and its activations are then the same every epoch. Dropout acts where something trains: on the
 low-rank path and inside the head, from a generator of the site's own.
 
-Where a device's memory does not suffice for a micro-batch, it is halved; what a step comes to is the
-same, because gradients are added up until the batch is whole.
+Where a device's memory does not suffice for a micro-batch, it is halved; what a step comes to is
+the same, because gradients are added up until the batch is whole.
 """
 
 import logging

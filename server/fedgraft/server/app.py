@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
-from fedgraft.common.errors import InputError, TooFewSites
+from fedgraft.common.errors import CheckpointError, InputError, TooFewSites
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
@@ -31,7 +31,7 @@ from fedgraft.server.transport import Transport
 __all__ = ["WAITING", "app", "coordinate", "finish"]
 
 app = ServerApp()
-WAITING = "waiting"  # the event of a run that ended for now, because sites were missing
+WAITING = "waiting"  # the event of a run that ended for now: sites or good checkpoints are missing
 
 
 @app.main()
@@ -53,8 +53,8 @@ def main(grid: Grid, context: Context) -> None:
         transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
         try:
             final = coordinate(transport, job, run, federation=federation)
-        except TooFewSites as error:  # nothing is lost: who runs us tries again later
-            run.event(WAITING, what=str(error))
+        except (TooFewSites, CheckpointError) as error:  # who runs us tries again later
+            run.event(WAITING, what=f"{error}; {error.hint}")
             return
         finish(run, job, final)
 

@@ -3,7 +3,7 @@
 ``tend`` is called twice a second and is the whole story: start what died, tell a new SuperLink who
 its nodes are, follow the registry (who joined, who was revoked), go on with the oldest job. What
 the coordinator must remember is in files; killed at any point, it goes on from the last committed
-round.
+round. While the disk is full, the job rests and the status says so.
 """
 
 import os
@@ -20,7 +20,7 @@ from typing import Any
 
 from fedgraft.common.errors import FedgraftError
 from fedgraft.server.front import Front, front_command, write_front
-from fedgraft.server.jobs import Jobs, Submitted
+from fedgraft.server.jobs import OPEN, Jobs, Submitted
 from fedgraft.server.registry import Member, Registry
 from fedgraft.server.runs import Run
 from fedgraft.server.superlink import FINISHED, Control, executor_command, superlink_command
@@ -30,8 +30,10 @@ __all__ = ["Coordinator", "Home"]
 
 RETRY = 5.0  # seconds before a run that failed goes on from its last round
 TRIES = 20
+WARNINGS = 5  # of each run that the status shows
 HOST = "127.0.0.1"
-WAITING = "waiting for sites"
+WAITING = "waiting: "
+ROOM = 64 << 20  # bytes free on the disk below which no round is worked on
 Event = Callable[..., None]
 
 
@@ -79,6 +81,7 @@ class Coordinator:
         self._control: Control | None = None
         self._current: tuple[str, int] | None = None
         self._not_before = 0.0
+        self.trouble = ""  # why no job is worked on, though there is one
         self._members: dict[str, Member] = {}
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
@@ -142,17 +145,29 @@ class Coordinator:
         return Front(self.home.folder.resolve(), self._listen, self._port, keys)
 
     def tend(self) -> None:
-        """See to everything once."""
-        self._follow_registry()
-        for process in self.processes.values():
-            process.tend()
-        if not self._reach_superlink():
-            return
+        """See to everything once; what cannot be done now is done the next time."""
         try:
-            self._register_nodes()
-            self._tend_job()
+            self._look_for_room()
+            self._follow_registry()
+            for process in self.processes.values():
+                process.tend()
+            if self._reach_superlink():
+                self._register_nodes()
+                self._tend_job()
         except FedgraftError as error:
             self._event("superlink", what=str(error))
+        except OSError as error:  # a disk that is full, above all
+            if not self.trouble:  # else it is said
+                self._event("disk", what=error.strerror)
+
+    def _look_for_room(self) -> None:
+        """Notice that the disk is full, and that it no longer is."""
+        free = shutil.disk_usage(self.home.folder).free
+        before, self.trouble = self.trouble, ""
+        if free < ROOM:
+            self.trouble = f"paused: only {free / 1e6:,.0f} MB free where {self.home.folder} is"
+        if bool(before) != bool(self.trouble):
+            self._event("disk", what=self.trouble or "there is room again")
 
     def _follow_registry(self) -> None:
         """Write nginx's configuration again when a site joined, was renewed or was revoked."""
@@ -191,8 +206,13 @@ class Coordinator:
             self._event("unregistered", site=name)
 
     def _tend_job(self) -> None:
-        """Start the oldest open job, or see how it is."""
+        """Start the oldest open job, or see how it is; have it rest while there is trouble."""
         assert self._control is not None  # noqa: S101  # tend saw to it
+        if self.trouble:
+            if self._current is not None:
+                self._control.stop(self._current[1])
+                self._current = None
+            return
         if self._current is None:
             one = self.jobs.next()
             if one and time.monotonic() >= self._not_before:
@@ -219,7 +239,7 @@ class Coordinator:
         run_id = self._control.start(config)
         self._current = (one.name, run_id)
         self.jobs.set(one.name, "running", one.why)
-        if one.why != WAITING:  # it is tried again every few seconds
+        if not one.why.startswith(WAITING):  # it is tried again every few seconds
             self._event("started", run=one.name, attempt=one.tries + 1)
 
     def _ended(self, name: str) -> None:
@@ -229,8 +249,10 @@ class Coordinator:
             self._event("finished", run=name)
             return
         one = next(one for one in self.jobs.all() if one.name == name)
-        if self._waits_for_sites(name):
-            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING))
+        if why := self._waits_for(name):
+            if not one.why.startswith(WAITING):
+                self._event("waiting", run=name, why=why)
+            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING + why))
             self._not_before = time.monotonic() + RETRY
             return
         if one.tries >= TRIES:
@@ -240,10 +262,11 @@ class Coordinator:
         self._not_before = time.monotonic() + RETRY
         self._event("interrupted", run=name, attempt=one.tries)
 
-    def _waits_for_sites(self, name: str) -> bool:
+    def _waits_for(self, name: str) -> str:
+        """What a run said that it cannot go on without; empty if it did not."""
         folder = self.home.runs / name
         events = Run(folder).events() if (folder / "run.json").exists() else []
-        return bool(events) and events[-1]["event"] == "waiting"
+        return str(events[-1]["what"]) if events and events[-1]["event"] == "waiting" else ""
 
     def status(self) -> dict[str, Any]:
         """What `fedgraft coordinator status` shows."""
@@ -267,11 +290,15 @@ class Coordinator:
 
     def _run_line(self, one: Submitted) -> dict[str, Any]:
         folder = self.home.runs / one.name
-        history = Run(folder).history() if (folder / "run.json").exists() else []
+        run = Run(folder) if (folder / "run.json").exists() else None
+        history, events = (run.history(), run.events()) if run else ([], [])
         return {
             "run": one.name,
             "state": one.state,
-            "why": one.why,
+            "why": (self.trouble if one.state in OPEN else "") or one.why,
+            "warnings": [_warning(each) for each in events if each["event"] == "warning"][
+                -WARNINGS:
+            ],
             "rounds": len(history),
             "bytes_up": sum(line["bytes_up"] for line in history),
             "bytes_down": sum(line["bytes_down"] for line in history),
@@ -284,6 +311,11 @@ class Coordinator:
         self._close_control()
         for process in reversed(self.processes.values()):
             process.stop()
+
+
+def _warning(event: Mapping[str, Any]) -> str:
+    sites = ", ".join(f"{each['site']}: {each['reason']}" for each in event["sites"])
+    return f"{event['what']} ({sites})" if sites else str(event["what"])
 
 
 def _seen(node: Mapping[str, Any]) -> dict[str, Any]:

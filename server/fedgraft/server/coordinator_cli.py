@@ -30,6 +30,7 @@ def run(
     # We start processes beside gRPC's threads, and only by exec: it need not see to forks.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from fedgraft.common.audit import Audit
+    from fedgraft.common.errors import AuditError
     from fedgraft.common.locks import lock_folder
     from fedgraft.server.coordinator import Coordinator, Home
     from fedgraft.server.registry import Registry
@@ -44,7 +45,14 @@ def run(
             audit.append({"event": kind, **facts})
             console.note(f"{kind}  {_words(facts)}")
 
-        coordinator = Coordinator(Home(home.resolve()), listen=listen, event=event)
+        def told(kind: str, **facts: Any) -> None:
+            """Of what has happened anyway: with a full disk, there are other things to see to."""
+            try:
+                event(kind, **facts)
+            except AuditError as error:
+                console.note(f"{kind}  {_words(facts)}  (not recorded: {error})")
+
+        coordinator = Coordinator(Home(home.resolve()), listen=listen, event=told)
         servers = [serve_sites(home.resolve(), event)]
         servers.append(serve_operators(home.resolve(), _operator(coordinator, stopping)))
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -122,7 +130,7 @@ def status(home: Home = HERE, as_json: Json = False) -> None:
             f"{one['bytes_up'] / 1e6:,.1f} MB",
             f"{one['bytes_down'] / 1e6:,.1f} MB",
             str(one["dropped"]),
-            one["why"],
+            one["why"] or next(iter(one["warnings"][-1:]), ""),
         ]
         for one in facts["runs"]
     ]
