@@ -24,8 +24,8 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def filled(folder: Path) -> Iterator[None]:
-    """Have not one byte free where ``folder`` is."""
+def filled(folder: Path, *, left: int = 0) -> Iterator[None]:
+    """Have only ``left`` bytes free where ``folder`` is."""
     filler = folder / "filler"
     try:
         with filler.open("wb", buffering=0) as file:
@@ -33,6 +33,7 @@ def filled(folder: Path) -> Iterator[None]:
                 with suppress(OSError):
                     while file.write(bytes(size)):
                         pass
+            file.truncate(file.tell() - left)
         yield
     finally:
         filler.unlink()

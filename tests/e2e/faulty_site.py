@@ -3,7 +3,7 @@
     python faulty_site.py SITE.toml FAULT ...
 
 Its n-th reply to TRAIN has the n-th fault, and what comes after those has none. What it sends is
-signed with its own key, as a site that was broken into would.
+signed with its own key, as a site that was broken into would. With ``ahead``, its clock is.
 """
 
 import logging
@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supernode import node_auth_http_interceptor
 
 from fedgraft.client.agent import Agent
 from fedgraft.client.fleet import Task
@@ -42,7 +44,7 @@ ALTERED: dict[str, tuple[Callable[[TrainReply], TrainReply], str]] = {
 """What becomes of an update, and the reason for which it must not count."""
 
 LATE = 12.0  # seconds
-HONEST = "honest"
+AHEAD = "ahead"
 
 
 @dataclass
@@ -66,8 +68,6 @@ class FaultyAgent(Agent):
         return reply
 
     def _spoil(self, fault: str, reply: Message, request: str) -> None:
-        if fault == HONEST:
-            return
         if fault == "late":
             time.sleep(LATE)
             return
@@ -89,7 +89,9 @@ def main(config: Path, faults: list[str]) -> None:
     """Take part until SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    agent = FaultyAgent(**vars(make_agent(config)), faults=faults)
+    if AHEAD in faults:
+        node_auth_http_interceptor.now = lambda: datetime.now(UTC) + timedelta(hours=1)
+    agent = FaultyAgent(**vars(make_agent(config)), faults=[one for one in faults if one != AHEAD])
 
     def stop(*_: object) -> None:
         agent.stopping = True

@@ -222,15 +222,19 @@ class Partners:
     def start_sites(self, names: Sequence[str] = ()) -> None:
         """Start sites (all by default) and wait until they have a session."""
         for name in names or sorted(self.data):
-            run = ["-m", "fedgraft", "-v", "site", "run", "--site"]
-            self._start(name, [*run, str(self.folder / name / "site.toml")])
+            self.launch_site(name)
         self._wait_for(names or sorted(self.data))
 
     def start_faulty(self, name: str, *faults: str) -> None:
-        """Start a site that has ``faults``, as `faulty_site.py` knows them."""
-        config = str(self.folder / name / "site.toml")
-        self._start(name, [str(FAULTY), config, *faults])
+        """Start a site with ``faults`` and wait until it has a session."""
+        self.launch_site(name, *faults)
         self._wait_for([name])
+
+    def launch_site(self, name: str, *faults: str) -> None:
+        """Start a site; with ``faults``, as `faulty_site.py` knows them, it has these."""
+        config = str(self.folder / name / "site.toml")
+        command = ["-m", "fedgraft", "-v", "site", "run", "--site", config]
+        self._start(name, [str(FAULTY), config, *faults] if faults else command)
 
     def _wait_for(self, names: Sequence[str]) -> None:
         for name in names:

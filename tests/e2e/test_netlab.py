@@ -84,4 +84,4 @@ def test_a_narrow_link_is_narrow() -> None:
         network.limit("near", 0.1)
         began = time.monotonic()
         ask(network, "near", 100, 0.5)
-        assert 2.0 < time.monotonic() - began
+        assert time.monotonic() - began > 2.0

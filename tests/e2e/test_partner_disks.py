@@ -87,9 +87,7 @@ def test_a_site_with_a_full_disk_refuses_before_it_trains(
     job = job_of(tmp_path, "rounds.count=30")
     with partners.running(job) as run:
         partners.until(lambda: len(partners.rounds(run)) >= 1, 60)
-        with filled(partners.folder / SMALL):
-            if left:
-                (partners.folder / SMALL / "filler").open("r+b").truncate(60 << 20)
+        with filled(partners.folder / SMALL, left=left):
             partners.until(lambda: partners.rounds(run)[-1]["sites"] == 2, 60)
             code = "disk-full" if left else "audit-failed"
             reasons = {drop["reason"] for drop in partners.rounds(run)[-1]["dropped"]}

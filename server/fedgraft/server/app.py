@@ -4,10 +4,13 @@
 and the run folder come in the run's configuration.
 """
 
+import os
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -45,6 +48,8 @@ def main(grid: Grid, context: Context) -> None:
     path = str(context.run_config.get("federation") or "")
     federation = load_federation(Path(path)) if path else None
     hasten_pulls()
+    if context.run_config.get("sealed"):
+        Thread(target=_end_with_executor, daemon=True).start()
     with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:
         sealed = bool(context.run_config.get("sealed"))
         if sealed and federation is None:
@@ -57,6 +62,17 @@ def main(grid: Grid, context: Context) -> None:
             run.event(WAITING, what=f"{error}; {error.hint}")
             return
         finish(run, job, final)
+
+
+def _end_with_executor() -> None:
+    """End when the coordinator's executor has, whose child we are in a process group that it leads.
+
+    A coordinator that is killed cannot end us. We would stay, with a SuperLink that is gone, and
+    keep the run from the coordinator that is started next.
+    """
+    while os.getppid() == os.getpgrp():
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def finish(run: Run, job: Job, final: Vector) -> None:
