@@ -19,6 +19,7 @@ MAY_IMPORT = {
 # Flower's API moves: only these speak it.
 FLOWER = {
     "common/messages.py",
+    "common/objects.py",
     "common/seals.py",
     "client/agent.py",
     "client/app.py",

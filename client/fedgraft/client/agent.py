@@ -10,6 +10,7 @@ import secrets
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,16 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedgraft.client.app import app
-from fedgraft.client.fleet import Fleet, FleetError, Gone, Refused, StillThere, Task, Unreachable
+from fedgraft.client.fleet import (
+    Fleet,
+    FleetError,
+    Gone,
+    Over,
+    Refused,
+    StillThere,
+    Task,
+    Unreachable,
+)
 from fedgraft.common.seals import seal
 
 __all__ = ["Agent", "Pace", "make_tls"]
@@ -86,7 +96,10 @@ class Agent:
         """
         last = time.monotonic() - self.pace.during
         while not self.stopping:
-            task = fleet.receive()
+            try:
+                task = fleet.receive()
+            except Over:
+                task = None
             if task is None:
                 if self.upkeep():
                     return
@@ -94,7 +107,8 @@ class Agent:
                 continue
             started = time.monotonic()
             reply = self.answer(task, fleet.node_id)
-            fleet.reply(task, reply, time.monotonic() - started)
+            with suppress(Over):
+                fleet.reply(task, reply, time.monotonic() - started)
             last = time.monotonic()
 
     def answer(self, task: Task, node_id: int) -> Message:

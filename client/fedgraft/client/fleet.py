@@ -27,6 +27,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -49,7 +50,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-__all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
+from fedgraft.common.objects import known_objects
+
+__all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
 
 FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
@@ -69,6 +72,10 @@ class StillThere(FleetError):
 
 class Gone(FleetError):
     """The coordinator does not know this session any more: begin another."""
+
+
+class Over(FleetError):
+    """The run that a message was of has ended: nobody waits for what was asked or said."""
 
 
 class Refused(FleetError):
@@ -163,8 +170,10 @@ class Fleet:
         )
         # The coordinator's objects follow its message: with Flower's first wait, a second, each
         # stage of a round would take one.
-        contents = pull_objects(
-            [part.object_id for part in iterate_object_tree(tree)],
+        parts = [part.object_id for part in iterate_object_tree(tree)]
+        contents = known_objects(parts, reply.messages_list[0])
+        contents |= pull_objects(
+            [part for part in parts if part not in contents],
             pull,
             max_time=PATIENCE,
             initial_backoff=FIRST_WAIT,
@@ -227,6 +236,8 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
         raise Unreachable(type(error).__name__) from None
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
+        if status == httpx.codes.FORBIDDEN and _is_over(error.response.text):
+            raise Over from None
         if status == httpx.codes.PRECONDITION_FAILED:
             raise StillThere from None
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.NOT_FOUND):
@@ -234,3 +245,9 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
         if status in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST):
             raise Refused(str(status)) from None
         raise Unreachable(str(status)) from None
+
+
+def _is_over(answer: str) -> bool:
+    """Whether a refusal is the SuperLink's, about a run that does not go on."""
+    said = FlowerError.from_json(answer)
+    return said is not None and said.code == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED

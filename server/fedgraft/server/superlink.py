@@ -8,8 +8,7 @@ Flower's insides is held to the real thing by tests/e2e/test_partners.py.
 
 import ssl
 import sysconfig
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.superlink.grid import http_grid
 
 from fedgraft.common.errors import FedgraftError
+from fedgraft.common.objects import known_objects
 
 __all__ = ["FINISHED", "Control", "executor_command", "hasten_pulls", "superlink_command"]
 
@@ -92,9 +92,18 @@ def hasten_pulls() -> None:
     """Have this process look again soon for the objects of a reply that are not there yet.
 
     A site sends a message, then its objects. Flower waits a second before it asks again, which at
-    every stage of a round adds up to more than all the rest.
+    every stage of a round adds up to more than all the rest. What is known is not asked for.
     """
-    http_grid.pull_objects = partial(pull_objects, initial_backoff=0.01, backoff_cap=0.5)
+    http_grid.pull_objects = _pull_objects
+
+
+def _pull_objects(
+    object_ids: list[str], pull_object_fn: Callable[[str], bytes]
+) -> dict[str, bytes]:
+    found = known_objects(object_ids)
+    unknown = [each for each in object_ids if each not in found]
+    found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
+    return found
 
 
 class Control:

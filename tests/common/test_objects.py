@@ -1,0 +1,56 @@
+"""What is not asked for is what Flower itself would have sent."""
+
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+)
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgraft.common.objects import known_objects
+
+
+@pytest.fixture(autouse=True)
+def identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def parts_of(message: Message) -> tuple[list[str], dict[str, bytes]]:
+    message.metadata.__dict__["_message_id"] = message.object_id
+    order = [part.object_id for part in iterate_object_tree(get_object_tree(message))]
+    objects = get_all_nested_objects(message)
+    return order, {name: each.deflate() for name, each in objects.items()}
+
+
+def message_of(**records: ConfigRecord | ArrayRecord) -> Message:
+    return Message(RecordDict(dict(records)), dst_node_id=7, message_type="query.keys", ttl=20.0)
+
+
+@pytest.mark.parametrize("payload", [{}, {"kind": "KeysAsk", "blob": b"\x00" * 1000}])
+def test_record_and_head_of_a_message_are_known(payload: dict[str, str | bytes]) -> None:
+    message = message_of(payload=ConfigRecord(dict(payload)))
+    order, content = parts_of(message)
+    offered = message_to_proto(remove_content_from_message(message))
+    assert known_objects(order, offered) == {name: content[name] for name in order[1:]}
+    assert known_objects(order) == {order[1]: content[order[1]]}
+
+
+def test_what_has_another_hash_is_asked_for() -> None:
+    message = message_of(other=ConfigRecord({"kind": "KeysAsk"}))
+    order, _ = parts_of(message)
+    offered = message_to_proto(remove_content_from_message(message))
+    offered.metadata.ttl += 1
+    assert known_objects(order, offered) == {}
+
+
+def test_a_message_with_arrays_is_asked_for() -> None:
+    arrays = ArrayRecord([np.ones(3, np.float32)])
+    order, _ = parts_of(message_of(payload=ConfigRecord({}), arrays=arrays))
+    assert known_objects(order) == {}
+    assert known_objects([]) == {}
