@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgraft.client import agent as module
-from fedgraft.client.agent import RUNS, Agent, Pace
+from fedgraft.client.agent import RUNS, Agent, Chores, Pace
 from fedgraft.client.fleet import Fleet, Gone, Refused, StillThere, Task, Unreachable
 from fedgraft.common.certificates import make_key
 from fedgraft.common.seals import unseal
@@ -57,6 +57,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(module, "time", made)
     return made
+
+
+class Seen(Chores):
+    """Chores that are ``upkeep`` between messages."""
+
+    def __init__(self, upkeep: Callable[[], bool]) -> None:
+        self.upkeep = upkeep
+
+    def idle(self) -> bool:
+        return self.upkeep()
 
 
 def make_agent(**more: Any) -> Agent:
@@ -222,7 +232,8 @@ def test_a_lost_line_is_tried_again_with_another_session(
 def test_a_renewed_certificate_begins_another_session(link: FakeSuperLink) -> None:
     renewed = iter([False, True, False])
     made: list[None] = []
-    agent = make_agent(upkeep=lambda: next(renewed, False), tls=lambda: made.append(None))
+    chores = Seen(lambda: next(renewed, False))
+    agent = make_agent(chores=chores, tls=lambda: made.append(None))
     with running(agent):
         until(lambda: link.asked["activate-node"] == 2)
         until(lambda: link.asked["pull-messages"] > 5)
@@ -243,7 +254,7 @@ def test_upkeep_is_only_seen_to_between_messages(
         order.append("upkeep")
         return False
 
-    with running(make_agent(upkeep=upkeep)):
+    with running(make_agent(chores=Seen(upkeep))):
         until(lambda: "upkeep" in order)
     assert order[:4] == ["reply", "reply", "reply", "upkeep"]
 
@@ -272,7 +283,7 @@ def test_after_a_message_it_asks_briskly_and_idle_without(
         agent.stopping = empty == 9
         return False
 
-    agent.upkeep = upkeep
+    agent.chores = Seen(upkeep)
     agent.run()
     waited = [0.5] * 16 + [0.25] * 4 + [0.5] * 8 + [0.5] * 8
     assert clock.slept == waited  # two idle ones, four brisk ones within a second, idle again

@@ -5,6 +5,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from clinic import Authority, Site
@@ -29,6 +30,8 @@ class World:
         self.now, self.due, self.fault = 1000.0, False, ""
         self.done: list[str] = []
         monkeypatch.setattr("fedgraft.client.start.time.monotonic", lambda: self.now)
+        monkeypatch.setattr(start, "HeadReporter", Mock())
+        monkeypatch.setattr(start, "SpareTime", Mock())
         monkeypatch.setattr(start, "renewal_due", self._due)
         monkeypatch.setattr(start, "renew", lambda member, state: self._do("renew"))
         monkeypatch.setattr(start, "refresh_roster", lambda state: self._do("roster"))
@@ -90,7 +93,7 @@ def test_what_is_missing_is_named_before_anything_starts(site: Site, name: str) 
 
 
 def test_once_a_minute_the_roster_is_refreshed(site: Site, world: World) -> None:
-    upkeep = make_agent(site.file).upkeep
+    upkeep = make_agent(site.file).chores.idle
     assert not upkeep()  # at once: sites may have joined while this one was away
     assert world.done == ["roster"]
     world.now += EVERY - 1
@@ -103,7 +106,7 @@ def test_once_a_minute_the_roster_is_refreshed(site: Site, world: World) -> None
 
 def test_a_certificate_whose_time_has_come_is_renewed(site: Site, world: World) -> None:
     world.due = True
-    upkeep = make_agent(site.file).upkeep
+    upkeep = make_agent(site.file).chores.idle
     assert upkeep()
     assert world.done == ["renew"]
     world.due, world.now = False, world.now + EVERY
@@ -117,7 +120,7 @@ def test_what_fails_is_told_and_tried_again(
 ) -> None:
     caplog.set_level(logging.WARNING)
     world.due, world.fault = due, "the coordinator does not answer"
-    upkeep = make_agent(site.file).upkeep
+    upkeep = make_agent(site.file).chores.idle
     for _ in range(2):
         assert not upkeep()
         world.now += EVERY
