@@ -158,10 +158,8 @@ class Fleet:
     def receive(self) -> Task | None:
         """The next message for this site with all its content; None if there is none.
 
-        A message whose parts do not come, or make no message, is left out.
-
         Raises:
-            Over: there was one, for which nobody waits.
+            Over: there was one, for which nobody waits or whose parts make no message.
             FleetError: of the kind that says what to do.
         """
         if self._lost:
@@ -174,8 +172,8 @@ class Fleet:
         except FleetError:
             raise
         except Exception as error:  # whatever was sent, it must not end the site
-            log.warning("a message is left out, it is not whole: %s", type(error).__name__)
-            return None
+            log.warning("a message is not whole: %s", type(error).__name__)
+            raise Over from None
 
     def _collect(self, reply: PullMessagesResponse) -> Task:
         """The message that was announced."""
