@@ -16,7 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
-from fedgraft.common.errors import CheckpointError, InputError, TooFewSites
+from fedgraft.common.errors import BackboneError, CheckpointError, InputError, TooFewSites
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
@@ -36,7 +36,7 @@ from fedgraft.server.transport import Transport
 __all__ = ["WAITING", "app", "coordinate", "finish"]
 
 app = ServerApp()
-WAITING = "waiting"  # the event of a run that ended for now: sites or good checkpoints are missing
+WAITING = "waiting"  # the event of a run that ended for now, because something it needs is missing
 
 
 @app.main()
@@ -60,7 +60,7 @@ def main(grid: Grid, context: Context) -> None:
         transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
         try:
             final = coordinate(transport, job, run, federation=federation)
-        except (TooFewSites, CheckpointError) as error:  # who runs us tries again later
+        except (TooFewSites, CheckpointError, BackboneError) as error:  # it is tried again later
             run.event(WAITING, what=f"{error}; {error.hint}")
             return
         finish(run, transport, final)
