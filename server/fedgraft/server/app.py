@@ -67,12 +67,13 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _end_with_executor() -> None:
-    """End when the coordinator's executor has, whose child we are in a process group that it leads.
+    """End when the executor has that started us: a coordinator that is killed cannot end us.
 
-    A coordinator that is killed cannot end us. We would stay, with a SuperLink that is gone, and
-    keep the run from the coordinator that is started next.
+    We would stay, with a SuperLink that is gone, and keep the run from the coordinator that is
+    started next. Who has lost its parent is a child of process 1.
     """
-    while os.getppid() == os.getpgrp():
+    parent = os.getppid()
+    while os.getppid() == parent and (parent != 1 or os.getpgrp() == 1):
         time.sleep(0.5)
     os._exit(1)
 
