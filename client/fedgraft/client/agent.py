@@ -18,7 +18,16 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedgraft.client.app import app
-from fedgraft.client.fleet import Fleet, FleetError, Gone, Refused, StillThere, Task, Unreachable
+from fedgraft.client.fleet import (
+    Fleet,
+    FleetError,
+    Gone,
+    Over,
+    Refused,
+    StillThere,
+    Task,
+    Unreachable,
+)
 from fedgraft.common.seals import seal
 
 __all__ = ["Agent", "Chores", "Pace", "make_tls"]
@@ -27,6 +36,7 @@ log = logging.getLogger("fedgraft.client")
 
 RUNS = 4  # whose state is kept in memory
 SOON, LATER = 1.0, 60.0  # seconds before the coordinator is tried again
+PATIENCE = 5  # times that a coordinator which has just started may know nobody
 STILL_THERE = 5.0  # seconds between tries while the last session of a killed site is alive
 PAUSES: dict[type[FleetError], float] = {StillThere: STILL_THERE, Gone: SOON, Refused: LATER}
 
@@ -108,18 +118,26 @@ class Agent:
         """
         last = time.monotonic() - self.pace.during
         while not self.stopping:
-            task = fleet.receive()
-            if task is None:
-                if self.chores.idle():
-                    return
-                self._wait(self.pace.pause(time.monotonic() - last))
-                continue
-            self.chores.came()
-            started = time.monotonic()
-            reply = self.answer(task, fleet.node_id)
-            fleet.reply(task, reply, time.monotonic() - started)
-            self.chores.answered()
-            last = time.monotonic()
+            try:
+                if self._answer_next(fleet):
+                    last = time.monotonic()
+                    continue
+            except Over:
+                log.info("a message is not answered: its run was stopped, or it is not whole")
+            if self.chores.idle():
+                return
+            self._wait(self.pace.pause(time.monotonic() - last))
+
+    def _answer_next(self, fleet: Fleet) -> bool:
+        """Take and answer one message, if there is one."""
+        task = fleet.receive()
+        if task is None:
+            return False
+        self.chores.came()
+        started = time.monotonic()
+        fleet.reply(task, self.answer(task, fleet.node_id), time.monotonic() - started)
+        self.chores.answered()
+        return True
 
     def answer(self, task: Task, node_id: int) -> Message:
         """The site's reply to one message, sealed."""
@@ -173,6 +191,13 @@ def _explain(error: FleetError, failures: int, endpoint: str) -> float:
         log.error(
             "refused by %s (%s): run `fedgraft site doctor`; an expired or revoked certificate "
             "needs a new kit",
+            endpoint,
+            error,
+        )
+    elif isinstance(error, Gone) and failures > PATIENCE:
+        log.warning(
+            "%s knows no session of this site (%s): if this goes on, it was removed, or this clock "
+            "is wrong: run `fedgraft site doctor`",
             endpoint,
             error,
         )

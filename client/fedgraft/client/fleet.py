@@ -2,7 +2,7 @@
 
 Flower starts a process for every message and asks the coordinator for the app it should run. A site
 of ours does neither: it takes a message, hands it to the installed code and sends what comes back.
-What is used here of Flower's insides is held to the real thing by tests/e2e/test_partners.py.
+What is used here of Flower's insides is held to the real thing by tests/e2e/test_contract.py.
 """
 
 import logging
@@ -29,6 +29,7 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -54,7 +55,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgraft.common.objects import known_objects
 
-__all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
+__all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
 
 log = logging.getLogger("fedgraft.client")
 
@@ -80,6 +81,10 @@ class Gone(FleetError):
 
 class Refused(FleetError):
     """The certificate, its revocation, the clock or the path: a person must look at it."""
+
+
+class Over(FleetError):
+    """Nobody waits for a message any more, as when its run was stopped."""
 
 
 @dataclass(frozen=True)
@@ -153,9 +158,8 @@ class Fleet:
     def receive(self) -> Task | None:
         """The next message for this site with all its content; None if there is none.
 
-        A message whose parts do not come, or make no message, is left out.
-
         Raises:
+            Over: there was one, for which nobody waits or whose parts make no message.
             FleetError: of the kind that says what to do.
         """
         if self._lost:
@@ -168,8 +172,8 @@ class Fleet:
         except FleetError:
             raise
         except Exception as error:  # whatever was sent, it must not end the site
-            log.warning("a message is left out, it is not whole: %s", type(error).__name__)
-            return None
+            log.warning("a message is not whole: %s", type(error).__name__)
+            raise Over from None
 
     def _collect(self, reply: PullMessagesResponse) -> Task:
         """The message that was announced."""
@@ -199,9 +203,8 @@ class Fleet:
     def reply(self, task: Task, message: Message, seconds: float) -> None:
         """Send ``message``, which took ``seconds`` to make, in reply to ``task``.
 
-        What the coordinator no longer takes, because its run has ended, is lost.
-
         Raises:
+            Over: nobody waits for it.
             FleetError: of the kind that says what to do.
         """
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -220,8 +223,10 @@ class Fleet:
             push = make_push_object_fn_protobuf(
                 self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
             )
-            with suppress(ObjectPushError):
+            try:
                 push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
+            except ObjectPushError:
+                raise Over from None
 
     def _ask(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda request: _asked(call, request)
@@ -257,6 +262,16 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
             raise StillThere from None
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.NOT_FOUND):
             raise Gone(str(status)) from None
+        if status == httpx.codes.FORBIDDEN and _run_is_over(error.response):
+            raise Over from None
         if status in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST):
             raise Refused(str(status)) from None
         raise Unreachable(str(status)) from None
+
+
+def _run_is_over(response: httpx.Response) -> bool:
+    """Whether it is Flower that refuses, and not the front, which speaks no JSON."""
+    try:
+        return bool(response.json()["code"] == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED)
+    except (ValueError, KeyError, TypeError):
+        return False

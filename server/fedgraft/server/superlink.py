@@ -3,7 +3,7 @@
 The SuperLink listens on loopback alone, with TLS because node authentication wants it; its executor
 proves itself with a secret. Runs are started and nodes registered over the Control API, which asks
 nobody who they are: whoever may connect to loopback on this host is trusted. What is used here of
-Flower's insides is held to the real thing by tests/e2e/test_partners.py.
+Flower's insides is held to the real thing by tests/e2e/test_contract.py.
 """
 
 import ssl

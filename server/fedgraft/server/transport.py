@@ -146,7 +146,7 @@ class Transport:
                 yield replace(reply, payload=None, failure="another-sites-seal")
                 continue
             if not isinstance(answer, PlanReply):
-                yield reply
+                yield replace(reply, site=reply.sealed or reply.site)
             elif failure := self._refusal(answer, request.session, members):
                 known = answer.site if failure in ("name-taken", "not-in-roster") else reply.site
                 yield replace(reply, site=known, payload=None, failure=failure)
