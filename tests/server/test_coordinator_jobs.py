@@ -23,7 +23,8 @@ from fedgraft.common.errors import FedgraftError
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 from fedgraft.server import coordinator as module
-from fedgraft.server.coordinator import RETRY, TRIES, Coordinator, Home
+from fedgraft.server.coordinator import RETRY, TRIES, Coordinator
+from fedgraft.server.home import Home
 from fedgraft.server.provision import found, revoke
 from fedgraft.server.registry import Registry
 from fedgraft.server.runs import Run
@@ -109,11 +110,11 @@ class World:
         self.coordinators: list[Coordinator] = []
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, *, listen: str = "127.0.0.1:1") -> None:
         """Another coordinator over the same folder, as after kill -9."""
         for one in self.coordinators:
             one.close()
-        made = Coordinator(self.home, listen="127.0.0.1:1", event=self._event, nginx="/bin/false")
+        made = Coordinator(self.home, listen=listen, event=self._event, nginx="/bin/false")
         self.coordinators.append(made)
 
     @property
@@ -298,6 +299,14 @@ def test_a_configuration_that_was_removed_is_written_again(world: World) -> None
     (world.home.folder / "nginx" / "nginx.conf").unlink()
     world.tend()
     assert nginx_names(world) == {A}
+
+
+def test_nginx_listens_where_this_start_says_also_before_anybody_joins(world: World) -> None:
+    world.tend()
+    world.begin(listen="127.0.0.1:2")
+    world.tend()
+    text = (world.home.folder / "nginx" / "nginx.conf").read_text()
+    assert "listen 127.0.0.1:2 ssl" in text
 
 
 # --- jobs

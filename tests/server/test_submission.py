@@ -11,7 +11,7 @@ from fedgraft.common.blobs import BlobStore
 from fedgraft.common.errors import BackboneError, FedgraftError, InputError
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job, parse_job
-from fedgraft.server.coordinator import Home
+from fedgraft.server.home import Home
 from fedgraft.server.provision import found, revoke
 from fedgraft.server.submission import prepare_job
 
