@@ -161,6 +161,7 @@ def test_what_does_not_listen_is_killed_with_its_children(
     assert len(tree) == 2
     began = time.monotonic()
     one.stop()
+    assert not psutil.pid_exists(tree[0].pid)  # and waited for
     until(lambda: not any(each.is_running() and each.status() != "zombie" for each in tree))
     assert 0.2 <= time.monotonic() - began < 5
 
