@@ -65,6 +65,8 @@ class Coordinator:
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
             folder.mkdir(exist_ok=True, mode=0o700)
+        # It is of another start, with other ports.
+        (home.file("nginx") / "nginx.conf").unlink(missing_ok=True)
         self._forgeries = Forgeries(home.runs, event)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         self.processes = self._make_processes(found)
