@@ -209,8 +209,8 @@ class Transport:
     def _collect(self, waiting: dict[str, "_Asked"], until: float, stage: Stage) -> Iterator[Reply]:
         """The reply of every site in ``waiting`` (by message id) as it comes, or its lateness."""
         pause, total = FIRST_PAUSE, len(waiting)
-        while waiting and (looked := self._clock()) < until:
-            came = False
+        while waiting and self._clock() < until:
+            came, looked = False, time.perf_counter()
             for identifier in list(waiting):
                 for message in self._grid.pull_messages([identifier]):
                     asked = waiting.pop(identifier, None)
@@ -220,7 +220,7 @@ class Transport:
                         yield self._read(asked, message, identifier)
             if waiting and not came:
                 # Looking costs a SuperLink what it needs to pass on the replies: half the time.
-                self._pause(max(pause, self._clock() - looked))
+                self._pause(min(max(pause, time.perf_counter() - looked), LONGEST_PAUSE))
             pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
         for asked in waiting.values():
             yield Reply(asked.site, failure="deadline", bytes_down=asked.size)
