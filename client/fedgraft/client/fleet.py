@@ -172,6 +172,8 @@ class Fleet:
             return self._collect(reply)
         except FleetError:
             raise
+        except ObjectPullError:  # it was there when it was announced
+            raise Over from None
         except Exception as error:  # whatever was sent, it must not end the site
             log.warning("a message is not whole: %s", type(error).__name__)
             raise Over from None
