@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
 from flwr.supercore.inflatable.inflatable_object import (
@@ -12,7 +12,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgraft.common.objects import known_objects
+from fedgraft.common.objects import known_objects, unasked_objects
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +54,18 @@ def test_a_message_with_arrays_is_asked_for() -> None:
     order, _ = parts_of(message_of(payload=ConfigRecord({}), arrays=arrays))
     assert known_objects(order) == {}
     assert known_objects([]) == {}
+
+
+def test_what_the_receiver_does_not_ask_for_is_not_sent() -> None:
+    """Else it may come after the receiver has confirmed, when nobody takes it any more."""
+    message = message_of(payload=ConfigRecord({"kind": "KeysAsk"}))
+    order, _ = parts_of(message)
+    assert unasked_objects(message, offered=True) == set(order[1:])
+    assert unasked_objects(message, offered=False) == {order[1]}
+    arrays = ArrayRecord([np.ones(3, np.float32)])
+    large = message_of(payload=ConfigRecord({}), arrays=arrays)
+    parts_of(large)
+    assert unasked_objects(large, offered=True) == set()
+    error = Message(Error(1), reply_to=message)
+    parts_of(error)
+    assert unasked_objects(error, offered=False) == set()

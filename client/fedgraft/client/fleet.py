@@ -54,7 +54,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedgraft.common.objects import known_objects
+from fedgraft.common.objects import known_objects, unasked_objects
 
 __all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
 
@@ -226,8 +226,9 @@ class Fleet:
             push = make_push_object_fn_protobuf(
                 self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
             )
+            wanted = set(reply.objects_to_push) - unasked_objects(message, offered=False)
             try:
-                push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
+                push_objects(objects, push, object_ids_to_push=wanted)
             except ObjectPushError:
                 raise Over from None
 

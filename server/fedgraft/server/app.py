@@ -30,7 +30,7 @@ from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.summary import partner_facts, run_facts
-from fedgraft.server.superlink import hasten_pulls
+from fedgraft.server.superlink import save_requests
 from fedgraft.server.transport import Transport
 
 __all__ = ["WAITING", "app", "coordinate", "finish"]
@@ -49,11 +49,11 @@ def main(grid: Grid, context: Context) -> None:
     job = parse_job(tomllib.loads(str(context.run_config["job"])), where="job")
     path = str(context.run_config.get("federation") or "")
     federation = load_federation(Path(path)) if path else None
-    hasten_pulls()
-    if context.run_config.get("sealed"):
+    sealed = bool(context.run_config.get("sealed"))
+    save_requests(to_agents=sealed)
+    if sealed:
         Thread(target=_end_with_executor, daemon=True).start()
     with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:
-        sealed = bool(context.run_config.get("sealed"))
         if sealed and federation is None:
             raise InputError("sealed replies need the sites' public keys", hint="name federation")
         transport = Transport(grid, key_of=federation.key_of if federation and sealed else None)

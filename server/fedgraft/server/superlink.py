@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import HEARTBEAT_PATIENCE
 from flwr.common.serde import user_config_to_proto
@@ -27,13 +28,14 @@ from flwr.proto.control_pb2 import (
 )
 from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.control.control_http_client import ControlHttpClient
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
+from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
 from flwr.superlink.grid import http_grid
 
 from fedgraft.common.errors import FedgraftError
-from fedgraft.common.objects import known_objects
+from fedgraft.common.objects import known_objects, unasked_objects
 
-__all__ = ["FINISHED", "Control", "executor_command", "hasten_pulls", "superlink_command"]
+__all__ = ["FINISHED", "Control", "executor_command", "save_requests", "superlink_command"]
 
 FINISHED = "finished"
 HOST = "127.0.0.1"
@@ -90,13 +92,16 @@ def _script(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def hasten_pulls() -> None:
-    """Have this process look again soon for the objects of a reply that are not there yet.
+def save_requests(*, to_agents: bool) -> None:
+    """Have this process's grid ask for and send no more than it must, and not wait for long.
 
-    A site sends a message, then its objects. Flower waits a second before it asks again, which at
-    every stage of a round adds up to more than all the rest. What is known is not asked for.
+    A site sends a message, then its objects. Flower waits a second before it asks again for one
+    that is not there yet, which at every stage of a round adds up to more than all the rest. What
+    is known is not asked for, nor sent ``to_agents`` of ours; Flower's own nodes ask for all.
     """
     http_grid.pull_objects = _pull_objects
+    if to_agents:
+        http_grid.push_objects = _push_objects
 
 
 def _pull_objects(
@@ -106,6 +111,17 @@ def _pull_objects(
     unknown = [each for each in object_ids if each not in found]
     found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
     return found
+
+
+def _push_objects(
+    objects: dict[str, InflatableObject],
+    push_object_fn: Callable[[str, bytes], None],
+    *,
+    object_ids_to_push: set[str],
+) -> None:
+    messages = [each for each in objects.values() if isinstance(each, Message)]
+    unasked = {part for one in messages for part in unasked_objects(one, offered=True)}
+    push_objects(objects, push_object_fn, object_ids_to_push=object_ids_to_push - unasked)
 
 
 class Control:
