@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -31,6 +32,7 @@ from flwr.common.constant import (
     HEARTBEAT_PATIENCE,
     ErrorCode,
 )
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.superlink.grid import http_grid
 
 from fedgraft.client import fleet
@@ -188,11 +190,14 @@ def test_how_the_grid_pulls_and_pushes_can_be_replaced(monkeypatch: pytest.Monke
         theirs, pushes = http_grid.pull_objects, http_grid.push_objects
         monkeypatch.setattr(http_grid, "pull_objects", theirs)  # to be put back
         monkeypatch.setattr(http_grid, "push_objects", pushes)
-        save_requests(to_agents=True)
+        client = SimpleNamespace(PullMessages=lambda request: PullAppMessagesResponse())
+        save_requests(SimpleNamespace(_runtime_client=client), to_agents=True)
+        assert client.PullMessages(None) == PullAppMessagesResponse()
         assert http_grid.pull_objects is not theirs
         assert http_grid.push_objects is not pushes
         assert "push_objects" in http_grid.HttpGrid._try_push_messages.__code__.co_names
-        assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
+        used = http_grid.HttpGrid.pull_messages.__code__.co_names
+        assert {"pull_objects", "_runtime_client", "PullMessages"} <= set(used)
         wanted = {"object_ids": ["a", "b"], "pull_object_fn": str.encode}
         assert http_grid.pull_objects(**wanted) == theirs(**wanted) == {"a": b"a", "b": b"b"}
 

@@ -226,7 +226,7 @@ class Fleet:
             push = make_push_object_fn_protobuf(
                 self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
             )
-            wanted = set(reply.objects_to_push) - unasked_objects(message, offered=False)
+            wanted = set(reply.objects_to_push) - unasked_objects(message)
             try:
                 push_objects(objects, push, object_ids_to_push=wanted)
             except ObjectPushError:

@@ -24,37 +24,32 @@ from flwr.supercore.inflatable.inflatable_object import get_object_tree, iterate
 __all__ = ["known_objects", "unasked_objects"]
 
 
-def known_objects(
-    identifiers: Sequence[str], offered: ProtoMessage | None = None
-) -> dict[str, bytes]:
+def known_objects(identifiers: Sequence[str], offered: ProtoMessage | None) -> dict[str, bytes]:
     """Content by id (hex of SHA-256) of those objects of a message that need not be asked for.
 
     ``identifiers`` are those of all its objects, parts before what they are parts of; ``offered``
     is the message without its content, if it is at hand.
     """
-    if len(identifiers) != 3:  # with large arrays there are more: the record names several
-        return {}
+    if len(identifiers) != 3 or offered is None:
+        return {}  # with large arrays there are more: the record names several
     payload, record, _ = identifiers
     body = json.dumps({"payload": payload}).encode()
-    made = [_object("RecordDict", payload, body)]
-    if offered is not None:
-        head = ProtoMessage(metadata=offered.metadata)
-        head.metadata.message_id = ""
-        made.append(_object("Message", record, head.SerializeToString(deterministic=True)))
+    head = ProtoMessage(metadata=offered.metadata)
+    head.metadata.message_id = ""
+    made = (
+        _object("RecordDict", payload, body),
+        _object("Message", record, head.SerializeToString(deterministic=True)),
+    )
     named = {hashlib.sha256(content).hexdigest(): content for content in made}
     return {name: content for name, content in named.items() if name in identifiers}
 
 
-def unasked_objects(message: Message, *, offered: bool) -> set[str]:
-    """Ids of those objects of ``message`` that its receiver does not ask for.
-
-    ``offered`` says whether the receiver makes the head too: a site does, the coordinator not.
-    """
+def unasked_objects(message: Message) -> set[str]:
+    """Ids of those objects of ``message`` that its receiver does not ask for."""
     if not message.has_content():
         return set()
     order = [part.object_id for part in iterate_object_tree(get_object_tree(message))]
-    head = message_to_proto(remove_content_from_message(message)) if offered else None
-    return set(known_objects(order, head))
+    return set(known_objects(order, message_to_proto(remove_content_from_message(message))))
 
 
 def _object(kind: str, child: str, body: bytes) -> bytes:

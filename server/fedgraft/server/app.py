@@ -50,7 +50,7 @@ def main(grid: Grid, context: Context) -> None:
     path = str(context.run_config.get("federation") or "")
     federation = load_federation(Path(path)) if path else None
     sealed = bool(context.run_config.get("sealed"))
-    save_requests(to_agents=sealed)
+    save_requests(grid, to_agents=sealed)
     if sealed:
         Thread(target=_end_with_executor, daemon=True).start()
     with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:

@@ -27,6 +27,7 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
+from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
@@ -92,25 +93,34 @@ def _script(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def save_requests(*, to_agents: bool) -> None:
-    """Have this process's grid ask for and send no more than it must, and not wait for long.
+def save_requests(grid: Any, *, to_agents: bool) -> None:
+    """Have this process's ``HttpGrid`` ask and send no more than it must, and not wait for long.
 
     A site sends a message, then its objects. Flower waits a second before it asks again for one
     that is not there yet, which at every stage of a round adds up to more than all the rest. What
-    is known is not asked for, nor sent ``to_agents`` of ours; Flower's own nodes ask for all.
+    is known is neither sent nor asked for ``to_agents`` of ours; Flower's own nodes send all of it.
     """
-    http_grid.pull_objects = _pull_objects
+    pull_messages = grid._runtime_client.PullMessages
+    offers: dict[str, ProtoMessage] = {}  # of the messages that are being pulled, by id
+
+    def pull_noted(request: Any) -> Any:
+        reply = pull_messages(request)
+        offers.clear()
+        offers.update({offer.metadata.message_id: offer for offer in reply.messages_list})
+        return reply
+
+    def pull_unknown(
+        object_ids: list[str], pull_object_fn: Callable[[str], bytes]
+    ) -> dict[str, bytes]:
+        found = known_objects(object_ids, offers.get(object_ids[-1])) if to_agents else {}
+        unknown = [each for each in object_ids if each not in found]
+        found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
+        return found
+
+    grid._runtime_client.PullMessages = pull_noted
+    http_grid.pull_objects = pull_unknown
     if to_agents:
         http_grid.push_objects = _push_objects
-
-
-def _pull_objects(
-    object_ids: list[str], pull_object_fn: Callable[[str], bytes]
-) -> dict[str, bytes]:
-    found = known_objects(object_ids)
-    unknown = [each for each in object_ids if each not in found]
-    found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
-    return found
 
 
 def _push_objects(
@@ -120,7 +130,7 @@ def _push_objects(
     object_ids_to_push: set[str],
 ) -> None:
     messages = [each for each in objects.values() if isinstance(each, Message)]
-    unasked = {part for one in messages for part in unasked_objects(one, offered=True)}
+    unasked = {part for one in messages for part in unasked_objects(one)}
     push_objects(objects, push_object_fn, object_ids_to_push=object_ids_to_push - unasked)
 
 
