@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedgraft.client.objectives import IGNORED
+
 __all__ = ["Examples", "ImageExamples", "Indices", "TextExamples", "concatenate"]
 
 Indices = NDArray[np.int64]
@@ -54,6 +56,9 @@ class Examples(Protocol):
         Sequences are padded to ``width`` tokens, or as ``width(index)`` says.
         """
 
+    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+        """What the model should predict for ``batch(index, width)``, int64 [b] or [b, width]."""
+
     def subset(self, index: Indices) -> Self:
         """The examples at ``index``, in that order; shares the encoded rows."""
 
@@ -63,7 +68,8 @@ class TextExamples:
     """Token ids without padding: example i is ``ids[starts[i]:starts[i] + lengths[i]]``.
 
     ``labels``, ``starts`` and ``lengths`` int64 [n], ``ids`` int32 [tokens], ``types`` int8
-    [tokens] only where the tokenizer gives token types. None is longer than ``longest``.
+    [tokens] only where the tokenizer gives token types. None is longer than ``longest``. Where the
+    tokens themselves are ``predicted``, labels are all zero.
     """
 
     labels: Indices
@@ -74,6 +80,7 @@ class TextExamples:
     pad_id: int
     pad_left: bool
     longest: int
+    predicted: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -112,6 +119,16 @@ class TextExamples:
         if self.types is not None:
             inputs["token_type_ids"] = _padded(self.types[source], mask, 0)
         return inputs
+
+    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+        """What should be predicted, int64: the labels [b], or the tokens that follow [b, width]."""
+        if not self.predicted:
+            return torch.from_numpy(self.labels[index])
+        batch = self.batch(index, width)
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        targets = torch.full_like(ids, IGNORED)
+        targets[:, :-1] = ids[:, 1:].where(mask[:, 1:] & mask[:, :-1], IGNORED)
+        return targets
 
     def subset(self, index: Indices) -> "TextExamples":
         """The examples at ``index``, in that order; the token ids are shared."""
@@ -165,6 +182,10 @@ class ImageExamples:
     def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
         """``pixel_values``, float32 [b, channels, height, width], copied out of ``pixels``."""
         return {"pixel_values": torch.from_numpy(np.array(self.pixels[self.rows[index]]))}
+
+    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+        """The labels, int64 [b]."""
+        return torch.from_numpy(self.labels[index])
 
     def subset(self, index: Indices) -> "ImageExamples":
         """The examples at ``index``, in that order; the pixels are shared."""

@@ -61,7 +61,7 @@ def what_leaves(job: Job, exchanged: Layout, sites: int) -> Leaving:
 
 def _clear(job: Job, exchanged: Layout) -> list[Reply]:
     update = np.zeros(exchanged.size, np.float32)
-    tally = Tally.empty(len(job.job.labels)).to_vector()
+    tally = Tally.empty(job.job.classes).to_vector()
     trained = TrainReply(NO_SESSION, 1, exchanged.fingerprint, 1, 0.0, update)
     return [trained, *([EvaluateReply(NO_SESSION, 1, tally)] if job.data.validation else [])]
 

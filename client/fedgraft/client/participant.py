@@ -254,7 +254,7 @@ class Participant:
     def tally(self, request: EvaluateRequest) -> Tally:
         """Evaluate the request's adapter, with the site's own head where heads are local."""
         job, bench = self.open(request.session, request.job, request.round)
-        splits, classes = self.splits(job), len(job.job.labels)
+        splits, classes = self.splits(job), job.job.classes
         examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
         if not examples:
             return Tally.empty(classes)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from fedgraft.common.faults import Faults
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
+from fedgraft.common.tasks import TASKS, TaskName
 
 __all__ = [
     "Actor",
@@ -42,9 +43,23 @@ class General(Section):
     """``[job]``: the name, the task and its labels, and the seed everything random comes from."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    task: Literal["text-classification", "image-classification"]
-    labels: tuple[str, ...] = Field(min_length=2)
+    task: TaskName
+    labels: tuple[str, ...] = Field(default=(), description="of a classification")
     seed: int = Field(default=0, ge=0, lt=2**62)
+
+    @property
+    def classes(self) -> int:
+        """Rows of a confusion matrix: the labels, or for tokens the right and the wrong ones."""
+        return len(self.labels) or 2
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        if TASKS[self.task].target == "tokens":
+            if self.labels:
+                raise IllegalJob(f"{self.task} has no labels", "leave job.labels out")
+        elif len(self.labels) < 2:
+            raise IllegalJob(f"{self.task} needs at least two labels", "name them in job.labels")
+        return self
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -284,6 +299,11 @@ class Job(Section):
                 "raise method.rank, the rank of the shared adapter"
                 if self.method.kind == "lora"
                 else 'leave simulation.ranks out: method.kind = "head" has no rank',
+            )
+        if TASKS[self.job.task].target == "tokens" and self.method.head != "frozen":
+            raise IllegalJob(
+                f"the head of {self.job.task} is the backbone's own, as large as its vocabulary",
+                'method.kind = "lora" with method.head = "frozen"',
             )
         if self.rounds.early_stopping and not self.data.validation:
             raise IllegalJob(

@@ -61,7 +61,7 @@ def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Paramet
     bits = (((1 << 31) - 1) // parties + 1).bit_length()
     levels = (1 << (bits - 1)) - 1
     coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=TALLY_LIMIT)
-    classes = len(job.job.labels)
+    classes = job.job.classes
     layout = digest("tally", *job.job.labels)
     return _terms(job, session, cohort, layout, classes**2, coding)
 

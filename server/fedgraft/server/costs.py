@@ -112,7 +112,7 @@ def _clear_messages(plan: Plan) -> Messages:
     up: list[Reply] = [TrainReply(plan.session, 1, layout, 1, 0.0, train.adapter)]
     if evaluate:
         down.append(evaluate)
-        tally = Tally.empty(len(plan.job.job.labels)).to_vector()
+        tally = Tally.empty(plan.job.job.classes).to_vector()
         up.append(EvaluateReply(plan.session, 1, tally))
     return down, up
 

@@ -116,7 +116,7 @@ def check_masked(
     def terms(ids: tuple[int, ...]) -> Parameters:
         return evaluation_terms(job, request.session, ids)
 
-    classes = len(job.job.labels)
+    classes = job.job.classes
     talk = _Conversation(masking, job, transport, cohort)
     try:
         _, total = talk.hold(request, terms, job.rounds.min_sites)

@@ -167,7 +167,7 @@ def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: Sta
     job, names = plan.job, plan.exchanged.names
     last = state.round == job.rounds.count
     if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
-        return Checked(Tally.empty(len(job.job.labels)), Traffic())
+        return Checked(Tally.empty(job.job.classes), Traffic())
     request = EvaluateRequest(
         plan.session, state.round, plan.request.job, names, "validation", state.adapter
     )
@@ -223,15 +223,13 @@ def check_clear(
     exchanged: Layout,
 ) -> Checked:
     """Have ``sites`` evaluate; the sum of their tallies."""
-    checked = Checked(Tally.empty(len(job.job.labels)), Traffic())
+    checked = Checked(Tally.empty(job.job.classes), Traffic())
     expected = Expected(request.session, request.round, exchanged)
     for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
         checked.traffic.count(reply)
         if isinstance(reply.payload, EvaluateReply):
             try:
-                tally = check_evaluation(
-                    reply.payload, expected, job.aggregation, len(job.job.labels)
-                )
+                tally = check_evaluation(reply.payload, expected, job.aggregation, job.job.classes)
             except (InvalidReply, MessageError) as error:
                 checked.traffic.drop(reply.site, f"evaluation: {error}")
             else:

@@ -143,7 +143,7 @@ class _Place:
 
     def test(self, adapter: Vector, examples: Examples) -> Evaluation:
         """``adapter``, float32 [layout.size], on ``examples``."""
-        store, classes = self.participant.store, len(self.job.job.labels)
+        store, classes = self.participant.store, self.job.job.classes
         return evaluate(self.stack, self.layout, adapter, examples, classes=classes, store=store)
 
     def task(self, start: Vector, purpose: str) -> Task:

@@ -221,7 +221,7 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
     if simulation.shift == "image":
         shifts = draw_shifts(len(shares), numpy_generator(job.job.seed, "simulation", "shifts"))
     index = []
-    labels, classes = labels_of(pool.train), len(job.job.labels)
+    labels, classes = labels_of(pool.train), job.job.classes
     # In one piece: taking rows from thousands of chunks, one a file, looks through all of them.
     train = pool.train.with_format("arrow")[:].combine_chunks()
     test = train if pool.test is None else pool.test.with_format("arrow")[:].combine_chunks()
