@@ -124,10 +124,9 @@ def test_a_missing_key_is_named_with_its_section(file: Path, key: str) -> None:
 def test_a_classification_needs_labels_and_a_language_model_has_none(file: Path) -> None:
     error = refused(file, "job.labels=[]")
     assert "text-classification needs at least two labels" in str(error)
-    frozen = "method={kind='lora', head='frozen'}"
-    error = refused(file, "job.task=causal-lm", frozen)
+    error = refused(file, "job.task=causal-lm", "method.head=frozen")
     assert "causal-lm has no labels" in str(error)
-    error = refused(file, "job.task=causal-lm", "job.labels=[]", "method={kind='head'}")
+    error = refused(file, "job.task=causal-lm", "job.labels=[]", "method.head=shared")
     assert error.hint == 'method.kind = "lora" with method.head = "frozen"'
 
 
