@@ -1,4 +1,7 @@
-"""A site that has joined, without a coordinator; and one that answers GetTime, over real TLS."""
+"""A site that has joined, and a coordinator with a clock and a backbone, over real TLS.
+
+Neither needs the other: each can be wrong on its own.
+"""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +14,10 @@ from typing import Any
 
 import grpc
 
+from fedgraft import common
+from fedgraft.client.doctor import CHECKS, Check, Finding, examine
 from fedgraft.client.identity import make_identity
+from fedgraft.common.blobs import BlobStore, make_manifest
 from fedgraft.common.certificates import (
     fingerprint,
     issue_server,
@@ -24,10 +30,25 @@ from fedgraft.common.federation import Federation, dump_federation
 from fedgraft.common.files import write_private
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
+from fedgraft.server.backbone_service import BackboneService
 
-__all__ = ["CANARY", "Authority", "Coordinator", "Site"]
+__all__ = [
+    "CANARY",
+    "MANIFEST",
+    "NETWORK",
+    "QUICK",
+    "Authority",
+    "Coordinator",
+    "Site",
+    "look",
+    "states",
+]
 
 CANARY = "canary-7f3e"
+QUICK = tuple(check for check in CHECKS if check.name not in ("device", "training"))
+NETWORK = ("name", "tcp", "tls", "coordinator", "clock", "latency", "rate")
+BUILTIN = Path(common.__file__).parent / "builtin" / "glyph-vit"
+MANIFEST = make_manifest(BUILTIN, source="builtin")
 SITE = """
 name = "a"
 policy = "policy.toml"
@@ -65,7 +86,7 @@ class Site:
     def __init__(self, folder: Path, authority: Authority, endpoint: str) -> None:
         self.folder, self.authority = folder, authority
         self.file, self.state = folder / "site.toml", folder / "state"
-        self.state.mkdir(mode=0o700)
+        self.state.mkdir(mode=0o700, parents=True)
         self.key = make_key()
         write_private(self.state / "tls.key", key_to_pem(self.key))
         self.certify()
@@ -75,7 +96,7 @@ class Site:
         (self.state / "roster.toml").write_text(dump_federation(federation))
         self.endpoint(endpoint)
         self.file.write_text(SITE)
-        (folder / "policy.toml").write_text('[model]\nallowed_methods = ["lora"]\n')
+        self.allow(MANIFEST.digest)
         (folder / "train.csv").write_text(f"text,label\n{CANARY},{CANARY}-label\nmore,x\n")
         (folder / "test.jsonl").write_text(f'{{"text": "{CANARY}", "label": "{CANARY}"}}\n')
 
@@ -83,6 +104,12 @@ class Site:
         """Have another certificate, which ends ``days`` from now."""
         pem = self.authority.site(self.key.public_key(), days=days, name=name)
         (self.state / "certificate.pem").write_bytes(pem)
+
+    def allow(self, *digests: str) -> None:
+        """Write the policy: backbones that are allowed."""
+        named = ", ".join(f'"m{n}" = "sha256:{one}"' for n, one in enumerate(digests))
+        text = f'[model]\nallowed_methods = ["lora"]\nallowed_backbones = {{ {named} }}\n'
+        (self.folder / "policy.toml").write_text(text)
 
     def endpoint(self, endpoint: str) -> None:
         """Write the membership, with another address of the coordinator."""
@@ -95,9 +122,14 @@ class Site:
 
 @dataclass
 class Coordinator(services.MembershipServicer):  # type: ignore[misc]
-    """Answers GetTime with a clock that is ``ahead`` (seconds), or aborts with ``refuse``."""
+    """Answers GetTime with a clock that is ``ahead`` (seconds), or aborts with ``refuse``.
 
+    ``MANIFEST`` is in its ``store``.
+    """
+
+    store: Path
     ahead: float = 0.0
+    pause: float = 0.0  # seconds before each piece of a backbone
     refuse: grpc.StatusCode | None = None
     site_names: list[str] = field(default_factory=list)
 
@@ -113,6 +145,9 @@ class Coordinator(services.MembershipServicer):  # type: ignore[misc]
         """Serve with a certificate by ``authority``, asking for one; the port."""
         server = grpc.server(ThreadPoolExecutor(2))
         services.add_MembershipServicer_to_server(self, server)
+        store = BlobStore(self.store)
+        store.import_folder(BUILTIN, MANIFEST)
+        services.add_BackbonesServicer_to_server(_Slow(store, self), server)
         credentials = grpc.ssl_server_credentials(
             [authority.server(age=age)], authority.pem, require_client_auth=True
         )
@@ -122,3 +157,26 @@ class Coordinator(services.MembershipServicer):  # type: ignore[misc]
             yield port
         finally:
             server.stop(0).wait()
+
+
+class _Slow(BackboneService):
+    def __init__(self, store: BlobStore, coordinator: Coordinator) -> None:
+        super().__init__(store)
+        self._coordinator = coordinator
+
+    def GetChunks(self, request: Any, context: Any) -> Iterator[Any]:
+        for piece in super().GetChunks(request, context):
+            time.sleep(self._coordinator.pause)
+            yield piece
+
+
+def look(site: Site, checks: tuple[Check, ...] = QUICK) -> dict[str, Finding]:
+    """All findings by name; whatever they are, the canary is not in them."""
+    found = {one.name: one for one in examine(site.file, checks)}
+    assert CANARY not in repr(found)
+    return found
+
+
+def states(found: dict[str, Finding]) -> dict[str, str]:
+    """The states that are not ok, by name."""
+    return {name: one.state for name, one in found.items() if one.state != "ok"}

@@ -21,6 +21,7 @@ from fedgraft.common.payloads import (
     PlanReply,
     Refusal,
     Request,
+    ResultReply,
     SharesAsk,
     TrainReply,
     TrainRequest,
@@ -55,7 +56,8 @@ class Node:
                 found = getattr(memory, name)
                 self.seen |= {found} if isinstance(found, bytes) else set(found)
             self.seen -= {bytes(32), b""}
-        return decode(reply.content, *REPLIES, PlanReply, TrainReply, EvaluateReply, Refusal)
+        clear = (PlanReply, TrainReply, EvaluateReply, ResultReply, Refusal)
+        return decode(reply.content, *REPLIES, *clear)
 
     def code(self, request: Request, stage: str) -> str:
         """The code of the refusal that this must be."""

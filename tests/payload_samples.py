@@ -19,11 +19,14 @@ from fedgraft.common.payloads import (
     KeysAsk,
     MaskedEvaluate,
     MaskedTrain,
+    PastRound,
     Payload,
     PlanReply,
     PlanRequest,
     Refusal,
     Reply,
+    ResultReply,
+    ResultRequest,
     SharesAsk,
     TrainReply,
     TrainRequest,
@@ -116,6 +119,12 @@ SAMPLES: dict[str, Flat] = {
     "MaskedEvaluate": MaskedEvaluate(EVALUATE, Delivery(SEALED)),
     "ConfirmAsk": ConfirmAsk("s", Survivors((0, 1, 4), (0, 4), (b"a", b"b"))),
     "UnmaskAsk": UnmaskAsk("s", UnmaskRequest((Confirmation(0, b"a"), Confirmation(4, b"b")))),
+    "ResultRequest": ResultRequest(
+        *("s", 3, "run-1", "j", ("x",), 4),
+        (PastRound(1, 4, 0.5, 0.25), PastRound(2, 3, 0.25, 0.5)),
+        VECTOR,
+    ),
+    "ResultReply": ResultReply("s"),
     "Advertisement": ADVERTISED[1],
     "SealedShares": SealedShares(1, SEALED),
     "MaskedInput": MaskedInput(1, np.arange(9, dtype=np.uint8), b"signed"),
@@ -143,6 +152,7 @@ WITH_ARRAYS = (
     "MaskedTrain",
     "MaskedEvaluate",
     "MaskedInput",
+    "ResultRequest",
 )
 SAMPLES |= {f"large {name}": _enlarged(SAMPLES[name]) for name in WITH_ARRAYS}
 REPLIES = [name for name, sample in SAMPLES.items() if isinstance(sample, get_args(Reply))]

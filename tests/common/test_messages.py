@@ -76,7 +76,7 @@ def test_every_payload_with_arrays_is_there_with_small_and_with_large_ones() -> 
         small |= {name for key in config if array_at(sample, key) is not None}
         large |= {name for _ in arrays}
     assert large == {f"large {name}" for name in small}
-    assert len(small) == 7
+    assert len(small) == 8
 
 
 def test_stages_are_message_types_of_flower() -> None:
@@ -88,6 +88,7 @@ def test_stages_are_message_types_of_flower() -> None:
         "evaluate",
         "query.confirm",
         "query.unmask",
+        "query.result",
     ]
 
 

@@ -86,7 +86,6 @@ def test_the_wheel_holds_one_side_only(image: str, left_out: set[str], tmp_path:
     assert [name for name in names if name.endswith(".dist-info/licenses/LICENSE")]
 
 
-@pytest.mark.skipif("site" not in VERBS, reason="no verb of a site yet")
 def test_a_sites_image_offers_the_verbs_of_a_site_only(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel_of("site", tmp_path)).extractall(tmp_path / "installed")
     rooms = [str(ROOT / room) for room in ("common", "client", "server", "simulations")]

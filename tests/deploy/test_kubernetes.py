@@ -7,6 +7,7 @@ import pytest
 import yaml
 from programs import find, passes
 
+from fedgraft.client.policy import load_policy
 from fedgraft.client.site import load_site
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
@@ -107,12 +108,11 @@ def test_the_coordinator_is_called_on_one_port_and_calls_nobody() -> None:
 
 
 def test_the_sites_files_are_ones_that_a_site_reads(tmp_path: Path) -> None:
-    policy = pytest.importorskip("fedgraft.client.policy")
     files = one("site.yaml", "ConfigMap")["data"]
     for name in ("site.toml", "policy.toml"):
         (tmp_path / name).write_text(files[name])
     config = load_site(tmp_path / "site.toml")
-    assert policy.load_policy(tmp_path / "policy.toml").approval.mode == "ask"
+    assert load_policy(tmp_path / "policy.toml").approval.mode == "ask"
     mounts = {m["mountPath"] for m in pod("site.yaml")["containers"][0]["volumeMounts"]}
     assert str(Path(config.state).parent) in mounts
     assert str(Path(config.data.train).parent) in mounts

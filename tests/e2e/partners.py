@@ -58,7 +58,7 @@ class Partners:
         folder.mkdir(parents=True, exist_ok=True)
         prepared = prepare(job)
         self.data = {site.name: prepared.folder / site.name for site in prepared.sites}
-        (self.port,) = free_ports(1)
+        self.port, self.watch = free_ports(2)
         self.home, self.kits = folder / "coordinator", folder / "kits"
         self.lifetime = lifetime
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -187,8 +187,9 @@ class Partners:
 
     def start_coordinator(self) -> None:
         """Start the coordinator and wait until sites can connect."""
-        listen = ("--home", str(self.home), "--listen", self.endpoint)
-        self._start("coordinator", ["coordinator", "run", *listen])
+        where = ["--home", str(self.home), "--listen", self.endpoint]
+        watch = ["--watch", f"127.0.0.1:{self.watch}"]
+        self._start("coordinator", ["coordinator", "run", *where, *watch])
         self.until(lambda: (self.home / "nginx" / "nginx.pid").exists(), 60)
         self.until(lambda: "Uvicorn running" in self.read("coordinator/logs/superlink.log"), 60)
 

@@ -189,7 +189,7 @@ def test_names_of_nobody_fill_no_memory(tmp_path: Path) -> None:
             request = enrolment_of(coordinator.kit(A), site=f"nobody-{number}")
             with pytest.raises(RuntimeError):
                 service.Enrol(request, Aborting())  # type: ignore[arg-type]
-        assert len(service._pace._wrong) == 1
+        assert len(service._pace._times) == 1
 
 
 class Aborting:

@@ -26,6 +26,8 @@ from fedgraft.common.payloads import (
     PlanRequest,
     Refusal,
     Request,
+    ResultReply,
+    ResultRequest,
     SharesAsk,
     TrainReply,
     TrainRequest,
@@ -156,6 +158,11 @@ ASKED: dict[type[Request], tuple[Stage, Request, type[AnyReply]]] = {
         Confirmation,
     ),
     UnmaskAsk: (Stage.UNMASK, UnmaskAsk("session", UnmaskRequest(())), Opening),
+    ResultRequest: (
+        Stage.RESULT,
+        ResultRequest("session", 1, "run", "{}", ("w",), 2, (), np.zeros(3, np.float32)),
+        ResultReply,
+    ),
 }
 ANSWERS: tuple[AnyReply, ...] = (
     PlanReply("session", "amy"),
@@ -166,6 +173,7 @@ ANSWERS: tuple[AnyReply, ...] = (
     MASKED,
     Confirmation(1, b"signature"),
     Opening(1, (RevealedShare(0, b"share"),)),
+    ResultReply("session"),
 )
 
 

@@ -18,10 +18,19 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedgraft.client.app import app
-from fedgraft.client.fleet import Fleet, FleetError, Gone, Refused, StillThere, Task, Unreachable
+from fedgraft.client.fleet import (
+    Fleet,
+    FleetError,
+    Gone,
+    Over,
+    Refused,
+    StillThere,
+    Task,
+    Unreachable,
+)
 from fedgraft.common.seals import seal
 
-__all__ = ["Agent", "Pace", "make_tls"]
+__all__ = ["Agent", "Chores", "Pace", "make_tls"]
 
 log = logging.getLogger("fedgraft.client")
 
@@ -44,13 +53,30 @@ class Pace:
         return self.brisk if since < self.during else self.idle
 
 
+class Chores:
+    """What a site sees to beside its messages; none by default."""
+
+    def came(self) -> None:
+        """A message has come and is about to be answered."""
+
+    def answered(self) -> None:
+        """The reply has left."""
+
+    def idle(self) -> bool:
+        """There is no message; whether the certificate was renewed."""
+        return False
+
+    def close(self) -> None:
+        """The site stops."""
+
+
 @dataclass
 class Agent:
     """What a site needs to work for a coordinator.
 
     ``node_config`` is what ``participant.open_participant`` reads; ``sign`` is by the site's
-    identity; ``tls`` makes a context with the certificate as it is now. ``upkeep`` is called
-    between messages, where certificates are renewed.
+    identity; ``tls`` makes a context with the certificate as it is now. ``chores`` are seen to
+    between messages.
     """
 
     site: str
@@ -59,13 +85,19 @@ class Agent:
     sign: Callable[[bytes], bytes]
     node_config: Mapping[str, str]
     tls: Callable[[], ssl.SSLContext | None]
-    upkeep: Callable[[], bool] = lambda: False
+    chores: Chores = field(default_factory=Chores)
     pace: Pace = Pace()
     contexts: dict[int, Context] = field(default_factory=dict)
     stopping: bool = False
 
     def run(self) -> None:
         """Work until ``stopping``, whatever happens to the connection."""
+        try:
+            self._keep_working()
+        finally:
+            self.chores.close()
+
+    def _keep_working(self) -> None:
         failures = 0
         while not self.stopping:
             try:
@@ -85,16 +117,26 @@ class Agent:
         """
         last = time.monotonic() - self.pace.during
         while not self.stopping:
-            task = fleet.receive()
-            if task is None:
-                if self.upkeep():
-                    return
-                self._wait(self.pace.pause(time.monotonic() - last))
-                continue
-            started = time.monotonic()
-            reply = self.answer(task, fleet.node_id)
-            fleet.reply(task, reply, time.monotonic() - started)
-            last = time.monotonic()
+            try:
+                if self._answer_next(fleet):
+                    last = time.monotonic()
+                    continue
+            except Over:
+                log.info("a message is not answered: its run was stopped")
+            if self.chores.idle():
+                return
+            self._wait(self.pace.pause(time.monotonic() - last))
+
+    def _answer_next(self, fleet: Fleet) -> bool:
+        """Take and answer one message, if there is one."""
+        task = fleet.receive()
+        if task is None:
+            return False
+        self.chores.came()
+        started = time.monotonic()
+        fleet.reply(task, self.answer(task, fleet.node_id), time.monotonic() - started)
+        self.chores.answered()
+        return True
 
     def answer(self, task: Task, node_id: int) -> Message:
         """The site's reply to one message, sealed."""

@@ -70,9 +70,15 @@ class Agreements:
 
     def pending(self) -> list[Agreement]:
         """Proposals that wait for a person, the oldest first."""
+        return [each for each in self._all() if each.status == "pending"]
+
+    def newest(self) -> Agreement | None:
+        """The proposal that came last, of those that nobody denied."""
+        return next((each for each in reversed(self._all()) if each.status != "denied"), None)
+
+    def _all(self) -> list[Agreement]:
         found = [self.find(path.stem) for path in self.folder.glob("[0-9a-f]*.json")]
-        waiting = [each for each in found if each is not None and each.status == "pending"]
-        return sorted(waiting, key=lambda each: each.asked)
+        return sorted((each for each in found if each), key=lambda each: each.asked)
 
     def propose(
         self, session: str, job: str, names: Sequence[str], leaving: dict[str, Any], *, ask: bool

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from fedgraft.client.masked import Kept, MaskedParticipant
 from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.results import keep_result
 from fedgraft.client.training import Trained, Wanted, train_together
 from fedgraft.common.errors import DataError, FedgraftError, SiteFailure
 from fedgraft.common.messages import decode, encode, recall, remember
@@ -28,6 +29,7 @@ from fedgraft.common.payloads import (
     Refusal,
     Reply,
     Request,
+    ResultRequest,
     SharesAsk,
     TrainRequest,
     UnmaskAsk,
@@ -112,6 +114,12 @@ def confirm(message: Message, context: Context) -> Message:
 def unmask(message: Message, context: Context) -> Message:
     """Reveal one share of each neighbour's secrets."""
     return _answer(message, context, _masked(context, MaskedParticipant.unmask), UnmaskAsk)
+
+
+@app.query("result")
+def result(message: Message, context: Context) -> Message:
+    """Keep what the run came to."""
+    return _answer(message, context, keep_result, ResultRequest)
 
 
 def _masked(

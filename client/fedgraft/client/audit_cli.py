@@ -19,6 +19,7 @@ __all__ = ["audit"]
 
 COLUMNS = (
     *("n", "time", "run", "round", "stage", "direction", "decision", "code"),
+    *("site", "key"),
     *("tensors.name", "tensors.shape", "tensors.dtype", "tensors.bytes", "tensors.sha256"),
     *("bytes", "sha256", "norm_before", "norm_after", "epsilon", "policy", "hash"),
 )
@@ -105,7 +106,8 @@ def _show(console: Console, path: Path, number: int | None) -> None:
 
 
 def _in_words(line: dict[str, Any]) -> str:
-    what = " ".join(part for part in (line["decision"], line.get("code", "")) if part)
+    words = (line["decision"], line.get("code", ""), line.get("site", ""))
+    what = " ".join(word for word in words if word)
     size = f"  {line['bytes']:,} bytes" if "bytes" in line else ""
     names = [tensor["name"] for tensor in line.get("tensors", ())]
     tensors = f" of {names[0]}" if len(names) == 1 else f" of {len(names)} tensors" if names else ""

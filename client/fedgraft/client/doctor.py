@@ -11,6 +11,7 @@ from pathlib import Path
 from fedgraft.client import doctor_checks as here
 from fedgraft.client import doctor_device as device
 from fedgraft.client import doctor_network as network
+from fedgraft.client import doctor_rate as line
 from fedgraft.client.doctor_checks import FAIL, SKIPPED, Finding, Patient
 from fedgraft.common.errors import FedgraftError
 
@@ -39,6 +40,7 @@ CHECKS = (
     Check("coordinator", network.coordinator, ("tls", "certificate")),
     Check("clock", network.clock, ("coordinator",)),
     Check("latency", network.latency, ("coordinator",)),
+    Check("rate", line.rate, ("coordinator", "policy")),
     Check("proxies", network.proxies),
     Check("device", device.device, ("site.toml",)),
     Check("training", device.training, ("device",)),

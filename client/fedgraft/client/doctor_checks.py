@@ -11,7 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from fedgraft.client.identity import load_identity
-from fedgraft.client.membership import Membership, load_membership, load_tls_key
+from fedgraft.client.membership import (
+    Membership,
+    load_membership,
+    load_tls_key,
+    set_aside,
+)
 from fedgraft.client.roster import roster_fingerprint
 from fedgraft.client.site import SiteConfig, load_site
 from fedgraft.common.audit import verify
@@ -67,10 +72,10 @@ class Patient:
     @property
     def new_kit(self) -> str:
         """How to get another certificate; keys, audit and what was answered before stay."""
-        site, member = self.member.site, self.state / "membership.json"
+        site = self.member.site
         return (
             f"ask the coordinator for a new kit (fedgraft provision renew {site}), then: "
-            f"mv {member} {member}.old && "
+            f"{set_aside(self.state)} && "
             f"fedgraft site join {site}.kit --fingerprint ... --site {self.path}"
         )
 
@@ -150,7 +155,7 @@ def keys(patient: Patient) -> Finding:
         if mode := path.stat().st_mode & 0o077:
             what = f"{path} is open to other users (0{0o600 | mode:o})"
             return Finding("keys", FAIL, what, f"chmod 600 {path}")
-    load_identity(state)  # says what is wrong with them
+    public = load_identity(state).public.hex()  # says what is wrong with them
     load_tls_key(state)
     mode = state.stat().st_mode & 0o777
     if mode & 0o022:
@@ -159,7 +164,8 @@ def keys(patient: Patient) -> Finding:
     if mode & 0o077:
         what = f"other users may look into {state} (0{mode:o})"
         return Finding("keys", WARN, what, f"chmod 700 {state}")
-    return Finding("keys", OK, "private keys and the state folder are this user's alone")
+    what = f"private keys are this user's alone; this site's public key is {public}"
+    return Finding("keys", OK, what)
 
 
 def disk(patient: Patient) -> Finding:

@@ -144,7 +144,7 @@ def clock(patient: Patient) -> Finding:
 
 
 def latency(patient: Patient) -> Finding:
-    """The measured round trip. Nothing large is fetched, so no rate is told."""
+    """The measured round trip."""
     trips = [1000 * trip for _, trip in patient.answers]
     what = f"{statistics.median(trips):.1f} ms there and back"
     return Finding("latency", OK, f"{what} ({min(trips):.1f} to {max(trips):.1f}, {len(trips)}x)")

@@ -2,13 +2,14 @@
 
 Flower starts a process for every message and asks the coordinator for the app it should run. A site
 of ours does neither: it takes a message, hands it to the installed code and sends what comes back.
-What is used here of Flower's insides is held to the real thing by tests/e2e/test_partners.py.
+What is used here of Flower's insides is held to the real thing by tests/e2e/test_contract.py.
 """
 
+import logging
 import ssl
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -23,11 +24,14 @@ from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
     PullMessagesRequest,
+    PullMessagesResponse,
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
+    UnexpectedObjectContentError,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
@@ -39,6 +43,8 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -51,7 +57,9 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgraft.common.objects import known_objects
 
-__all__ = ["Fleet", "FleetError", "Gone", "Refused", "StillThere", "Task", "Unreachable"]
+__all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
+
+log = logging.getLogger("fedgraft.client")
 
 FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
@@ -62,7 +70,7 @@ class FleetError(Exception):
 
 
 class Unreachable(FleetError):
-    """No answer, or none from the SuperLink: try again."""
+    """No answer, or none that a SuperLink gives: try again."""
 
 
 class StillThere(FleetError):
@@ -75,6 +83,10 @@ class Gone(FleetError):
 
 class Refused(FleetError):
     """The certificate, its revocation, the clock or the path: a person must look at it."""
+
+
+class Over(FleetError):
+    """Nobody waits for a message any more, as when its run was stopped."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,10 @@ class Fleet:
     def receive(self) -> Task | None:
         """The next message for this site with all its content; None if there is none.
 
+        A message whose parts do not come, or make no message, is left out.
+
         Raises:
+            Over: there was one, for which nobody waits.
             FleetError: of the kind that says what to do.
         """
         if self._lost:
@@ -156,6 +171,16 @@ class Fleet:
         reply = _asked(self._client.PullMessages, PullMessagesRequest(node=self.node))
         if not reply.messages_list:
             return None
+        try:
+            return self._collect(reply)
+        except FleetError:
+            raise
+        except Exception as error:  # whatever was sent, it must not end the site
+            log.warning("a message is left out, it is not whole: %s", type(error).__name__)
+            return None
+
+    def _collect(self, reply: PullMessagesResponse) -> Task:
+        """The message that was announced."""
         run_id, tree = reply.messages_list[0].metadata.run_id, reply.message_object_trees[0]
         # Flower's records look these up, wherever they are made.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, self.node_id
@@ -167,15 +192,16 @@ class Fleet:
         # stage of a round would take one.
         parts = [part.object_id for part in iterate_object_tree(tree)]
         contents = known_objects(parts, reply.messages_list[0])
-        contents |= pull_objects(
-            [part for part in parts if part not in contents],
-            pull,
-            max_time=PATIENCE,
-            initial_backoff=FIRST_WAIT,
-            backoff_cap=LONGEST_WAIT,
-        )
-        confirm(tree.object_id)
-        message = inflate_object_from_contents(tree.object_id, contents)
+        with _gone_is_over():
+            contents |= pull_objects(
+                [part for part in parts if part not in contents],
+                pull,
+                max_time=PATIENCE,
+                initial_backoff=FIRST_WAIT,
+                backoff_cap=LONGEST_WAIT,
+            )
+            confirm(tree.object_id)
+            message = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return Task(message, run_id)
 
@@ -183,6 +209,7 @@ class Fleet:
         """Send ``message``, which took ``seconds`` to make, in reply to ``task``.
 
         Raises:
+            Over: nobody waits for it.
             FleetError: of the kind that says what to do.
         """
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -201,7 +228,8 @@ class Fleet:
             push = make_push_object_fn_protobuf(
                 self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
             )
-            push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
+            with _gone_is_over():
+                push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
 
     def _ask(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda request: _asked(call, request)
@@ -225,7 +253,9 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
     """What ``call`` answers to ``request``; a FleetError without any text of the other side."""
     try:
         return call(request)
-    except httpx.TransportError as error:
+    except ValueError:
+        raise Unreachable("no SuperLink") from None
+    except httpx.RequestError as error:
         if isinstance(error.__cause__, ssl.SSLError) or "SSL" in str(error):
             raise Refused("tls") from None
         raise Unreachable(type(error).__name__) from None
@@ -235,6 +265,25 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
             raise StillThere from None
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.NOT_FOUND):
             raise Gone(str(status)) from None
+        if status == httpx.codes.FORBIDDEN and _run_is_over(error.response):
+            raise Over from None
         if status in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST):
             raise Refused(str(status)) from None
         raise Unreachable(str(status)) from None
+
+
+@contextmanager
+def _gone_is_over() -> Iterator[None]:
+    """Where the parts of a message cannot be had, or not be left, the message is of no use."""
+    try:
+        yield
+    except (ObjectPullError, ObjectPushError, UnexpectedObjectContentError):
+        raise Over from None
+
+
+def _run_is_over(response: httpx.Response) -> bool:
+    """Whether it is Flower that refuses, and not the front, which speaks no JSON."""
+    try:
+        return bool(response.json()["code"] == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED)
+    except (ValueError, KeyError, TypeError):
+        return False

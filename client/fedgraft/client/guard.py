@@ -36,6 +36,8 @@ from fedgraft.common.payloads import (
     Refusal,
     Reply,
     Request,
+    ResultReply,
+    ResultRequest,
     TrainReply,
     TrainRequest,
     Work,
@@ -100,6 +102,7 @@ class Guard:
             Job.model_validate_json(agreement.job),
             self._now(),
             round=_round(request, under_way),
+            works=not isinstance(request, ResultRequest),
             cohort=len(request.cohort) if isinstance(request, KeysAsk) else None,
             survivors=len(request.survivors.masked) if isinstance(request, ConfirmAsk) else None,
         )
@@ -174,7 +177,7 @@ class Guard:
         self, occasion: Occasion, request: Request | None, reply: Reply
     ) -> tuple[Reply, RecordDict]:
         content = encode(reply)
-        if not isinstance(reply, Refusal | PlanReply):
+        if not isinstance(reply, Refusal | PlanReply | ResultReply):
             most = self.policy.limits.max_bytes_out_per_round
             size = wire_bytes(content)
             self.agreements.spend(occasion.run, occasion.round, size, most=most)
@@ -200,9 +203,9 @@ class Guard:
         return Occasion(run, number, stage, self._policy_if_any.hash)
 
 
-def _work(request: Request) -> TrainRequest | EvaluateRequest | Work | None:
+def _work(request: Request) -> TrainRequest | EvaluateRequest | ResultRequest | Work | None:
     """The part of a request that names job, tensors and round, if it has one."""
-    if isinstance(request, TrainRequest | EvaluateRequest):
+    if isinstance(request, TrainRequest | EvaluateRequest | ResultRequest):
         return request
     if isinstance(request, KeysAsk):
         return request.work

@@ -11,6 +11,7 @@ from fedgraft.client.membership import (
     ask,
     keep_membership,
     load_tls_key,
+    set_aside,
 )
 from fedgraft.client.roster import Trust, accept, keep_roster
 from fedgraft.common.certificates import fingerprint, key_to_pem, make_csr, make_key, site_of
@@ -43,7 +44,8 @@ def join(kit: Kit, state: Path, now: datetime) -> Joined:
         InputError: the site has joined already, or what the coordinator gave is not for us.
     """
     if (state / "membership.json").exists():
-        raise InputError("this site has joined already", hint=f"to join again, move {state} away")
+        hint = f"to join again with a new kit: {set_aside(state)}"
+        raise InputError("this site has joined already", hint=hint)
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(state, 0o700)

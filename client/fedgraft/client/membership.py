@@ -36,6 +36,7 @@ __all__ = [
     "open_member_channel",
     "renew",
     "renewal_due",
+    "set_aside",
 ]
 
 TIMEOUT = 30.0  # seconds for one question
@@ -100,6 +101,15 @@ def load_tls_key(state: Path) -> EllipticCurvePrivateKey:
 def keep_membership(state: Path, member: Membership) -> None:
     """Write ``membership.json``: with it the site has joined."""
     write_text(state / "membership.json", json.dumps(asdict(member), indent=1) + "\n")
+
+
+def set_aside(state: Path) -> str:
+    """The command after which a site can join again.
+
+    The state folder itself stays: in it is what the site has answered, which it must not forget.
+    """
+    path = state / "membership.json"
+    return f"mv {path} {path}.old"
 
 
 def open_member_channel(state: Path, endpoint: str) -> grpc.Channel:

@@ -94,7 +94,7 @@ class PrivacyRules(Section):
 class Limits(Section):
     """``[limits]``: how often, how much and when; ``keep_sent`` rounds stay in ``state/sent``.
 
-    Within ``hours`` work is taken up; a reply to it may leave after them.
+    Within ``hours`` work is taken up; a reply to it may leave after them, and a result may come.
     """
 
     max_rounds: int = Field(default=50, ge=1)
@@ -168,15 +168,16 @@ class RoundFacts:
     """What a policy judges, as far as it is known at a stage.
 
     ``digests`` identify the backbone that the coordinator claims; ``now`` is local time; ``round``
-    is 0 at PLAN. ``cohort`` is how many sites begin a masked round, ``survivors`` how many are in
-    its sum, ``bytes_out`` what a round would send, ``examples`` what this site would train on;
-    None where that is not known yet.
+    is 0 at PLAN; ``works`` is False where nothing is asked but to keep a result. ``cohort`` is how
+    many sites begin a masked round, ``survivors`` how many are in its sum, ``bytes_out`` what a
+    round would send, ``examples`` what this site would train on; None where that is not known yet.
     """
 
     job: Job
     now: datetime
     digests: frozenset[str] | None = None
     round: int = 0
+    works: bool = True
     cohort: int | None = None
     survivors: int | None = None
     bytes_out: int | None = None
@@ -215,7 +216,7 @@ def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:
         ("steps", steps is None or steps >= privacy.min_local_steps),
         ("rounds", facts.round <= job.rounds.count <= limits.max_rounds),
         ("bytes", (facts.bytes_out or 0) <= limits.max_bytes_out_per_round),
-        ("hours", hours is None or hours.include(facts.now.time())),
+        ("hours", hours is None or not facts.works or hours.include(facts.now.time())),
         ("metrics", _masks(job) or _revealed(job) <= set(policy.metrics.allowed)),
     )
 

@@ -21,6 +21,7 @@ from fedgraft.client.membership import (
     load_membership,
     open_member_channel,
 )
+from fedgraft.common.audit import Audit
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation import (
     Federation,
@@ -35,7 +36,7 @@ from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 
 __all__ = ["Trust", "accept", "admit", "keep_roster", "refresh_roster", "roster_fingerprint"]
 
-FILE, KNOWN = "roster.toml", "known.json"
+FILE, KNOWN, AUDIT = "roster.toml", "known.json", "audit.jsonl"
 KEY = r"[0-9a-f]{64}"
 
 
@@ -129,8 +130,10 @@ def admit(state: Path, name: str, key: str = "") -> None:
     """A person's word: ``name`` may be in the roster, with this ``key`` (hex) and no other.
 
     Without a key, the next one that the coordinator gives is taken, whatever was known before.
+    It is in the audit first: what cannot be recorded is not decided.
 
     Raises:
+        AuditError: it cannot be recorded.
         InputError: this site has not joined, it is this site's own name, or the key is none.
     """
     member = load_membership(state)
@@ -139,6 +142,8 @@ def admit(state: Path, name: str, key: str = "") -> None:
     if key and not re.fullmatch(KEY, key):
         raise InputError("the key is not 64 hex digits", hint="the public key of that site")
     known = _known(state, load_federation(state / FILE))
+    facts = {"run": "", "round": 0, "stage": "admit", "policy": "", "direction": ""}
+    Audit(state / AUDIT).append(facts | {"decision": "admitted", "site": name, "key": key})
     known.pop(name, None)
     _write_known(state, {**known, **({name: key} if key else {})})
     if name not in member.sites:

@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from fedgraft.client.agent import Agent, make_tls
+from fedgraft.client.agent import Agent, Chores, make_tls
+from fedgraft.client.heads import HeadReporter
 from fedgraft.client.identity import load_identity
 from fedgraft.client.membership import (
     Membership,
@@ -18,6 +19,7 @@ from fedgraft.client.membership import (
 )
 from fedgraft.client.roster import refresh_roster
 from fedgraft.client.site import load_site
+from fedgraft.client.spare_time import SpareTime
 from fedgraft.common.errors import FedgraftError, InputError
 
 __all__ = ["make_agent"]
@@ -49,18 +51,39 @@ def make_agent(path: Path) -> Agent:
         sign=load_identity(state).sign,
         node_config={"site": str(path.resolve())},
         tls=partial(make_tls, state / "ca.pem", state / "certificate.pem", state / "tls.key"),
-        upkeep=_Upkeep(member, state).due,
+        chores=_MemberChores(member, state, path.resolve()),
     )
 
 
-class _Upkeep:
-    """What a member sees to once a minute."""
+class _MemberChores(Chores):
+    """What a member sees to: certificate and roster once a minute, audit and results."""
 
-    def __init__(self, member: Membership, state: Path) -> None:
+    def __init__(self, member: Membership, state: Path, site: Path) -> None:
         self.member, self.state = member, state
         self._last = time.monotonic() - EVERY
+        self._heads = HeadReporter(member, state)
+        self._results = SpareTime(site, state)
+        self._heads.wake()  # what was not reported before it was killed
 
-    def due(self) -> bool:
+    def came(self) -> None:
+        """The federation's work comes first."""
+        self._results.interrupt()
+
+    def answered(self) -> None:
+        """What was just written to the audit is reported."""
+        self._heads.wake()
+
+    def idle(self) -> bool:
+        """Measure results; once a minute see to certificate and roster; whether renewed."""
+        self._results.tend()
+        return self._upkeep()
+
+    def close(self) -> None:
+        """Report what is not reported yet."""
+        self._results.interrupt()
+        self._heads.close()
+
+    def _upkeep(self) -> bool:
         """Renew the certificate and take keys of new sites, when it is time; whether renewed."""
         if time.monotonic() - self._last < EVERY:
             return False

@@ -68,6 +68,22 @@ class Audit:
         with _locked(self.path, "rb") as file:
             return _settled(self.path, file)[0]
 
+    @property
+    def newest(self) -> tuple[Head, dict[str, Any]]:
+        """``head``, and the facts of the line that it is of; none where there is no line.
+
+        Raises:
+            AuditError: as ``head``.
+        """
+        before: list[bytes] = []
+        if self.path.exists():
+            with _locked(self.path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                *before, _ = _tail(file, size)  # what follows the last line end is no line yet
+        if not before:
+            return Head(0, NOTHING), {}
+        return _head_of(self.path, before[-1]), json.loads(before[-1])
+
     def append(self, facts: Mapping[str, Any]) -> Head:
         """Add a line; it is durable when this returns, and what is torn off is cut before.
 

@@ -25,6 +25,7 @@ __all__ = [
     "find_backbone",
     "head_names",
     "load",
+    "public_source",
     "read_config",
 ]
 
@@ -134,6 +135,25 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
         for name, child in model.named_children()
         if name != prefix and any(True for _ in child.parameters())
     )
+
+
+def public_source(source: str) -> str:
+    """``source`` as it may be shown to others: ``path:NAME`` without folders.
+
+    A backbone that is named by its manifest is what its sender calls it, where it is in the store.
+    """
+    kind, _, name = source.partition(":")
+    if kind == "manifest":
+        try:
+            named = open_store().manifest(name).source
+        except BackboneError:
+            return source
+        return named if named.startswith(("hf:", "builtin:")) else f"path:{_last(named) or name}"
+    return f"path:{_last(name)}" if kind == "path" else source
+
+
+def _last(path: str) -> str:
+    return Path(path.removeprefix("path:")).name
 
 
 def _download(name: str) -> Path:

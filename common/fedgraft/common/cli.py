@@ -44,6 +44,7 @@ VERBS = {
     "site admit": ("fedgraft.client.site_cli:admit", "Agree to a site that came later."),
     "site approve": ("fedgraft.client.approve_cli:approve", "Approve jobs that wait for you."),
     "site audit": ("fedgraft.client.audit_cli:audit", "What came and went; verify it; export it."),
+    "site results": ("fedgraft.client.results_cli:results", "What runs came to for this site."),
     "fetch": ("fedgraft.client.fetch_cli:fetch", "Import a local backbone at a site."),
 }
 GROUPS = {

@@ -22,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from fedgraft.common.errors import FedgraftError
 
@@ -75,7 +76,7 @@ class Console:
             inner = 0 < index < len(columns) - 1
             table.add_column(name, justify="right" if inner else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(str(cell) for cell in row))
+            table.add_row(*(Text(str(cell)) for cell in row))  # a str would be read as markup
         # soft_wrap would let long cells run over the table's edge
         self._out.print(table, soft_wrap=False)
 

@@ -62,6 +62,7 @@ class Stage(StrEnum):
     EVALUATE = "evaluate"
     CONFIRM = "query.confirm"
     UNMASK = "query.unmask"
+    RESULT = "query.result"
 
 
 T = TypeVar("T")

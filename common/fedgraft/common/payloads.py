@@ -29,12 +29,15 @@ __all__ = [
     "KeysAsk",
     "MaskedEvaluate",
     "MaskedTrain",
+    "PastRound",
     "Payload",
     "PlanReply",
     "PlanRequest",
     "Refusal",
     "Reply",
     "Request",
+    "ResultReply",
+    "ResultRequest",
     "SharesAsk",
     "TrainReply",
     "TrainRequest",
@@ -202,6 +205,44 @@ class UnmaskAsk:
     request: UnmaskRequest
 
 
+@dataclass(frozen=True)
+class PastRound:
+    """What a round of the federation came to, over all its sites.
+
+    ``loss`` is of training; ``accuracy`` of federated validation, NaN where there was none.
+    """
+
+    round: int
+    sites: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class ResultRequest:
+    """Coordinator to site, once at the end of a run: this is what it came to, keep it.
+
+    ``adapter`` is the final one, float32 [layout size]; ``round`` the last round, ``run`` the name
+    of the run, ``sites`` how many took part.
+    """
+
+    session: str
+    round: int
+    run: str
+    job: str
+    names: tuple[str, ...]
+    sites: int
+    rounds: tuple[PastRound, ...]
+    adapter: NDArray[Any]
+
+
+@dataclass(frozen=True)
+class ResultReply:
+    """The site has kept it."""
+
+    session: str
+
+
 Request = (
     PlanRequest
     | TrainRequest
@@ -212,6 +253,7 @@ Request = (
     | MaskedEvaluate
     | ConfirmAsk
     | UnmaskAsk
+    | ResultRequest
 )
 Reply = (
     PlanReply
@@ -222,6 +264,7 @@ Reply = (
     | MaskedInput
     | Confirmation
     | Opening
+    | ResultReply
     | Refusal
 )
 Payload = Request | Reply

@@ -20,11 +20,13 @@ from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.export import export_adapter
 from fedgraft.server.gathering import Halfway
+from fedgraft.server.handing_over import hand_over
 from fedgraft.server.masked import Masking
+from fedgraft.server.report import write_report
 from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
-from fedgraft.server.summary import run_facts
+from fedgraft.server.summary import partner_facts, run_facts
 from fedgraft.server.superlink import hasten_pulls
 from fedgraft.server.transport import Transport
 
@@ -56,15 +58,21 @@ def main(grid: Grid, context: Context) -> None:
         except TooFewSites as error:  # nothing is lost: who runs us tries again later
             run.event(WAITING, what=str(error))
             return
-        finish(run, job, final)
+        finish(run, transport, final)
 
 
-def finish(run: Run, job: Job, final: Vector) -> None:
-    """Write what a federation of partner sites came to: the adapter, and the run's facts."""
-    bench = open_workbench(job)
-    plan = make_plan(job, bench, run.session)
+def finish(run: Run, transport: Transport, final: Vector) -> None:
+    """Write what a federation of partner sites came to, and hand it over to every site.
+
+    The run is finished only then: who restarts before hands it over again.
+    """
+    bench = open_workbench(run.job)
+    plan = make_plan(run.job, bench, run.session)
     export_adapter(run, bench, plan.exchanged, final, run.folder / "adapter")
-    run.finish(run_facts(run, bench, plan))
+    handed = hand_over(plan, transport, run, final)
+    summary = run_facts(run, bench, plan) | partner_facts(run, handed)
+    write_report(run.folder, summary, run.history())
+    run.finish(summary)
 
 
 def coordinate(

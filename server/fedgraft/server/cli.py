@@ -176,9 +176,12 @@ def report(run: RunFolder, as_json: Json = False) -> None:
     opened = Run(run)
     summary = opened.summary()
     if summary is None:
-        raise RunError(
-            f"{run} has not finished", hint=f"continue it: fedgraft simulate --resume {run}"
+        go_on = (
+            f"continue it: fedgraft simulate --resume {run}"
+            if opened.job.simulation
+            else "the coordinator goes on with it: fedgraft coordinator status"
         )
+        raise RunError(f"{run} has not finished", hint=go_on)
     path = write_report(opened.folder, summary, opened.history())
     console = Console(as_json=as_json)
     console.json({"run": opened.name, "report": str(path)})
@@ -205,6 +208,7 @@ def export(
     from fedgraft.server.runs import Run
 
     opened = Run(run)
+    _find_backbones(run)
     bench = open_workbench(opened.job)
     plan = make_plan(opened.job, bench, opened.session)
     state = opened.latest(plan.exchanged)
@@ -216,3 +220,14 @@ def export(
     console = Console(as_json=as_json)
     console.json({"run": opened.name, "folder": str(folder), "merged": merge})
     console.text(f"wrote {folder}")
+
+
+def _find_backbones(run: Path) -> None:
+    """A run of a coordinator has its backbone in the coordinator's store, beside the runs."""
+    import os
+
+    from fedgraft.common.blobs import PLACE, set_store
+
+    store = run.resolve().parent.parent / "backbones"
+    if PLACE not in os.environ and store.is_dir():
+        set_store(store)

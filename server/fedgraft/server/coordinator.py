@@ -14,14 +14,18 @@ import sysconfig
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedgraft.common.errors import FedgraftError
+from fedgraft.server.forgeries import Forgeries
 from fedgraft.server.front import Front, front_command, write_front
 from fedgraft.server.jobs import Jobs, Submitted
-from fedgraft.server.registry import Member, Registry
+from fedgraft.server.overview import Overview
+from fedgraft.server.refusals import Refusals
+from fedgraft.server.registry import Member, Registry, Site
 from fedgraft.server.runs import Run
 from fedgraft.server.superlink import FINISHED, Control, executor_command, superlink_command
 from fedgraft.server.supervisor import Supervised
@@ -30,8 +34,10 @@ __all__ = ["Coordinator", "Home"]
 
 RETRY = 5.0  # seconds before a run that failed goes on from its last round
 TRIES = 20
+POLL = 2.0  # seconds between two looks at who is online
 HOST = "127.0.0.1"
 WAITING = "waiting for sites"
+TRUST = ("ca.pem", "crl.pem", "server.pem", "server.key")  # what nginx reads beside its own files
 Event = Callable[..., None]
 
 
@@ -74,17 +80,28 @@ class Coordinator:
         self.registry = Registry(home.folder)
         self.jobs = Jobs(home.file("jobs"))
         self.nodes: dict[str, int] = {}
+        self._registered: dict[str, Member] = {}  # of ``nodes``
+        self._spent: set[str] = set()  # keys that this SuperLink has unregistered
         self._event = event
         self._port = _free_port()
         self._control: Control | None = None
         self._current: tuple[str, int] | None = None
+        self._passed = ""  # a job that lacked sites: the next one has its turn
         self._not_before = 0.0
         self._members: dict[str, Member] = {}
+        self._trust: list[tuple[int, int]] = []
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
             folder.mkdir(exist_ok=True, mode=0o700)
+        self._forgeries = Forgeries(home.runs, event)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         self.processes = self._make_processes(found)
+        self._overview = Overview(self.jobs, home.runs)
+        self._refusals = Refusals(
+            home.file("nginx"), event, reopen=lambda: self._signal_front(signal.SIGUSR1)
+        )
+        self._seen: dict[str, dict[str, Any]] = {}  # what the SuperLink said of each site
+        self._next_poll = 0.0
 
     @property
     def public(self) -> bool:
@@ -134,8 +151,9 @@ class Coordinator:
             self._event("restarted", process=name)
         if name == "superlink":  # it has forgotten everything
             self._close_control()
-            self.nodes = {}
+            self.nodes, self._registered, self._spent = {}, {}, set()
             self._current = None
+            self._seen = {name: _offline(node) for name, node in self._seen.items()}
 
     def _front(self) -> Front:
         keys = {name: member.node_key for name, member in self._members.items()}
@@ -146,29 +164,37 @@ class Coordinator:
         self._follow_registry()
         for process in self.processes.values():
             process.tend()
+        self._refusals.tend(self._seen)
         if not self._reach_superlink():
             return
         try:
             self._register_nodes()
+            self._look_at_nodes()
             self._tend_job()
         except FedgraftError as error:
             self._event("superlink", what=str(error))
 
     def _follow_registry(self) -> None:
-        """Write nginx's configuration again when a site joined, was renewed or was revoked."""
+        """Have nginx know who joined or was revoked, and the certificates as they are."""
+        self._follow_members()
+        trust = [_version(self.home.file(name)) for name in TRUST]
+        if trust != self._trust:
+            self._trust = trust
+            self._signal_front(signal.SIGHUP)
+
+    def _follow_members(self) -> None:
         members = self.registry.members()
         if members == self._members and (self.home.file("nginx") / "nginx.conf").exists():
             return
         self._members = members
         if self.public:
             write_front(self._front())
-            self.processes["front"].signal(signal.SIGHUP)
+            self._signal_front(signal.SIGHUP)
         self._event("members", sites=sorted(members))
 
-    def reload(self) -> None:
-        """Have nginx read its certificates and the revocation list again."""
+    def _signal_front(self, number: signal.Signals) -> None:
         if self.public:
-            self.processes["front"].signal(signal.SIGHUP)
+            self.processes["front"].signal(number)
 
     def _reach_superlink(self) -> bool:
         if self._control is None and _listens(self._port):
@@ -183,18 +209,37 @@ class Coordinator:
     def _register_nodes(self) -> None:
         """Let the SuperLink know the keys of the members, and forget those of others."""
         assert self._control is not None  # noqa: S101  # tend saw to it
+        for name, was in list(self._registered.items()):
+            if self._members.get(name) != was:
+                self._spent.add(self._registered.pop(name).node_key)
+                self._event("unregistered", site=name)
+                self._control.unregister(self.nodes.pop(name))
+        if any(member.node_key in self._spent for member in self._members.values()):
+            # A site came back with the key it had, which Flower does not take a second time.
+            self.processes["superlink"].stop()
+            return
         for name, member in self._members.items():
             if name not in self.nodes:
                 self.nodes[name] = self._control.register(member.public_key, name)
-        for name in [name for name in self.nodes if name not in self._members]:
-            self._control.unregister(self.nodes.pop(name))
-            self._event("unregistered", site=name)
+                self._registered[name] = member
+
+    def _look_at_nodes(self) -> None:
+        """Note who is online; what was seen before the SuperLink forgot it stays."""
+        assert self._control is not None  # noqa: S101  # tend saw to it
+        if time.monotonic() < self._next_poll:
+            return
+        self._next_poll = time.monotonic() + POLL
+        found = self._control.nodes()
+        for name, number in self.nodes.items():
+            node = found.get(number, {})
+            if node.get("last_seen"):
+                self._seen[name] = node
 
     def _tend_job(self) -> None:
         """Start the oldest open job, or see how it is."""
         assert self._control is not None  # noqa: S101  # tend saw to it
         if self._current is None:
-            one = self.jobs.next()
+            one = self.jobs.next(self._passed)
             if one and time.monotonic() >= self._not_before:
                 self._start(one)
             return
@@ -204,6 +249,7 @@ class Coordinator:
             self._current = None
             return
         status, _ = self._control.status(run_id)
+        self._forgeries.tend(name)
         if status == FINISHED:
             self._current = None
             self._ended(name)
@@ -224,6 +270,7 @@ class Coordinator:
 
     def _ended(self, name: str) -> None:
         """A run has ended at Flower's: it is done if it says so itself, else it goes on later."""
+        self._passed = ""
         if (self.home.runs / name / "summary.json").exists():
             self.jobs.set(name, "finished")
             self._event("finished", run=name)
@@ -231,6 +278,7 @@ class Coordinator:
         one = next(one for one in self.jobs.all() if one.name == name)
         if self._waits_for_sites(name):
             self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING))
+            self._passed = name
             self._not_before = time.monotonic() + RETRY
             return
         if one.tries >= TRIES:
@@ -246,37 +294,36 @@ class Coordinator:
         return bool(events) and events[-1]["event"] == "waiting"
 
     def status(self) -> dict[str, Any]:
-        """What `fedgraft coordinator status` shows."""
-        online = self._control.nodes() if self._control else {}
-        sites = [
-            {
-                "site": name,
-                "state": "joined",
-                **_seen(online.get(self.nodes.get(name, 0), {})),
-            }
-            for name in sorted(self._members)
-        ]
-        return {
-            "processes": {
-                name: {"pid": each.pid, "starts": each.starts}
-                for name, each in self.processes.items()
-            },
-            "sites": sites,
-            "runs": [self._run_line(one) for one in self.jobs.all()],
-        }
+        """How everything is: what `fedgraft coordinator status`, the page and the figures show.
 
-    def _run_line(self, one: Submitted) -> dict[str, Any]:
-        folder = self.home.runs / one.name
-        history = Run(folder).history() if (folder / "run.json").exists() else []
+        ``totals`` are counted since this process started. Times are Unix seconds.
+        """
+        processes = {
+            name: {"pid": each.pid, "starts": each.starts} for name, each in self.processes.items()
+        }
         return {
-            "run": one.name,
-            "state": one.state,
-            "why": one.why,
-            "rounds": len(history),
-            "bytes_up": sum(line["bytes_up"] for line in history),
-            "bytes_down": sum(line["bytes_down"] for line in history),
-            "dropped": sum(len(line["dropped"]) for line in history),
-            "seconds": history[-1]["seconds"] if history else None,
+            "time": time.time(),
+            "listen": self._listen if self.public else "",
+            "processes": processes,
+            "sites": [
+                {
+                    "site": name,
+                    "state": site.state,
+                    **_seen(self._seen.get(name, {}), site.state),
+                    "audit": _audit(site),
+                }
+                for name, site in sorted(self.registry.sites().items())
+            ],
+            "runs": self._overview.lines(),
+            "refused": list(self._refusals.recent),
+            "second_sessions": dict(self._refusals.alarms),
+            "totals": {
+                **self._overview.totals(),
+                "refused": dict(self._refusals.totals),
+                "restarts": {
+                    name: max(each.starts - 1, 0) for name, each in self.processes.items()
+                },
+            },
         }
 
     def close(self) -> None:
@@ -284,10 +331,37 @@ class Coordinator:
         self._close_control()
         for process in reversed(self.processes.values()):
             process.stop()
+        self._refusals.close()
 
 
-def _seen(node: Mapping[str, Any]) -> dict[str, Any]:
-    return {"connected": node.get("status") == "online", "last_seen": node.get("last_seen")}
+def _seen(node: Mapping[str, Any], state: str) -> dict[str, Any]:
+    connected = state == "joined" and node.get("status") == "online"
+    return {"connected": connected, "last_seen": node.get("last_seen")}
+
+
+def _audit(site: Site) -> dict[str, Any]:
+    """What a site told last of its audit; ``lost`` lines that it had told are not in it."""
+    return {
+        "lines": site.audit_lines,
+        "head": site.audit_head,
+        "run": site.audit_run,
+        "round": site.audit_round,
+        "time": datetime.fromisoformat(site.audit_time).timestamp() if site.audit_time else None,
+        "lost": site.audit_lost,
+    }
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Changes with each new content: files here are replaced, never written into."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_ino, found.st_mtime_ns
+
+
+def _offline(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {**node, "status": "offline"}
 
 
 def _free_port() -> int:

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["run", "status", "stop", "submit"]
 
 TICK = 0.5  # seconds
+LATEST = 10  # runs that are shown
 Home = Annotated[Path, typer.Option(help="The coordinator's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 HERE = Path("coordinator")
@@ -25,6 +28,9 @@ HERE = Path("coordinator")
 def run(
     home: Home = HERE,
     listen: Annotated[str, typer.Option(help="ADDRESS:PORT of the public port.")] = "0.0.0.0:8443",
+    watch: Annotated[
+        str, typer.Option(help="127.0.0.1:PORT of a page and of /metrics; empty: neither.")
+    ] = "127.0.0.1:9464",
 ) -> None:
     """Run the coordinator until it is stopped: Flower, nginx, our services, the submitted jobs."""
     # We start processes beside gRPC's threads, and only by exec: it need not see to forks.
@@ -45,21 +51,35 @@ def run(
             console.note(f"{kind}  {_words(facts)}")
 
         coordinator = Coordinator(Home(home.resolve()), listen=listen, event=event)
-        servers = [serve_sites(home.resolve(), event)]
-        servers.append(serve_operators(home.resolve(), _operator(coordinator, stopping)))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.set())
-        if coordinator.public:
-            console.note(f"sites connect to {listen}")
-        else:
-            console.note("no nginx on PATH: there is no public port, and no site can connect")
-        try:
-            while not stopping.wait(TICK):
-                coordinator.tend()
-        finally:
-            for server in servers:
-                server.stop(1.0)
-            coordinator.close()
+        with _watched(coordinator, watch, console):
+            servers = [serve_sites(home.resolve(), event)]
+            servers.append(serve_operators(home.resolve(), _operator(coordinator, stopping)))
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: stopping.set())
+            if coordinator.public:
+                console.note(f"sites connect to {listen}")
+            else:
+                console.note("no nginx on PATH: there is no public port, and no site can connect")
+            try:
+                while not stopping.wait(TICK):
+                    coordinator.tend()
+            finally:
+                for server in servers:
+                    server.stop(1.0)
+                coordinator.close()
+
+
+@contextmanager
+def _watched(coordinator: "Coordinator", address: str, console: Console) -> Iterator[None]:
+    """Serve the page and the figures at ``address``, if it is one."""
+    if not address:
+        yield
+        return
+    from fedgraft.server.monitor import Monitor
+
+    with Monitor(address, coordinator.status) as monitor:
+        console.note(f"watch it at http://127.0.0.1:{monitor.port}/")
+        yield
 
 
 def _operator(coordinator: "Coordinator", stopping: threading.Event) -> Any:
@@ -100,7 +120,7 @@ def submit(
 
 
 def status(home: Home = HERE, as_json: Json = False) -> None:
-    """Sites, runs and processes of the running coordinator."""
+    """Processes, sites and runs of the running coordinator; exit code 1 if a process is down."""
     import json
 
     from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
@@ -109,24 +129,35 @@ def status(home: Home = HERE, as_json: Json = False) -> None:
     reply = _ask(home, lambda stub: stub.Status(pb.StatusRequest(), timeout=30))
     facts = json.loads(reply.status)
     console.json(facts)
-    rows = [
-        [site["site"], "yes" if site["connected"] else "no", site["last_seen"] or "never"]
-        for site in facts["sites"]
-    ]
-    console.table("Sites", ["site", "connected", "last seen"], rows)
-    rows = [
-        [
-            one["run"],
-            one["state"],
-            str(one["rounds"]),
-            f"{one['bytes_up'] / 1e6:,.1f} MB",
-            f"{one['bytes_down'] / 1e6:,.1f} MB",
-            str(one["dropped"]),
-            one["why"],
-        ]
-        for one in facts["runs"]
-    ]
-    console.table("Runs", ["run", "state", "rounds", "up", "down", "dropped", ""], rows)
+    _show(console, facts)
+    if any(not each["pid"] for each in facts["processes"].values()):
+        raise typer.Exit(1)
+
+
+def _show(console: Console, facts: dict[str, Any]) -> None:
+    from fedgraft.server.standing import alarms, process_rows, refused_rows, run_rows, site_rows
+
+    for alarm in alarms(facts):
+        console.text(f"ALARM  {alarm}")
+    rows = [[each["name"], each["restarts"], each["state"]] for each in process_rows(facts)]
+    console.table("Processes", ["process", "started again", "state"], rows)
+    if not facts["listen"]:
+        console.text("no nginx on PATH: there is no public port, and no site can connect\n")
+    sites = site_rows(facts)
+    columns = ["site", "state", "connected", "seen", "audit"]
+    titles = ["site", "state", "connected", "last seen", "its audit, told"]
+    console.table("Sites", titles, [[each[key] for key in columns] for each in sites])
+    runs = run_rows(facts)[:LATEST]
+    columns = ["run", "state", "round", "left", "up", "down", "dropped"]
+    titles = ["run", "state", "rounds", "left", "up", "down", "dropped"]
+    console.table("Runs", titles, [[each[key] for key in columns] for each in runs])
+    for each in runs:
+        for line in filter(None, [each["why"], *each["told"]]):
+            console.text(f"{each['run']}  {line}")
+    if refused := refused_rows(facts):
+        columns = ["site", "status", "count", "when", "path"]
+        rows = [[each[key] for key in columns] for each in refused]
+        console.table("Refused at the public port", ["who", "answer", "times", "", "path"], rows)
 
 
 def stop(
@@ -154,6 +185,9 @@ def _ask(home: Path, question: Any) -> Any:
         with open_channel(f"unix:{path}") as channel:
             return question(OperatorStub(channel))
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.INTERNAL:
+            hint = "look at what the coordinator printed"
+            raise FedgraftError("the coordinator could not do it", hint=hint) from None
         if error.code() is not grpc.StatusCode.FAILED_PRECONDITION:
             raise FedgraftError(
                 f"no coordinator runs in {home}", hint=f"fedgraft coordinator run --home {home}"

@@ -7,46 +7,37 @@ import torch
 
 from fedgraft.common.job import Job
 from fedgraft.common.messages import encode, wire_bytes
-from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import (
     ConfirmAsk,
-    EvaluateReply,
     EvaluateRequest,
     KeysAsk,
     MaskedEvaluate,
     MaskedTrain,
-    Reply,
     Request,
     SharesAsk,
-    TrainReply,
     TrainRequest,
     UnmaskAsk,
 )
 from fedgraft.common.privacy import FEWEST
 from fedgraft.common.processors import ImageProcessor
-from fedgraft.common.secagg.quantize import packed_size
+from fedgraft.common.rehearsal import blank_replies
 from fedgraft.common.secagg.statements import (
     Advertisement,
     Confirmation,
     Delivery,
     Envelope,
     KeysRequest,
-    MaskedInput,
-    Opening,
-    RevealedShare,
-    SealedShares,
     SharesRequest,
     Survivors,
     UnmaskRequest,
 )
-from fedgraft.common.terms import describe, evaluation_terms, training_terms
+from fedgraft.common.terms import describe
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.rounds import Plan
 
 __all__ = ["Costs", "estimate_costs"]
 
 VECTORS = 6  # adapter, gradient, two moments, received adapter, update
-NO_SESSION = "00" * 16
 OVERHEAD_MB = 350  # Python with torch and transformers loaded, measured
 
 
@@ -76,89 +67,58 @@ class Costs:
 def estimate_costs(plan: Plan, bench: Workbench) -> Costs:
     """Costs of the plan at one site: messages are built and counted, one example is passed."""
     job, size = plan.job, plan.exchanged.size
-    down, up = _masked_messages(plan) if _masks(job) else _clear_messages(plan)
+    up = blank_replies(job, plan.exchanged, _cohort(job))
     return Costs(
         trained_parameters=size + bench.local.size,
         exchanged_parameters=size,
         total_parameters=bench.backbone_parameters,
         bytes_up=sum(wire_bytes(encode(message)) for message in up),
-        bytes_down=sum(wire_bytes(encode(message)) for message in down),
+        bytes_down=sum(wire_bytes(encode(message)) for message in _messages_down(plan)),
         weights_mb=4 * bench.backbone_parameters / 2**20,
         activations_mb=_activations_mb(job, bench),
     )
 
 
-Messages = tuple[list[Request], list[Reply]]
-
-
-def _masks(job: Job) -> bool:
-    return job.privacy.secure_aggregation.enabled
-
-
-def _requests(plan: Plan) -> tuple[TrainRequest, EvaluateRequest | None]:
+def _requests(plan: Plan) -> list[TrainRequest | EvaluateRequest]:
     """What a round asks: to train and, where there is validation, to evaluate."""
     adapter = np.zeros(plan.exchanged.size, np.float32)
     session, job, names = plan.session, plan.request.job, plan.exchanged.names
-    train = TrainRequest(session, 1, 0, job, names, adapter)
-    if not plan.job.data.validation:
-        return train, None
-    return train, EvaluateRequest(session, 1, job, names, "validation", adapter)
+    asked: list[TrainRequest | EvaluateRequest]
+    asked = [TrainRequest(session, 1, 0, job, names, adapter)]
+    if plan.job.data.validation:
+        asked.append(EvaluateRequest(session, 1, job, names, "validation", adapter))
+    return asked
 
 
-def _clear_messages(plan: Plan) -> Messages:
-    train, evaluate = _requests(plan)
-    down: list[Request] = [train]
-    layout = plan.exchanged.fingerprint
-    up: list[Reply] = [TrainReply(plan.session, 1, layout, 1, 0.0, train.adapter)]
-    if evaluate:
-        down.append(evaluate)
-        tally = Tally.empty(plan.job.job.classes).to_vector()
-        up.append(EvaluateReply(plan.session, 1, tally))
-    return down, up
+def _messages_down(plan: Plan) -> list[Request]:
+    """What one site gets in a round."""
+    works = _requests(plan)
+    if not plan.job.privacy.secure_aggregation.enabled:
+        return list(works)
+    return [message for work in works for message in _masked_stages(plan, work)]
 
 
-def _masked_messages(plan: Plan) -> Messages:
-    """All five stages, once for training and once for validation."""
-    train, evaluate = _requests(plan)
-    down, up = _masked_stages(plan, train)
-    if evaluate:
-        more_down, more_up = _masked_stages(plan, evaluate)
-        down, up = down + more_down, up + more_up
-    return down, up
-
-
-def _masked_stages(plan: Plan, work: TrainRequest | EvaluateRequest) -> Messages:
+def _masked_stages(plan: Plan, work: TrainRequest | EvaluateRequest) -> list[Request]:
     job, session, digest = plan.job, plan.session, bytes(32)
     cohort = tuple(range(_cohort(job)))
     numbers = job.privacy.secure_aggregation.plan(len(cohort))
-    neighbours = cohort[1 : numbers.degree + 1]
     keys = KeysRequest(1, digest, digest)
     advertised = tuple(Advertisement(s, digest, digest, digest, bytes(64)) for s in cohort)
-    envelopes = tuple(Envelope(0, other, bytes(80)) for other in neighbours)
+    delivery = Delivery(
+        tuple(Envelope(0, other, bytes(80)) for other in cohort[1 : numbers.degree + 1])
+    )
     signed = tuple(Confirmation(site, bytes(64)) for site in cohort)
     if isinstance(work, TrainRequest):
-        task: Request = MaskedTrain(work, Delivery(envelopes))
-        terms = training_terms(job, NO_SESSION, cohort, plan.exchanged)
+        task: Request = MaskedTrain(work, delivery)
     else:
-        task = MaskedEvaluate(work, Delivery(envelopes))
-        terms = evaluation_terms(job, NO_SESSION, cohort)
-    size = packed_size(terms.length, terms.coding.ring_bits)
-    shares = tuple(RevealedShare(owner, digest) for owner in (0, *neighbours))
-    down: list[Request] = [
+        task = MaskedEvaluate(work, delivery)
+    return [
         KeysAsk(session, describe(work), cohort, keys),
         SharesAsk(session, SharesRequest(advertised)),
         task,
         ConfirmAsk(session, Survivors(cohort, cohort, tuple(said.signature for said in signed))),
         UnmaskAsk(session, UnmaskRequest(signed[: numbers.sign_threshold])),
     ]
-    up: list[Reply] = [
-        advertised[0],
-        SealedShares(0, envelopes),
-        MaskedInput(0, np.zeros(size, np.uint8), bytes(64)),
-        signed[0],
-        Opening(0, shares),
-    ]
-    return down, up
 
 
 def _cohort(job: Job) -> int:

@@ -33,11 +33,14 @@ from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 from fedgraft.common.secagg.errors import StatementError
 from fedgraft.common.secagg.keys import verify
 from fedgraft.server.provision import load_plan
-from fedgraft.server.registry import Certificate, Registry, Site, hash_token
+from fedgraft.server.registry import NO_AUDIT, Certificate, Registry, Site, hash_token
 
 __all__ = ["Enrolment", "Membership"]
 
-WRONG_TOKENS, CALM = 10, 60.0  # so many wrong tokens for a site, and it is refused so many seconds
+CALM = 60.0  # seconds in which there are at most so many of these:
+WRONG_TOKENS = 10  # for one site, before it is refused
+HEADS = 60  # of one site: each is a line of the coordinator's audit
+TOLD = 20  # refusals that have an event of their own
 LARGEST_CSR = 4096  # bytes
 # A site renews some three times in a certificate's life. All that live are kept, so that revoking
 # the site revokes every one of them; their number must then have an end.
@@ -63,12 +66,14 @@ class _Issuer:
     """Issues certificates to sites of the registry in ``home``; ``event`` is told what came of it.
 
     ``event`` gets a kind and facts: ``enrolled``, ``renewed``, ``enrolment-refused`` and
-    ``renewal-refused`` with the site, the last two with a ``code``; ``audit-head``.
+    ``renewal-refused`` with the site, the last two with a ``code``; ``audit-head`` and
+    ``audit-cut`` with what a site told of its audit.
     """
 
     def __init__(self, home: Path, event: Event) -> None:
         self.home, self.event = home, event
         self.registry = Registry(home)
+        self._refusals = _Sparing(event)
 
     def issue(self, name: str, key: ec.EllipticCurvePublicKey, site: Site) -> tuple[bytes, Site]:
         """A certificate for a site, PEM, and the site with it."""
@@ -120,27 +125,51 @@ class _Issuer:
             refused = _Refused("fault", grpc.StatusCode.INTERNAL)
             refusal = refusal or "fault"
         if refusal:
-            self.event(refusal, site=_printable(site), code=refused.code)
+            self._refusals.tell(refusal, site=_printable(site), code=refused.code)
         _refuse(context, refused)
 
 
-class _Pace:
-    """Counts wrong tokens for each site; of names that are no site's, together."""
+class _Sparing:
+    """Tells of the first few refusals of a minute, and then how many more there were.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._wrong: dict[str, list[float]] = {}
+    A stranger can be refused as often as he likes, and must not fill the audit with it.
+    """
+
+    def __init__(self, event: Event) -> None:
+        self._event, self._lock = event, threading.Lock()
+        self._begun, self._count = time.monotonic(), 0
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        with self._lock:
+            untold = 0
+            if time.monotonic() - self._begun >= CALM:
+                untold = max(self._count - TOLD, 0)
+                self._begun, self._count = time.monotonic(), 0
+            self._count += 1
+            told = self._count <= TOLD
+        if untold:
+            self._event("more-refused", count=untold)
+        if told:
+            self._event(kind, **facts)
+
+
+class _Pace:
+    """Lets each site do something ``most`` times a minute; names that are no site's, together."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._lock = most, threading.Lock()
+        self._times: dict[str, list[float]] = {}
 
     def check(self, name: str) -> None:
         with self._lock:
-            recent = [at for at in self._wrong.get(name, []) if time.monotonic() - at < CALM]
-            self._wrong[name] = recent
-        if len(recent) >= WRONG_TOKENS:
+            recent = [at for at in self._times.get(name, []) if time.monotonic() - at < CALM]
+            self._times[name] = recent
+        if len(recent) >= self._most:
             raise _Refused("too-many-tries", grpc.StatusCode.RESOURCE_EXHAUSTED)
 
     def note(self, name: str) -> None:
         with self._lock:
-            self._wrong.setdefault(name, []).append(time.monotonic())
+            self._times.setdefault(name, []).append(time.monotonic())
 
 
 class Enrolment(services.EnrolmentServicer):
@@ -148,7 +177,7 @@ class Enrolment(services.EnrolmentServicer):
 
     def __init__(self, home: Path, event: Event) -> None:
         self._issuer = _Issuer(home, event)
-        self._pace = _Pace()
+        self._pace = _Pace(WRONG_TOKENS)
 
     def Enrol(self, request: Any, context: grpc.ServicerContext) -> Any:
         """See the .proto."""
@@ -179,7 +208,8 @@ class Enrolment(services.EnrolmentServicer):
                 state="joined",
                 node_key=node_key,
                 identity=request.identity.hex(),
-                joined=datetime.now(UTC).isoformat(timespec="seconds"),
+                joined=_now(),
+                **({} if site.identity == request.identity.hex() else NO_AUDIT),
             )
             self._issuer.event("enrolled", site=name)  # what cannot be recorded is not done
         return certificate
@@ -190,6 +220,7 @@ class Membership(services.MembershipServicer):
 
     def __init__(self, home: Path, event: Event) -> None:
         self._issuer = _Issuer(home, event)
+        self._heads = _Pace(HEADS)
 
     def Renew(self, request: Any, context: grpc.ServicerContext) -> Any:
         """A new certificate for the same key."""
@@ -221,18 +252,43 @@ class Membership(services.MembershipServicer):
             name = self._issuer.member(context)
             if len(request.head) != 64 or not set(request.head) <= set("0123456789abcdef"):
                 raise _bad_request()
+            self._heads.check(name)
+            self._heads.note(name)
             with self._issuer.registry.change() as sites:
-                sites[name] = replace(
-                    sites[name], audit_lines=request.lines, audit_head=request.head
-                )
-                facts = {"run": _printable(request.run), "round": request.round}
-                facts |= {"lines": request.lines, "head": request.head}
-                self._issuer.event("audit-head", site=name, **facts)
+                self._note_head(name, request, sites)
             return pb.HeadReply()
+
+    def _note_head(self, name: str, request: Any, sites: dict[str, Site]) -> None:
+        """Note a head that goes on from the one before, and be loud about one that does not.
+
+        A chain only grows. What comes late of an earlier round of the run is no news.
+        """
+        before, run = sites[name], _printable(request.run)
+        fewer = request.lines < before.audit_lines
+        if fewer and run == before.audit_run and request.round < before.audit_round:
+            return
+        other = request.lines == before.audit_lines and request.head != before.audit_head
+        cut = fewer or (other and before.audit_head != "")
+        sites[name] = replace(
+            before,
+            audit_lines=request.lines,
+            audit_head=request.head,
+            audit_run=run,
+            audit_round=request.round,
+            audit_time=_now(),
+            audit_lost=max(before.audit_lost, before.audit_lines) if cut else before.audit_lost,
+        )
+        facts = {"run": run, "round": request.round, "lines": request.lines, "head": request.head}
+        known = {"known_lines": before.audit_lines, "known_head": before.audit_head} if cut else {}
+        self._issuer.event("audit-cut" if cut else "audit-head", site=name, **facts, **known)
 
     def GetTime(self, request: Any, context: grpc.ServicerContext) -> Any:
         """The coordinator's clock."""
         return pb.TimeReply(unix_seconds=time.time())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _check_open(site: Site) -> None:

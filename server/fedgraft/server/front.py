@@ -13,9 +13,9 @@ from pathlib import Path
 
 from fedgraft.common.files import write_text
 
-__all__ = ["LOG", "Front", "front_command", "write_front"]
+__all__ = ["ERRORS", "LOG", "Front", "front_command", "write_front"]
 
-LOG = "refused.log"
+LOG, ERRORS = "refused.log", "error.log"
 BODY = "16m"  # Flower's chunks are 5 MiB
 RATE, BURST = 50, 200  # requests a second of one site: a round in many stages asks in bursts
 
@@ -38,7 +38,7 @@ class Front:
 def front_command(front: Front, nginx: str) -> list[str]:
     """The command of the nginx process, in the foreground."""
     folder = front.folder
-    return [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", "error.log", "-g", "daemon off;"]
+    return [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", ERRORS, "-g", "daemon off;"]
 
 
 def write_front(front: Front) -> None:
@@ -81,6 +81,9 @@ http {{
   limit_req_zone $ssl_client_s_dn zone=site:1m rate={RATE}r/s;
   limit_req_zone $binary_remote_addr zone=stranger:1m rate=2r/s;
   limit_req_status 429;
+  limit_req_log_level info;  # they are in the other log
+  limit_conn_log_level info;
+  limit_conn_status 429;
   limit_conn_zone $ssl_client_s_dn zone=open:1m;
 
   server {{
@@ -98,6 +101,7 @@ http {{
     client_body_timeout 30s;
     client_header_timeout 10s;
     keepalive_timeout 75s;
+    http2_chunk_size 128k;  # of a backbone on its way out
 
     location = /v1/fleet/register-node {{ return 403; }}
     location = /v1/fleet/unregister-node {{ return 403; }}

@@ -67,6 +67,10 @@ class Jobs:
         paths = sorted(self.folder.glob("*.json"))
         return [Submitted(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
-    def next(self) -> Submitted | None:
-        """The job to run now: the oldest that is not at its end."""
-        return next((one for one in self.all() if one.state in OPEN), None)
+    def next(self, after: str = "") -> Submitted | None:
+        """The job to run now: the oldest that is not at its end.
+
+        Of those that came later than ``after``, if there is one: that job lacks sites.
+        """
+        found = [one for one in self.all() if one.state in OPEN]
+        return next((one for one in found if one.name > after), found[0] if found else None)

@@ -35,21 +35,26 @@ POLICY = """\
 # What this site allows. All that is not allowed here is refused.
 
 [model]
-# allowed_backbones = { "all-MiniLM-L6-v2" = "sha256:..." }   # fedgraft fetch says the digest
+# allowed_backbones = { "all-MiniLM-L6-v2" = "sha256:..." }   # none unless named here
 allowed_methods = ["lora", "head"]
 max_rank = 16
 
 [privacy]
 secure_aggregation = "required"   # or "allowed": then a job may have updates sent in clear
-min_cohort = 3
+min_cohort = 3                    # fewest sites in a sum
+max_colluding = 1                 # sites that may help the coordinator without opening it
 min_examples = 200
+min_local_steps = 4
 
 [limits]
 max_rounds = 50
 max_bytes_out_per_round = "20MB"
+# hours = "20:00-06:00"           # when work is taken up
+keep_sent = 3                     # rounds whose sent bytes stay here to be looked at
 
-[metrics]
+[metrics]                         # of replies in clear
 allowed = ["loss", "accuracy", "f1"]
+round_to = 3
 
 [approval]
 mode = "ask"                      # or "auto": whatever is within this policy

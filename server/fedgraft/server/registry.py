@@ -11,17 +11,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fedgraft.common.certificates import load_key, make_crl, revoked
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation import Federation, Floor, dump_federation
 from fedgraft.common.files import write_text
 
-__all__ = ["Certificate", "Member", "Registry", "Site", "hash_token"]
+__all__ = ["NO_AUDIT", "Certificate", "Member", "Registry", "Site", "hash_token"]
 
 State = Literal["invited", "joined", "revoked"]
 
@@ -44,6 +44,8 @@ class Site:
 
     The token's hash stays when it was used: ``state`` says whether it still lets anybody in.
     ``certificates`` are those in force, ``dead`` those that are not although they have not ended.
+    ``audit_*`` is the last head of its audit that it told, of which round and when; ``audit_lost``
+    is how many lines it once had told, if a later head had fewer or others.
     """
 
     state: State = "invited"
@@ -56,6 +58,10 @@ class Site:
     joined: str = ""
     audit_lines: int = 0
     audit_head: str = ""
+    audit_run: str = ""
+    audit_round: int = 0
+    audit_time: str = ""
+    audit_lost: int = 0
 
     def without_ended(self, now: datetime) -> "Site":
         """The site without certificates that have ended by themselves: no list must name them."""
@@ -64,6 +70,12 @@ class Site:
             certificates=tuple(one for one in self.certificates if one.lives(now)),
             dead=tuple(one for one in self.dead if one.lives(now)),
         )
+
+
+# Of a site that joins with another identity: its audit is a new one.
+NO_AUDIT: Final[Mapping[str, Any]] = {
+    one.name: one.default for one in fields(Site) if one.name.startswith("audit_")
+}
 
 
 @dataclass(frozen=True)

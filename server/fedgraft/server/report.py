@@ -96,7 +96,7 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         environment=sorted(read_record(summary, "environment").items()),
         models=MODELS,
         final={model: read_record(final, model) for model in POOLED},
-        headline=headline(sites),
+        headline=_partners_headline(summary) or headline(sites),
         pooled_sentence=_pooled_sentence(final),
         pooled_picture=pooled_picture(final),
         rounds=rounds,
@@ -107,6 +107,16 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         site_picture=site_picture(sites),
         **site_tables(sites),
     )
+
+
+def _partners_headline(summary: Record) -> str:
+    """What the coordinator of partner sites can say; empty for a simulation, which knows more."""
+    partners = read_record(summary, "partners")
+    if not partners:
+        return ""
+    accuracy = read_estimate(read_record(partners, "validation")).value
+    reached = "" if accuracy is None else f"Right for {as_share(accuracy)} of what sites hold out. "
+    return f"{reached}Whether it was worth it, each site knows for itself."
 
 
 def _pooled_sentence(final: Record) -> str:

@@ -1,8 +1,11 @@
 """What can be said of a run from its folder alone: parameters, bytes, settings."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedgraft.common.backbones import public_source
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job
 from fedgraft.common.workbench import Workbench
@@ -10,7 +13,7 @@ from fedgraft.server.protection import protection_facts
 from fedgraft.server.rounds import Plan
 from fedgraft.server.runs import Run
 
-__all__ = ["bytes_per_site_round", "run_facts"]
+__all__ = ["bytes_per_site_round", "partner_facts", "run_facts"]
 
 
 def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
             "labels": list(job.job.labels),
             "method": job.method.kind,
             "rule": job.aggregation.rule,
-            "backbone": _named(job.backbone.source),
+            "backbone": public_source(job.backbone.source),
         },
         "job_toml": dump_job(_without_folders(job)),
         "environment": run.environment(),
@@ -37,6 +40,26 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
         "bytes_up_per_site_round": up,
         "bytes_down_per_site_round": down,
         "protection": protection_facts(job, history),
+    }
+
+
+def partner_facts(run: Run, handed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the coordinator of partner sites knows beside: who has the result, how good it is.
+
+    ``handed`` is what ``hand_over`` said. Sites measure at home, and do not tell.
+    """
+    history, stopping = run.history(), run.job.rounds.early_stopping
+    final, best = None, -math.inf
+    for one in (line["validation"] for line in history if line["validation"]):
+        score = math.inf  # the last counts
+        if stopping:  # the best does, by the rule of ``rounds``
+            score = -one["loss"] if stopping.metric == "loss" else one[stopping.metric]
+            score -= stopping.min_delta if final else 0.0
+        if score > best or not stopping:
+            final, best = one, score + (stopping.min_delta if stopping and final else 0.0)
+    return {
+        "seconds": sum(line["seconds"] for line in history),
+        "partners": {**handed, "validation": final},
     }
 
 

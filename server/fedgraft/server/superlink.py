@@ -3,17 +3,19 @@
 The SuperLink listens on loopback alone, with TLS because node authentication wants it; its executor
 proves itself with a secret. Runs are started and nodes registered over the Control API, which asks
 nobody who they are: whoever may connect to loopback on this host is trusted. What is used here of
-Flower's insides is held to the real thing by tests/e2e/test_partners.py.
+Flower's insides is held to the real thing by tests/e2e/test_contract.py.
 """
 
 import ssl
 import sysconfig
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import HEARTBEAT_PATIENCE
 from flwr.common.serde import user_config_to_proto
 from flwr.proto.control_pb2 import (
     ListNodesRequest,
@@ -150,12 +152,12 @@ class Control:
         self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
 
     def nodes(self) -> dict[int, dict[str, Any]]:
-        """The registered nodes by id: ``status``, and the ``public_key`` in PEM."""
+        """The registered nodes by id: ``status``, when ``activated`` and ``last_seen``.
+
+        Times are Unix seconds, and None for a node that had no session yet.
+        """
         reply = self._ask(self._client.ListNodes, ListNodesRequest())
-        return {
-            int(node.node_id): {"status": str(node.status), "public_key": bytes(node.public_key)}
-            for node in reply.nodes_info
-        }
+        return {int(node.node_id): _read_node(node) for node in reply.nodes_info}
 
     def close(self) -> None:
         """Close the connection."""
@@ -170,3 +172,18 @@ class Control:
         except httpx.TransportError as error:
             what = f"the SuperLink does not answer ({type(error).__name__})"
             raise FedgraftError(what, hint="it is started again") from None
+
+
+def _read_node(node: Any) -> dict[str, Any]:
+    """What Flower knows of a node.
+
+    It keeps until when a node is taken to be online, which is so many intervals after its last
+    heartbeat; after a goodbye, until the goodbye. The two are not told apart, so that for a node
+    that said goodbye ``last_seen`` is up to a minute early.
+    """
+    activated = last_seen = None
+    if node.HasField("last_activated_at"):
+        activated = datetime.fromisoformat(node.last_activated_at).timestamp()
+        heard = node.online_until - HEARTBEAT_PATIENCE * node.heartbeat_interval
+        last_seen = max(activated, heard)
+    return {"status": str(node.status), "activated": activated, "last_seen": last_seen}

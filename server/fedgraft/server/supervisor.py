@@ -45,7 +45,8 @@ class Supervised:
     @property
     def pid(self) -> int:
         """Its process id; 0 while it does not run."""
-        return self._process.pid if self._process and self._process.poll() is None else 0
+        process = self._process  # another thread may ask while this one is started again
+        return process.pid if process and process.poll() is None else 0
 
     def tend(self) -> bool:
         """Start it if it is not running and not just failed; whether it was started."""

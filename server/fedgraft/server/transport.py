@@ -26,6 +26,8 @@ from fedgraft.common.payloads import (
     PlanRequest,
     Refusal,
     Request,
+    ResultReply,
+    ResultRequest,
     SharesAsk,
     TrainReply,
     TrainRequest,
@@ -52,6 +54,7 @@ ANSWERS: dict[type[Request], type[Payload]] = {
     MaskedEvaluate: MaskedInput,
     ConfirmAsk: Confirmation,
     UnmaskAsk: Opening,
+    ResultRequest: ResultReply,
 }
 Watch = Callable[[Stage, int, int], None]
 CODE = re.compile(r"[A-Za-z0-9_-]{1,64}")

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fedgraft.client.comparison import epochs_of
 from fedgraft.client.evaluation import Evaluation, evaluate
 from fedgraft.client.examples import Examples, concatenate
 from fedgraft.client.participant import Participant, Splits, open_participant
@@ -180,9 +181,7 @@ def _train(
 
 def _budget(trial: Trial) -> int:
     """Epochs that a site took part in, on average: only some may have been asked in a round."""
-    sites = len(trial.nodes)
-    share = trial.job.rounds.cohort_size(sites) / sites
-    return max(1, round(trial.round * share)) * trial.job.training.epochs
+    return epochs_of(trial.job, trial.round, len(trial.nodes))
 
 
 def _sample(trial: Trial, site: int) -> list[int]:

@@ -1,0 +1,117 @@
+"""Was it worth it for this site: the federation's adapter beside what the site has without it.
+
+    federated    the adapter that was kept (``results``)
+    local_only   trained here alone, for as many epochs as a site trains in the federation
+    zero_shot    the backbone with its own head, untouched (only if that head knows the labels)
+
+The same measurement as a simulation makes for every site, on the same examples: the site's own test
+file, else what it holds out for validation, which no training sees. It is made here, after the run,
+and nothing of it leaves.
+"""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from fedgraft.client.evaluation import Evaluation, evaluate
+from fedgraft.client.examples import Examples
+from fedgraft.client.participant import Participant
+from fedgraft.client.results import Result
+from fedgraft.client.training import Task, Trained, train
+from fedgraft.common.adapter_folder import read_adapter
+from fedgraft.common.adapters import Vector
+from fedgraft.common.errors import BackboneError
+from fedgraft.common.job import Job
+from fedgraft.common.seeds import numpy_generator, torch_generator
+from fedgraft.common.verdicts import macro_f1_interval, verdict, wilson_interval
+from fedgraft.common.workbench import Workbench, open_workbench
+
+__all__ = ["compare", "epochs_of"]
+
+LOCAL = "local-only"  # what its shuffling is derived from, as in a simulation
+
+
+def epochs_of(job: Job, rounds: int, sites: int) -> int:
+    """Epochs that one of ``sites`` sites took part in, on average, in ``rounds`` rounds."""
+    share = job.rounds.cohort_size(sites) / max(sites, 1)
+    return max(1, round(rounds * share)) * job.training.epochs
+
+
+def compare(at: Participant, result: Result) -> dict[str, Any]:
+    """Measure all models here; the report, as JSON.
+
+    Raises:
+        BackboneError: the backbone is not the one that the adapter belongs to.
+        InputError: the adapter cannot be read.
+        DataError: the site's files do not match the job.
+    """
+    job, bench = result.job, open_workbench(result.job)
+    if bench.backbone.fingerprint != result.fingerprint:
+        raise BackboneError(
+            "the backbone has changed since the run", hint="bring back the one it was made with"
+        )
+    splits = at.splits(job)
+    split = "test" if len(splits.test) else "validation"
+    tested = splits.test if len(splits.test) else splits.validation
+    own = dict(_models(at, result, bench, splits.train, tested)) if len(tested) else {}
+    metrics = {name: one and _metrics(one, at, job, name) for name, one in own.items()}
+    federated, alone = own.get("federated"), own.get("local_only")
+    sentence, outcome = f"Whether federating helped {at.config.name} is not known.", "unknown"
+    if federated is not None and alone is not None:
+        judged = verdict(federated.correct, alone.correct, name=at.config.name)
+        sentence, outcome = judged.sentence, judged.outcome
+    return {
+        "site": at.config.name,
+        "run": result.run,
+        "session": result.session,
+        "job": job.job.name,
+        "received": result.received,
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("fedgraft"),
+        "backbone": result.backbone,
+        "fingerprint": result.fingerprint,
+        "adapter": result.adapter,
+        "sites": result.sites,
+        "masked": job.privacy.secure_aggregation.enabled,
+        "rounds": [
+            {"round": one.round, "sites": one.sites, "accuracy": one.accuracy, "loss": one.loss}
+            for one in result.rounds
+        ],
+        "examples": len(splits.train),
+        "tested_on": split,
+        "test_examples": len(tested),
+        "models": {"federated": None, "local_only": None, "zero_shot": None, **metrics},
+        "verdict": sentence,
+        "outcome": outcome,
+    }
+
+
+def _models(
+    at: Participant, result: Result, bench: Workbench, train_on: Examples, tested: Examples
+) -> Iterator[tuple[str, Evaluation | None]]:
+    """Each model's name and how it did; None for one that could not be trained."""
+    job, stack = result.job, at.stack(result.job)
+
+    def test(vector: Vector) -> Evaluation:
+        classes = len(job.job.labels)
+        return evaluate(stack, bench.layout, vector, tested, classes=classes, store=at.store)
+
+    yield "federated", test(read_adapter(bench, result.folder / "adapter"))
+    if not bench.fresh_head:
+        yield "zero_shot", test(bench.initial)
+    generator = torch_generator(job.job.seed, LOCAL, at.config.name)
+    task = Task(train_on, bench.initial, generator, at.store)
+    epochs = epochs_of(job, len(result.rounds), result.sites)
+    (alone,) = train(stack, bench.layout, [task], settings=job.training, epochs=epochs)
+    yield "local_only", test(alone.vector) if isinstance(alone, Trained) else None
+
+
+def _metrics(one: Evaluation, at: Participant, job: Job, name: str) -> dict[str, Any]:
+    tally = one.tally
+    generator = numpy_generator(job.job.seed, "bootstrap", at.config.name, name)
+    return {
+        **tally.summary(),
+        "accuracy_interval": list(wilson_interval(tally.correct, tally.examples)),
+        "macro_f1_interval": list(macro_f1_interval(tally.confusion, generator)),
+    }

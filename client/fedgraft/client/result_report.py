@@ -1,0 +1,87 @@
+"""A site's own report of a run: ``report.json`` for machines, ``report.md`` and ``report.html``.
+
+The page stands alone (no script, font or image from outside), and the same report gives the same
+bytes. What comes from the coordinator passes autoescaping as everything else does.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from fedgraft.common.files import write_text
+
+__all__ = ["read_report", "write_report"]
+
+NAMES = {
+    "federated": "Federated",
+    "local_only": "On its own data alone",
+    "zero_shot": "Backbone untouched",
+}
+MISSING = "not measured"
+WIDTH, HEIGHT = 600, 120  # of the curve, in units of its own
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write ``report`` (as ``comparison.compare`` makes it) into ``folder`` in all three forms."""
+    rounds = [{**line, **_known(line)} for line in report["rounds"]]
+    report = report | {"rounds": rounds}
+    facts = {"report": report, "names": NAMES, "points": _curve(rounds)}
+    for name in ("report.md", "report.html"):
+        text = _templates().get_template(f"{name}.j2").render(facts)
+        write_text(folder / name, text.encode("utf-8", "replace").decode())
+    write_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report in ``folder``; None while it has not been made."""
+    path = folder / "report.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable[..., str]] = {"percent": _percent, "interval": _interval}
+    environment.filters.update(filters)
+    return environment
+
+
+def _known(line: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of a round, None for one that there is not: JSON has no NaN."""
+    return {
+        key: float(line[key]) if line[key] is not None and math.isfinite(line[key]) else None
+        for key in ("accuracy", "loss")
+    }
+
+
+def _curve(rounds: list[dict[str, Any]]) -> str:
+    """Accuracy over rounds as the points of an SVG polyline, 0 % to 100 % from bottom to top."""
+    known = [(line["round"], line["accuracy"]) for line in rounds if line["accuracy"] is not None]
+    if len(known) < 2:
+        return ""
+    first, span = known[0][0], max(known[-1][0] - known[0][0], 1)
+    return " ".join(
+        f"{WIDTH * (number - first) / span:.1f},{HEIGHT * (1 - min(max(share, 0.0), 1.0)):.1f}"
+        for number, share in known
+    )
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def _interval(model: dict[str, Any], metric: str = "accuracy") -> str:
+    low, high = model[f"{metric}_interval"]
+    return f"{100 * low:.1f} to {100 * high:.1f} %"

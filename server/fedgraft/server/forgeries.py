@@ -1,0 +1,54 @@
+"""Replies that nobody was asked for, told to the coordinator's audit as runs come upon them.
+
+A run notes every reply that does not count among its events. Most come from a site that is late or
+may not; these say that somebody who can reach the SuperLink answers for another, or again.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FORGED", "Forgeries"]
+
+FORGED = frozenset({"bad-seal", "another-sites-seal", "wrong-session", "wrong-round"})
+PIECE = 1 << 20  # bytes of a run's events that are read at a time
+
+
+class Forgeries:
+    """Follows the events of runs below ``runs``, from where they are now."""
+
+    def __init__(self, runs: Path, event: Callable[..., None]) -> None:
+        self._runs, self._event = runs, event
+        self._read = {path: path.stat().st_size for path in runs.glob("*/events.jsonl")}
+
+    def tend(self, run: str) -> None:
+        """Tell what ``run`` came upon since the last time."""
+        path = self._runs / run / "events.jsonl"
+        for line in self._lines(path):
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # torn by a crash
+                self._tell(run, json.loads(line))
+
+    def _tell(self, run: str, event: dict[str, Any]) -> None:
+        for site, reason in _lost(event):
+            if reason in FORGED:
+                where = {"run": run, "round": event.get("round", 0)}
+                self._event("reply-refused", **where, site=site, code=reason)
+
+    def _lines(self, path: Path) -> list[bytes]:
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(self._read.get(path, 0))
+            whole, end, _ = file.read(PIECE).rpartition(b"\n")
+        self._read[path] = self._read.get(path, 0) + len(whole) + len(end)
+        return whole.splitlines()
+
+
+def _lost(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The sites that an event says were not counted, and why."""
+    lost = event["sites"] if event["event"] == "warning" else [event]
+    for one in lost:
+        if reason := one.get("reason"):
+            yield one["site"], reason.removeprefix("evaluation: ")

@@ -1,0 +1,125 @@
+"""From a site's files to its agent, and what that sees to once a minute."""
+
+import logging
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clinic import Authority, Site
+
+from fedgraft.client import start
+from fedgraft.client.identity import load_identity
+from fedgraft.client.start import EVERY, make_agent
+from fedgraft.common.errors import FedgraftError, InputError
+from fedgraft.common.secagg.keys import verify
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setenv("FEDGRAFT_BACKBONES", "before")  # put back afterwards
+    return Site(tmp_path / "site", Authority(), "coordinator.example:8443")
+
+
+class World:
+    """What an agent's upkeep asks, and the time; ``fault`` is raised instead."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.due, self.fault = 1000.0, False, ""
+        self.done: list[str] = []
+        monkeypatch.setattr("fedgraft.client.start.time.monotonic", lambda: self.now)
+        monkeypatch.setattr(start, "renewal_due", self._due)
+        monkeypatch.setattr(start, "renew", lambda member, state: self._do("renew"))
+        monkeypatch.setattr(start, "refresh_roster", lambda state: self._do("roster"))
+
+    def _due(self, state: Path, now: datetime) -> bool:
+        assert abs((datetime.now(UTC) - now).total_seconds()) < 60
+        return self.due
+
+    def _do(self, what: str) -> None:
+        self.done.append(what)
+        if self.fault:
+            raise FedgraftError(self.fault, hint="mend it")
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def test_the_agent_is_what_the_files_say(site: Site) -> None:
+    agent = make_agent(site.file)
+    assert (agent.site, agent.endpoint) == ("a", "coordinator.example:8443")
+    assert agent.node_config == {"site": str(site.file.resolve())}
+    assert agent.key.private_numbers() == site.key.private_numbers()
+    verify(load_identity(site.state).public, agent.sign(b"said"), b"said")
+    context: Any = agent.tls()
+    assert context.verify_mode.name == "CERT_REQUIRED"
+    assert os.environ["FEDGRAFT_BACKBONES"] == str(site.state / "backbones")
+
+
+def test_tls_is_made_anew_with_the_certificate_of_then(site: Site) -> None:
+    agent = make_agent(site.file)
+    agent.tls()
+    (site.state / "certificate.pem").write_text("none")
+    with pytest.raises(Exception, match=r"(?i)pem|ssl"):
+        agent.tls()
+
+
+def test_a_relative_path_is_kept_as_a_whole_one(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(site.folder)
+    assert make_agent(Path("site.toml")).node_config == {"site": str(site.file.resolve())}
+
+
+def test_another_name_than_the_kits_is_refused(site: Site) -> None:
+    site.file.write_text(site.file.read_text().replace('name = "a"', 'name = "z"'))
+    with pytest.raises(InputError, match="says z, and the membership is of a") as error:
+        make_agent(site.file)
+    assert "as its kit does" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["membership.json", "tls.key", "identity.pem"])
+def test_what_is_missing_is_named_before_anything_starts(site: Site, name: str) -> None:
+    (site.state / name).unlink()
+    with pytest.raises(InputError) as error:
+        make_agent(site.file)
+    assert error.value.hint
+
+
+def test_once_a_minute_the_roster_is_refreshed(site: Site, world: World) -> None:
+    upkeep = make_agent(site.file).upkeep
+    assert not upkeep()  # at once: sites may have joined while this one was away
+    assert world.done == ["roster"]
+    world.now += EVERY - 1
+    upkeep()
+    assert world.done == ["roster"]
+    world.now += 1
+    upkeep()
+    assert world.done == ["roster", "roster"]
+
+
+def test_a_certificate_whose_time_has_come_is_renewed(site: Site, world: World) -> None:
+    world.due = True
+    upkeep = make_agent(site.file).upkeep
+    assert upkeep()
+    assert world.done == ["renew"]
+    world.due, world.now = False, world.now + EVERY
+    assert not upkeep()
+    assert world.done == ["renew", "roster"]
+
+
+@pytest.mark.parametrize("due", [False, True])
+def test_what_fails_is_told_and_tried_again(
+    site: Site, world: World, caplog: pytest.LogCaptureFixture, due: bool
+) -> None:
+    caplog.set_level(logging.WARNING)
+    world.due, world.fault = due, "the coordinator does not answer"
+    upkeep = make_agent(site.file).upkeep
+    for _ in range(2):
+        assert not upkeep()
+        world.now += EVERY
+    assert len(world.done) == 2
+    assert caplog.text.count("the coordinator does not answer; mend it") == 2
