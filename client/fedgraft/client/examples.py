@@ -25,6 +25,10 @@ class Examples(Protocol):
         """Index into the job's labels, per example."""
 
     @property
+    def groups(self) -> Indices | None:
+        """Index into the job's groups, per example, -1 for none; None where it has no groups."""
+
+    @property
     def lengths(self) -> Indices:
         """Tokens per example; zeros where examples are not sequences."""
 
@@ -81,6 +85,7 @@ class TextExamples:
     pad_left: bool
     longest: int
     predicted: bool = False
+    groups: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,6 +142,7 @@ class TextExamples:
             labels=self.labels[index],
             starts=self.starts[index],
             lengths=self.lengths[index],
+            groups=None if self.groups is None else self.groups[index],
         )
 
 
@@ -152,6 +158,7 @@ class ImageExamples:
     rows: Indices
     pad_left: bool = False
     longest: int = 0
+    groups: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -189,11 +196,12 @@ class ImageExamples:
 
     def subset(self, index: Indices) -> "ImageExamples":
         """The examples at ``index``, in that order; the pixels are shared."""
-        return replace(self, labels=self.labels[index], rows=self.rows[index])
+        groups = None if self.groups is None else self.groups[index]
+        return replace(self, labels=self.labels[index], rows=self.rows[index], groups=groups)
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
-    """The examples of all parts, which must come from one processor, in order."""
+    """The examples of all parts, which must come from one processor, in order, without groups."""
     texts = [part for part in parts if isinstance(part, TextExamples)]
     if len(texts) == len(parts):
         offsets = np.cumsum([0, *(len(part.ids) for part in texts)])
@@ -205,6 +213,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
             starts=np.concatenate([p.starts + o for p, o in zip(texts, offsets, strict=False)]),
             lengths=np.concatenate([part.lengths for part in texts]),
             types=np.concatenate(types) if types else None,
+            groups=None,
         )
     images = [part for part in parts if isinstance(part, ImageExamples)]
     pixels = np.concatenate([part.pixels[part.rows] for part in images])

@@ -8,7 +8,9 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.faults import Faults
+from fedgraft.common.measures import Measures
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
 from fedgraft.common.tasks import TASKS, TaskName
@@ -220,6 +222,19 @@ class Data(Section):
     max_length: int = Field(default=128, ge=4, le=8192)
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     normalize: Literal["backbone", "per-image"] = "backbone"
+    group: str | None = Field(default=None, description="column that says whose example it is")
+    groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
+
+    @model_validator(mode="after")
+    def _groups_are_listed(self) -> Self:
+        if (self.group is None) != (not self.groups):
+            raise IllegalJob(
+                "group and groups belong together: the column, and the values it may have",
+                'data.group = "sex" with data.groups = ["f", "m"], or neither',
+            )
+        if len(set(self.groups)) != len(self.groups) or "" in self.groups:
+            raise IllegalJob("groups has a value twice, or an empty one", "name each group once")
+        return self
 
 
 class Partition(Section):
@@ -283,7 +298,17 @@ class Job(Section):
     aggregation: Aggregation = Aggregation()
     privacy: Privacy = Privacy()
     data: Data = Data()
+    evaluation: Evaluation = Evaluation()
     simulation: Simulation | None = None
+
+    @model_validator(mode="after")
+    def _measures_fit(self) -> Self:
+        if TASKS[self.job.task].target == "tokens" and self.measures.size:
+            raise IllegalJob(
+                f"{self.job.task} predicts tokens, which have neither scores nor groups",
+                "leave evaluation.score_bins, data.group and data.groups out",
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs_are_legal(self) -> Self:
@@ -330,6 +355,13 @@ class Job(Section):
         elif self.rounds.cohort is not None:
             self._check_cohort(self.rounds.cohort)
         return self
+
+    @property
+    def measures(self) -> Measures:
+        """What an evaluation of this job counts."""
+        evaluation = self.evaluation
+        groups = self.data.groups
+        return Measures(self.job.classes, evaluation.score_bins, groups, evaluation.min_group)
 
     def check_sites(self, sites: int) -> None:
         """Whether rounds can work with ``sites`` sites.

@@ -124,7 +124,8 @@ def _pool(evaluations: Sequence[Evaluation]) -> Tally:
     loss = reduce(add, (one.loss for one in evaluations))  # sum() rounds differently from 3.12 on
     true = np.concatenate([one.true for one in evaluations])
     predicted = np.concatenate([one.predicted for one in evaluations])
-    return Tally.of(loss, true, predicted, evaluations[0].classes)
+    more = reduce(add, (one.more for one in evaluations))
+    return Tally.of(loss, true, predicted, evaluations[0].classes, more)
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class _Place:
 
     def test(self, adapter: Vector, examples: Examples) -> Evaluation:
         """``adapter``, float32 [layout.size], on ``examples``."""
-        store, classes = self.participant.store, self.job.job.classes
-        return evaluate(self.stack, self.layout, adapter, examples, classes=classes, store=store)
+        store, measures = self.participant.store, self.job.measures
+        return evaluate(self.stack, self.layout, adapter, examples, measures=measures, store=store)
 
     def task(self, start: Vector, purpose: str) -> Task:
         """Training on the site's own data."""
@@ -234,7 +235,11 @@ def _tried(
     # Of thousands of sites a sample will do: all of them would be a million evaluations.
     others = (_place(trial, other).splits.test for other in _sample(trial, site))
     pooled = _pool([own, *(place.test(adapter, test) for test in others)])
-    return own, pooled.summary() if pooled.examples else {}
+    if not pooled.examples:
+        return own, {}
+    beside = trial.job.measures.summary(pooled)
+    # A mean over models means nothing for what some of them lack, or for groups.
+    return own, pooled.summary() | {k: v for k, v in beside.items() if isinstance(v, float)}
 
 
 def _central(trial: Trial) -> list[Evaluation | None]:

@@ -291,8 +291,12 @@ def _as_files(
         column, kind = job.data.text, datasets.Value("string")
         contents = rows["text"].to_pylist()
     names = [job.job.labels[value] for value in rows["label"].to_pylist()]
-    features = datasets.Features({column: kind, job.data.label: datasets.Value("string")})
-    return pa.table({column: contents, job.data.label: names}, schema=features.arrow_schema)
+    words = {job.data.label: names}
+    if job.data.group is not None:
+        listed = rows["group"].to_pylist()
+        words[job.data.group] = [job.data.groups[at] if at >= 0 else None for at in listed]
+    features = datasets.Features({column: kind, **dict.fromkeys(words, datasets.Value("string"))})
+    return pa.table({column: contents, **words}, schema=features.arrow_schema)
 
 
 def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.Generator) -> bytes:

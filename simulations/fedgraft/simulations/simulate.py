@@ -91,8 +91,8 @@ def simulate(
         "peak_memory_mb": round(memory.megabytes, 1),
         "skipped_images": prepared.skipped,
         "faults": fates.summary(run.events()) if settings.faults.any else None,
-        "final": final_metrics(measured, job.job.seed),
-        "sites": site_results(sites, measured, job.job.seed),
+        "final": final_metrics(measured, job.job.seed, job.measures),
+        "sites": site_results(sites, measured, job.job.seed, job.measures),
     }
     run.finish(summary)
     export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
