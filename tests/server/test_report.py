@@ -131,7 +131,7 @@ def test_any_single_value_may_be_missing_null_or_nonsense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is drawn and synced is not the point here, and there are 1,500 reports to write.
-    monkeypatch.setattr("fedgraft.server.report_plots._render", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("fedgraft.server.report_plots.render", lambda *_: "<svg></svg>")
     monkeypatch.setattr("os.fsync", lambda _: None)
     summary, history = make_run(("helped", "hurt"), rounds=1)
     history[0]["dropped"] = [{"site": "site-1", "reason": "late"}]

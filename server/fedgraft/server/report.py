@@ -16,6 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from fedgraft.common.errors import RunError
 from fedgraft.common.files import write_atomically
 from fedgraft.server.report_figures import POOLED, curve_pictures, pooled_picture, site_picture
+from fedgraft.server.report_insights import map_facts, movement_facts
+from fedgraft.server.report_measures import measure_facts
 from fedgraft.server.report_plots import MODELS
 from fedgraft.server.report_tables import drop_tables, round_table, site_tables, total_traffic
 from fedgraft.server.report_values import (
@@ -106,6 +108,9 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         traffic=total_traffic(summary, rounds),
         site_picture=site_picture(sites),
         **site_tables(sites),
+        **measure_facts(final, sites),
+        **movement_facts(summary),
+        **map_facts(summary),
     )
 
 

@@ -32,6 +32,7 @@ from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.simulations.grid import NodeConfig
+from fedgraft.simulations.site_map import keep_direction, why_absent
 from fedgraft.simulations.workers import Workers, cores
 
 __all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
@@ -221,6 +222,12 @@ def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, dict[st
     places = [_place(trial, site) for site in sites]
     tasks = [place.task(place.bench.initial, "local-only") for place in places]
     trained = _train(places, tasks, trial.job.training, _budget(trial))
+    if not why_absent(trial.job, len(trial.nodes)):
+        exchanged = places[0].layout.only(trial.names)
+        for place, adapter in zip(places, trained, strict=True):
+            if adapter is not None:
+                moved = place.layout.part(adapter - place.bench.initial, exchanged)
+                keep_direction(place.participant.state, moved)
     return [
         None if adapter is None else _tried(trial, site, place, adapter)
         for site, place, adapter in zip(sites, places, trained, strict=True)
