@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import assert_sound, make_round, make_run, visible, written
+from report_runs import assert_sound, make_round, make_run, visible, with_insights, written
 
 from fedgraft.common.errors import RunError
 from fedgraft.server.report import write_report
