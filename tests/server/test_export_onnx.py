@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import invoke
+from commands import command
 from exports import Exported, logits, make_inputs
 
 from fedgraft.common.errors import BackboneError, InputError
@@ -86,14 +86,18 @@ def test_example_inputs_are_what_the_model_reads(kind: str, tmp_path: Path) -> N
     assert logits(exported.bench.model, kind).shape[0] == 4
 
 
-def test_the_command_writes_it(tmp_path: Path) -> None:
+def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runtime = needs_onnx()
     exported = Exported("vit", tmp_path)
-    done = invoke("export", str(exported.run.folder), "--format", "onnx", "--json")
-    assert done.exit_code == 0, done.output
+    run = str(exported.run.folder)
+    code, out, _ = command(capsys, "export", run, "--format", "onnx", "--json")
+    assert code == 0 and '"format": "onnx"' in out
     folder = exported.run.folder / "export-onnx"
     session = runtime.InferenceSession(str(folder / "model.onnx"))
     (found,) = session.run(["logits"], {"pixel_values": make_inputs("vit")["pixel_values"].numpy()})
     np.testing.assert_allclose(found, exported.wanted.numpy(), atol=1e-4)
-    wrong = invoke("export", str(exported.run.folder), "--format", "tflite")
-    assert wrong.exit_code == 2
+
+
+def test_a_format_that_is_none_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, told = command(capsys, "export", "runs/none", "--format", "tflite")
+    assert code == 2 and "no format tflite" in told
