@@ -81,3 +81,19 @@ def test_hundreds_of_sites_have_no_row_each(tmp_path: Path) -> None:
     summary["final"]["federated"] |= measured(0.9)
     told = visible(written(tmp_path, summary, history))
     assert "all sites Federated 90.0 %" in told and "site-77 Federated" not in told
+
+
+def test_every_difference_has_its_interval(tmp_path: Path) -> None:
+    summary, history = make_run(("helped", "hurt"))
+    summary["sites"][1]["comparisons"] = {
+        "local_only": {
+            "outcome": "hurt", "difference": -0.125, "interval": [-0.2, -0.04], "p_value": 0.0123,
+            "macro_f1_difference": -0.0001, "macro_f1_difference_interval": [-0.11, 0.02],
+        },
+        "zero_shot": {"outcome": "helped", "difference": 0.3, "interval": [0.2, 0.4]},
+    }  # fmt: skip
+    page = written(tmp_path, summary, history)
+    assert_sound(page)
+    told = visible(page)
+    assert "site-2 Local only -12.5 -20.0 to -4.0 0.012 0.0 -11.0 to +2.0 ▼ hurt" in told
+    assert "site-2 Zero-shot +30.0 +20.0 to +40.0 \N{EN DASH} \N{EN DASH} ▲ helped" in told
