@@ -12,6 +12,7 @@ from fedgraft.client.examples import Examples
 from fedgraft.client.stack import Stack
 from fedgraft.client.stacked import Draws, Rows, SiteDropout
 from fedgraft.common.job import Training
+from fedgraft.common.measures import Measures
 
 STILL = 1e-12  # a learning rate at which nothing moves
 
@@ -28,7 +29,9 @@ def _losses(stack: Stack, examples: Examples, wanted: Training) -> tuple[float, 
     """The mean loss as training saw it and as evaluation measures it afterwards."""
     seen = trained(stack, examples, wanted).loss
     layout, vector = stack.bench.layout, noisy(stack.bench)
-    measured, again = (evaluate(stack, layout, vector, examples, classes=10) for _ in range(2))
+    measured, again = (
+        evaluate(stack, layout, vector, examples, measures=Measures(10)) for _ in range(2)
+    )
     assert measured.tally.loss == again.tally.loss
     return seen, measured.tally.mean_loss
 

@@ -11,6 +11,7 @@ from places import SESSION, Place, make_job, wire, write_rows
 from fedgraft.client.evaluation import evaluate
 from fedgraft.common.adapters import Vector, is_head
 from fedgraft.common.errors import SiteFailure
+from fedgraft.common.measures import Measures
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_evaluation_uses_the_head_of_its_round(private: Place) -> None:
         tally = private.site().evaluate(request).tally
         parts = (private.bench.local, head), (private.plan.exchanged, request.adapter)
         vector = layout.merged(private.bench.initial, *parts)
-        wanted = evaluate(stack, layout, vector, examples, classes=10).tally
+        wanted = evaluate(stack, layout, vector, examples, measures=Measures(10)).tally
         assert tally.tolist() == wanted.to_vector().tolist()
     assert not np.array_equal(kept[0], kept[1])
 

@@ -19,6 +19,7 @@ from fedgraft.client.training import train_together
 from fedgraft.common.adapters import cut_rank
 from fedgraft.common.errors import AdapterError, SiteFailure
 from fedgraft.common.job import Job
+from fedgraft.common.measures import Measures
 from fedgraft.common.payloads import EvaluateRequest, PlanRequest, TrainRequest
 
 
@@ -189,7 +190,7 @@ def test_a_tally_is_that_of_evaluating_here(place: Place, split: str, count: int
     reply = place.site().evaluate(request)
     examples = getattr(place.site().splits(place.job), split)
     stack, exchanged = place.site().stack(place.job), place.plan.exchanged
-    tally = evaluate(stack, exchanged, request.adapter, examples, classes=10).tally
+    tally = evaluate(stack, exchanged, request.adapter, examples, measures=Measures(10)).tally
     assert reply.tally.tolist() == tally.to_vector().tolist()
     assert reply.tally[1:].sum() == count
     assert (reply.session, reply.round) == (SESSION, 2)
@@ -284,7 +285,7 @@ def test_evaluation_at_a_site_of_lower_rank_is_of_what_it_would_train(
     tally = open_participant(node).evaluate(request).tally
     stack, examples = place.site().stack(place.job), place.site().splits(place.job).test
     cut = cut_rank(exchanged, request.adapter, 1)
-    wanted = evaluate(stack, exchanged, cut, examples, classes=10).tally
+    wanted = evaluate(stack, exchanged, cut, examples, measures=Measures(10)).tally
     assert tally.tolist() == wanted.to_vector().tolist()
     assert tally.tolist() != place.site().evaluate(request).tally.tolist()
 

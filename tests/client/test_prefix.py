@@ -19,6 +19,7 @@ from fedgraft.client.stack import Stack
 from fedgraft.client.store import Store
 from fedgraft.client.training import Trained, train
 from fedgraft.common.job import Training
+from fedgraft.common.measures import Measures
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {"targets": targets, "dropout": 0.2}) for kind, targets in TOP.items()),
@@ -75,7 +76,7 @@ def federate(
             vectors[site] = one.vector
             found += [one.vector.tobytes(), np.float64(one.loss).tobytes()]
             seen = evaluate(
-                stack, layout, one.vector, rows[site], classes=10, store=stores[site]
+                stack, layout, one.vector, rows[site], measures=Measures(10), store=stores[site]
             )  # fmt: skip
             found += [np.float64(seen.tally.loss).tobytes(), seen.tally.confusion.tobytes()]
     return found

@@ -21,6 +21,7 @@ from fedgraft.client.results import find_result, keep_result, list_results
 from fedgraft.common.adapter_folder import read_adapter
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import InputError
+from fedgraft.common.measures import Measures
 from fedgraft.common.payloads import PastRound, PlanReply, Refusal, ResultReply, ResultRequest
 from fedgraft.common.workbench import Workbench, open_workbench
 
@@ -100,7 +101,7 @@ def test_peft_loads_it_and_is_as_good_as_the_federation_says(clear: Consortium) 
     at = open_participant(node.config)
     examples, bench = at.splits(clear.job).train, bench_of(clear)
     vector = bench.layout.merged(bench.initial, (clear.plan.exchanged, final(clear)))
-    ours = evaluate(at.stack(clear.job), bench.layout, vector, examples, classes=10)
+    ours = evaluate(at.stack(clear.job), bench.layout, vector, examples, measures=Measures(10))
     auto = transformers.AutoModelForImageClassification
     base = auto.from_pretrained(bench.backbone.folder, num_labels=10, ignore_mismatched_sizes=True)
     model = PeftModel.from_pretrained(base, folder).eval()

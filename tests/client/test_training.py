@@ -19,6 +19,7 @@ from fedgraft.client.training import Span, Trained, train, train_alone
 from fedgraft.common.adapters import Layout, Vector, is_factor_a, is_head
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.jobfile import parse_job
+from fedgraft.common.measures import Measures
 
 
 @pytest.fixture(autouse=True)
@@ -315,9 +316,9 @@ def test_bf16_computes_in_bf16_and_stays_close(kind: str) -> None:
 def test_training_on_digits_learns_them() -> None:
     stack, examples = open_small("vit"), digits(200)
     layout, initial = stack.bench.layout, stack.bench.initial
-    before = evaluate(stack, layout, initial, examples, classes=10).tally
+    before = evaluate(stack, layout, initial, examples, measures=Measures(10)).tally
     result = trained(stack, examples, settings(epochs=3, learning_rate=5e-3), start=initial)
-    after = evaluate(stack, layout, result.vector, examples, classes=10).tally
+    after = evaluate(stack, layout, result.vector, examples, measures=Measures(10)).tally
     assert after.mean_loss < 0.6 * before.mean_loss
     assert after.accuracy > before.accuracy
     assert after.mean_loss < result.loss < before.mean_loss

@@ -112,13 +112,22 @@ def test_keys_of_the_other_method_are_unknown(file: Path) -> None:
     assert error.hint == "known: kind, head"
 
 
-@pytest.mark.parametrize("key", ["name", "task", "labels"])
+@pytest.mark.parametrize("key", ["name", "task"])
 def test_a_missing_key_is_named_with_its_section(file: Path, key: str) -> None:
     lines = MINIMAL.splitlines()
     file.write_text("\n".join(line for line in lines if not line.startswith(f"{key} ")))
     error = refused(file)
     assert str(error) == f"{file}: job.{key} is missing"
     assert error.hint == f"add {key} to [job]"
+
+
+def test_a_classification_needs_labels_and_a_language_model_has_none(file: Path) -> None:
+    error = refused(file, "job.labels=[]")
+    assert "text-classification needs at least two labels" in str(error)
+    error = refused(file, "job.task=causal-lm", "method.head=frozen")
+    assert "causal-lm has no labels" in str(error)
+    error = refused(file, "job.task=causal-lm", "job.labels=[]", "method.head=shared")
+    assert error.hint == 'method.kind = "lora" with method.head = "frozen"'
 
 
 def test_every_problem_is_reported_at_once(file: Path) -> None:

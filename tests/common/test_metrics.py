@@ -8,9 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+)
 
 from fedgraft.common.errors import MessageError
+from fedgraft.common.measures import Measures
 from fedgraft.common.metrics import Tally
 
 Labels = NDArray[np.int64]
@@ -34,11 +40,16 @@ def test_scores_are_those_of_scikit_learn(pair: tuple[Labels, Labels]) -> None:
     tally = Tally.of(2.0, true, predicted, 4)
     assert tally.examples == len(true)
     if not len(true):
-        assert tally.summary() == {"accuracy": 0.0, "macro_f1": 0.0, "loss": 2.0}
+        assert set(tally.summary().values()) == {0.0, 2.0} and tally.mean_loss == 2.0
         return
     present = np.unique(true)
     expected = f1_score(true, predicted, labels=present, average="macro", zero_division=0)
     assert math.isclose(tally.macro_f1, expected)
+    weighted = f1_score(true, predicted, labels=present, average="weighted", zero_division=0)
+    assert math.isclose(tally.weighted_f1, weighted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a predicted class is never true
+        assert math.isclose(tally.balanced_accuracy, balanced_accuracy_score(true, predicted))
     assert math.isclose(tally.accuracy, accuracy_score(true, predicted))
     assert math.isclose(tally.mean_loss, 2.0 / len(true))
     assert tally.correct == accuracy_score(true, predicted, normalize=False)
@@ -61,8 +72,14 @@ def test_a_class_nobody_has_does_not_lower_macro_f1() -> None:
 
 def test_summary_names_what_the_reports_show() -> None:
     tally = Tally.of(3.0, np.array([0, 1]), np.array([0, 0]), 2)
-    expected = {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3), "loss": 1.5}
-    assert tally.summary() == expected
+    third = pytest.approx(1 / 3)
+    assert tally.summary() == {
+        "accuracy": 0.5,
+        "macro_f1": third,
+        "weighted_f1": third,
+        "balanced_accuracy": 0.5,
+        "loss": 1.5,
+    }
 
 
 @given(predictions(), predictions(), losses, losses)
@@ -80,7 +97,7 @@ def test_tallies_of_two_sites_add_up_to_the_tally_of_all_their_examples(
 @given(predictions(), losses)
 def test_the_empty_tally_adds_nothing(pair: tuple[Labels, Labels], loss: float) -> None:
     tally = Tally.of(loss, *pair, 4)
-    merged = Tally.empty(4) + tally
+    merged = Tally.empty(Measures(4)) + tally
     assert merged.loss == loss
     assert np.array_equal(merged.confusion, tally.confusion)
 
@@ -97,7 +114,7 @@ def test_a_vector_brings_the_tally_back(pair: tuple[Labels, Labels], loss: float
     vector = tally.to_vector()
     assert vector.dtype == np.float64
     assert vector.shape == (17,)
-    back = Tally.from_vector(vector, 4)
+    back = Tally.from_vector(vector, Measures(4))
     assert back.loss == loss
     assert back.confusion.dtype == np.int64
     assert np.array_equal(back.confusion, tally.confusion)
@@ -135,4 +152,4 @@ HOSTILE: dict[str, NDArray[np.generic]] = {
 def test_a_hostile_vector_is_refused(name: str) -> None:
     with warnings.catch_warnings(), pytest.raises(MessageError):
         warnings.simplefilter("ignore")
-        Tally.from_vector(HOSTILE[name], 2)  # type: ignore[arg-type]
+        Tally.from_vector(HOSTILE[name], Measures(2))  # type: ignore[arg-type]

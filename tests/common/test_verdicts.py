@@ -8,9 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binom, binomtest
+from sklearn.metrics import f1_score
 
 from fedgraft.common.metrics import Tally
-from fedgraft.common.verdicts import macro_f1_interval, verdict, wilson_interval
+from fedgraft.common.verdicts import (
+    macro_f1_difference,
+    macro_f1_interval,
+    verdict,
+    wilson_interval,
+)
 
 Bools = NDArray[np.bool_]
 COUNTS = st.integers(0, 40)
@@ -285,3 +291,80 @@ def test_what_is_no_confusion_matrix_is_refused(confusion: NDArray[np.int64]) ->
 def test_no_draws_are_refused() -> None:
     with pytest.raises(ValueError, match="draw"):
         macro_f1_interval(np.eye(2, dtype=int), np.random.default_rng(0), draws=0)
+
+
+# Macro F1 of two models on the same examples
+
+
+def test_the_difference_in_macro_f1_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(3)
+    true = rng.integers(0, 4, 300)
+    ours = np.where(rng.random(300) < 0.8, true, rng.integers(0, 4, 300))
+    others = np.where(rng.random(300) < 0.5, true, rng.integers(0, 4, 300))
+    gap, (low, high) = macro_f1_difference(true, ours, others, generator=rng)
+    wanted = f1_score(true, ours, average="macro") - f1_score(true, others, average="macro")
+    assert gap == pytest.approx(wanted)
+    assert 0 < low < gap < high < 0.5
+
+
+def test_a_paired_interval_is_narrower_than_two_that_know_nothing_of_each_other() -> None:
+    rng = np.random.default_rng(3)
+    true = rng.integers(0, 3, 400)
+    ours = np.where(rng.random(400) < 0.7, true, (true + 1) % 3)
+    others = np.where(rng.random(400) < 0.02, (ours + 1) % 3, ours)  # all but the same answers
+    _, (low, high) = macro_f1_difference(true, ours, others, generator=rng)
+    shuffled = rng.permutation(400)  # the same two models on examples of their own
+    _, (wide_low, wide_high) = macro_f1_difference(
+        true, ours, np.where(others == true, true, (true + 1) % 3)[shuffled], generator=rng
+    )
+    assert high - low < 0.5 * (wide_high - wide_low)
+
+
+def test_the_paired_bootstrap_is_redrawing_examples() -> None:
+    rng = np.random.default_rng(8)
+    true = rng.integers(0, 3, 60)
+    ours, others = (np.where(rng.random(60) < p, true, rng.integers(0, 3, 60)) for p in (0.9, 0.5))
+    _, ends = macro_f1_difference(true, ours, others, generator=rng, draws=4000)
+    gaps = []
+    for _ in range(1500):
+        rows = rng.integers(0, 60, 60)
+        one, other = (
+            f1_score(true[rows], predicted[rows], labels=np.unique(true[rows]), average="macro")
+            for predicted in (ours, others)
+        )
+        gaps.append(one - other)
+    assert ends == pytest.approx(np.quantile(gaps, [0.025, 0.975]), abs=0.02)
+
+
+def test_equal_models_differ_by_nothing() -> None:
+    true = np.arange(30) % 3
+    gap, ends = macro_f1_difference(true, true, true, generator=np.random.default_rng(0))
+    assert (gap, ends) == (0.0, (0.0, 0.0))
+    nothing = np.zeros(0, np.int64)
+    told = macro_f1_difference(nothing, nothing, nothing, generator=np.random.default_rng(0))
+    assert told == (0.0, (-1.0, 1.0))
+
+
+def test_vectors_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        macro_f1_difference(
+            np.zeros(3, int), np.zeros(3, int), np.zeros(4, int), generator=np.random.default_rng(0)
+        )
+    with pytest.raises(ValueError, match="one draw"):
+        macro_f1_difference(*np.zeros((3, 4), int), generator=np.random.default_rng(0), draws=0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (90, 40, "At A the federated model is better than the backbone untouched: 90.0 % right"),
+        (40, 90, "This is negative transfer."),
+        (50, 50, "Against the backbone untouched (zero-shot, 50.0 %) 100 test examples cannot"),
+    ],
+)
+def test_the_backbone_untouched_is_told_in_its_own_words(ours: int, theirs: int, said: str) -> None:
+    right = [np.arange(100) < count for count in (ours, theirs)]
+    judged = verdict(right[0], right[1], name="A", rival="zero_shot")
+    assert said in judged.sentence and "on its own" not in judged.sentence
+    alone = verdict(right[0], right[1], name="A")
+    assert (alone.outcome, alone.interval) == (judged.outcome, judged.interval)

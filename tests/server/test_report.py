@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import assert_sound, make_round, make_run, visible, written
+from report_runs import assert_sound, make_round, make_run, visible, with_insights, written
 
 from fedgraft.common.errors import RunError
 from fedgraft.server.report import write_report
@@ -131,9 +131,10 @@ def test_any_single_value_may_be_missing_null_or_nonsense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is drawn and synced is not the point here, and there are 1,500 reports to write.
-    monkeypatch.setattr("fedgraft.server.report_plots._render", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("fedgraft.server.report_plots.render", lambda *_: "<svg></svg>")
     monkeypatch.setattr("os.fsync", lambda _: None)
     summary, history = make_run(("helped", "hurt"), rounds=1)
+    summary = with_insights(summary)
     history[0]["dropped"] = [{"site": "site-1", "reason": "late"}]
     fillings: tuple[object, ...] = (holes, None, float("nan"), float("inf"), "words", 7, [], {})
     for path in holes([summary, history]):

@@ -379,6 +379,8 @@ def test_a_bad_evaluation_does_not_count_but_the_update_does(
         "accuracy": 0.75,
         "loss": 0.0625,
         "macro_f1": pytest.approx((2 / 3 + 4 / 5) / 2),
+        "weighted_f1": pytest.approx((2 / 3 + 4 / 5) / 2),
+        "balanced_accuracy": 0.75,
         "examples": 4,
     }
     (drop,) = record.dropped

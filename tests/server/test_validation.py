@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedgraft.common.adapters import Layout
 from fedgraft.common.errors import MessageError
 from fedgraft.common.job import Aggregation
+from fedgraft.common.measures import Measures
 from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import EvaluateReply, TrainReply
 from fedgraft.server.validation import Expected, InvalidReply, check_evaluation, check_update
@@ -108,7 +109,7 @@ TALLY = Tally(2.5, np.array([[3, 1], [0, 4]]))
 
 
 def evaluated(tally: Any, *, session: str = "session", number: int = 3) -> Tally:
-    return check_evaluation(EvaluateReply(session, number, tally), EXPECTED, LIMITS, 2)
+    return check_evaluation(EvaluateReply(session, number, tally), EXPECTED, LIMITS, Measures(2))
 
 
 def test_a_good_tally_is_read_back() -> None:
@@ -118,7 +119,7 @@ def test_a_good_tally_is_read_back() -> None:
 
 
 def test_a_tally_of_no_examples_is_accepted() -> None:
-    assert evaluated(Tally.empty(2).to_vector()).examples == 0
+    assert evaluated(Tally.empty(Measures(2)).to_vector()).examples == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedgraft.client.evaluation import Evaluation
+from fedgraft.common.measures import Measures
 from fedgraft.common.metrics import Tally
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.common.verdicts import macro_f1_interval, verdict, wilson_interval
@@ -59,7 +60,7 @@ def test_every_site_and_model_has_its_own_figures() -> None:
     alone = evaluations(30, classes=6, seed=2)
     alone[4] = None
     measured = {"federated": Measured(tuple(federated)), "local_only": Measured(tuple(alone), ())}
-    results = site_results([site(number) for number in range(30)], measured, 3)
+    results = site_results([site(number) for number in range(30)], measured, 3, Measures(6))
     for number, found in enumerate(results):
         ours, own = federated[number], alone[number]
         assert ours is not None
@@ -76,17 +77,17 @@ def test_every_site_and_model_has_its_own_figures() -> None:
 def test_one_model_is_pooled_by_adding_its_sites_up() -> None:
     found = evaluations(12, classes=6, seed=1)
     found[3] = None
-    total = Tally.empty(6)
+    total = Tally.empty(Measures(6))
     for one in found:
-        total += tallied(one) if one else Tally.empty(6)
-    final = final_metrics({"federated": Measured(tuple(found))}, 3)
+        total += tallied(one) if one else Tally.empty(Measures(6))
+    final = final_metrics({"federated": Measured(tuple(found))}, 3, Measures(6))
     assert final["federated"] == metrics(total, "pooled", "federated")
     assert final["central"] is None
 
 
 def test_models_of_their_own_are_averaged() -> None:
     summaries = ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.75, "loss": 2.0})
-    final = final_metrics({"local_only": Measured((), summaries)}, 3)
+    final = final_metrics({"local_only": Measured((), summaries)}, 3, Measures(6))
     assert final["local_only"] == {"accuracy": 0.625, "loss": 1.5, "best_accuracy": 0.75}
 
 
@@ -101,7 +102,7 @@ def test_models_of_their_own_are_averaged() -> None:
     ],
 )
 def test_what_was_not_measured_has_no_figures(measured: Measured | None) -> None:
-    assert final_metrics({"federated": measured}, 3)["federated"] is None
+    assert final_metrics({"federated": measured}, 3, Measures(6))["federated"] is None
 
 
 @pytest.mark.parametrize("models", [None, (), ({"accuracy": 0.1 + 0.2, "loss": 1 / 3},)])
@@ -147,5 +148,5 @@ def test_an_evaluation_does_not_hold_on_to_a_sites_data() -> None:
     bench = stack.bench
     images = ImageExamples(np.arange(4), np.zeros((4, 1, 8, 8), np.float32), np.arange(4))
     window = replace(images, labels=np.arange(1000)[:4])
-    found = evaluate(stack, bench.layout, bench.initial, window, classes=10)
+    found = evaluate(stack, bench.layout, bench.initial, window, measures=Measures(10))
     assert found.true.tolist() == [0, 1, 2, 3] and found.true.base is None

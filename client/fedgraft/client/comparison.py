@@ -16,6 +16,7 @@ from typing import Any
 
 from fedgraft.client.evaluation import Evaluation, evaluate
 from fedgraft.client.examples import Examples
+from fedgraft.client.judging import figures, judge
 from fedgraft.client.participant import Participant
 from fedgraft.client.results import Result
 from fedgraft.client.training import Task, Trained, train
@@ -23,8 +24,7 @@ from fedgraft.common.adapter_folder import read_adapter
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.job import Job
-from fedgraft.common.seeds import numpy_generator, torch_generator
-from fedgraft.common.verdicts import macro_f1_interval, verdict, wilson_interval
+from fedgraft.common.seeds import torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
 
 __all__ = ["compare", "epochs_of"]
@@ -55,12 +55,13 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
     split = "test" if len(splits.test) else "validation"
     tested = splits.test if len(splits.test) else splits.validation
     own = dict(_models(at, result, bench, splits.train, tested)) if len(tested) else {}
-    metrics = {name: one and _metrics(one, at, job, name) for name, one in own.items()}
-    federated, alone = own.get("federated"), own.get("local_only")
-    sentence, outcome = f"Whether federating helped {at.config.name} is not known.", "unknown"
-    if federated is not None and alone is not None:
-        judged = verdict(federated.correct, alone.correct, name=at.config.name)
-        sentence, outcome = judged.sentence, judged.outcome
+    name, seed = at.config.name, job.job.seed
+    metrics = {
+        model: one and figures(one.tally, job.measures, seed, name, model)
+        for model, one in own.items()
+    }
+    judged = judge(own, seed, name=name)
+    alone = judged.get("local_only")
     return {
         "site": at.config.name,
         "run": result.run,
@@ -82,8 +83,11 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
         "tested_on": split,
         "test_examples": len(tested),
         "models": {"federated": None, "local_only": None, "zero_shot": None, **metrics},
-        "verdict": sentence,
-        "outcome": outcome,
+        "comparisons": judged,
+        "verdict": alone["sentence"]
+        if alone
+        else f"Whether federating helped {name} is not known.",
+        "outcome": alone["outcome"] if alone else "unknown",
     }
 
 
@@ -94,8 +98,8 @@ def _models(
     job, stack = result.job, at.stack(result.job)
 
     def test(vector: Vector) -> Evaluation:
-        classes = len(job.job.labels)
-        return evaluate(stack, bench.layout, vector, tested, classes=classes, store=at.store)
+        measures = job.measures
+        return evaluate(stack, bench.layout, vector, tested, measures=measures, store=at.store)
 
     yield "federated", test(read_adapter(bench, result.folder / "adapter"))
     if not bench.fresh_head:
@@ -105,13 +109,3 @@ def _models(
     epochs = epochs_of(job, len(result.rounds), result.sites)
     (alone,) = train(stack, bench.layout, [task], settings=job.training, epochs=epochs)
     yield "local_only", test(alone.vector) if isinstance(alone, Trained) else None
-
-
-def _metrics(one: Evaluation, at: Participant, job: Job, name: str) -> dict[str, Any]:
-    tally = one.tally
-    generator = numpy_generator(job.job.seed, "bootstrap", at.config.name, name)
-    return {
-        **tally.summary(),
-        "accuracy_interval": list(wilson_interval(tally.correct, tally.examples)),
-        "macro_f1_interval": list(macro_f1_interval(tally.confusion, generator)),
-    }

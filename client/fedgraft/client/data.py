@@ -10,7 +10,7 @@ import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fedgraft.client.examples import (
     Indices,
     TextExamples,
 )
+from fedgraft.client.groups import read_groups
 from fedgraft.client.labels import LabelIndex, nearest_label
 from fedgraft.client.store import Arrays, Store
 from fedgraft.client.tables import Table, read_tables
@@ -69,11 +70,11 @@ def read_split(
 ) -> Rows:
     """Read a CSV, JSONL or Parquet file, a folder of images by label, or a glob of either.
 
-    The data set has ``text`` (string) or ``image`` (``datasets.Image``), and ``label`` (int64 index
-    into ``job.job.labels``). ``columns`` maps a column of the job's schema to the site's,
-    ``labels`` a value of the site's to the job's name. A label is that name or, where no name
-    matches, its index. Nothing is coerced, dropped or filled in; the one exception is a job that
-    says ``data.on_bad_image = "skip"``.
+    The data set has ``text`` (string) or ``image`` (``datasets.Image``), ``label`` (int64 index
+    into ``job.job.labels``) and, where the job has groups, ``group`` (``read_groups``). ``columns``
+    maps a column of the job's schema to the site's, ``labels`` a value of the site's to the job's
+    name. A label is that name or, where no name matches, its index. Nothing is coerced, dropped or
+    filled in; the one exception is a job that says ``data.on_bad_image = "skip"``.
 
     Raises:
         DataError: the first thing that is wrong with the files, and where.
@@ -85,22 +86,27 @@ def read_split(
     tables = read_tables(path, content=content, label=label, images=images)
     named = LabelIndex(job.job.labels, labels)
     targets = [named.of(table, row) for table in tables for row in range(len(table.labels))]
+    groups = read_groups(path, job.data, columns) if job.data.groups else None
     if not images:
         texts = [_text(table, row) for table in tables for row in range(len(table.contents))]
-        return Rows(_dataset("text", texts, targets), skipped=0)
+        return Rows(_dataset("text", texts, targets, groups), skipped=0)
     good = _readable_images(tables, skip=job.data.on_bad_image == "skip")
     contents = [one for table in tables for one in table.contents]
     kept = np.flatnonzero(good)
     if not len(kept):
         raise DataError(f"no image of {path} decodes", hint="are these images at all?")
-    dataset = _dataset("image", [contents[i] for i in kept], [targets[i] for i in kept])
+    groups = None if groups is None else groups[kept]
+    dataset = _dataset("image", [contents[i] for i in kept], [targets[i] for i in kept], groups)
     return Rows(dataset, skipped=len(good) - len(kept))
 
 
-def _dataset(column: str, contents: list[Any], labels: list[int]) -> datasets.Dataset:
+def _dataset(
+    column: str, contents: list[Any], labels: list[int], groups: Indices | None
+) -> datasets.Dataset:
     kind = datasets.Image() if column == "image" else datasets.Value("string")
-    features = datasets.Features({column: kind, "label": datasets.Value("int64")})
-    table = pa.table({column: contents, "label": labels}, schema=features.arrow_schema)
+    numbers = {"label": labels, **({} if groups is None else {"group": groups})}
+    features = datasets.Features({column: kind, **dict.fromkeys(numbers, datasets.Value("int64"))})
+    table = pa.table({column: contents, **numbers}, schema=features.arrow_schema)
     # from_dict would pickle and hash the table for a fingerprint: most of the time that a small
     # site takes to read. encode hashes the contents itself.
     return datasets.Dataset(
@@ -113,11 +119,12 @@ def _dataset(column: str, contents: list[Any], labels: list[int]) -> datasets.Da
 def _check_mappings(
     job: Job, schema: str, columns: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
+    asked = [name for name in (schema, job.data.label, job.data.group) if name is not None]
     for name in columns:
-        if name not in (schema, job.data.label):
+        if name not in asked:
             raise DataError(
                 f"data.columns maps {name!r}, which this job does not ask for",
-                hint=f"it asks for {schema!r} and {job.data.label!r}",
+                hint=f"it asks for {' and '.join(map(repr, asked))}",
             )
     for value, name in labels.items():
         if name not in job.job.labels:
@@ -188,10 +195,15 @@ def encode(
     """
     rows = dataset.with_format("arrow")[:]
     labels = rows["label"].to_numpy().astype(np.int64)
+    examples: TextExamples | ImageExamples
     if isinstance(processor, TextProcessor):
         texts = rows["text"].to_pylist()
-        return _encode_texts(texts, labels, processor, job.data.max_length, store, key)
-    return _encode_images(dataset, labels, processor, job, store, key)
+        examples = _encode_texts(texts, labels, processor, job.data.max_length, store, key)
+    else:
+        examples = _encode_images(dataset, labels, processor, job, store, key)
+    if "group" in rows.column_names:
+        return replace(examples, groups=rows["group"].to_numpy().astype(np.int64))
+    return examples
 
 
 def _encode_texts(

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedgraft.client.objectives import IGNORED
+
 __all__ = ["Examples", "ImageExamples", "Indices", "TextExamples", "concatenate"]
 
 Indices = NDArray[np.int64]
@@ -21,6 +23,10 @@ class Examples(Protocol):
     @property
     def labels(self) -> Indices:
         """Index into the job's labels, per example."""
+
+    @property
+    def groups(self) -> Indices | None:
+        """Index into the job's groups, per example, -1 for none; None where it has no groups."""
 
     @property
     def lengths(self) -> Indices:
@@ -54,6 +60,9 @@ class Examples(Protocol):
         Sequences are padded to ``width`` tokens, or as ``width(index)`` says.
         """
 
+    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+        """What the model should predict for ``batch(index, width)``, int64 [b] or [b, width]."""
+
     def subset(self, index: Indices) -> Self:
         """The examples at ``index``, in that order; shares the encoded rows."""
 
@@ -63,7 +72,8 @@ class TextExamples:
     """Token ids without padding: example i is ``ids[starts[i]:starts[i] + lengths[i]]``.
 
     ``labels``, ``starts`` and ``lengths`` int64 [n], ``ids`` int32 [tokens], ``types`` int8
-    [tokens] only where the tokenizer gives token types. None is longer than ``longest``.
+    [tokens] only where the tokenizer gives token types. None is longer than ``longest``. Where the
+    tokens themselves are ``predicted``, labels are all zero.
     """
 
     labels: Indices
@@ -74,6 +84,8 @@ class TextExamples:
     pad_id: int
     pad_left: bool
     longest: int
+    predicted: bool = False
+    groups: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,6 +125,16 @@ class TextExamples:
             inputs["token_type_ids"] = _padded(self.types[source], mask, 0)
         return inputs
 
+    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+        """What should be predicted, int64: the labels [b], or the tokens that follow [b, width]."""
+        if not self.predicted:
+            return torch.from_numpy(self.labels[index])
+        batch = self.batch(index, width)
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        targets = torch.full_like(ids, IGNORED)
+        targets[:, :-1] = ids[:, 1:].where(mask[:, 1:] & mask[:, :-1], IGNORED)
+        return targets
+
     def subset(self, index: Indices) -> "TextExamples":
         """The examples at ``index``, in that order; the token ids are shared."""
         return replace(
@@ -120,6 +142,7 @@ class TextExamples:
             labels=self.labels[index],
             starts=self.starts[index],
             lengths=self.lengths[index],
+            groups=None if self.groups is None else self.groups[index],
         )
 
 
@@ -135,6 +158,7 @@ class ImageExamples:
     rows: Indices
     pad_left: bool = False
     longest: int = 0
+    groups: Indices | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -166,13 +190,18 @@ class ImageExamples:
         """``pixel_values``, float32 [b, channels, height, width], copied out of ``pixels``."""
         return {"pixel_values": torch.from_numpy(np.array(self.pixels[self.rows[index]]))}
 
+    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+        """The labels, int64 [b]."""
+        return torch.from_numpy(self.labels[index])
+
     def subset(self, index: Indices) -> "ImageExamples":
         """The examples at ``index``, in that order; the pixels are shared."""
-        return replace(self, labels=self.labels[index], rows=self.rows[index])
+        groups = None if self.groups is None else self.groups[index]
+        return replace(self, labels=self.labels[index], rows=self.rows[index], groups=groups)
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
-    """The examples of all parts, which must come from one processor, in order."""
+    """The examples of all parts, which must come from one processor, in order, without groups."""
     texts = [part for part in parts if isinstance(part, TextExamples)]
     if len(texts) == len(parts):
         offsets = np.cumsum([0, *(len(part.ids) for part in texts)])
@@ -184,6 +213,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
             starts=np.concatenate([p.starts + o for p, o in zip(texts, offsets, strict=False)]),
             lengths=np.concatenate([part.lengths for part in texts]),
             types=np.concatenate(types) if types else None,
+            groups=None,
         )
     images = [part for part in parts if isinstance(part, ImageExamples)]
     pixels = np.concatenate([part.pixels[part.rows] for part in images])

@@ -15,7 +15,7 @@ from fedgraft.client.stack import Stack
 from fedgraft.client.store import Store
 from fedgraft.common.adapters import Layout
 
-__all__ = ["Feed", "compute", "logits_of", "open_feed"]
+__all__ = ["Feed", "compute", "logits_of", "open_feed", "targets_of"]
 
 COMPUTED = 64  # examples in one pass through the frozen layers
 WHOLE = 16  # tokens: sums over widths that are no multiple of a vector add in another order
@@ -78,6 +78,12 @@ def logits_of(feeds: Sequence[Feed], indices: Sequence[Indices], width: int) -> 
         return stack.logits(inputs)
     hidden = torch.cat([feed.hidden(prefix, index, width) for feed, index in pairs])
     return prefix.resume(inputs, hidden.to(stack.device))
+
+
+def targets_of(feeds: Sequence[Feed], indices: Sequence[Indices], width: int) -> torch.Tensor:
+    """What the logits of ``logits_of`` should be likeliest at, int64 [feeds x rows (, width)]."""
+    pairs = zip(feeds, indices, strict=True)
+    return torch.cat([feed.examples.targets(index, width) for feed, index in pairs])
 
 
 def open_feed(stack: Stack, trained: Layout, examples: Examples, store: Store | None) -> Feed:

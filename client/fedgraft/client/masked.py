@@ -119,7 +119,7 @@ class MaskedParticipant:
         with self._abstaining(), self._resumed(request.session) as party:
             party.accept(request.delivery, _hash(request.evaluate))
             tally = self.participant.tally(request.evaluate)
-            counts = tally.confusion.reshape(-1).astype(np.float64)
+            counts = tally.counts.astype(np.float64)
             if counts.max(initial=0.0) > party.parameters.coding.clip:
                 raise SiteFailure("too-many-examples")
             return party.mask(counts, 1, (tally.loss,), None)  # whole numbers: nothing to round

@@ -5,7 +5,7 @@ answered after a restart, because local heads are on the site's own disk, one fi
 """
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -241,7 +241,7 @@ class Participant:
         )
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        """The tally of the request's adapter, as a reply.
+        """The tally of the request's adapter, as a reply in clear: without groups of a few.
 
         Raises:
             SiteFailure: ``no-examples`` in that split.
@@ -249,19 +249,21 @@ class Participant:
         tally = self.tally(request)
         if not tally.examples:
             raise SiteFailure("no-examples")
+        measures = self.open(request.session, request.job, request.round)[0].measures
+        tally = replace(tally, more=measures.without_few(tally.more))
         return EvaluateReply(request.session, request.round, tally.to_vector())
 
     def tally(self, request: EvaluateRequest) -> Tally:
         """Evaluate the request's adapter, with the site's own head where heads are local."""
         job, bench = self.open(request.session, request.job, request.round)
-        splits, classes = self.splits(job), len(job.job.labels)
+        splits, measures = self.splits(job), job.measures
         examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
         if not examples:
-            return Tally.empty(classes)
+            return Tally.empty(measures)
         trained = bench.layout.only((*request.names, *bench.local.names))
         vector = self.start(bench, trained, request)
         return evaluate(
-            self.stack(job), trained, vector, examples, classes=classes, store=self.store
+            self.stack(job), trained, vector, examples, measures=measures, store=self.store
         ).tally
 
     def splits(self, job: Job) -> Splits:

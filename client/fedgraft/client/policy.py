@@ -26,7 +26,7 @@ from fedgraft.common.section import IllegalJob, Section, Size
 
 __all__ = ["Hours", "Policy", "RoundFacts", "check_plan", "load_policy"]
 
-Metric = Literal["loss", "accuracy", "f1"]
+Metric = Literal["loss", "accuracy", "f1", "scores", "groups"]
 METRICS: tuple[Metric, ...] = ("loss", "accuracy", "f1")
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 EPSILON, DELTA = 8.0, 1e-5
@@ -263,8 +263,15 @@ def _steps(job: Job, examples: int | None) -> int | None:
 
 
 def _revealed(job: Job) -> set[Metric]:
-    """What replies in clear reveal: the training loss, and by a confusion matrix all the rest."""
-    return set(METRICS) if job.data.validation else {"loss"}
+    """What replies in clear reveal: the training loss, by a confusion matrix accuracy and F1.
+
+    Only where the job counts them: binned scores, and who is right in which group.
+    """
+    if not job.data.validation:
+        return {"loss"}
+    scores: set[Metric] = {"scores"} if job.evaluation.score_bins else set()
+    groups: set[Metric] = {"groups"} if job.data.groups else set()
+    return {*METRICS, *scores, *groups}
 
 
 def load_policy(path: Path) -> Policy:

@@ -17,10 +17,10 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from fedgraft.client.examples import Examples, Indices
-from fedgraft.client.feed import logits_of, open_feed
+from fedgraft.client.feed import logits_of, open_feed, targets_of
+from fedgraft.client.objectives import losses
 from fedgraft.client.stack import Stack
 from fedgraft.client.stacked import Rows
 from fedgraft.client.store import Store
@@ -327,15 +327,10 @@ class _Pass:
             for index, feed, site in zip(parts, feeds, self.sites, strict=False)
         )
         logits = logits_of(feeds, padded, width)
-        labels = np.concatenate(
-            [feed.examples.labels[i] for feed, i in zip(feeds, padded, strict=True)]
-        )
-        losses = functional.cross_entropy(
-            logits, torch.from_numpy(labels).to(logits.device), reduction="none"
-        ).view(len(batches), rows)
+        each = losses(logits, targets_of(feeds, padded, width).to(logits.device))
         weights = torch.tensor([[float(row < len(i)) for row in range(rows)] for i in parts])
-        summed = (losses * weights.to(losses.device)).sum(1)
-        share = torch.tensor([1 / len(batch) for batch in batches], device=losses.device)
+        summed = (each.view(len(batches), rows) * weights.to(each.device)).sum(1)
+        share = torch.tensor([1 / len(batch) for batch in batches], device=each.device)
         # A model may have layers that its output does not depend on: these stay as they are.
         gradients = torch.autograd.grad((summed * share).sum(), self.views, allow_unused=True)
         flat = [g if g is None else g.reshape(len(batches), -1) for g in gradients]

@@ -17,12 +17,11 @@ from fedgraft.common.errors import BackboneError
 from fedgraft.common.job import Job
 from fedgraft.common.model_folder import FINGERPRINTED, fingerprint, refuse_unsafe
 from fedgraft.common.seeds import derive_seed
+from fedgraft.common.tasks import TASKS, TaskName
 
 __all__ = [
-    "TASKS",
     "Backbone",
     "LoadedBackbone",
-    "Task",
     "find_backbone",
     "head_names",
     "load",
@@ -31,20 +30,6 @@ __all__ = [
 ]
 
 BUILTIN = Path(__file__).parent / "builtin"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A kind of problem: which ``transformers`` auto class loads its model, and what it reads."""
-
-    auto_class: str
-    modality: str
-
-
-TASKS = {
-    "text-classification": Task("AutoModelForSequenceClassification", "text"),
-    "image-classification": Task("AutoModelForImageClassification", "image"),
-}
 
 
 @dataclass(frozen=True)
@@ -202,14 +187,17 @@ def _builtin(name: str) -> Path:
     return BUILTIN / name
 
 
-def _build(backbone: Backbone, task: str, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:
+def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:
     """The model and the names of the weights the folder did not have."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     auto = getattr(transformers, TASKS[task].auto_class)
-    heads = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    heads: dict[str, Any] = {}
+    if labels:
+        heads["id2label"] = dict(enumerate(labels))
+        heads["label2id"] = {name: index for index, name in enumerate(labels)}
     try:
         if backbone.weights == "random":
             config = transformers.AutoConfig.from_pretrained(
@@ -256,12 +244,14 @@ def _first_line(error: Exception) -> str:
 def _head_is_fresh(
     model: nn.Module, missing: set[str], backbone: Backbone, labels: Sequence[str]
 ) -> bool:
+    """Whether the head is not the folder's, or is for other labels; one for tokens has none."""
     if backbone.weights == "random":
         return True
     named = backbone.config.get("id2label") or {}
     names = [named.get(str(index)) for index in range(len(named))]
     heads = tuple(f"{name}." for name in head_names(model))
-    return names != list(labels) or any(key.startswith(heads) for key in missing)
+    other = bool(labels) and names != list(labels)
+    return other or any(key.startswith(heads) for key in missing)
 
 
 def _reset(head: nn.Module, model: nn.Module) -> None:

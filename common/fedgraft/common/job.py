@@ -8,9 +8,12 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.faults import Faults
+from fedgraft.common.measures import Measures
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
+from fedgraft.common.tasks import TASKS, TaskName
 
 __all__ = [
     "Actor",
@@ -42,9 +45,23 @@ class General(Section):
     """``[job]``: the name, the task and its labels, and the seed everything random comes from."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
-    task: Literal["text-classification", "image-classification"]
-    labels: tuple[str, ...] = Field(min_length=2)
+    task: TaskName
+    labels: tuple[str, ...] = Field(default=(), description="of a classification")
     seed: int = Field(default=0, ge=0, lt=2**62)
+
+    @property
+    def classes(self) -> int:
+        """Rows of a confusion matrix: the labels, or for tokens the right and the wrong ones."""
+        return len(self.labels) or 2
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        if TASKS[self.task].target == "tokens":
+            if self.labels:
+                raise IllegalJob(f"{self.task} has no labels", "leave job.labels out")
+        elif len(self.labels) < 2:
+            raise IllegalJob(f"{self.task} needs at least two labels", "name them in job.labels")
+        return self
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
@@ -205,6 +222,19 @@ class Data(Section):
     max_length: int = Field(default=128, ge=4, le=8192)
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     normalize: Literal["backbone", "per-image"] = "backbone"
+    group: str | None = Field(default=None, description="column that says whose example it is")
+    groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
+
+    @model_validator(mode="after")
+    def _groups_are_listed(self) -> Self:
+        if (self.group is None) != (not self.groups):
+            raise IllegalJob(
+                "group and groups belong together: the column, and the values it may have",
+                'data.group = "sex" with data.groups = ["f", "m"], or neither',
+            )
+        if len(set(self.groups)) != len(self.groups) or "" in self.groups:
+            raise IllegalJob("groups has a value twice, or an empty one", "name each group once")
+        return self
 
 
 class Partition(Section):
@@ -268,7 +298,17 @@ class Job(Section):
     aggregation: Aggregation = Aggregation()
     privacy: Privacy = Privacy()
     data: Data = Data()
+    evaluation: Evaluation = Evaluation()
     simulation: Simulation | None = None
+
+    @model_validator(mode="after")
+    def _measures_fit(self) -> Self:
+        if TASKS[self.job.task].target == "tokens" and self.measures.size:
+            raise IllegalJob(
+                f"{self.job.task} predicts tokens, which have neither scores nor groups",
+                "leave evaluation.score_bins, data.group and data.groups out",
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs_are_legal(self) -> Self:
@@ -284,6 +324,11 @@ class Job(Section):
                 "raise method.rank, the rank of the shared adapter"
                 if self.method.kind == "lora"
                 else 'leave simulation.ranks out: method.kind = "head" has no rank',
+            )
+        if TASKS[self.job.task].target == "tokens" and self.method.head != "frozen":
+            raise IllegalJob(
+                f"the head of {self.job.task} is the backbone's own, as large as its vocabulary",
+                'method.kind = "lora" with method.head = "frozen"',
             )
         if self.rounds.early_stopping and not self.data.validation:
             raise IllegalJob(
@@ -310,6 +355,13 @@ class Job(Section):
         elif self.rounds.cohort is not None:
             self._check_cohort(self.rounds.cohort)
         return self
+
+    @property
+    def measures(self) -> Measures:
+        """What an evaluation of this job counts."""
+        evaluation = self.evaluation
+        groups = self.data.groups
+        return Measures(self.job.classes, evaluation.score_bins, groups, evaluation.min_group)
 
     def check_sites(self, sites: int) -> None:
         """Whether rounds can work with ``sites`` sites.

@@ -35,7 +35,7 @@ def blank_replies(job: Job, exchanged: Layout, cohort: int) -> list[Reply]:
     trained = TrainReply(NO_SESSION, 1, exchanged.fingerprint, 1, 0.0, update)
     if not job.data.validation:
         return [trained]
-    tally = Tally.empty(len(job.job.labels)).to_vector()
+    tally = Tally.empty(job.measures).to_vector()
     return [trained, EvaluateReply(NO_SESSION, 1, tally)]
 
 

@@ -49,7 +49,7 @@ def training_terms(
 
 
 def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Parameters:
-    """Terms of a round that evaluates: a vector of classes^2 counts, summed exactly.
+    """Terms of a round that evaluates: a vector of ``Tally.counts``, summed exactly.
 
     With ``clip`` equal to the number of levels, a weight of 1 and no random rounding, quantising
     leaves an integer as it is.
@@ -61,9 +61,12 @@ def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Paramet
     bits = (((1 << 31) - 1) // parties + 1).bit_length()
     levels = (1 << (bits - 1)) - 1
     coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=TALLY_LIMIT)
-    classes = len(job.job.labels)
-    layout = digest("tally", *job.job.labels)
-    return _terms(job, session, cohort, layout, classes**2, coding)
+    measures = job.measures
+    # What is not asked for is not named: older terms hold.
+    beside = (f"bins {measures.bins}", *measures.groups) if measures.size else ()
+    layout = digest("tally", *job.job.labels, *beside)
+    length = measures.classes**2 + measures.size
+    return _terms(job, session, cohort, layout, length, coding)
 
 
 def _terms(

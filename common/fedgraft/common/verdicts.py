@@ -7,6 +7,9 @@ or percentages", Psychometrika 12). The interval of the difference is method 10 
 ("Improved confidence intervals for the difference between binomial proportions based on paired
 data", Statistics in Medicine 17): Wilson intervals of both shares, squared and added with a
 correction for their correlation. It keeps its level in small test sets and never leaves -1..1.
+Macro F1 is no share of examples: its difference has a paired bootstrap interval, in which both
+models answer the same redrawn examples (Efron and Tibshirani 1993, "An Introduction to the
+Bootstrap", chapter 13).
 
 All of it treats test examples as independent draws; many images of one patient are fewer
 examples than they seem, and then every interval here is too narrow.
@@ -20,9 +23,19 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Outcome", "Verdict", "macro_f1_interval", "verdict", "wilson_interval"]
+__all__ = [
+    "Outcome",
+    "Rival",
+    "Verdict",
+    "as_points",
+    "macro_f1_difference",
+    "macro_f1_interval",
+    "verdict",
+    "wilson_interval",
+]
 
 Outcome = Literal["helped", "hurt", "unclear", "unknown"]
+Rival = Literal["local_only", "zero_shot"]
 
 LEVEL = 0.05
 DRAWN_AT_ONCE = 1 << 20  # counts, 8 bytes each
@@ -31,7 +44,7 @@ _Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on either side
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison says; differences are federated minus local, as fractions -1..1.
+    """What the comparison says; differences are federated minus the other, as fractions -1..1.
 
     ``outcome`` is "helped" or "hurt" only where the exact test is below 5 % and the interval
     excludes 0, "unclear" where the examples cannot tell, "unknown" where there are none.
@@ -45,14 +58,19 @@ class Verdict:
 
 
 def verdict(
-    federated_correct: npt.NDArray[np.bool_], local_correct: npt.NDArray[np.bool_], *, name: str
+    federated_correct: npt.NDArray[np.bool_],
+    local_correct: npt.NDArray[np.bool_],
+    *,
+    name: str,
+    rival: Rival = "local_only",
 ) -> Verdict:
     """Compare two models on the same test examples of the site ``name``.
 
     Args:
         federated_correct: bool [n], where the federated model is right.
-        local_correct: bool [n], where the site's own model is right, in the same order.
+        local_correct: bool [n], where the other model is right, in the same order.
         name: the site as the sentence calls it; not escaped.
+        rival: what the other model is: the site's own, or the backbone untouched.
 
     Raises:
         ValueError: the two are not boolean vectors of one length.
@@ -73,7 +91,8 @@ def verdict(
     interval = _paired_interval(both, only_federated, only_local, federated.size)
     p_value = _mcnemar(only_federated, only_local)
     outcome = _outcome(interval, p_value)
-    sentence = _sentence(
+    tell = _sentence if rival == "local_only" else _sentence_of_backbone
+    sentence = tell(
         outcome,
         name=name,
         shares=(float(federated.mean()), float(local.mean())),
@@ -150,6 +169,51 @@ def macro_f1_interval(
     return float(low), float(high)
 
 
+def macro_f1_difference(
+    true: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    second: npt.NDArray[np.int64],
+    *,
+    generator: np.random.Generator,
+    draws: int = 500,
+) -> tuple[float, tuple[float, float]]:
+    """Macro F1 of ``first`` minus that of ``second``, and its 95 % paired bootstrap interval.
+
+    Args:
+        true: int64 [n], the labels.
+        first: int64 [n], what one model predicts for the same examples.
+        second: int64 [n], what the other does.
+        generator: where the draws come from.
+        draws: resamples, as for ``macro_f1_interval``.
+
+    Returns:
+        The difference and the ends, -1..1; (0, (-1, 1)) without examples.
+
+    Raises:
+        ValueError: the three are not of one length, or no draws.
+    """
+    if not true.shape == first.shape == second.shape or true.ndim != 1:
+        raise ValueError(f"one length, not {true.shape}, {first.shape} and {second.shape}")
+    if draws < 1:
+        raise ValueError(f"at least one draw, not {draws}")
+    if not len(true):
+        return 0.0, (-1.0, 1.0)
+    # An example is known by its label and both answers: redrawing examples is redrawing cells.
+    cells, counts = np.unique(np.stack([true, first, second]), axis=1, return_counts=True)
+    labels, ours, others = cells
+
+    def gaps(samples: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        return _macro_f1(samples, labels, ours) - _macro_f1(samples, labels, others)
+
+    most = max(1, DRAWN_AT_ONCE // len(counts))
+    drawn = [
+        gaps(generator.multinomial(len(true), counts / len(true), size=size))
+        for size in (min(most, draws - start) for start in range(0, draws, most))
+    ]
+    low, high = np.quantile(np.concatenate(drawn), [LEVEL / 2, 1 - LEVEL / 2])
+    return float(gaps(counts[np.newaxis])[0]), (float(low), float(high))
+
+
 def _macro_f1(
     samples: npt.NDArray[np.int64], true: npt.NDArray[np.intp], predicted: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.float64]:
@@ -162,7 +226,7 @@ def _macro_f1(
     for counts, row, column in zip(cells, true.tolist(), predicted.tolist(), strict=True):
         support[row_of[row]] += counts
         if row == column:
-            hits[row_of[row]] = counts
+            hits[row_of[row]] += counts
         if column in row_of:
             guesses[row_of[column]] += counts
     # F1 = 2 hits / (support + guesses), and support > 0 wherever it counts.
@@ -237,8 +301,8 @@ def _sentence(
     examples: int,
 ) -> str:
     federated, local = (f"{100 * share:.1f} %" for share in shares)
-    gap = f"difference {_points(difference)} points"
-    span = f"95 % interval {_points(interval[0])} to {_points(interval[1])}"
+    gap = f"difference {as_points(difference)} points"
+    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
     if outcome in ("helped", "hurt"):
         return (
             f"Federating {outcome} {name}: {federated} right instead of {local} on its own "
@@ -251,7 +315,36 @@ def _sentence(
     )
 
 
-def _points(fraction: float) -> str:
+def _sentence_of_backbone(
+    outcome: Outcome,
+    *,
+    name: str,
+    shares: tuple[float, float],
+    difference: float,
+    interval: tuple[float, float],
+    p_value: float,
+    examples: int,
+) -> str:
+    """The verdict on training at all, beside the one on training together."""
+    federated, untouched = (f"{100 * share:.1f} %" for share in shares)
+    gap = f"difference {as_points(difference)} points"
+    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
+    if outcome == "unclear":
+        count = "1 test example" if examples == 1 else f"{examples:,} test examples"
+        return (
+            f"Against the backbone untouched (zero-shot, {untouched}) {count} cannot tell "
+            f"({gap}, {span}, p = {p_value:.2f})."
+        )
+    better, moral = "better", ""
+    if outcome == "hurt":
+        better, moral = "worse", " This is negative transfer."
+    return (
+        f"At {name} the federated model is {better} than the backbone untouched: {federated} right "
+        f"instead of {untouched} zero-shot ({gap}, {span}).{moral}"
+    )
+
+
+def as_points(fraction: float) -> str:
     """Signed percentage points with one decimal; what rounds to zero has no sign."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text

@@ -25,7 +25,6 @@ from fedgraft.common.adapters import (
     write,
 )
 from fedgraft.common.backbones import (
-    TASKS,
     Backbone,
     LoadedBackbone,
     find_backbone,
@@ -37,6 +36,7 @@ from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.messages import array_hash
 from fedgraft.common.processors import Processor, TextProcessor, load_processor
+from fedgraft.common.tasks import TASKS
 
 __all__ = [
     "Workbench",

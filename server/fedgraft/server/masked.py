@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedgraft.common.adapters import Layout
-from fedgraft.common.errors import RoundAborted, TooFewSites
+from fedgraft.common.errors import MessageError, RoundAborted, TooFewSites
 from fedgraft.common.federation import Federation
 from fedgraft.common.job import Job
 from fedgraft.common.messages import Stage
@@ -116,18 +116,19 @@ def check_masked(
     def terms(ids: tuple[int, ...]) -> Parameters:
         return evaluation_terms(job, request.session, ids)
 
-    classes = len(job.job.labels)
     talk = _Conversation(masking, job, transport, cohort)
     try:
         _, total = talk.hold(request, terms, job.rounds.min_sites)
     except RoundAborted as error:
         talk.traffic.drop("all sites", f"evaluation: {error}")
-        return Checked(Tally.empty(classes), talk.traffic)
-    counts = total.sums.astype(np.int64).reshape(classes, classes)
-    if (counts < 0).any():
-        talk.traffic.drop("all sites", "evaluation: negative counts")
-        return Checked(Tally.empty(classes), talk.traffic)
-    return Checked(Tally(max(total.metrics[0], 0.0), counts), talk.traffic)
+        return Checked(Tally.empty(job.measures), talk.traffic)
+    counts = total.sums.astype(np.int64)
+    try:
+        tally = Tally.of_counts(max(total.metrics[0], 0.0), counts, job.measures)
+    except MessageError as error:
+        talk.traffic.drop("all sites", f"evaluation: {error}")
+        tally = Tally.empty(job.measures)
+    return Checked(tally, talk.traffic)
 
 
 @dataclass

@@ -16,6 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from fedgraft.common.errors import RunError
 from fedgraft.common.files import write_atomically
 from fedgraft.server.report_figures import POOLED, curve_pictures, pooled_picture, site_picture
+from fedgraft.server.report_insights import map_facts, movement_facts
+from fedgraft.server.report_measures import measure_facts
 from fedgraft.server.report_plots import MODELS
 from fedgraft.server.report_tables import drop_tables, round_table, site_tables, total_traffic
 from fedgraft.server.report_values import (
@@ -25,6 +27,7 @@ from fedgraft.server.report_values import (
     as_duration,
     as_interval,
     as_percent,
+    as_points,
     as_share,
     as_size,
     natural_order,
@@ -75,7 +78,7 @@ def _template() -> Template:
     )
     filters: dict[str, Callable[..., str]] = {
         "count": as_count, "decimal": as_decimal, "duration": as_duration, "interval": as_interval,
-        "percent": as_percent, "share": as_share, "size": as_size,
+        "percent": as_percent, "points": as_points, "share": as_share, "size": as_size,
     }  # fmt: skip
     environment.filters.update(filters)
     environment.globals.update(record=read_record, records=read_records)
@@ -106,6 +109,9 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         traffic=total_traffic(summary, rounds),
         site_picture=site_picture(sites),
         **site_tables(sites),
+        **measure_facts(final, sites),
+        **movement_facts(summary),
+        **map_facts(summary),
     )
 
 

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "INK",
+    "LINE",
     "MODELS",
+    "MUTED",
+    "PAPER",
     "Curve",
     "Estimate",
     "Look",
@@ -30,7 +34,10 @@ __all__ = [
     "curves",
     "density",
     "dots",
+    "frame",
+    "render",
     "scatter",
+    "short_name",
     "single_dots",
 ]
 
@@ -57,12 +64,12 @@ MODELS = {
     "head_only": Look("Head only", "v", "#fe0005", "--head"),
     "zero_shot": Look("Zero-shot", "X", "#fe0006", "--zero"),
 }
-_INK, _MUTED, _LINE, _PAPER = "#fe0007", "#fe0008", "#fe0009", "#fe000a"
+INK, MUTED, LINE, PAPER = "#fe0007", "#fe0008", "#fe0009", "#fe000a"
 _VARIABLES = {look.paint: look.variable for look in MODELS.values()} | {
-    _INK: "--ink",
-    _MUTED: "--muted",
-    _LINE: "--line",
-    _PAPER: "--paper",
+    INK: "--ink",
+    MUTED: "--muted",
+    LINE: "--line",
+    PAPER: "--paper",
 }
 _WIDTH = 420  # points; one point is one CSS pixel at full size
 _NAME_LENGTH = 22
@@ -128,19 +135,19 @@ def curves(
             _line(axes, rounds, line, 100 if percent else 1)
         if dropped:
             axes.scatter(
-                dropped, [0.025] * len(dropped), marker="x", s=34, color=_INK, linewidths=1.6,
+                dropped, [0.025] * len(dropped), marker="x", s=34, color=INK, linewidths=1.6,
                 transform=axes.get_xaxis_transform(), label="sites dropped", zorder=4,
             )  # fmt: skip
-        _frame(axes, "round", f"{label} (%)" if percent else label)
+        frame(axes, "round", f"{label} (%)" if percent else label)
         axes.locator_params(axis="x", integer=True)
         if len(rounds) == 1:
             axes.set_xticks(list(rounds))
         if percent:
             _within_percent(axes.get_ylim, axes.set_ylim)
-        axes.grid(axis="y", color=_LINE, linewidth=0.8)
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
         _legend(figure)
 
-    return _render(draw, 290, key)
+    return render(draw, 290, key)
 
 
 def dots(
@@ -165,11 +172,11 @@ def dots(
             points = [(at + offset, found[model]) for at, (_, found) in enumerate(rows)]
             _interval_points(axes, points, MODELS[model])
         for at in range(1, len(rows)):
-            axes.axhline(at - 0.5, color=_LINE, linewidth=0.6)
-        _name_rows(axes, [_short(name) for name, _ in rows], label)
+            axes.axhline(at - 0.5, color=LINE, linewidth=0.6)
+        _name_rows(axes, [short_name(name) for name, _ in rows], label)
         _legend(figure)
 
-    return _render(draw, len(rows) * (15 * len(models) + 4) + 95, key)
+    return render(draw, len(rows) * (15 * len(models) + 4) + 95, key)
 
 
 def single_dots(rows: Sequence[tuple[str, Estimate]], *, label: str, key: str) -> str:
@@ -181,7 +188,7 @@ def single_dots(rows: Sequence[tuple[str, Estimate]], *, label: str, key: str) -
             _interval_points(axes, [(at, estimate)], MODELS[model])
         _name_rows(axes, [MODELS[model].name for model, _ in rows], label)
 
-    return _render(draw, 28 * len(rows) + 50, key)
+    return render(draw, 28 * len(rows) + 50, key)
 
 
 def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
@@ -202,11 +209,11 @@ def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
         axes.scatter(
             [100 * local for local, _ in pairs],
             [100 * federated for _, federated in pairs],
-            s=26, facecolor=MODELS["federated"].paint, edgecolor=_PAPER, linewidths=0.6, alpha=0.75,
+            s=26, facecolor=MODELS["federated"].paint, edgecolor=PAPER, linewidths=0.6, alpha=0.75,
         )  # fmt: skip
         _face_to_face(axes, low, high)
 
-    return _render(draw, 400, key)
+    return render(draw, 400, key)
 
 
 def density(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
@@ -233,7 +240,7 @@ def density(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
         _face_to_face(axes, low, high)
         axes.set(xlim=(low, high), ylim=(low, high + 0.1 * (high - low)))  # words above the squares
 
-    return _render(draw, 400, key)
+    return render(draw, 400, key)
 
 
 def _square(share: float) -> int:
@@ -242,12 +249,12 @@ def _square(share: float) -> int:
 
 def _face_to_face(axes: "Axes", low: float, high: float) -> None:
     """Axes in percent, the line of equality from ``low`` to ``high``, and which side is whose."""
-    axes.plot([low, high], [low, high], color=_MUTED, linewidth=1, linestyle="--")
-    axes.text(0.03, 0.96, "federated better", transform=axes.transAxes, color=_MUTED, va="top")
-    axes.text(0.97, 0.04, "local only better", transform=axes.transAxes, color=_MUTED, ha="right")
+    axes.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle="--")
+    axes.text(0.03, 0.96, "federated better", transform=axes.transAxes, color=MUTED, va="top")
+    axes.text(0.97, 0.04, "local only better", transform=axes.transAxes, color=MUTED, ha="right")
     axes.set_aspect("equal")
-    _frame(axes, "Local only, own test (%)", "Federated, own test (%)")
-    axes.grid(color=_LINE, linewidth=0.8)
+    frame(axes, "Local only, own test (%)", "Federated, own test (%)")
+    axes.grid(color=LINE, linewidth=0.8)
 
 
 def _line(axes: "Axes", rounds: Sequence[int], line: Curve, scale: float) -> None:
@@ -260,7 +267,7 @@ def _line(axes: "Axes", rounds: Sequence[int], line: Curve, scale: float) -> Non
         axes.plot(
             [at for at, _ in kept],
             [value for _, value in kept],
-            color=_MUTED if line.second else MODELS["federated"].paint,
+            color=MUTED if line.second else MODELS["federated"].paint,
             linestyle="--" if line.second else "-",
             marker="" if len(kept) > _MARKER_ROUNDS else "D" if line.second else "o",
             markersize=4.5,
@@ -277,7 +284,7 @@ def _interval_points(axes: "Axes", points: Sequence[tuple[float, Estimate]], loo
     if kept:
         axes.plot(
             [100 * value for _, value, _ in kept], [at for at, _, _ in kept], look.marker,
-            color=look.paint, markersize=6, markeredgecolor=_PAPER, markeredgewidth=0.7,
+            color=look.paint, markersize=6, markeredgecolor=PAPER, markeredgewidth=0.7,
             label=look.name,
         )  # fmt: skip
 
@@ -286,9 +293,9 @@ def _name_rows(axes: "Axes", names: Sequence[str], label: str) -> None:
     """Rows from top to bottom, a percent axis below them."""
     axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
-    _frame(axes, f"{label} (%)", "")
+    frame(axes, f"{label} (%)", "")
     _within_percent(axes.get_xlim, axes.set_xlim)
-    axes.grid(axis="x", color=_LINE, linewidth=0.8)
+    axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
 
 
@@ -300,31 +307,33 @@ def _within_percent(
     set_limits(max(-1.5, low), min(101.5, high))
 
 
-def _frame(axes: "Axes", x: str, y: str) -> None:
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
+def frame(axes: "Axes", x: str, y: str) -> None:
+    """Name the axes, and draw no more of them than is read."""
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, length=3)
+    axes.tick_params(colors=INK, length=3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_MUTED)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
 
 
 def _legend(figure: "Figure") -> None:
     if not figure.axes[0].get_legend_handles_labels()[0]:
         return
     figure.legend(
-        loc="outside upper left", ncols=2, frameon=False, labelcolor=_INK, handlelength=1.4,
+        loc="outside upper left", ncols=2, frameon=False, labelcolor=INK, handlelength=1.4,
         columnspacing=1.4, borderaxespad=0.1,
     )  # fmt: skip
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
+    """A name as a figure has room for it."""
     # Control characters and lone surrogates, which JSON can hold, are no text to draw.
     name = " ".join("".join(sign if sign.isprintable() else " " for sign in name).split())
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
 
 
-def _render(draw: Draw, height: float, key: str) -> str:
+def render(draw: Draw, height: float, key: str) -> str:
     """Draw on a figure ``_WIDTH`` wide and return its ``<svg>`` element."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

@@ -7,6 +7,7 @@ numbers only through a rule, so it is the same for a simulation and for partner 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -138,13 +139,19 @@ def run_round(
         examples=gathered.examples,
         train_loss=gathered.loss,
         update_norm=float(np.linalg.norm(step)),
-        validation={**tally.summary(), "examples": tally.examples} if tally.examples else None,
+        validation=_validation(job, tally),
         bytes_up=sum(part.bytes_up for part in traffic),
         bytes_down=sum(part.bytes_down for part in traffic),
         seconds=time.monotonic() - started,
         masked=gathered.masked,
     )
     return state, record
+
+
+def _validation(job: Job, tally: Tally) -> dict[str, Any] | None:
+    if not tally.examples:
+        return None
+    return {**tally.summary(), **job.measures.summary(tally), "examples": tally.examples}
 
 
 def _train(
@@ -167,7 +174,7 @@ def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: Sta
     job, names = plan.job, plan.exchanged.names
     last = state.round == job.rounds.count
     if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
-        return Checked(Tally.empty(len(job.job.labels)), Traffic())
+        return Checked(Tally.empty(job.measures), Traffic())
     request = EvaluateRequest(
         plan.session, state.round, plan.request.job, names, "validation", state.adapter
     )
@@ -223,15 +230,13 @@ def check_clear(
     exchanged: Layout,
 ) -> Checked:
     """Have ``sites`` evaluate; the sum of their tallies."""
-    checked = Checked(Tally.empty(len(job.job.labels)), Traffic())
+    checked = Checked(Tally.empty(job.measures), Traffic())
     expected = Expected(request.session, request.round, exchanged)
     for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
         checked.traffic.count(reply)
         if isinstance(reply.payload, EvaluateReply):
             try:
-                tally = check_evaluation(
-                    reply.payload, expected, job.aggregation, len(job.job.labels)
-                )
+                tally = check_evaluation(reply.payload, expected, job.aggregation, job.measures)
             except (InvalidReply, MessageError) as error:
                 checked.traffic.drop(reply.site, f"evaluation: {error}")
             else:

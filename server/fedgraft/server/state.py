@@ -128,7 +128,7 @@ class RoundRecord:
     examples: int | None
     train_loss: float
     update_norm: float
-    validation: dict[str, float] | None
+    validation: dict[str, Any] | None
     bytes_up: int
     bytes_down: int
     seconds: float

@@ -10,6 +10,7 @@ import numpy as np
 from fedgraft.common.adapters import Layout
 from fedgraft.common.errors import FedgraftError
 from fedgraft.common.job import Aggregation
+from fedgraft.common.measures import Measures
 from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import EvaluateReply, TrainReply
 
@@ -57,16 +58,16 @@ def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> 
 
 
 def check_evaluation(
-    reply: EvaluateReply, expected: Expected, limits: Aggregation, classes: int
+    reply: EvaluateReply, expected: Expected, limits: Aggregation, measures: Measures
 ) -> Tally:
     """The tally of a site's evaluation.
 
     Raises:
         InvalidReply: ``wrong-session``, ``wrong-round``, ``bad-count`` or ``bad-loss``.
-        MessageError: the vector is no tally of ``classes`` classes.
+        MessageError: the vector is no tally of what ``measures`` counts.
     """
     _check_origin(reply, expected)
-    tally = Tally.from_vector(reply.tally, classes)
+    tally = Tally.from_vector(reply.tally, measures)
     _raise_first({"bad-count": tally.examples > limits.max_examples, "bad-loss": tally.loss < 0.0})
     return tally
 

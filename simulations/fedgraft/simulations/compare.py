@@ -32,6 +32,7 @@ from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.simulations.grid import NodeConfig
+from fedgraft.simulations.site_map import keep_direction, why_absent
 from fedgraft.simulations.workers import Workers, cores
 
 __all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
@@ -124,7 +125,8 @@ def _pool(evaluations: Sequence[Evaluation]) -> Tally:
     loss = reduce(add, (one.loss for one in evaluations))  # sum() rounds differently from 3.12 on
     true = np.concatenate([one.true for one in evaluations])
     predicted = np.concatenate([one.predicted for one in evaluations])
-    return Tally.of(loss, true, predicted, evaluations[0].classes)
+    more = reduce(add, (one.more for one in evaluations))
+    return Tally.of(loss, true, predicted, evaluations[0].classes, more)
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ class _Place:
 
     def test(self, adapter: Vector, examples: Examples) -> Evaluation:
         """``adapter``, float32 [layout.size], on ``examples``."""
-        store, classes = self.participant.store, len(self.job.job.labels)
-        return evaluate(self.stack, self.layout, adapter, examples, classes=classes, store=store)
+        store, measures = self.participant.store, self.job.measures
+        return evaluate(self.stack, self.layout, adapter, examples, measures=measures, store=store)
 
     def task(self, start: Vector, purpose: str) -> Task:
         """Training on the site's own data."""
@@ -220,6 +222,12 @@ def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, dict[st
     places = [_place(trial, site) for site in sites]
     tasks = [place.task(place.bench.initial, "local-only") for place in places]
     trained = _train(places, tasks, trial.job.training, _budget(trial))
+    if not why_absent(trial.job, len(trial.nodes)):
+        exchanged = places[0].layout.only(trial.names)
+        for place, adapter in zip(places, trained, strict=True):
+            if adapter is not None:
+                moved = place.layout.part(adapter - place.bench.initial, exchanged)
+                keep_direction(place.participant.state, moved)
     return [
         None if adapter is None else _tried(trial, site, place, adapter)
         for site, place, adapter in zip(sites, places, trained, strict=True)
@@ -234,7 +242,11 @@ def _tried(
     # Of thousands of sites a sample will do: all of them would be a million evaluations.
     others = (_place(trial, other).splits.test for other in _sample(trial, site))
     pooled = _pool([own, *(place.test(adapter, test) for test in others)])
-    return own, pooled.summary() if pooled.examples else {}
+    if not pooled.examples:
+        return own, {}
+    beside = trial.job.measures.summary(pooled)
+    # A mean over models means nothing for what some of them lack, or for groups.
+    return own, pooled.summary() | {k: v for k, v in beside.items() if isinstance(v, float)}
 
 
 def _central(trial: Trial) -> list[Evaluation | None]:

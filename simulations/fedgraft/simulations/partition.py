@@ -221,7 +221,7 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
     if simulation.shift == "image":
         shifts = draw_shifts(len(shares), numpy_generator(job.job.seed, "simulation", "shifts"))
     index = []
-    labels, classes = labels_of(pool.train), len(job.job.labels)
+    labels, classes = labels_of(pool.train), job.job.classes
     # In one piece: taking rows from thousands of chunks, one a file, looks through all of them.
     train = pool.train.with_format("arrow")[:].combine_chunks()
     test = train if pool.test is None else pool.test.with_format("arrow")[:].combine_chunks()
@@ -291,8 +291,12 @@ def _as_files(
         column, kind = job.data.text, datasets.Value("string")
         contents = rows["text"].to_pylist()
     names = [job.job.labels[value] for value in rows["label"].to_pylist()]
-    features = datasets.Features({column: kind, job.data.label: datasets.Value("string")})
-    return pa.table({column: contents, job.data.label: names}, schema=features.arrow_schema)
+    words = {job.data.label: names}
+    if job.data.group is not None:
+        listed = rows["group"].to_pylist()
+        words[job.data.group] = [job.data.groups[at] if at >= 0 else None for at in listed]
+    features = datasets.Features({column: kind, **dict.fromkeys(words, datasets.Value("string"))})
+    return pa.table({column: contents, **words}, schema=features.arrow_schema)
 
 
 def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.Generator) -> bytes:

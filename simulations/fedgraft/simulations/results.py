@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 
 from fedgraft.client.evaluation import Evaluation
+from fedgraft.client.judging import figures, judge, outcome_of
 from fedgraft.common.files import write_text
-from fedgraft.common.metrics import Tally
-from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.verdicts import macro_f1_interval, verdict, wilson_interval
+from fedgraft.common.measures import Measures
 from fedgraft.simulations.compare import Measured
 from fedgraft.simulations.partition import SimulatedSite
 
@@ -20,7 +19,9 @@ __all__ = ["COMPARISONS", "final_metrics", "load_measured", "save_measured", "si
 COMPARISONS = ("federated", "central", "local_only", "head_only", "zero_shot")
 
 
-def final_metrics(measured: Mapping[str, Measured | None], seed: int) -> dict[str, Any]:
+def final_metrics(
+    measured: Mapping[str, Measured | None], seed: int, measures: Measures
+) -> dict[str, Any]:
     """Every model on the pooled test set; for ``local_only`` the mean over the sites' models."""
     final: dict[str, Any] = {}
     for name in COMPARISONS:
@@ -30,40 +31,52 @@ def final_metrics(measured: Mapping[str, Measured | None], seed: int) -> dict[st
         elif result.models is not None:
             final[name] = _mean_of_models(result.models)
         elif (pooled := result.pooled()) is not None and pooled.examples:
-            final[name] = _metrics(pooled, seed, "pooled", name)
+            final[name] = figures(pooled, measures, seed, "pooled", name)
         else:
             final[name] = None
     return final
 
 
 def site_results(
-    sites: Sequence[SimulatedSite], measured: Mapping[str, Measured | None], seed: int
+    sites: Sequence[SimulatedSite],
+    measured: Mapping[str, Measured | None],
+    seed: int,
+    measures: Measures,
 ) -> list[dict[str, Any]]:
     """Every model on each site's own test set, and whether federating helped that site."""
-    return [_site(site, index, measured, seed) for index, site in enumerate(sites)]
+    return [
+        _site(site, _own(measured, index), seed, measures, measured.get("local_only") is not None)
+        for index, site in enumerate(sites)
+    ]
 
 
-def _site(
-    site: SimulatedSite, index: int, measured: Mapping[str, Measured | None], seed: int
-) -> dict[str, Any]:
+def _own(measured: Mapping[str, Measured | None], index: int) -> dict[str, Evaluation | None]:
     own: dict[str, Evaluation | None] = {}
     for name in (*COMPARISONS, "federated_tuned"):
         result = measured.get(name)
         own[name] = result.own[index] if result is not None else None
+    return own
+
+
+def _site(
+    site: SimulatedSite,
+    own: Mapping[str, Evaluation | None],
+    seed: int,
+    measures: Measures,
+    trained_alone: bool,
+) -> dict[str, Any]:
     metrics = {
-        name: _metrics(value.tally, seed, site.name, name) if value and len(value.true) else None
+        name: figures(value.tally, measures, seed, site.name, name)
+        if value and len(value.true)
+        else None
         for name, value in own.items()
     }
-    federated, alone = own["federated"], own["local_only"]
-    if federated is not None and alone is not None:
-        judged = verdict(federated.correct, alone.correct, name=site.name)
-        sentence, outcome = judged.sentence, judged.outcome
-        if (tuned := own["federated_tuned"]) is not None:
-            sentence += f" After a short fine-tune there: {100 * tuned.tally.accuracy:.1f} %."
-    else:
-        could = "could not be trained" if measured.get("local_only") else "was not run"
-        sentence = f"{site.name} has no model of its own to compare with: local_only {could}."
-        outcome = "unknown"
+    could = "could not be trained" if trained_alone else "was not run"
+    missing = f"{site.name} has no model of its own to compare with: local_only {could}."
+    judged = judge(own, seed, name=site.name)
+    sentence, outcome = outcome_of(judged, missing=missing)
+    if (tuned := own["federated_tuned"]) is not None and "local_only" in judged:
+        sentence += f" After a short fine-tune there: {100 * tuned.tally.accuracy:.1f} %."
     return {
         "name": site.name,
         "examples": site.examples,
@@ -71,17 +84,9 @@ def _site(
         "classes": int(np.count_nonzero(site.classes)),
         "shift": site.shift or None,
         **metrics,
+        "comparisons": judged,
         "verdict": sentence,
         "outcome": outcome,
-    }
-
-
-def _metrics(tally: Tally, seed: int, *purpose: str) -> dict[str, Any]:
-    generator = numpy_generator(seed, "bootstrap", *purpose)
-    return {
-        **tally.summary(),
-        "accuracy_interval": list(wilson_interval(tally.correct, tally.examples)),
-        "macro_f1_interval": list(macro_f1_interval(tally.confusion, generator)),
     }
 
 
@@ -116,9 +121,14 @@ def load_measured(path: Path) -> Measured | None:
 
 
 def _to_json(one: Evaluation) -> dict[str, Any]:
-    return {**vars(one), "true": one.true.tolist(), "predicted": one.predicted.tolist()}
+    arrays = {"true": one.true.tolist(), "predicted": one.predicted.tolist()}
+    at = np.flatnonzero(one.more)  # most bins are empty
+    return {**vars(one), **arrays, "more": [len(one.more), at.tolist(), one.more[at].tolist()]}
 
 
 def _from_json(value: Mapping[str, Any]) -> Evaluation:
     true, predicted = (np.array(value[key], np.int64) for key in ("true", "predicted"))
-    return Evaluation(value["loss"], true, predicted, value["classes"])
+    size, at, counts = value.get("more", (0, [], []))  # older runs have none
+    more = np.zeros(size, np.int64)
+    more[at] = counts
+    return Evaluation(value["loss"], true, predicted, value["classes"], more)

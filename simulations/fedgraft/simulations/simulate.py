@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from fedgraft.common.adapters import Vector
@@ -19,6 +20,7 @@ from fedgraft.common.workbench import choose_device, open_workbench
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
 from fedgraft.server.masked import Masking
+from fedgraft.server.movement import moved_modules
 from fedgraft.server.report import write_report
 from fedgraft.server.rounds import Plan, make_plan, run_job
 from fedgraft.server.runs import Run
@@ -35,6 +37,7 @@ from fedgraft.simulations.memory import Pace, PeakMemory
 from fedgraft.simulations.partition import PreparedSites, SimulatedSite
 from fedgraft.simulations.ray import coordinate_on_ray
 from fedgraft.simulations.results import final_metrics, load_measured, save_measured, site_results
+from fedgraft.simulations.site_map import map_sites
 from fedgraft.simulations.workers import Workers
 
 __all__ = ["simulate"]
@@ -61,11 +64,12 @@ def simulate(
             run.event("skipped-images", count=prepared.skipped)
             console.note(f"left out {prepared.skipped} images that do not decode")
         bench = open_workbench(job)
-        federation = found_federation(job, run.folder / "sites", [site.name for site in sites])
+        names = [site.name for site in sites]
+        federation = found_federation(job, run.folder / "sites", names)
         masking = Masking(federation, run.next_masked_round) if federation else None
         plan = make_plan(job, bench, run.session, masking)
         console.note(_headline(job, sites, plan))
-        fates = Fates.draw(job, [site.name for site in sites])
+        fates = Fates.draw(job, names)
         if settings.faults.any:
             run.event("faults", **fates.facts())
             console.note(fates.describe())
@@ -91,8 +95,10 @@ def simulate(
         "peak_memory_mb": round(memory.megabytes, 1),
         "skipped_images": prepared.skipped,
         "faults": fates.summary(run.events()) if settings.faults.any else None,
-        "final": final_metrics(measured, job.job.seed),
-        "sites": site_results(sites, measured, job.job.seed),
+        "final": final_metrics(measured, job.job.seed, job.measures),
+        "moved": [one.to_json() for one in moved_modules(bench, (plan.exchanged, adapter))],
+        "site_map": map_sites(job, [Path(node["state"]) for node in nodes], names),
+        "sites": site_results(sites, measured, job.job.seed, job.measures),
     }
     run.finish(summary)
     export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")

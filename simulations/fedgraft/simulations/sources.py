@@ -18,6 +18,7 @@ import numpy as np
 
 from fedgraft.client.data import read_split, split_validation
 from fedgraft.client.examples import Indices
+from fedgraft.client.groups import read_groups
 from fedgraft.client.tables import read_tables
 from fedgraft.common.errors import JobError
 from fedgraft.common.job import Job, Simulation
@@ -86,6 +87,8 @@ def load_pool(job: Job, simulation: Simulation) -> Pool:
 
 def _as_split(rows: datasets.Dataset, job: Job) -> datasets.Dataset:
     """The digits as ``read_split`` would give them: their labels are the job's, by name."""
+    if job.data.groups:
+        raise JobError(f"{DIGITS} has no groups", hint="leave data.group and data.groups out")
     names = rows.features["label"].names
     unknown = [name for name in names if name not in job.job.labels]
     if unknown:
@@ -196,6 +199,8 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
         "data": job.data.model_dump(include={"text", "image", "label", "on_bad_image"}),
         "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
     }
+    if job.data.groups:
+        settings["groups"] = (job.data.group, job.data.groups)
     if simulation.faults.poisons_labels:  # else absent: older digests hold
         settings["poisoned"] = simulation.faults.poisoned
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -216,6 +221,8 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
                 _feed(digest, "table", str(table.typed))
                 for one, label in zip(table.contents, table.labels, strict=True):
                     _feed(digest, _content_bytes(one), repr(label))
+            if job.data.groups:
+                _feed(digest, "groups", read_groups(path, job.data, {}).tobytes())
         _feed(digest, "end")
     return digest.hexdigest()[:32]
 

@@ -1,0 +1,74 @@
+"""Figures of one model, and what federating was worth beside every model a site has without it.
+
+The same words and numbers for a site of a simulation and for a real one after the run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fedgraft.client.evaluation import Evaluation
+from fedgraft.common.measures import Measures
+from fedgraft.common.metrics import Tally
+from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.verdicts import (
+    Outcome,
+    Rival,
+    macro_f1_difference,
+    macro_f1_interval,
+    verdict,
+    wilson_interval,
+)
+
+__all__ = ["RIVALS", "figures", "judge", "outcome_of"]
+
+RIVALS: tuple[Rival, ...] = ("local_only", "zero_shot")
+
+
+def figures(tally: Tally, measures: Measures, seed: int, *purpose: str) -> dict[str, Any]:
+    """All that is said of a model on some test examples, fractions 0..1, losses in nats."""
+    generator = numpy_generator(seed, "bootstrap", *purpose)
+    return {
+        **tally.summary(),
+        **measures.summary(tally),
+        "accuracy_interval": list(wilson_interval(tally.correct, tally.examples)),
+        "macro_f1_interval": list(macro_f1_interval(tally.confusion, generator)),
+    }
+
+
+def judge(own: Mapping[str, Evaluation | None], seed: int, *, name: str) -> dict[str, Any]:
+    """The federated model of ``own`` against each of ``RIVALS`` that is there, example by example.
+
+    For each: outcome, sentence, difference in accuracy with interval and p-value (``Verdict``), and
+    ``macro_f1_difference`` with its paired bootstrap interval. Differences are federated minus the
+    other, fractions -1..1.
+    """
+    federated = own.get("federated")
+    found: dict[str, Any] = {}
+    for rival in RIVALS:
+        other = own.get(rival)
+        if federated is None or other is None:
+            continue
+        judged = verdict(federated.correct, other.correct, name=name, rival=rival)
+        generator = numpy_generator(seed, "bootstrap", name, "federated", rival)
+        gap, interval = macro_f1_difference(
+            federated.true, federated.predicted, other.predicted, generator=generator
+        )
+        found[rival] = {
+            **asdict(judged),
+            "interval": list(judged.interval),
+            "macro_f1_difference": gap,
+            "macro_f1_difference_interval": list(interval),
+        }
+    return found
+
+
+def outcome_of(judged: Mapping[str, Any], *, missing: str) -> tuple[str, Outcome]:
+    """The sentences of what ``judge`` found, and whether federating helped beside a site alone.
+
+    ``missing`` is said where there is no model of the site's own.
+    """
+    alone = judged.get("local_only")
+    first = alone["sentence"] if alone else missing
+    others = [one["sentence"] for rival, one in judged.items() if rival != "local_only"]
+    return " ".join([first, *others]), alone["outcome"] if alone else "unknown"

@@ -1,0 +1,62 @@
+"""Losses and counts of labels and of tokens."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fedgraft.client.examples import TextExamples
+from fedgraft.client.objectives import IGNORED, Counts, losses
+
+
+def texts(*lengths: int, left: bool = False) -> TextExamples:
+    count = np.array(lengths, np.int64)
+    return TextExamples(
+        labels=np.zeros(len(count), np.int64),
+        ids=np.arange(1, count.sum() + 1, dtype=np.int32),
+        starts=np.cumsum(count) - count,
+        lengths=count,
+        types=None,
+        pad_id=0,
+        pad_left=left,
+        longest=8,
+        predicted=True,
+    )
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_each_token_is_to_predict_the_next(left: bool) -> None:
+    targets = texts(4, 2, left=left).targets(np.arange(2))
+    last = [IGNORED, IGNORED, 6, IGNORED] if left else [6, IGNORED, IGNORED, IGNORED]
+    assert targets.tolist() == [[2, 3, 4, IGNORED], last]
+
+
+def test_the_loss_of_a_sequence_is_the_mean_over_its_targets() -> None:
+    logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
+    targets = texts(4, 2).targets(np.arange(2))
+    first = functional.cross_entropy(logits[0, :3], targets[0, :3])
+    second = functional.cross_entropy(logits[1, :1], targets[1, :1])
+    torch.testing.assert_close(losses(logits, targets), torch.stack([first, second]))
+
+
+def test_a_text_of_one_token_has_no_target_and_no_loss() -> None:
+    targets = texts(1).targets(np.arange(1))
+    assert losses(torch.randn(1, 1, 9), targets).tolist() == [0.0]
+    assert len(Counts.of(torch.randn(1, 1, 9), targets).true) == 0
+
+
+def test_tokens_are_counted_as_right_or_wrong() -> None:
+    targets = texts(4, 2).targets(np.arange(2))
+    logits = functional.one_hot(targets.clamp(min=0), 9).float() * 20
+    logits[0, 1] = logits[0, 0]  # says 2 where 3 comes
+    counts = Counts.of(logits, targets)
+    assert counts.true.tolist() == [0, 0, 0, 0]
+    assert counts.predicted.tolist() == [0, 1, 0, 0]
+    assert counts.loss == pytest.approx(20, abs=1e-3)
+
+
+def test_labels_are_counted_as_they_are() -> None:
+    logits = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
+    counts = Counts.of(logits, torch.tensor([0, 1]))
+    assert (counts.true.tolist(), counts.predicted.tolist()) == ([0, 1], [0, 0])
+    assert counts.loss == pytest.approx(float(losses(logits, torch.tensor([0, 1])).sum()))
