@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
-from truncate import truncate
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 BUILTIN = ROOT.parent / "common" / "fedgraft" / "common" / "builtin" / "glyph-vit"
+TRUNCATE = Path(__file__).with_name("truncate.py")
 SCORES = ("logme", "h_score", "leep", "nce")
 
 
@@ -136,7 +136,11 @@ def candidates(case: Case, layers: list[int] | None, folder: Path) -> dict[str, 
     depths = layers or ([1, 2, 3, 4, 6] if case.text else [1, 2, 3])
     found = {}
     for depth in depths:
-        out = truncate(whole, depth, folder / f"{name}-{depth}")
+        out = folder / f"{name}-{depth}"
+        options = [str(whole), "--layers", str(depth), "--out", str(out)]
+        subprocess.run(
+            [sys.executable, str(TRUNCATE), *options], stdout=subprocess.DEVNULL, check=True
+        )
         found[f"{name}, {depth} layer{'s' * (depth > 1)}"] = f"path:{out}"
     last = max(depths)
     found[f"{name}, {last} layers, random"] = f"random:path:{folder}/{name}-{last}"

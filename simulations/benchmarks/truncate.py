@@ -1,6 +1,6 @@
 """A backbone's first layers as a folder of its own: a smaller candidate for `fedgraft select`.
 
-    python simulations/benchmarks/truncate.py models/all-MiniLM-L6-v2 --layers 2 --out models/minilm-2
+    python simulations/benchmarks/truncate.py models/minilm --layers 2 --out models/minilm-2
 
 Weights of the layers above are left out and ``num_hidden_layers`` of config.json says so; all else,
 the tokenizer and a pooler or head above the layers too, is copied. Nothing is trained again.

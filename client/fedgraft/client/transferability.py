@@ -8,8 +8,6 @@ of the label's name.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,12 +56,12 @@ def site_sums(
     ``generator`` draws which examples are the site's shots.
     """
     order = draw_shots(labels, generator)
-    parts, start = [], 0
+    total, start = None, 0
     for block in blocks:
-        turns = order[start : start + len(block.labels)]
-        parts.append(_block_sums(block, turns, classes, shots))
-        start += len(block.labels)
-    return reduce(add, parts) if parts else None
+        end = start + len(block.labels)
+        found = _block_sums(block, order[start:end], classes, shots)
+        total, start = found if total is None else total + found, end
+    return total
 
 
 def _block_sums(block: Features, turns: Indices, classes: int, shots: Sequence[int]) -> SiteSums:
@@ -153,4 +151,5 @@ def unit(values: NDArray[np.floating]) -> Matrix:
     """The rows of ``values`` [n, d] at length 1, float64; a row of zeros stays."""
     exact = np.asarray(values, np.float64)
     length = np.linalg.norm(exact, axis=1, keepdims=True)
-    return np.divide(exact, length, out=np.zeros(exact.shape), where=length > 0)
+    scaled: Matrix = np.divide(exact, length, out=np.zeros(exact.shape), where=length > 0)
+    return scaled

@@ -104,7 +104,7 @@ def _evidence(sigma: Matrix, projected: Matrix, norm: float, moments: Moments) -
 def _posterior(
     sigma: Matrix, explained: Matrix, beyond: float, ratio: float
 ) -> tuple[float, float, float]:
-    """Effective parameters, |m|^2 and |Fm - y|^2 at ``ratio`` = alpha / beta, m the mean weights."""
+    """Effective parameters, |m|^2 and |Fm - y|^2 of the mean weights m at ``ratio`` alpha/beta."""
     shrunk = sigma / (sigma + ratio)
     weights = (explained * shrunk**2 / sigma).sum()
     residual = beyond + (explained * (1 - shrunk) ** 2).sum()

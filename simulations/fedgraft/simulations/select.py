@@ -218,7 +218,7 @@ def _source_job(job: Job) -> Job:
 
 def _summed(
     workers: Workers,
-    task: Callable[..., S],
+    task: Callable[..., S | None],
     arguments: tuple[_Place, Any, Any] | tuple[_Place],
     told: Callable[[int], None],
 ) -> S:
