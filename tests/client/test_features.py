@@ -1,4 +1,4 @@
-"""Features are what transformers' own body gives, whichever architecture; kept ones are the same."""
+"""Features are what the body itself gives, whichever architecture; kept ones are the same."""
 
 from pathlib import Path
 from typing import Any
