@@ -191,7 +191,9 @@ def test_how_the_grid_pulls_and_pushes_can_be_replaced(monkeypatch: pytest.Monke
         monkeypatch.setattr(http_grid, "pull_objects", theirs)  # to be put back
         monkeypatch.setattr(http_grid, "push_objects", pushes)
         client = SimpleNamespace(PullMessages=lambda request: PullAppMessagesResponse())
-        save_requests(SimpleNamespace(_runtime_client=client), to_agents=True)
+        grid = http_grid.HttpGrid(token="secret")
+        monkeypatch.setattr(grid, "_client", client)
+        save_requests(grid, to_agents=True)
         assert client.PullMessages(None) == PullAppMessagesResponse()
         assert http_grid.pull_objects is not theirs
         assert http_grid.push_objects is not pushes

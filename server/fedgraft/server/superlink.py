@@ -28,6 +28,7 @@ from flwr.proto.control_pb2 import (
 )
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
@@ -93,14 +94,17 @@ def _script(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def save_requests(grid: Any, *, to_agents: bool) -> None:
-    """Have this process's ``HttpGrid`` ask and send no more than it must, and not wait for long.
+def save_requests(grid: Grid, *, to_agents: bool) -> None:
+    """Have a grid over HTTP ask and send no more than it must, and not wait for long.
 
     A site sends a message, then its objects. Flower waits a second before it asks again for one
     that is not there yet, which at every stage of a round adds up to more than all the rest. What
     is known is neither sent nor asked for ``to_agents`` of ours; Flower's own nodes send all of it.
     """
-    pull_messages = grid._runtime_client.PullMessages
+    if not isinstance(grid, http_grid.HttpGrid):
+        return  # a simulation's
+    client = grid._runtime_client
+    pull_messages = client.PullMessages
     offers: dict[str, ProtoMessage] = {}  # of the messages that are being pulled, by id
 
     def pull_noted(request: Any) -> Any:
@@ -117,7 +121,7 @@ def save_requests(grid: Any, *, to_agents: bool) -> None:
         found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
         return found
 
-    grid._runtime_client.PullMessages = pull_noted
+    client.PullMessages = pull_noted
     http_grid.pull_objects = pull_unknown
     if to_agents:
         http_grid.push_objects = _push_objects
