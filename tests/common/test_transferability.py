@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import BayesianRidge
@@ -95,7 +95,9 @@ def test_sums_of_sites_score_as_the_pooled_data(
         summed = summed + part
     assert logme(summed) == pytest.approx(logme(pooled), rel=SAME, abs=SAME)
     assert h_score(summed) == pytest.approx(h_score(pooled), rel=SAME, abs=SAME)
-    assert logme(summed) == pytest.approx(direct_logme(features, labels), rel=1e-5, abs=1e-5)
+    direct = direct_logme(features, labels)
+    assume(np.isfinite(direct))  # features that explain nothing: there its alpha overflows
+    assert logme(summed) == pytest.approx(direct, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("signal", [0.0, 0.3, 2.0])

@@ -84,19 +84,23 @@ def _sets(name: str) -> tuple[str, str]:
 
 
 def _show(console: Console, found: "Selection", shots: tuple[int, ...]) -> None:
+    heads = any(one.leep is not None for one in found.scored)
     rows = [
         [
             str(place),
-            *(_number(value) for value in (one.logme, one.h_score, one.leep, one.nce)),
+            *(_number(value) for value in (one.logme, one.h_score)),
+            *(_number(value) for value in (one.leep, one.nce) if heads),
             *(_percent(one.accuracy[k]) for k in shots),
             f"{one.parameters / 1e6:,.1f}",
             one.backbone,
         ]
         for place, one in enumerate(found.scored, 1)
     ]
-    columns = ["", "LogME", "H-score", "LEEP", "NCE", *(f"{k}-shot %" for k in shots)]
+    scores = ("LogME", "H", "LEEP", "NCE") if heads else ("LogME", "H")
+    columns = ["", *scores, *(f"{k}-shot" for k in shots), "M", "backbone"]
     title = f"Backbones by LogME on {found.sites:,} sites, the most promising first"
-    console.table(title, [*columns, "M params", "backbone"], rows)
+    console.table(title, columns, rows)
+    console.text(f"H: H-score; {'k-shot: accuracy, %; ' if shots else ''}M: million parameters")
     if any(one.leep is None for one in found.scored):
         console.text("- : LEEP and NCE need a backbone with a classification head of its own")
     for one in found.failed:
@@ -105,7 +109,7 @@ def _show(console: Console, found: "Selection", shots: tuple[int, ...]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _percent(share: float | None) -> str:
