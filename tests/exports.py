@@ -59,6 +59,7 @@ def make_job(kind: str, folder: Path) -> Job:
     methods: dict[str, dict[str, Any]] = {
         "vit": {**lora, "targets": ["q_proj", "fc1"]},
         "vit-head": {"kind": "head"},
+        "vit-dora": {**lora, "targets": ["q_proj", "fc1"], "dora": True, "rslora": True},
         "bert": {**lora, "targets": "all-linear", "alpha": 5.0},
         "resnet": {**lora, "targets": "all-conv"},
     }

@@ -23,6 +23,9 @@ EVERY: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in KINDS),
     *((kind, {"kind": "head"}) for kind in KINDS),
     *((kind, {"targets": "all-linear"}) for kind in ("vit", "bert", "roberta", "gpt2")),
+    *((kind, {"dora": True}) for kind in ("vit", "resnet", "bert", "gpt2", "llama")),
+    ("vit", {"rslora": True, "rank": 4}),
+    ("bert", {"rslora": True, "dora": True}),
     ("vit", {"head": "frozen"}),
     ("vit", {"head": "local"}),
     ("deep-vit", {"targets": ["projection"]}),  # whose weight the model's own code looks at

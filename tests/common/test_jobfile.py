@@ -195,6 +195,7 @@ def test_a_value_of_the_wrong_type_is_named_by_its_key(file: Path, override: str
         (("rounds.cohort=5",), "rounds.cohort = 4"),
         (("rounds.min_sites=5",), "rounds.min_sites"),
         (("aggregation.rule=ffa", "method.kind=head"), 'method.kind = "lora"'),
+        (("aggregation.rule=ffa", "method.dora=true"), "method.dora = false"),
         (("rounds.early_stopping.patience=1", "data.validation=0"), "data.validation = 0.1"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a run gives away loads with plain peft and transformers, and computes the same."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-KINDS = ["vit", "vit-head", "bert", "resnet"]
+KINDS = ["vit", "vit-head", "vit-dora", "bert", "resnet"]
 
 
 @pytest.fixture(params=KINDS)
@@ -65,6 +66,14 @@ def test_the_merged_model_loads_without_peft(exported: Exported, tmp_path: Path)
     # Merging did not change the model that is still in use here.
     exported.bench.put((exported.plan.exchanged, exported.adapter))
     torch.testing.assert_close(logits(exported.bench.model, exported.kind), exported.wanted)
+
+
+def test_the_configuration_names_the_variant(tmp_path: Path) -> None:
+    for kind, variant in (("vit", False), ("vit-dora", True)):
+        (tmp_path / kind).mkdir()
+        folder = Exported(kind, tmp_path / kind).peft(tmp_path / kind / "out")
+        told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        assert (told["use_dora"], told["use_rslora"]) == (variant, variant)
 
 
 @pytest.mark.parametrize("merged", [False, True])

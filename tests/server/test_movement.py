@@ -8,11 +8,12 @@ from trainings import noisy, open_small
 from fedgraft.server.movement import moved_modules
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("kind", ["vit", "resnet", "bert", "gpt2"])
-def test_the_change_of_a_module_is_what_merging_adds_to_it(kind: str) -> None:
+def test_the_change_of_a_module_is_what_merging_adds_to_it(kind: str, dora: bool) -> None:
     import copy
 
-    bench = open_small(kind).bench
+    bench = open_small(kind, dora=dora).bench
     vector = noisy(bench)
     found = {one.module: one for one in moved_modules(bench, (bench.layout, vector))}
     before = {

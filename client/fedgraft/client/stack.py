@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgraft.client.stacked import Draws, SiteDropout, Stacked, stacked_module
+from fedgraft.client.stacked import MAGNITUDE, Draws, SiteDropout, Stacked, stacked_module
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
@@ -160,7 +160,7 @@ def _replace_adapters(
     found: dict[str, tuple[str, str]] = {}
     for name in layout.names:
         path = name.removeprefix(PREFIX)
-        for factor in ("lora_A", "lora_B"):
+        for factor in ("lora_A", "lora_B", MAGNITUDE):
             if f".{factor}." in path:
                 found[name] = (path.partition(f".{factor}.")[0], factor)
         if name not in found:

@@ -13,10 +13,13 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from fedgraft.common.errors import AdapterError
 
-__all__ = ["Draws", "Rows", "SiteDropout", "Stacked", "stacked_module"]
+__all__ = ["MAGNITUDE", "Draws", "Rows", "SiteDropout", "Stacked", "stacked_module"]
+
+MAGNITUDE = "lora_magnitude_vector"  # as peft calls DoRA's
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,16 @@ class StackedLinearLora(Stacked):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [K x R, ..., in] to [K x R, ..., out], in the dtype of ``x``."""
         result: torch.Tensor = self.base(x)
-        a, b = (self.values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
-        x = self.dropout(x)
+        return result + self.low_rank(self.dropout(x), self.values)
+
+    def low_rank(self, x: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """scaling * B A x, [K x R, ..., out]."""
+        a, b = (values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
         if len(a) == 1:
-            return result + functional.linear(functional.linear(x, a[0]), b[0]) * self.scaling
+            return functional.linear(functional.linear(x, a[0]), b[0]) * self.scaling
         low = torch.bmm(x.reshape(len(a), -1, x.shape[-1]), a.transpose(1, 2))
-        path = torch.bmm(low, b.transpose(1, 2)).view(result.shape)
-        return result + path * self.scaling
+        path = torch.bmm(low, b.transpose(1, 2)).view(*x.shape[:-1], -1)
+        return path * self.scaling
 
 
 class StackedConvLora(Stacked):
@@ -126,13 +132,67 @@ class StackedConvLora(Stacked):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [K x R, in, height, width] to [K x R, out, ...]."""
         result: torch.Tensor = self.base(x)
-        a, b = (self.values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
+        return result + self.low_rank(self.dropout(x), self.values)
+
+    def low_rank(self, x: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """scaling * B * A * x, [K x R, out, ...]."""
+        a, b = (values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
         parts = [
             functional.conv2d(functional.conv2d(part, one, None, *self.geometry), other)
-            for part, one, other in zip(self.dropout(x).chunk(len(a)), a, b, strict=True)
+            for part, one, other in zip(x.chunk(len(a)), a, b, strict=True)
         ]
-        path = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return result + path * self.scaling
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)) * self.scaling
+
+
+class StackedDora(Stacked):
+    """A frozen layer whose weight is given a new direction and a new magnitude, by site.
+
+    Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (ICML): each output's row of
+    W + scaling * B A is divided by its norm and multiplied by what trains, the magnitude m:
+
+        y = m / |W + s B A| * (W + s B A) x + bias
+
+    As there (section 4.3) the norm takes no part in the gradient. ``path`` is the low-rank path
+    around ``base``; m is [K, out], or [K, 1, out, 1, 1] of a convolution. With dropout the change
+    acts on what was kept and the frozen layer on everything, as in peft.
+    """
+
+    def __init__(self, base: nn.Module, path: "StackedLinearLora | StackedConvLora") -> None:
+        super().__init__(base)
+        self.path = path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [K x R, ..., in] or [K x R, in, height, width], as of the frozen layer."""
+        result: torch.Tensor = self.base(x)
+        kept = self.path.dropout(x)
+        plain = result if kept is x else self.base(kept)
+        axis = 1 if isinstance(self.path, StackedConvLora) else -1
+        if (bias := getattr(self.base, "bias", None)) is not None:
+            plain = plain - bias.view(-1, *[1] * (plain.ndim - 2) if axis == 1 else [])
+        low = self.path.low_rank(kept, self.values)
+        scale = self._scale().to(x.dtype)
+        sites, outputs = scale.shape
+        shape = [sites, 1, *[1] * (result.ndim - 1)]
+        shape[2 if axis == 1 else -1] = outputs
+        plain, low = (value.view(sites, -1, *value.shape[1:]) for value in (plain, low))
+        scale = scale.view(shape)
+        return result + ((scale - 1) * plain + scale * low).view(result.shape)
+
+    def _scale(self) -> torch.Tensor:
+        """What each output is multiplied by, float32 [K, out].
+
+        |w + s b A|^2 = |w|^2 + 2 s b A w + s^2 b A A' b' for the rows w of W and b of B: without a
+        matrix as large as W for each site.
+        """
+        frozen: torch.Tensor = self.base.weight  # type: ignore[assignment]
+        weight = (frozen.T if isinstance(self.base, Conv1D) else frozen.flatten(1)).float()
+        s = self.path.scaling
+        with torch.no_grad():
+            a, b = (self.values[name].flatten(2).float() for name in ("lora_A", "lora_B"))
+            cross = (b * (weight @ a.transpose(1, 2))).sum(-1)
+            own = (b @ (a @ a.transpose(1, 2)) * b).sum(-1)
+            norm = ((weight**2).sum(-1) + 2 * s * cross + s * s * own).sqrt()
+        return self.values[MAGNITUDE].flatten(1) / norm
 
 
 class StackedModule(Stacked):
@@ -165,14 +225,26 @@ def stacked_module(module: nn.Module, draws: Draws) -> Stacked:
         inner = module.lora_dropout["default"]
         dropout = SiteDropout(draws, float(getattr(inner, "p", 0.0)))
         scaling = float(module.scaling["default"])
-        if isinstance(module, PeftLinear):
-            return StackedLinearLora(module.base_layer, scaling, dropout)
-        like = module.lora_A["default"]
-        assert isinstance(like, nn.Conv2d)  # noqa: S101  # of a two-dimensional layer
-        return StackedConvLora(module.base_layer, like, scaling, dropout)
+        path = _low_rank_path(module, scaling, dropout)
+        return StackedDora(module.base_layer, path) if MAGNITUDE in _trained(module) else path
     if hasattr(module, "lora_A"):
         raise AdapterError(
             f"no way to train a {type(module).__name__} of peft here",
             hint="method.targets: linear layers and two-dimensional convolutions",
         )
     return StackedModule(module)
+
+
+def _low_rank_path(
+    module: PeftLinear | PeftConv2d, scaling: float, dropout: SiteDropout
+) -> StackedLinearLora | StackedConvLora:
+    if isinstance(module, PeftLinear):
+        return StackedLinearLora(module.base_layer, scaling, dropout)
+    like = module.lora_A["default"]
+    assert isinstance(like, nn.Conv2d)  # noqa: S101  # of a two-dimensional layer
+    return StackedConvLora(module.base_layer, like, scaling, dropout)
+
+
+def _trained(module: nn.Module) -> set[str]:
+    """The kinds of adapter tensors that peft gave ``module``."""
+    return {name.partition(".")[0] for name, _ in module.named_parameters()}

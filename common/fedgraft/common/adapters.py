@@ -133,6 +133,8 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
             lora_alpha=method.alpha,
             lora_dropout=method.dropout,
             target_modules=_targets(model, method.targets),
+            use_rslora=method.rslora,
+            use_dora=method.dora,
             modules_to_save=None if method.head == "frozen" else heads,
         )
     else:  # peft's own marker for "no low-rank factors at all"
@@ -143,7 +145,7 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
 
 
 def adapter_layout(model: PeftModel) -> Layout:
-    """Every parameter that peft made trainable: A factors, B factors, then heads."""
+    """Every parameter that peft made trainable: A factors, B factors and magnitudes, then heads."""
     pairs = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     pairs.sort(key=lambda pair: (is_head(pair[0]), not is_factor_a(pair[0]), pair[0]))
     return Layout(tuple(n for n, _ in pairs), tuple(s for _, s in pairs))

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.faults import Faults
 from fedgraft.common.measures import Measures
+from fedgraft.common.methods import HeadMethod, LoraMethod, Method
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
 from fedgraft.common.tasks import TASKS, TaskName
@@ -38,7 +39,6 @@ INDIVIDUAL: frozenset[Rule] = frozenset({"median"})
 
 Baseline = Literal["zero_shot", "head_only", "local_only", "central"]
 BASELINES: tuple[Baseline, ...] = ("zero_shot", "head_only", "local_only", "central")
-HeadPolicy = Literal["shared", "local", "frozen"]
 
 
 class General(Section):
@@ -76,30 +76,6 @@ class Backbone(Section):
 
     source: str = Field(pattern=r"^((hf|path|builtin):.+|manifest:[0-9a-f]{64})$")
     weights: Literal["pretrained", "random"] = "pretrained"
-
-
-class LoraMethod(Section):
-    """``kind = "lora"``: low-rank factors at ``targets``, and the head by its own policy."""
-
-    kind: Literal["lora"]
-    rank: int = Field(default=8, ge=1, le=1024)
-    alpha: float = Field(default=16.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["all-linear", "all-conv"] | tuple[str, ...] = "all-linear"
-    head: HeadPolicy
-
-    @model_validator(mode="after")
-    def _has_targets(self) -> Self:
-        if not self.targets:
-            raise IllegalJob("targets is empty", 'name modules, or use kind = "head"')
-        return self
-
-
-class HeadMethod(Section):
-    """``kind = "head"``: the backbone as feature extractor, only the shared head trains."""
-
-    kind: Literal["head"]
-    head: Literal["shared"] = "shared"
 
 
 class Schedule(Section):
@@ -292,7 +268,7 @@ class Job(Section):
 
     job: General
     backbone: Backbone
-    method: Annotated[LoraMethod | HeadMethod, Field(discriminator="kind")]
+    method: Annotated[Method, Field(discriminator="kind")]
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregation: Aggregation = Aggregation()
@@ -316,6 +292,12 @@ class Job(Section):
             raise IllegalJob(
                 'rule "ffa" freezes LoRA\'s factor A, and method.kind = "head" has none',
                 'aggregation.rule = "fedavg", or method.kind = "lora"',
+            )
+        if self.aggregation.rule == "ffa" and getattr(self.method, "dora", False):
+            raise IllegalJob(
+                'rule "ffa" averages exactly because a weight is linear in B, and with '
+                "method.dora it is not",
+                'aggregation.rule = "fedavg", or method.dora = false',
             )
         ranks = self.simulation.ranks if self.simulation is not None else ()
         if ranks and max(ranks) > getattr(self.method, "rank", 0):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from transformers.pytorch_utils import Conv1D
 
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.workbench import Workbench
@@ -50,11 +51,23 @@ def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[Movem
     found = []
     for name, module in bench.model.named_modules():
         if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-            change = module.get_delta_weight(ADAPTER)
             base = module.get_base_layer().weight
+            change = _change(module, base)
             found.append(_movement(name, _norm(change), _norm(base), low_rank=True))
     vector = bench.layout.merged(bench.initial, *parts)
     return found + _moved_weights(bench.layout, bench.initial, vector)
+
+
+def _change(module: LoraLayer, base: torch.Tensor) -> torch.Tensor:
+    """What merging adds to the weights ``base``: with DoRA not only the product of the factors."""
+    added: torch.Tensor = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+    if ADAPTER not in module.lora_magnitude_vector:
+        return added
+    magnitude = module.lora_magnitude_vector[ADAPTER].weight.flatten()
+    turned, by_row = (base + added), isinstance(module.get_base_layer(), Conv1D)
+    rows = turned.T if by_row else turned.flatten(1)
+    scaled = (magnitude / rows.norm(dim=1))[:, None] * rows
+    return (scaled.T if by_row else scaled.view_as(base)) - base
 
 
 def _moved_weights(layout: Layout, start: Vector, end: Vector) -> list[Movement]:
