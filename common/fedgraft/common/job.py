@@ -287,7 +287,7 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
-    def _pairs_are_legal(self) -> Self:
+    def _ffa_fits(self) -> Self:
         if self.aggregation.rule == "ffa" and self.method.kind != "lora":
             raise IllegalJob(
                 'rule "ffa" freezes LoRA\'s factor A, and method.kind = "head" has none',
@@ -299,6 +299,10 @@ class Job(Section):
                 "method.dora it is not",
                 'aggregation.rule = "fedavg", or method.dora = false',
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_are_legal(self) -> Self:
         ranks = self.simulation.ranks if self.simulation is not None else ()
         if ranks and max(ranks) > getattr(self.method, "rank", 0):
             raise IllegalJob(

@@ -60,14 +60,15 @@ def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[Movem
 
 def _change(module: LoraLayer, base: torch.Tensor) -> torch.Tensor:
     """What merging adds to the weights ``base``: with DoRA not only the product of the factors."""
-    added: torch.Tensor = module.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+    added: torch.Tensor = module.get_delta_weight(ADAPTER)
     if ADAPTER not in module.lora_magnitude_vector:
         return added
     magnitude = module.lora_magnitude_vector[ADAPTER].weight.flatten()
-    turned, by_row = (base + added), isinstance(module.get_base_layer(), Conv1D)
-    rows = turned.T if by_row else turned.flatten(1)
+    turned, transposed = base + added, isinstance(module.get_base_layer(), Conv1D)
+    rows = turned.T if transposed else turned.flatten(1)
     scaled = (magnitude / rows.norm(dim=1))[:, None] * rows
-    return (scaled.T if by_row else scaled.view_as(base)) - base
+    change: torch.Tensor = (scaled.T if transposed else scaled.view_as(base)) - base
+    return change
 
 
 def _moved_weights(layout: Layout, start: Vector, end: Vector) -> list[Movement]:
