@@ -41,6 +41,7 @@ def run(
     from fedgraft.common.errors import AuditError
     from fedgraft.common.locks import lock_folder
     from fedgraft.server.coordinator import Coordinator
+    from fedgraft.server.front import check_listen
     from fedgraft.server.home import Home
     from fedgraft.server.provision import load_plan
     from fedgraft.server.registry import Registry
@@ -49,6 +50,7 @@ def run(
     console, stopping = Console(), threading.Event()
     Registry(home).sites()
     listen = listen or f"0.0.0.0:{load_plan(home / 'federation.toml').port}"
+    check_listen(listen)
     with lock_folder(home):
         audit = Audit(home / "audit.jsonl")
 
