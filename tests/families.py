@@ -69,7 +69,7 @@ FAMILIES: dict[str, tuple[Any, Any, str]] = {
     "efficientnet": (
         lambda: hf.EfficientNetConfig(
             num_channels=1, image_size=32, width_coefficient=0.25, depth_coefficient=0.1,
-            hidden_dim=32,
+            hidden_dim=320,
         ),
         "all-conv",
         "image",
@@ -97,7 +97,7 @@ def family_job(name: str, folder: Path, **changes: Any) -> Job:
         "job": {"name": name, "task": f"{reads}-classification", "labels": labels},
         "backbone": {"source": f"path:{folder / 'backbone'}"},
         "method": {"kind": "lora", "rank": 2, "head": "shared", "targets": targets},
-        "training": {"batch_size": 8, "learning_rate": 1e-2},
+        "training": {"batch_size": 8, "learning_rate": 5e-2},
         "rounds": {"count": 2},
         "data": {"max_length": 16, "seconds": 0.5, "validation": 0.2},
         "simulation": {

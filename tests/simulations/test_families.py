@@ -15,6 +15,7 @@ from fedgraft.client.data import encode, read_split
 from fedgraft.client.examples import Examples
 from fedgraft.client.stack import check_stacking, open_stack
 from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.tasks import TASKS
 from fedgraft.common.workbench import open_workbench
@@ -46,11 +47,12 @@ def test_a_family_trains_and_is_given_away(name: str, tmp_path: Path) -> None:
     bench = open_workbench(job)
     exchanged, adapter = make_plan(job, bench, run.session).exchanged, adapter_of(run)
     inputs = examples_of(job).batch(np.arange(4))
+    bench.put()  # a run leaves its last adapter in it
     untrained = logits(bench.model, inputs)
     bench.put((exchanged, adapter))
     trained = logits(bench.model, inputs)
     bench.put()
-    assert not torch.allclose(trained, untrained, atol=1e-4)
+    assert not torch.allclose(trained, untrained, atol=1e-3), "it did not train"
     moved = exchanged.slices.items()
     initial = bench.initial_of(exchanged)
     still = [n for n, at in moved if ".lora_B." in n and np.array_equal(adapter[at], initial[at])]
@@ -70,4 +72,9 @@ def test_a_family_trains_and_is_given_away(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_family_trains_several_sites_in_one_pass(name: str, tmp_path: Path) -> None:
     job = family_job(name, tmp_path)
-    check_stacking(open_stack(job), examples_of(job).batch(np.arange(4)))
+    inputs = examples_of(job).batch(np.arange(4))
+    if name != "xlnet":
+        check_stacking(open_stack(job), inputs)
+        return
+    with pytest.raises(InputError, match="rows would mix"):  # it turns [rows, tokens] around
+        check_stacking(open_stack(job), inputs)

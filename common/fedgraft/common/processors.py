@@ -236,6 +236,7 @@ def _load_text(folder: Path, config: Any) -> TextProcessor:
 
 
 def _load_image(folder: Path, config: Any) -> ImageProcessor:
+    config = getattr(config, "vision_config", config)  # of CLIP, which reads texts as well
     channels = int(getattr(config, "num_channels", None) or 3)
     if channels not in (1, 3):
         raise BackboneError(
