@@ -117,7 +117,9 @@ def _save(config: Any, folder: Path, reads: str) -> None:
     }[reads]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(3)
-        auto.from_config(config).save_pretrained(folder)
+        model = auto.from_config(config)
+        _settle(model)
+        model.save_pretrained(folder)
     if reads == "text":
         words = {word: index for index, word in enumerate(WORDS)}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
@@ -125,6 +127,18 @@ def _save(config: Any, folder: Path, reads: str) -> None:
         tokenizer.save(str(folder / "tokenizer.json"))
         described = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
         (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
+def _settle(model: Any) -> None:
+    """Give batch norm the statistics that training leaves: with 0 and 1 nothing gets through."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over all batches, here one
+    if norms:
+        side = model.config.image_size
+        with torch.no_grad():
+            model.train()(pixel_values=torch.randn(64, model.config.num_channels, side, side))
+        model.eval()
 
 
 def _rows(folder: Path, reads: str) -> dict[str, str]:

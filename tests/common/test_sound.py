@@ -97,9 +97,7 @@ def test_a_tone_keeps_its_pitch_and_length(rate: int, to: int) -> None:
 
 
 def test_samples_are_as_wav2vec2_has_them(tmp_path: Path) -> None:
-    processor = load(
-        tmp_path, transformers.Wav2Vec2Config(feat_extract_norm="layer", **W2V)
-    )
+    processor = load(tmp_path, transformers.Wav2Vec2Config(feat_extract_norm="layer", **W2V))
     sound = tone(440, rate=16000).astype(np.float32)
     theirs = transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True)(
         sound, sampling_rate=16000, padding="max_length", max_length=8000, return_tensors="np"

@@ -1,8 +1,8 @@
 """A site's rows in the job's schema, and as the tensors that a model eats.
 
 Two steps, so that a mistake is found before anything is computed: ``read_split`` checks every row
-and gives a Hugging Face data set of ``text``, ``image`` or ``audio`` and ``label``; ``encode`` tokenises or
-decodes it once, for all rounds. A cache folder holds what the texts and images say: it belongs to
+and gives a Hugging Face data set of ``text``, ``image`` or ``audio`` and ``label``; ``encode``
+tokenises or decodes it once, for all rounds. A cache folder holds what the rows say: it belongs to
 the site.
 """
 
@@ -64,7 +64,7 @@ IN_MEMORY_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with ``text``, ``image`` or ``audio``, and ``label``; ``skipped`` bad ones are left out."""
+    """Rows with ``text``, ``image`` or ``audio``, and ``label``; ``skipped`` bad ones are out."""
 
     dataset: datasets.Dataset
     skipped: int
@@ -73,7 +73,7 @@ class Rows:
 def read_split(
     path: str, job: Job, *, columns: Mapping[str, str] = {}, labels: Mapping[str, str] = {}
 ) -> Rows:
-    """Read a CSV, JSONL or Parquet file, a folder of images or wav files by label, or a glob of these.
+    """Read a CSV, JSONL or Parquet file, a folder of images or wav by label, or a glob.
 
     The data set has ``text`` (string), ``image`` (``datasets.Image``) or ``audio`` (bytes or path
     of a wav file), ``label`` (int64 index into ``job.job.labels``) and, where the job has groups,
