@@ -56,8 +56,7 @@ def test_a_family_trains_and_is_given_away(name: str, tmp_path: Path) -> None:
     initial = bench.initial_of(exchanged)
     paths = {n: at for n, at in exchanged.slices.items() if ".lora_B." in n}
     still = [n for n, at in paths.items() if np.array_equal(adapter[at], initial[at])]
-    # EfficientNet's gates get no gradient in a random net this small; every other path must.
-    assert not [n for n in still if ".squeeze_excite." not in n] and len(still) < len(paths) / 2
+    assert not still, "a path got no gradient"
 
     auto = getattr(transformers, TASKS[job.job.task].auto_class)
     export_adapter(run, bench, exchanged, adapter, tmp_path / "peft")
