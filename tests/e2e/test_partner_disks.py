@@ -112,7 +112,8 @@ def test_a_damaged_checkpoint_costs_a_round_and_is_told(partners: Partners, tmp_
         partners.until(lambda: partners.state(run) == "finished", 120)
         there = Run(partners.home / "runs" / run)
         assert [line["round"] for line in there.history()] == list(range(1, 7))
-        assert f"checkpoint {newest.name} is damaged" in line_of(partners, run)["warnings"]
+        (warning,) = line_of(partners, run)["warnings"]
+        assert warning.endswith(f" checkpoint {newest.name} is damaged")
         (resumed,) = [event for event in there.events() if event["event"] == "resumed"]
         assert f"round-{resumed['round'] + 1:06d}" in newest.name
         truth = partners.simulate(job, tmp_path)

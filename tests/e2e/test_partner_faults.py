@@ -71,7 +71,7 @@ def test_a_masked_run_whose_coordinator_is_killed_at_each_stage_ends_in_the_same
     partners: Partners, tmp_path: Path
 ) -> None:
     masked = "privacy.secure_aggregation.enabled=true"
-    job = job_of(tmp_path, masked, "rounds.count=9", "rounds.min_sites=3", "rounds.deadline='60s'")
+    job = job_of(tmp_path, masked, "rounds.count=25", "rounds.min_sites=3", "rounds.deadline='60s'")
     with partners.running(job) as run:
         audit = partners.folder / "site-00" / "state" / FILE
         for stage in ("query.keys", "query.shares", "train", "query.confirm", "query.unmask"):
@@ -85,8 +85,8 @@ def test_a_masked_run_whose_coordinator_is_killed_at_each_stage_ends_in_the_same
         again = partners.submit(job)
         partners.until(lambda: partners.state(again) == "finished", 120)
         there, undisturbed = (Run(partners.home / "runs" / name) for name in (run, again))
-        assert [line["round"] for line in there.history()] == list(range(1, 10))  # each done once
-        assert [line["sites"] for line in there.history()] == [3] * 9
+        assert [line["round"] for line in there.history()] == list(range(1, 26))  # each done once
+        assert [line["sites"] for line in there.history()] == [3] * 25
         assert adapter_of(there).tobytes() == adapter_of(undisturbed).tobytes()
 
 

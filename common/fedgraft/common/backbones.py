@@ -22,6 +22,7 @@ from fedgraft.common.tasks import TASKS, TaskName
 __all__ = [
     "Backbone",
     "LoadedBackbone",
+    "body_names",
     "find_backbone",
     "head_names",
     "load",
@@ -129,12 +130,25 @@ def read_config(backbone: Backbone) -> Any:
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the head's modules: top-level children with parameters beside the backbone's own."""
-    prefix = getattr(model, "base_model_prefix", "")
+    body = body_names(model)
     return tuple(
         name
         for name, child in model.named_children()
-        if name != prefix and any(True for _ in child.parameters())
+        if name not in body and any(True for _ in child.parameters())
     )
+
+
+def body_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules below the head: the child that transformers calls the base model.
+
+    Where there is none (the encoder of Whisper, the vision tower of CLIP), each child that is a
+    model of transformers itself.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    children = dict(model.named_children())
+    if prefix in children:
+        return (prefix,)
+    return tuple(name for name, child in children.items() if hasattr(child, "base_model_prefix"))
 
 
 def public_source(source: str) -> str:

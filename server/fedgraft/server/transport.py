@@ -129,12 +129,13 @@ class Transport:
     ) -> Iterator[Reply]:
         """Ask nodes to take part; those that agree are known by their site's name after.
 
-        Asks nodes that were never asked and, with ``again``, those that did not agree before. A
-        site whose node has left may come back with another node. Of sites that are not among
-        ``members``, if given, none takes part.
+        Asks nodes that were not asked since they came and, with ``again``, those that did not agree
+        before. A site whose node has left may come back, also with another node. Of sites that are
+        not among ``members``, if given, none takes part.
         """
         present = set(self._grid.get_node_ids())
         self._nodes = {site: node for site, node in self._nodes.items() if node in present}
+        self._asked &= present  # who comes back has a new process, and is new
         settled = set(self._nodes.values()) | (set() if again else self._asked)
         new = {f"node {node}": node for node in sorted(present - settled)}
         self._asked.update(new.values())
