@@ -19,6 +19,7 @@ from torch import nn
 
 from fedgraft.client.stacked import Draws, SiteDropout, Stacked, stacked_module
 from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.backbones import head_names
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.workbench import Workbench, open_workbench
@@ -110,6 +111,8 @@ def _build(bench: Workbench, device: torch.device, precision: str) -> Stack:
     model = _twin(bench.model.get_base_model(), device, dtype)
     if attention := ATTENTION.get((device.type, precision)):
         model.set_attn_implementation(attention)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # of keys and values, for generation: here each row is whole
     draws = Draws()
     modules = _replace_adapters(model, bench.layout, draws)
     _seed_head_dropout(model, draws)
@@ -179,10 +182,14 @@ def _unwrap_heads(model: nn.Module) -> None:
 
 def _seed_head_dropout(model: Any, draws: Draws) -> None:
     """Put seeded dropout in the place of every dropout of the head: all outside the body."""
-    body = getattr(model, "base_model_prefix", "")
+    heads = head_names(model)
+    body = {
+        name
+        for name, child in model.named_children()
+        if name not in heads and any(True for _ in child.parameters())
+    }
     for name, module in list(model.named_modules()):
-        inside = name == body or name.startswith(f"{body}.")
-        if isinstance(module, nn.Dropout) and not inside:
+        if isinstance(module, nn.Dropout) and name.partition(".")[0] not in body:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, SiteDropout(draws, None))
 

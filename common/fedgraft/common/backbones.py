@@ -130,11 +130,14 @@ def read_config(backbone: Backbone) -> Any:
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the head's modules: top-level children with parameters beside the backbone's own."""
     prefix = getattr(model, "base_model_prefix", "")
-    return tuple(
-        name
-        for name, child in model.named_children()
-        if name != prefix and any(True for _ in child.parameters())
-    )
+    children = {
+        n: child for n, child in model.named_children() if any(True for _ in child.parameters())
+    }
+    if prefix in children:
+        return tuple(name for name in children if name != prefix)
+    # T5 has no module of its own around its encoder and decoder: what remains is what gives logits.
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    return tuple(name for name, child in children.items() if output in (None, child))
 
 
 def public_source(source: str) -> str:
@@ -221,13 +224,15 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
         ) from None
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | mismatched
-    _refuse_random_layers(model, missing, backbone.source)
+    _refuse_random_layers(model, missing, backbone.source, head_trains=bool(labels))
     return model, missing
 
 
-def _refuse_random_layers(model: nn.Module, missing: set[str], source: str) -> None:
-    """A head may be missing, and a pooler often is; any other gap would be frozen noise."""
-    heads = tuple(f"{name}." for name in head_names(model))
+def _refuse_random_layers(
+    model: nn.Module, missing: set[str], source: str, *, head_trains: bool
+) -> None:
+    """A head for labels may be missing, a pooler often is; any other gap would be frozen noise."""
+    heads = tuple(f"{name}." for name in head_names(model)) if head_trains else ()
     gaps = sorted(key for key in missing if not key.startswith(heads) and ".pooler." not in key)
     if gaps:
         raise BackboneError(

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.faults import Faults
+from fedgraft.common.language import check_language
 from fedgraft.common.measures import Measures
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
@@ -218,8 +219,9 @@ class Data(Section):
     text: str = "text"
     image: str = "image"
     label: str = "label"
+    target: str = Field(default="target", description="the second text of seq2seq-lm")
     validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
-    max_length: int = Field(default=128, ge=4, le=8192)
+    max_length: int = Field(default=128, ge=4, le=8192, description="tokens of an example")
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     normalize: Literal["backbone", "per-image"] = "backbone"
     group: str | None = Field(default=None, description="column that says whose example it is")
@@ -303,11 +305,8 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _measures_fit(self) -> Self:
-        if TASKS[self.job.task].target == "tokens" and self.measures.size:
-            raise IllegalJob(
-                f"{self.job.task} predicts tokens, which have neither scores nor groups",
-                "leave evaluation.score_bins, data.group and data.groups out",
-            )
+        if TASKS[self.job.task].target == "tokens":
+            check_language(self)
         return self
 
     @model_validator(mode="after")
@@ -324,11 +323,6 @@ class Job(Section):
                 "raise method.rank, the rank of the shared adapter"
                 if self.method.kind == "lora"
                 else 'leave simulation.ranks out: method.kind = "head" has no rank',
-            )
-        if TASKS[self.job.task].target == "tokens" and self.method.head != "frozen":
-            raise IllegalJob(
-                f"the head of {self.job.task} is the backbone's own, as large as its vocabulary",
-                'method.kind = "lora" with method.head = "frozen"',
             )
         if self.rounds.early_stopping and not self.data.validation:
             raise IllegalJob(
@@ -361,7 +355,10 @@ class Job(Section):
         """What an evaluation of this job counts."""
         evaluation = self.evaluation
         groups = self.data.groups
-        return Measures(self.job.classes, evaluation.score_bins, groups, evaluation.min_group)
+        tokens = self.data.max_length if TASKS[self.job.task].target == "tokens" else 0
+        return Measures(
+            self.job.classes, evaluation.score_bins, groups, evaluation.min_group, tokens
+        )
 
     def check_sites(self, sites: int) -> None:
         """Whether rounds can work with ``sites`` sites.
