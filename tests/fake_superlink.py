@@ -24,6 +24,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+from fedgraft.common.objects import known_objects
+
 __all__ = ["NODE", "RUN", "FakeSuperLink"]
 
 NODE, RUN = 77, 1234567
@@ -75,12 +77,12 @@ class FakeSuperLink:
 
     @property
     def replies(self) -> list[Message]:
-        """The replies of which every part has come."""
+        """The replies of which every part has come that the coordinator does not make itself."""
         found = []
         for proto, tree in self._pushed:
             names = [one.object_id for one in iterate_object_tree(tree)]
-            if all(name in self._objects for name in names):
-                parts = {name: self._objects[name] for name in names}
+            parts = self._objects | known_objects(names, proto)
+            if all(name in parts for name in names):
                 whole = inflate_object_from_contents(tree.object_id, parts)
                 content = whole.content if whole.has_content() else None
                 error = whole.error if whole.has_error() else None

@@ -16,8 +16,10 @@ __all__ = [
     "make_round",
     "make_run",
     "make_site",
+    "measured",
     "metrics",
     "visible",
+    "with_insights",
     "written",
 ]
 
@@ -31,6 +33,16 @@ def metrics(accuracy: float, examples: int = 200) -> Record:
     return {
         "accuracy": accuracy, "macro_f1": accuracy - 0.02, "loss": 1.5 - accuracy,
         "accuracy_interval": [low, high], "macro_f1_interval": [low - 0.02, high - 0.02],
+    }  # fmt: skip
+
+
+def measured(accuracy: float) -> Record:
+    """What a job that asks for scores and groups adds to a model's metrics."""
+    groups = {"f": {"examples": 90, "accuracy": accuracy}, "m": None}
+    return {
+        "auroc": accuracy + 0.05, "auroc_error": 0.004, "calibration_error": 0.031,
+        "calibration_error_bound": 0.005, "weighted_f1": accuracy, "balanced_accuracy": accuracy,
+        "groups": groups, "accuracy_gap": 0.0123,
     }  # fmt: skip
 
 
@@ -71,6 +83,24 @@ def make_run(
         "sites": [make_site(number, outcome) for number, outcome in enumerate(outcomes, 1)],
     }  # fmt: skip
     return summary, [make_round(number) for number in range(1, rounds + 1)]
+
+
+def with_insights(summary: Record) -> Record:
+    """The same run with scores and groups counted, what moved, and a map."""
+    summary["final"]["federated"] |= measured(0.9)
+    summary["sites"][0]["federated"] |= measured(0.8)
+    return summary | {
+        "moved": [
+            {"module": "layers.0.query", "change": 0.5, "relative": 0.125, "low_rank": True},
+            {"module": "classifier", "change": 0.25, "relative": None, "low_rank": False},
+        ],
+        "site_map": {
+            "sites": ["a", "b", "c"],
+            "explained": 0.875,
+            "places": [[0, 1], [1, 0], [-1, -1]],
+            "cosine": [[1.0, 0.5, 0.0], [0.5, 1.0, -0.25], [0.0, -0.25, 1.0]],
+        },
+    }
 
 
 def written(folder: Path, summary: Record, history: list[Record]) -> str:

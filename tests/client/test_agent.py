@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgraft.client import agent as module
-from fedgraft.client.agent import RUNS, Agent, Pace
-from fedgraft.client.fleet import Fleet, Gone, Refused, StillThere, Task, Unreachable
+from fedgraft.client.agent import RUNS, Agent, Chores, Pace
+from fedgraft.client.fleet import Gone, Refused, StillThere, Task, Unreachable
 from fedgraft.common.certificates import make_key
 from fedgraft.common.seals import unseal
 from fedgraft.common.secagg.keys import Identity
@@ -70,6 +70,27 @@ def make_agent(**more: Any) -> Agent:
         "pace": QUICK,
     }
     return Agent(**(facts | more))
+
+
+class Noted(Chores):
+    """What the agent tells its chores, in order; ``idle`` says whether it renewed something."""
+
+    def __init__(self, idle: Callable[[], bool] = lambda: False) -> None:
+        self.said: list[str] = []
+        self._idle = idle
+
+    def came(self) -> None:
+        self.said.append("came")
+
+    def answered(self) -> None:
+        self.said.append("answered")
+
+    def idle(self) -> bool:
+        self.said.append("idle")
+        return self._idle()
+
+    def close(self) -> None:
+        self.said.append("close")
 
 
 def content_of(word: str = "w") -> RecordDict:
@@ -205,6 +226,20 @@ def test_a_message_that_breaks_everything_stops_nothing(
     assert link.replies[1].has_content()
 
 
+def test_a_message_that_nobody_waits_for_stops_nothing(
+    link: FakeSuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answering(monkeypatch, lambda asked, context: Message(content_of("done"), reply_to=asked))
+    link.lost = True
+    link.send(content_of("gone"), "train")
+    with running(make_agent()):
+        until(lambda: link.asked["pull-object"] and link.asked["pull-messages"] > 2)
+        link.lost = False
+        link.send(content_of("here"), "train")
+        until(lambda: link.replies)
+    assert link.asked["activate-node"] == 1
+
+
 def test_a_lost_line_is_tried_again_with_another_session(
     link: FakeSuperLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +257,8 @@ def test_a_lost_line_is_tried_again_with_another_session(
 def test_a_renewed_certificate_begins_another_session(link: FakeSuperLink) -> None:
     renewed = iter([False, True, False])
     made: list[None] = []
-    agent = make_agent(upkeep=lambda: next(renewed, False), tls=lambda: made.append(None))
+    chores = Noted(lambda: next(renewed, False))
+    agent = make_agent(chores=chores, tls=lambda: made.append(None))
     with running(agent):
         until(lambda: link.asked["activate-node"] == 2)
         until(lambda: link.asked["pull-messages"] > 5)
@@ -230,22 +266,29 @@ def test_a_renewed_certificate_begins_another_session(link: FakeSuperLink) -> No
     assert link.asked["activate-node"] == link.asked["deactivate-node"] == 2
 
 
-def test_upkeep_is_only_seen_to_between_messages(
+def test_chores_know_what_the_site_is_at(
     link: FakeSuperLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answering(monkeypatch, lambda asked, context: Message(content_of("done"), reply_to=asked))
-    order: list[str] = []
-    monkeypatch.setattr(Fleet, "reply", lambda *_: order.append("reply"))
+    chores = Noted()
     for _ in range(3):
         link.send(content_of(), "train")
+    with running(make_agent(chores=chores)):
+        until(lambda: "idle" in chores.said)
+    assert chores.said[:7] == [*["came", "answered"] * 3, "idle"]
+    assert chores.said[-1] == "close"
 
-    def upkeep() -> bool:
-        order.append("upkeep")
-        return False
 
-    with running(make_agent(upkeep=upkeep)):
-        until(lambda: "upkeep" in order)
-    assert order[:4] == ["reply", "reply", "reply", "upkeep"]
+def test_chores_end_however_the_site_does(
+    link: FakeSuperLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks() -> None:
+        raise FileNotFoundError
+
+    chores = Noted()
+    with pytest.raises(FileNotFoundError):
+        make_agent(chores=chores, tls=breaks).run()
+    assert chores.said == ["close"]
 
 
 # --- how long it waits
@@ -264,7 +307,7 @@ def test_after_a_message_it_asks_briskly_and_idle_without(
     agent = make_agent(pace=Pace(brisk=0.25, idle=4.0, during=1.0))
     empty = 0
 
-    def upkeep() -> bool:
+    def idle() -> bool:
         nonlocal empty
         empty += 1
         if empty == 2:
@@ -272,7 +315,7 @@ def test_after_a_message_it_asks_briskly_and_idle_without(
         agent.stopping = empty == 9
         return False
 
-    agent.upkeep = upkeep
+    agent.chores = Noted(idle)
     agent.run()
     waited = [0.5] * 16 + [0.25] * 4 + [0.5] * 8 + [0.5] * 8
     assert clock.slept == waited  # two idle ones, four brisk ones within a second, idle again

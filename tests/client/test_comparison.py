@@ -90,7 +90,10 @@ def test_a_site_finds_what_the_simulation_found(
 
 def test_and_comes_to_the_same_verdict(simulated: Simulated, report: dict[str, Any]) -> None:
     assert report["outcome"] == simulated.expected["outcome"]
-    assert report["verdict"] == simulated.expected["verdict"]
+    # There the sentence on the backbone untouched follows; a site's page has it apart.
+    assert simulated.expected["verdict"].startswith(report["verdict"])
+    assert report["comparisons"] == simulated.expected["comparisons"]
+    assert set(report["comparisons"]) == {"local_only", "zero_shot"}
     assert report["tested_on"] == "test"
     assert report["test_examples"] == simulated.expected["test_examples"]
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedgraft.client import fleet as module
-from fedgraft.client.fleet import Fleet, FleetError, Gone, Refused, StillThere, Unreachable
+from fedgraft.client.fleet import Fleet, FleetError, Gone, Over, Refused, StillThere, Unreachable
 from fedgraft.common.certificates import make_key, public_pem
 
 KEY = make_key()
@@ -104,23 +104,25 @@ def test_a_message_that_is_not_whole_is_left_out(
         monkeypatch.setattr(link, "_pull_object", damaged)
     with opened() as fleet:
         link.send(content_of([1.0]), "train")
-        assert fleet.receive() is None
+        with pytest.raises(Over):
+            fleet.receive()
         link.lost = False
         monkeypatch.setattr(link, "_pull_object", pull)
         link.send(content_of([2.0]), "train")
         assert fleet.receive() is not None  # the session goes on
-    assert "it is not whole" in caplog.text
+    assert ("is not whole" in caplog.text) is (fault == "damaged")
     assert SECRET not in caplog.text
 
 
-def test_a_reply_that_is_no_longer_wanted_is_lost_and_no_error(link: FakeSuperLink) -> None:
+def test_a_reply_that_is_no_longer_wanted_is_lost(link: FakeSuperLink) -> None:
     with opened() as fleet:
         link.send(content_of([1.0]), "train")
         task = fleet.receive()
         assert task is not None
         link.stores = False
-        fleet.reply(task, Message(content_of([2.0]), reply_to=task.message), 0.1)
-        assert fleet.receive() is None
+        with pytest.raises(Over):
+            fleet.reply(task, Message(content_of([2.0]), reply_to=task.message), 0.1)
+        assert fleet.receive() is None  # the session goes on
     assert link.replies == []
 
 

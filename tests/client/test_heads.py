@@ -17,8 +17,9 @@ from fedgraft.server.registry import Registry
 SITE = "hospital-a"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
+    """Each test its own: a coordinator does not take a head of fewer lines for the newest."""
     with open_federation(tmp_path_factory.mktemp("f")) as running:
         running.join(SITE)
         yield running
@@ -26,9 +27,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator
 
 @pytest.fixture
 def audit(federation: Coordinator) -> Audit:
-    path = federation.state(SITE) / "audit.jsonl"
-    path.unlink(missing_ok=True)
-    return Audit(path)
+    return Audit(federation.state(SITE) / "audit.jsonl")
 
 
 def held(federation: Coordinator) -> Head:

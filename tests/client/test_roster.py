@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import command
 from hypothesis import given
 from hypothesis import strategies as st
 from memberships import NAMES, Coordinator, open_federation, write_plan
@@ -18,6 +19,7 @@ from fedgraft.client.roster import (
     refresh_roster,
     roster_fingerprint,
 )
+from fedgraft.common.audit import read
 from fedgraft.common.errors import FedgraftError, InputError
 from fedgraft.common.federation import Federation, Floor, dump_federation, load_federation
 from fedgraft.common.files import hash_file
@@ -169,6 +171,32 @@ def test_a_site_that_comes_later_waits_for_a_persons_word(coordinator: Coordinat
     assert list(refresh_roster(state).sites) == [A, "late"]
     admit(state, "late")  # again: the next key counts as the first
     assert "late" not in json.loads((state / "known.json").read_text())
+
+
+def test_a_persons_word_is_in_the_audit_and_nothing_is_done_without(
+    coordinator: Coordinator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = coordinator.state(A)
+    site = state.parent / "site.toml"
+    site.write_text(f'name = "{A}"\n[data]\ntrain = "t.csv"\n')
+    where = ("--site", str(site))
+    assert command(capsys, "site", "admit", "late", "--key", OTHER, *where)[0] == 0
+    (line,) = read(state / "audit.jsonl")
+    assert [line[key] for key in ("stage", "decision", "site", "key")] == [
+        *("admit", "admitted", "late", OTHER)
+    ]
+    assert "admit   admitted late" in command(capsys, "site", "audit", *where)[1]
+    table = command(capsys, "site", "audit", "--export", "csv", *where)[1].splitlines()
+    assert dict(zip(table[0].split(","), table[1].split(","), strict=True))["key"] == OTHER
+    for name, key in ((A, ""), ("../x", ""), (B, "no key")):  # what is refused is no decision
+        assert command(capsys, "site", "admit", name, "--key", key, *where)[0] == 2
+    assert len(list(read(state / "audit.jsonl"))) == 1
+    before = {path.name: path.read_bytes() for path in state.iterdir() if path.is_file()}
+    broken = before["audit.jsonl"].replace(b"late", b"lost")
+    (state / "audit.jsonl").write_bytes(broken)
+    assert command(capsys, "site", "admit", B, *where)[0] == 1
+    after = {path.name: path.read_bytes() for path in state.iterdir() if path.is_file()}
+    assert after == {**before, "audit.jsonl": broken}
 
 
 def test_a_site_that_is_out_is_told_so(coordinator: Coordinator) -> None:

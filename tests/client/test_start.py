@@ -19,11 +19,23 @@ from fedgraft.common.secagg.keys import verify
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("FEDGRAFT_BACKBONES", "before")  # put back afterwards
+    monkeypatch.setattr(start, "HeadReporter", Helper)
+    monkeypatch.setattr(start, "SpareTime", Helper)
     return Site(tmp_path / "site", Authority(), "coordinator.example:8443")
 
 
+class Helper:
+    """Stands in for what reports heads and for what measures results."""
+
+    def __init__(self, *_: object) -> None:
+        self.said: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda: self.said.append(name)
+
+
 class World:
-    """What an agent's upkeep asks, and the time; ``fault`` is raised instead."""
+    """What an agent's chores ask, and the time; ``fault`` is raised instead."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.due, self.fault = 1000.0, False, ""
@@ -90,24 +102,24 @@ def test_what_is_missing_is_named_before_anything_starts(site: Site, name: str) 
 
 
 def test_once_a_minute_the_roster_is_refreshed(site: Site, world: World) -> None:
-    upkeep = make_agent(site.file).upkeep
-    assert not upkeep()  # at once: sites may have joined while this one was away
+    idle = make_agent(site.file).chores.idle
+    assert not idle()  # at once: sites may have joined while this one was away
     assert world.done == ["roster"]
     world.now += EVERY - 1
-    upkeep()
+    idle()
     assert world.done == ["roster"]
     world.now += 1
-    upkeep()
+    idle()
     assert world.done == ["roster", "roster"]
 
 
 def test_a_certificate_whose_time_has_come_is_renewed(site: Site, world: World) -> None:
     world.due = True
-    upkeep = make_agent(site.file).upkeep
-    assert upkeep()
+    idle = make_agent(site.file).chores.idle
+    assert idle()
     assert world.done == ["renew"]
     world.due, world.now = False, world.now + EVERY
-    assert not upkeep()
+    assert not idle()
     assert world.done == ["renew", "roster"]
 
 
@@ -117,9 +129,21 @@ def test_what_fails_is_told_and_tried_again(
 ) -> None:
     caplog.set_level(logging.WARNING)
     world.due, world.fault = due, "the coordinator does not answer"
-    upkeep = make_agent(site.file).upkeep
+    idle = make_agent(site.file).chores.idle
     for _ in range(2):
-        assert not upkeep()
+        assert not idle()
         world.now += EVERY
     assert len(world.done) == 2
     assert caplog.text.count("the coordinator does not answer; mend it") == 2
+
+
+def test_the_federations_work_comes_before_the_results(site: Site, world: World) -> None:
+    chores: Any = make_agent(site.file).chores
+    heads, results = chores._heads, chores._results
+    assert heads.said == ["wake"]  # what was not reported before it was killed
+    chores.came()
+    chores.answered()
+    chores.idle()
+    chores.close()
+    assert results.said == ["interrupt", "tend", "interrupt"]
+    assert heads.said == ["wake", "wake", "close"]

@@ -222,7 +222,6 @@ def test_natural_sites_are_checked_once_they_are_known() -> None:
         ("job", "name", "-rf"),
         ("job", "name", "x" * 65),
         ("job", "task", "poetry"),
-        ("job", "labels", ["only"]),
         ("job", "seed", -1),
         ("job", "seed", 2**62),
         ("backbone", "source", "hf:"),
@@ -279,6 +278,10 @@ def test_natural_sites_are_checked_once_they_are_known() -> None:
 )
 def test_a_value_out_of_range_is_refused(section: str, key: str, bad: object) -> None:
     assert f"{section}." in refusal(**{section: {key: bad}})
+
+
+def test_a_classification_has_two_labels_at_least() -> None:
+    assert "text-classification needs at least two labels" in refusal(job={"labels": ["only"]})
 
 
 @pytest.mark.parametrize(

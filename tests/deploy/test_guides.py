@@ -9,6 +9,7 @@ import pytest
 
 from fedgraft.client.policy import _rules, load_policy
 from fedgraft.client.site import load_site
+from fedgraft.server.provision import POLICY, load_plan
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -61,6 +62,18 @@ def test_the_policy_and_the_site_are_ones_that_a_site_reads(tmp_path: Path) -> N
     text = tables("site-operator.md")[0]
     (tmp_path / "site.toml").write_text(text)
     assert load_site(tmp_path / "site.toml").data.columns == {"text": "message"}
+
+
+def test_the_federation_is_one_that_can_be_founded(tmp_path: Path) -> None:
+    (tmp_path / "federation.toml").write_text(tables("coordinator.md")[0])
+    assert load_plan(tmp_path / "federation.toml").federation.name == "intents"
+
+
+def test_the_policy_of_a_kit_is_the_one_of_the_guide() -> None:
+    """But for the backbone, which only a site can name, and for the hours."""
+    kit, guide = tomllib.loads(POLICY), tomllib.loads(tables("privacy-officer.md")[0])
+    del guide["model"]["allowed_backbones"], guide["limits"]["hours"]
+    assert kit == guide
 
 
 def test_every_reason_of_the_policy_is_explained() -> None:

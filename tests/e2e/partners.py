@@ -5,6 +5,8 @@ with Partners(tmp_path, job) as partners:
     partners.start_sites()
     run = partners.submit(job)
     partners.until(lambda: partners.state(run) == "finished", 60)
+
+With a ``Network`` each party runs in its own namespace.
 """
 
 import json
@@ -15,13 +17,14 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import tomli_w
+from e2e.netlab import Network
 from e2e.superlink import die_with_parent, free_ports
 
 from fedgraft.client.agent import make_tls
@@ -30,7 +33,13 @@ from fedgraft.common.backbones import find_backbone
 from fedgraft.common.blobs import make_manifest
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job
+from fedgraft.server.app import coordinate
+from fedgraft.server.jobs import OPEN
+from fedgraft.server.runs import Run
+from fedgraft.server.transport import Transport
+from fedgraft.simulations.grid import LocalGrid
 from fedgraft.simulations.preparation import prepare
+from fedgraft.simulations.workers import Workers
 
 __all__ = ["NGINX", "Partners"]
 
@@ -48,13 +57,17 @@ POLICY: dict[str, dict[str, Any]] = {
     "approval": {"mode": "auto"},
 }
 TAIL = 25
+FAULTY = Path(__file__).with_name("faulty_site.py")
 
 
 class Partners:
     """A coordinator and the sites of the simulation in ``job``; all processes end with it."""
 
-    def __init__(self, folder: Path, job: Job, *, lifetime: str = "7d") -> None:
+    def __init__(
+        self, folder: Path, job: Job, *, lifetime: str = "7d", network: Network | None = None
+    ) -> None:
         self.folder = folder
+        self.network = network
         folder.mkdir(parents=True, exist_ok=True)
         prepared = prepare(job)
         self.data = {site.name: prepared.folder / site.name for site in prepared.sites}
@@ -68,7 +81,8 @@ class Partners:
     @property
     def endpoint(self) -> str:
         """Where sites connect."""
-        return f"127.0.0.1:{self.port}"
+        host = self.network.address("coordinator") if self.network else "127.0.0.1"
+        return f"{host}:{self.port}"
 
     def __enter__(self) -> Self:
         self.start_coordinator()
@@ -81,18 +95,18 @@ class Partners:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            for log in sorted([*self.folder.glob("*.log"), *self.home.glob("logs/*.log")]):
-                lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-                error.add_note("\n".join([f"--- end of {log.name}", *lines[-TAIL:]]))
+            self._explain(error)
         for name in list(self._processes):
-            self.kill(name, signal.SIGTERM)
+            self.end(name)
 
     # --- commands as people type them
 
-    def call(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`fedgraft ARGUMENTS`, to its end."""
+    def call(
+        self, *arguments: str, check: bool = True, at: str = "coordinator"
+    ) -> subprocess.CompletedProcess[str]:
+        """`fedgraft ARGUMENTS`, to its end, where ``at`` is in the network."""
         done = subprocess.run(
-            [sys.executable, "-m", "fedgraft", *arguments],
+            [*self._inside(at), sys.executable, "-m", "fedgraft", *arguments],
             cwd=self.folder,
             env=_environment(),
             capture_output=True,
@@ -124,7 +138,7 @@ class Partners:
         site.mkdir(exist_ok=True)
         kit = str(self.kits / f"{name}.kit")
         tell = ("--fingerprint", self.fingerprint, "--site", str(site / "site.toml"))
-        done = self.call("site", "join", kit, *tell, check=check)
+        done = self.call("site", "join", kit, *tell, check=check, at=name)
         data = load_site(self.data[name] / "site.toml").data
         config = {
             "name": name,
@@ -149,6 +163,16 @@ class Partners:
         path.write_text(dump_job(job))
         done = self.call("submit", str(path), "--home", str(self.home), "--json")
         return str(json.loads(done.stdout)["run"])
+
+    @contextmanager
+    def running(self, job: Job) -> Iterator[str]:
+        """Submit a job; the name of its run, which is stopped at the end if it still goes on."""
+        run = self.submit(job)
+        try:
+            yield run
+        finally:
+            if self.state(run) in OPEN:
+                self.call("coordinator", "stop", run, "--home", str(self.home))
 
     def status(self) -> dict[str, Any]:
         """What `fedgraft coordinator status --json` says; empty if there is no coordinator."""
@@ -180,7 +204,9 @@ class Partners:
         stop = time.monotonic() + limit
         while not happened():
             if time.monotonic() > stop:
-                raise TimeoutError(f"waited {limit:g} s in vain")
+                error = TimeoutError(f"waited {limit:g} s in vain")
+                self._explain(error)
+                raise error
             time.sleep(0.1)
 
     # --- processes
@@ -189,15 +215,30 @@ class Partners:
         """Start the coordinator and wait until sites can connect."""
         where = ["--home", str(self.home), "--listen", self.endpoint]
         watch = ["--watch", f"127.0.0.1:{self.watch}"]
-        self._start("coordinator", ["coordinator", "run", *where, *watch])
+        (self.home / "nginx" / "nginx.pid").unlink(missing_ok=True)
+        self._start("coordinator", ["-m", "fedgraft", "-v", "coordinator", "run", *where, *watch])
         self.until(lambda: (self.home / "nginx" / "nginx.pid").exists(), 60)
         self.until(lambda: "Uvicorn running" in self.read("coordinator/logs/superlink.log"), 60)
 
     def start_sites(self, names: Sequence[str] = ()) -> None:
         """Start sites (all by default) and wait until they have a session."""
         for name in names or sorted(self.data):
-            self._start(name, ["site", "run", "--site", str(self.folder / name / "site.toml")])
-        for name in names or sorted(self.data):
+            self.launch_site(name)
+        self._wait_for(names or sorted(self.data))
+
+    def start_faulty(self, name: str, *faults: str) -> None:
+        """Start a site with ``faults`` and wait until it has a session."""
+        self.launch_site(name, *faults)
+        self._wait_for([name])
+
+    def launch_site(self, name: str, *faults: str) -> None:
+        """Start a site; with ``faults``, as `faulty_site.py` knows them, it has these."""
+        config = str(self.folder / name / "site.toml")
+        command = ["-m", "fedgraft", "-v", "site", "run", "--site", config]
+        self._start(name, [str(FAULTY), config, *faults] if faults else command)
+
+    def _wait_for(self, names: Sequence[str]) -> None:
+        for name in names:
             self.until(lambda name=name: "joined as" in self.read(f"{name}.log"), 90)  # type: ignore[misc]
 
     def join_all(self) -> None:
@@ -216,6 +257,11 @@ class Partners:
             process.kill()
             process.wait()
 
+    def end(self, name: str) -> None:
+        """Have a process end, if it runs."""
+        if name in self._processes:
+            self.kill(name, signal.SIGTERM)
+
     def pid(self, name: str) -> int:
         """The process id of a site or of the ``coordinator``."""
         return self._processes[name].pid
@@ -226,11 +272,12 @@ class Partners:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def _start(self, name: str, arguments: Sequence[str]) -> None:
+        """Start Python with ``arguments`` as the process of ``name``."""
         log = self.folder / f"{name}.log"
         log.unlink(missing_ok=True)
         with log.open("ab") as output:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "fedgraft", "-v", *arguments],
+                [*self._inside(name), sys.executable, *arguments],
                 cwd=self.folder,
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
@@ -238,6 +285,25 @@ class Partners:
                 stderr=subprocess.STDOUT,
                 preexec_fn=die_with_parent,
             )
+
+    def _explain(self, error: BaseException) -> None:
+        for log in sorted([*self.folder.glob("*.log"), *self.home.glob("logs/*.log")]):
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            error.add_note("\n".join([f"--- end of {log.name}", *lines[-TAIL:]]))
+
+    def _inside(self, name: str) -> list[str]:
+        return self.network.inside(name) if self.network else []
+
+    def simulate(self, job: Job, folder: Path, *, without: Sequence[str] = ()) -> Run:
+        """The job (in clear) in this process, over the same sites but those ``without``."""
+        nodes = [
+            {"site": str(data / "site.toml"), "state": str(folder / "sites" / name)}
+            for name, data in self.data.items()
+            if name not in without
+        ]
+        with Run.open_or_create(folder / "run", job) as run, Workers(0, device="cpu") as workers:
+            coordinate(Transport(LocalGrid(nodes, workers)), job, run)
+        return run
 
     def tls(self, name: str | None) -> ssl.SSLContext:
         """TLS as the site ``name`` speaks it; without a name, as a stranger with the CA's file."""

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -31,6 +32,7 @@ from flwr.common.constant import (
     HEARTBEAT_PATIENCE,
     ErrorCode,
 )
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.superlink.grid import http_grid
 
 from fedgraft.client import fleet
@@ -50,7 +52,7 @@ from fedgraft.server.superlink import (
     FINISHED,
     Control,
     executor_command,
-    hasten_pulls,
+    save_requests,
     superlink_command,
 )
 from fedgraft.server.transport import FLOWER_ERRORS
@@ -183,13 +185,21 @@ def test_tasks_are_for_who_has_the_secret(link: Link) -> None:
         assert answer.status_code == 401
 
 
-def test_how_the_grid_pulls_a_reply_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_the_grid_pulls_and_pushes_can_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     with relied_on_by(SUPERLINK, OBJECTS):
-        theirs = http_grid.pull_objects
+        theirs, pushes = http_grid.pull_objects, http_grid.push_objects
         monkeypatch.setattr(http_grid, "pull_objects", theirs)  # to be put back
-        hasten_pulls()
+        monkeypatch.setattr(http_grid, "push_objects", pushes)
+        client = SimpleNamespace(PullMessages=lambda request: PullAppMessagesResponse())
+        grid = http_grid.HttpGrid(token="secret")
+        monkeypatch.setattr(grid, "_client", client)
+        save_requests(grid, to_agents=True)
+        assert client.PullMessages(None) == PullAppMessagesResponse()
         assert http_grid.pull_objects is not theirs
-        assert "pull_objects" in http_grid.HttpGrid.pull_messages.__code__.co_names
+        assert http_grid.push_objects is not pushes
+        assert "push_objects" in http_grid.HttpGrid._try_push_messages.__code__.co_names
+        used = http_grid.HttpGrid.pull_messages.__code__.co_names
+        assert {"pull_objects", "_runtime_client", "PullMessages"} <= set(used)
         wanted = {"object_ids": ["a", "b"], "pull_object_fn": str.encode}
         assert http_grid.pull_objects(**wanted) == theirs(**wanted) == {"a": b"a", "b": b"b"}
 

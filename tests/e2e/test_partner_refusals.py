@@ -6,6 +6,7 @@ seconds, so every run is refused by three sites, each for a reason of its own.
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,16 +109,16 @@ def session_of(partners: Partners, run: str) -> str:
 
 
 def refused(partners: Partners, job: Job) -> tuple[dict[str, str], set[str]]:
-    """The code in each site's audit, and those at the coordinator, of a job that all refuse."""
+    """What each site's audit says first of a job, and the codes at the coordinator."""
     run = partners.submit(job)
 
     def codes() -> dict[str, str]:
         session = session_of(partners, run)
         return {
-            site: line["code"]
+            site: line["code"] or line["decision"]
             for site in partners.data
-            for line in audit(partners, site)
-            if line["decision"] == "refused" and line["run"] == session
+            for line in reversed(audit(partners, site))
+            if line["direction"] == "out" and line["run"] == session
         }
 
     def told() -> set[str]:
@@ -155,11 +156,9 @@ def test_a_job_outside_the_policy(refusals: Refusals, rule: Rule) -> None:
     assert rule.code in told
 
 
-def test_nothing_left_a_site_that_refused(partners: Partners, refusals: Refusals) -> None:
+def test_audits_of_what_was_refused_are_whole(partners: Partners, refusals: Refusals) -> None:
     for site in partners.data:
-        verify(partners.folder / site / "state" / "audit.jsonl")
-        sent = [line for line in audit(partners, site) if line["decision"] == "sent"]
-        assert sent == []
+        assert verify(partners.folder / site / "state" / "audit.jsonl") >= len(refusals) / 3
 
 
 def test_what_a_person_allows_leaves_as_the_policy_says(partners: Partners) -> None:
@@ -173,7 +172,7 @@ def test_what_a_person_allows_leaves_as_the_policy_says(partners: Partners) -> N
 
     def decisions() -> list[str]:
         lines = audit(partners, "site-00")
-        return [line["code"] or line["decision"] for line in lines if line["run"] == session]
+        return [line.get("code") or line["decision"] for line in lines if line["run"] == session]
 
     partners.until(lambda: "approval-pending" in decisions(), 60)
     site = ("--site", str(partners.folder / "site-00" / "site.toml"))
@@ -197,41 +196,52 @@ def test_what_a_person_allows_leaves_as_the_policy_says(partners: Partners) -> N
 # --- backbones
 
 
-@pytest.fixture
-def manifest(partners: Partners, tmp_path: Path) -> Manifest:
-    """A backbone that the coordinator hands out, with a weight that no other has; all allow it."""
-    folder = tmp_path / "glyph"
+def new_backbone(partners: Partners, folder: Path) -> Manifest:
+    """A backbone in ``folder`` with a weight that no other has; all sites allow it."""
     shutil.copytree(find_backbone("builtin:glyph-vit").folder, folder)
     weights = folder / "model.safetensors"
     flip(weights, weights.stat().st_size - 1 - len(partners.allowed))
-    found = make_manifest(folder, source="path:glyph")
-    BlobStore(partners.home / "backbones").import_folder(folder, found)
-    partners.allowed[f"glyph-{len(partners.allowed)}"] = f"sha256:{found.digest}"
+    manifest = make_manifest(folder, source=f"path:{folder.name}")
+    partners.allowed[folder.name] = f"sha256:{manifest.digest}"
     for name in partners.data:
         partners.write_policy(name)
-    return found
+    return manifest
 
 
-def ask_all(partners: Partners, manifest: Manifest) -> list[str]:
-    """What the audits of all sites say of a job with this backbone, which all refuse."""
-    job = small_job(partners.folder, f"backbone.source='manifest:{manifest.digest}'")
-    codes, _ = refused(partners, job)
-    for site in partners.data:
-        store = BlobStore(partners.folder / site / "state" / "backbones")
-        assert not store.complete(manifest)
-    return sorted(codes.values())
-
-
-def test_a_byte_that_flipped_on_the_coordinators_disk(
-    partners: Partners, manifest: Manifest, tmp_path: Path
-) -> None:
-    store = BlobStore(partners.home / "backbones")
+def test_a_byte_that_flips_on_the_coordinators_disk(partners: Partners, tmp_path: Path) -> None:
+    """During a run of two sites, so that the third is handed what is damaged."""
+    manifest = new_backbone(partners, tmp_path / "flipped")
+    source = f"backbone.source='path:{tmp_path / 'flipped'}'"
+    partners.kill("site-02", signal.SIGTERM)
+    run = partners.submit(
+        small_job(partners.folder, source, "rounds.min_sites=2", "rounds.count=50")
+    )
+    partners.until(lambda: partners.rounds(run), 90)
     weights = next(file for file in manifest.files if file.name == "model.safetensors")
-    flip(store.file_path(weights), weights.size // 2)
-    assert ask_all(partners, manifest) == ["TransferError"] * 3
-    # Its folder is imported again, which is what the error's hint says; no site starts afresh.
-    job = small_job(partners.folder, f"backbone.source='path:{tmp_path / 'glyph'}'")
-    run = partners.submit(job)
+    flip(BlobStore(partners.home / "backbones").file_path(weights), weights.size // 2)
+    partners.start_sites(["site-02"])
+    session = session_of(partners, run)
+
+    def codes() -> set[str]:
+        return {line["code"] for line in audit(partners, "site-02") if line["run"] == session}
+
+    partners.until(lambda: "TransferError" in codes(), 60)
+    assert not BlobStore(partners.folder / "site-02" / "state" / "backbones").complete(manifest)
+    partners.call("coordinator", "stop", run, "--home", str(partners.home))
+    assert {line["sites"] for line in partners.rounds(run)} == {2}
+
+    # The coordinator does not start with it, and says why; imported again it is as it was.
+    run = partners.submit(
+        small_job(partners.folder, f"backbone.source='manifest:{manifest.digest}'")
+    )
+    partners.until(
+        lambda: session_of(partners, run) and Run(partners.home / "runs" / run).events(), 60
+    )
+    said = Run(partners.home / "runs" / run).events()[-1]
+    assert said["event"] == "waiting"
+    assert manifest.digest[:12] in said["what"]
+    partners.call("coordinator", "stop", run, "--home", str(partners.home))
+    run = partners.submit(small_job(partners.folder, source))
     partners.until(lambda: partners.state(run) == "finished", 120)
     assert partners.rounds(run)[-1]["sites"] == 3
 
@@ -264,10 +274,15 @@ def hostile(partners: Partners, manifest: Manifest) -> Iterator[None]:
         hidden.rename(ours)
 
 
-def test_a_coordinator_that_hands_out_a_pickle(partners: Partners, manifest: Manifest) -> None:
+def test_a_coordinator_that_hands_out_a_pickle(partners: Partners, tmp_path: Path) -> None:
+    manifest = new_backbone(partners, tmp_path / "pickled")
+    job = small_job(partners.folder, f"backbone.source='path:{tmp_path / 'pickled'}'")
     with hostile(partners, manifest):
-        assert ask_all(partners, manifest) == ["BackboneError"] * 3
+        codes, told = refused(partners, job)
+    assert set(codes.values()) == told == {"BackboneError"}
     assert not list(partners.folder.glob("site-*/state/backbones/**/*.bin"))
+    for site in partners.data:
+        assert not BlobStore(partners.folder / site / "state" / "backbones").complete(manifest)
 
 
 def test_a_folder_with_a_pickle_is_not_imported(partners: Partners, tmp_path: Path) -> None:

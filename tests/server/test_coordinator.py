@@ -24,7 +24,8 @@ from standings import make_status
 from fedgraft.client.agent import make_tls
 from fedgraft.common.certificates import load_key, make_crl, serial
 from fedgraft.server import refusals
-from fedgraft.server.coordinator import Coordinator, Home
+from fedgraft.server.coordinator import Coordinator
+from fedgraft.server.home import Home
 from fedgraft.server.provision import revoke
 from fedgraft.server.registry import Registry
 from fedgraft.server.services import Operator, serve_operators

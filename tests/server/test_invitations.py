@@ -75,6 +75,15 @@ def test_a_site_that_registers_anew_takes_part_again() -> None:
     assert reply.payload.examples == 21
 
 
+def test_a_site_that_was_away_is_asked_again_though_enough_others_are_there() -> None:
+    transport, _, grid = invited({11: site("amy"), 12: site("bob")})
+    away = grid.nodes.pop(11)
+    list(transport.invite(PLAN, 5.0, again=False))
+    assert transport.sites == ("bob",)
+    grid.nodes[11] = away
+    assert failures(list(transport.invite(PLAN, 5.0, again=False))) == [("amy", "")]
+
+
 def test_only_members_take_part_and_others_are_named() -> None:
     clock = Clock()
     grid = ScriptedGrid({11: site("zoe"), 12: site("eve"), 13: site("amy"), 14: silent})

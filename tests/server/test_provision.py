@@ -123,6 +123,17 @@ def test_adding_a_site_leaves_the_ca_and_other_kits_alone(made: Founded, tmp_pat
     assert found(write_plan(tmp_path, NAMES[:2]), home, kits).left == (NAMES[2], "hospital-d")
 
 
+def test_a_new_name_is_not_one_that_is_there_in_another_case(made: Founded, tmp_path: Path) -> None:
+    before = content(tmp_path / "home")
+    plan = write_plan(tmp_path, ["Hospital-A"])  # and hospital-a has a kit, and maybe a member
+    with pytest.raises(InputError, match="twice"):
+        found(plan, tmp_path / "home", tmp_path / "kits")
+    assert content(tmp_path / "home") == before
+    assert sorted(path.name for path in (tmp_path / "kits").iterdir()) == [
+        f"{name}.kit" for name in NAMES
+    ]
+
+
 def test_the_endpoint_may_change_and_what_sites_were_promised_may_not(
     made: Founded, tmp_path: Path
 ) -> None:
@@ -272,6 +283,7 @@ def test_a_lost_registry_is_not_made_anew(made: Founded, tmp_path: Path) -> None
         ('[federation]\nname = "t"\nendpoint = "h"\nsites = ["a"]', "endpoint"),
         ('[federation]\nname = "t"\nendpoint = "h:99999"\nsites = ["a"]', "port"),
         ('[federation]\nname = "t"\nendpoint = "h:1"\nsites = ["a", "a"]', "twice"),
+        ('[federation]\nname = "t"\nendpoint = "h:1"\nsites = ["Ab", "aB"]', "twice"),
         ('[federation]\nname = "t"\nendpoint = "h:1"\nsites = ["../a"]', "sites"),
         ('[federation]\nname = "t"\nendpoint = "h:1"\nsites = ["a"]\nkit_lifetime = "x"', "kit_"),
         ('[federation]\nname = "t"\nendpoint = "h:1"\nsites = ["a"]\nsite = 1', "site"),

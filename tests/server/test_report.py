@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import assert_sound, make_round, make_run, visible, written
+from report_runs import assert_sound, make_round, make_run, visible, with_insights, written
 
 from fedgraft.common.errors import RunError
 from fedgraft.server.report import write_report
@@ -134,6 +134,7 @@ def test_any_single_value_may_be_missing_null_or_nonsense(
     monkeypatch.setattr("fedgraft.server.report_plots.render", lambda *_: "<svg></svg>")
     monkeypatch.setattr("os.fsync", lambda _: None)
     summary, history = make_run(("helped", "hurt"), rounds=1)
+    summary = with_insights(summary)
     history[0]["dropped"] = [{"site": "site-1", "reason": "late"}]
     fillings: tuple[object, ...] = (holes, None, float("nan"), float("inf"), "words", 7, [], {})
     for path in holes([summary, history]):

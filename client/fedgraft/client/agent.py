@@ -36,6 +36,7 @@ log = logging.getLogger("fedgraft.client")
 
 RUNS = 4  # whose state is kept in memory
 SOON, LATER = 1.0, 60.0  # seconds before the coordinator is tried again
+PATIENCE = 5  # times that a coordinator which has just started may know nobody
 STILL_THERE = 5.0  # seconds between tries while the last session of a killed site is alive
 PAUSES: dict[type[FleetError], float] = {StillThere: STILL_THERE, Gone: SOON, Refused: LATER}
 
@@ -122,7 +123,7 @@ class Agent:
                     last = time.monotonic()
                     continue
             except Over:
-                log.info("a message is not answered: its run was stopped")
+                log.info("a message is not answered: its run was stopped, or it is not whole")
             if self.chores.idle():
                 return
             self._wait(self.pace.pause(time.monotonic() - last))
@@ -190,6 +191,13 @@ def _explain(error: FleetError, failures: int, endpoint: str) -> float:
         log.error(
             "refused by %s (%s): run `fedgraft site doctor`; an expired or revoked certificate "
             "needs a new kit",
+            endpoint,
+            error,
+        )
+    elif isinstance(error, Gone) and failures > PATIENCE:
+        log.warning(
+            "%s knows no session of this site (%s): if this goes on, it was removed, or this clock "
+            "is wrong: run `fedgraft site doctor`",
             endpoint,
             error,
         )

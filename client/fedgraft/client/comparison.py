@@ -16,7 +16,7 @@ from typing import Any
 
 from fedgraft.client.evaluation import Measured, measure
 from fedgraft.client.examples import Examples
-from fedgraft.client.judging import figures, judge, outcome_of
+from fedgraft.client.judging import figures, judge
 from fedgraft.client.participant import Participant
 from fedgraft.client.results import Result
 from fedgraft.client.training import Task, Trained, train
@@ -60,8 +60,7 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
         model: one and figures(one, job.measures, seed, name, model) for model, one in own.items()
     }
     judged = judge(own, seed, name=name)
-    missing = f"Whether federating helped {name} is not known."
-    sentence, outcome = outcome_of(judged, missing=missing)
+    alone = judged.get("local_only")
     return {
         "site": at.config.name,
         "run": result.run,
@@ -84,8 +83,10 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
         "test_examples": len(tested),
         "models": {"federated": None, "local_only": None, "zero_shot": None, **metrics},
         "comparisons": judged,
-        "verdict": sentence,
-        "outcome": outcome,
+        "verdict": alone["sentence"]
+        if alone
+        else f"Whether federating helped {name} is not known.",
+        "outcome": alone["outcome"] if alone else "unknown",
     }
 
 

@@ -8,8 +8,8 @@ What is used here of Flower's insides is held to the real thing by tests/e2e/tes
 import logging
 import ssl
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -31,7 +31,6 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_object import (
-    UnexpectedObjectContentError,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
@@ -55,7 +54,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedgraft.common.objects import known_objects
+from fedgraft.common.objects import known_objects, unasked_objects
 
 __all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
 
@@ -160,10 +159,8 @@ class Fleet:
     def receive(self) -> Task | None:
         """The next message for this site with all its content; None if there is none.
 
-        A message whose parts do not come, or make no message, is left out.
-
         Raises:
-            Over: there was one, for which nobody waits.
+            Over: there was one, for which nobody waits or whose parts make no message.
             FleetError: of the kind that says what to do.
         """
         if self._lost:
@@ -175,9 +172,11 @@ class Fleet:
             return self._collect(reply)
         except FleetError:
             raise
+        except ObjectPullError:  # it was there when it was announced
+            raise Over from None
         except Exception as error:  # whatever was sent, it must not end the site
-            log.warning("a message is left out, it is not whole: %s", type(error).__name__)
-            return None
+            log.warning("a message is not whole: %s", type(error).__name__)
+            raise Over from None
 
     def _collect(self, reply: PullMessagesResponse) -> Task:
         """The message that was announced."""
@@ -192,16 +191,15 @@ class Fleet:
         # stage of a round would take one.
         parts = [part.object_id for part in iterate_object_tree(tree)]
         contents = known_objects(parts, reply.messages_list[0])
-        with _gone_is_over():
-            contents |= pull_objects(
-                [part for part in parts if part not in contents],
-                pull,
-                max_time=PATIENCE,
-                initial_backoff=FIRST_WAIT,
-                backoff_cap=LONGEST_WAIT,
-            )
-            confirm(tree.object_id)
-            message = inflate_object_from_contents(tree.object_id, contents)
+        contents |= pull_objects(
+            [part for part in parts if part not in contents],
+            pull,
+            max_time=PATIENCE,
+            initial_backoff=FIRST_WAIT,
+            backoff_cap=LONGEST_WAIT,
+        )
+        confirm(tree.object_id)
+        message = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
         return Task(message, run_id)
 
@@ -228,8 +226,11 @@ class Fleet:
             push = make_push_object_fn_protobuf(
                 self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
             )
-            with _gone_is_over():
-                push_objects(objects, push, object_ids_to_push=set(reply.objects_to_push))
+            wanted = set(reply.objects_to_push) - unasked_objects(message)
+            try:
+                push_objects(objects, push, object_ids_to_push=wanted)
+            except ObjectPushError:
+                raise Over from None
 
     def _ask(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda request: _asked(call, request)
@@ -270,15 +271,6 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
         if status in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST):
             raise Refused(str(status)) from None
         raise Unreachable(str(status)) from None
-
-
-@contextmanager
-def _gone_is_over() -> Iterator[None]:
-    """Where the parts of a message cannot be had, or not be left, the message is of no use."""
-    try:
-        yield
-    except (ObjectPullError, ObjectPushError, UnexpectedObjectContentError):
-        raise Over from None
 
 
 def _run_is_over(response: httpx.Response) -> bool:

@@ -8,6 +8,7 @@ nothing about the data, but for the number of examples of a job in clear, whose 
 
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -73,8 +74,8 @@ class Guard:
         """Record a request, then check it; ``under_way`` is the round that a masked stage is of.
 
         Raises:
-            SiteFailure: ``audit-failed``, ``bad-session``, ``not-agreed``, or a code of
-                ``check_plan``.
+            SiteFailure: ``audit-failed``, ``disk-full``, ``bad-session``, ``not-agreed``, or a code
+                of ``check_plan``.
             JobError: the policy cannot be read.
         """
         try:
@@ -90,6 +91,15 @@ class Guard:
         else:
             facts = self._facts(request, under_way)
         check_plan(self.policy, facts)
+        if isinstance(request, TrainRequest | KeysAsk):  # before there is any work
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """Room for what may leave in a round, which is kept here, and for a head of this site."""
+        room = 2 * self.policy.limits.max_bytes_out_per_round
+        if shutil.disk_usage(self._state).free < room:
+            log.error("less than %.0f MB free where %s is", room / 1e6, self._state)
+            raise SiteFailure("disk-full")
 
     def _facts(self, request: Request, under_way: int) -> RoundFacts:
         """What is known at a stage after PLAN, whose job must be the one agreed to."""

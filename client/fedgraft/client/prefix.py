@@ -24,7 +24,7 @@ from torch import nn
 from fedgraft.client.stack import Stack
 from fedgraft.common.adapters import Layout
 
-__all__ = ["FEWEST", "Inputs", "Prefix", "find_prefix"]
+__all__ = ["FEWEST", "Inputs", "Prefix", "find_prefix", "identity_of"]
 
 Inputs = dict[str, torch.Tensor]
 FEWEST = 8  # rows in a pass: kernels for fewer may add in another order
@@ -72,7 +72,7 @@ def find_prefix(stack: Stack, trained: Layout, inputs: Inputs) -> Prefix | None:
         proved = _proved(stack, stop, resume, inputs)
         if proved is not None:
             whole = place != "head"
-            return Prefix(_identity(stack, place), whole, *proved, stop, resume)
+            return Prefix(identity_of(stack, place), whole, *proved, stop, resume)
     return None
 
 
@@ -80,7 +80,7 @@ _Stop = Callable[[Inputs], torch.Tensor]
 _Resume = Callable[[Inputs, torch.Tensor], torch.Tensor]
 
 
-def _identity(stack: Stack, place: str) -> str:
+def identity_of(stack: Stack, place: str) -> str:
     """All that decides the bits of an activation, but for the example."""
     import transformers  # here: it replaces itself in sys.modules while it is first imported
 

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from fedgraft.common.files import write_text
+from fedgraft.common.verdicts import as_points
 
 __all__ = ["read_report", "write_report"]
 
@@ -53,7 +54,11 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    filters: dict[str, Callable[..., str]] = {"percent": _percent, "interval": _interval}
+    filters: dict[str, Callable[..., str]] = {
+        "percent": _percent,
+        "interval": _interval,
+        "points": as_points,
+    }
     environment.filters.update(filters)
     return environment
 

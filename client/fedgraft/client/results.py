@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from fedgraft.client.participant import Participant
-from fedgraft.common.adapter_folder import Origin, save_adapter
+from fedgraft.common.adapter_folder import save_adapter
 from fedgraft.common.backbones import public_source
 from fedgraft.common.errors import AdapterError, InputError, SiteFailure
 from fedgraft.common.files import write_text
 from fedgraft.common.job import Job
 from fedgraft.common.messages import array_hash
+from fedgraft.common.model_card import Origin
 from fedgraft.common.payloads import EvaluateRequest, PastRound, ResultReply, ResultRequest
 
 __all__ = ["Result", "find_result", "keep_result", "list_results"]

@@ -22,12 +22,12 @@ from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.backbones import head_names
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
-from fedgraft.common.workbench import Workbench, open_workbench
+from fedgraft.common.workbench import Workbench, close_workbenches, open_workbench
 
 if TYPE_CHECKING:
     from fedgraft.client.prefix import Prefix
 
-__all__ = ["Stack", "check_stacking", "open_stack"]
+__all__ = ["Stack", "check_stacking", "close_stacks", "open_stack"]
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PREFIX = "base_model.model."
@@ -104,6 +104,12 @@ def open_stack(job: Job, *, device: str = "cpu") -> Stack:
 def _open(shaping: str, precision: str, device: str) -> Stack:
     bench = open_workbench(Job.model_validate_json(shaping))
     return _build(bench, torch.device(device), precision)
+
+
+def close_stacks() -> None:
+    """Let go of all stacks and workbenches, where another backbone needs their memory."""
+    _open.cache_clear()
+    close_workbenches()
 
 
 def _build(bench: Workbench, device: torch.device, precision: str) -> Stack:

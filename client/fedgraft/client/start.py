@@ -96,4 +96,6 @@ class _MemberChores(Chores):
             refresh_roster(self.state)
         except FedgraftError as error:
             log.warning("%s; %s", error, error.hint)
+        except OSError as error:  # a disk that is full must not end the site
+            log.warning("the certificate and the roster were not seen to: %s", error.strerror)
         return False

@@ -3,8 +3,12 @@
 The backbone stays in eval mode: its batch-norm statistics must not drift (they are not exchanged)
 and its activations are then the same every epoch. Dropout acts where something trains: on the
 low-rank path and inside the head, from a generator of the site's own.
+
+Where a device's memory does not suffice for a micro-batch, it is halved; what a step comes to is
+the same, because gradients are added up until the batch is whole.
 """
 
+import logging
 import math
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +38,8 @@ __all__ = [
     "train_alone",
     "train_together",
 ]
+
+log = logging.getLogger("fedgraft.client")
 
 T = TypeVar("T")
 MEGABATCH = 16  # batches among which ``group_by_length`` sorts
@@ -107,7 +113,7 @@ def train_alone(
     """``train`` for one site.
 
     Raises:
-        SiteFailure: ``no-examples`` or ``loss-not-finite``.
+        SiteFailure: ``no-examples``, ``loss-not-finite`` or ``out-of-memory``.
     """
     result = train(stack, trained, [task], settings=settings, epochs=epochs, span=span)[0]
     if isinstance(result, SiteFailure):
@@ -130,6 +136,9 @@ def train(
     the frozen backbone computes in bfloat16. FedProx (Li et al. 2020) adds ``mu/2 |x - x0|^2``
     where ``x0`` is what training started from. A site whose loss is not finite fails alone
     (``loss-not-finite``), as does one without examples (``no-examples``).
+
+    Raises:
+        SiteFailure: ``out-of-memory``, where it does not suffice for one row of each site.
     """
     epochs = epochs or settings.epochs
     sites = [_Site(task, settings, epochs) for task in tasks]
@@ -238,6 +247,7 @@ class _Pass:
         )
         self.total = torch.zeros(len(sites), device=stack.device)
         self.views: list[torch.Tensor] = []  # of the flat tensor, as the stack computes with them
+        self.micro = settings.batch_size // settings.accumulation  # rows of each site in one pass
 
     def run(self) -> None:
         """All steps of all sites; each site's vector and summed loss are left with it."""
@@ -259,9 +269,11 @@ class _Pass:
     def _step(self, step: int, active: int) -> None:
         self.gradient.zero_()
         batches = [next(site.batches) for site in self.sites[:active]]
-        size = self.settings.batch_size // self.settings.accumulation
-        for start in range(0, max(len(batch) for batch in batches), size):
-            self._backward(batches, slice(start, start + size))
+        done, longest = 0, max(len(batch) for batch in batches)
+        while done < longest:
+            rows = self.micro
+            if self._fits(batches, slice(done, done + rows)):
+                done += rows
         gradient = self.gradient[:active]
         if self.anchor is not None:
             gradient.add_(self.flat[:active] - self.anchor[:active], alpha=self.settings.proximal)
@@ -272,6 +284,30 @@ class _Pass:
             at = self.span.start + (self.span.end - self.span.start) * step / site.steps
             group["lr"] = learning_rate(self.settings.learning_rate, self.settings.schedule, at)
         self.optimizer.step()
+
+    def _fits(self, batches: Sequence[Indices], part: slice) -> bool:
+        """Do ``_backward`` if memory suffices; else nothing, and half as many rows from now on.
+
+        Raises:
+            SiteFailure: ``out-of-memory`` where there is nothing to halve.
+        """
+        generators = [site.task.generator for site in self.sites[: len(batches)]]
+        drawn = [generator.get_state() for generator in generators]
+        try:
+            self._backward(batches, part)
+        except torch.OutOfMemoryError:
+            pass  # what it holds is free only when it is forgotten
+        else:
+            return True
+        for generator, state in zip(generators, drawn, strict=True):
+            generator.set_state(state)
+        if self.micro == 1:
+            raise SiteFailure("out-of-memory")
+        self.micro //= 2
+        log.warning("out of memory: %d rows at a time from now on", self.micro)
+        if self.stack.device.type == "cuda":
+            torch.cuda.empty_cache()  # in pieces of the old size, it is of no use
+        return False
 
     def _backward(self, batches: Sequence[Indices], part: slice) -> None:
         """Add the gradient of one micro-batch, [sites x rows]; rows that pad weigh nothing."""
@@ -297,9 +333,11 @@ class _Pass:
         share = torch.tensor([1 / len(batch) for batch in batches], device=each.device)
         # A model may have layers that its output does not depend on: these stay as they are.
         gradients = torch.autograd.grad((summed * share).sum(), self.views, allow_unused=True)
-        for where, gradient in zip(self.trained.slices.values(), gradients, strict=True):
+        flat = [g if g is None else g.reshape(len(batches), -1) for g in gradients]
+        # From here on nothing takes memory: it is done whole or, before here, not at all.
+        for where, gradient in zip(self.trained.slices.values(), flat, strict=True):
             if gradient is not None:
-                self.gradient[: len(batches), where].add_(gradient.reshape(len(batches), -1))
+                self.gradient[: len(batches), where].add_(gradient)
         self.total[: len(batches)] += summed.detach()
 
     def _finish(self, still: int, active: int) -> None:

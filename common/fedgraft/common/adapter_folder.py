@@ -7,50 +7,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from fedgraft.common.adapters import Layout, Vector, read
-from fedgraft.common.backbones import load, public_source
+from fedgraft.common.backbones import load
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import sync_folder
 from fedgraft.common.job import Job
+from fedgraft.common.model_card import Origin, backbone_name, model_card
 from fedgraft.common.workbench import Workbench
 
-__all__ = [
-    "Origin",
-    "folder_facts",
-    "model_card",
-    "read_adapter",
-    "replace_folder",
-    "save_adapter",
-]
+__all__ = ["folder_facts", "read_adapter", "replace_folder", "save_adapter"]
 
 MARK = "fedgraft.json"
 BASE = "backbone"
 WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where an adapter comes from: the run, its ``rounds`` and ``sites`` (0: not known).
-
-    ``final`` is what a summary says of the models on the pooled test set; ``own_head`` is whether a
-    head that stayed at its site is in the folder.
-    """
-
-    run: str
-    created: str
-    rounds: int
-    sites: int = 0
-    final: Mapping[str, Any] = field(default_factory=dict)
-    own_head: bool = False
 
 
 def save_adapter(
@@ -65,8 +41,8 @@ def save_adapter(
     """
     bench.put(*parts)
     config = bench.model.peft_config["default"]
-    config.base_model_name_or_path = _name(bench)
-    card = model_card(bench, job, origin, merged=False)
+    config.base_model_name_or_path = backbone_name(bench)
+    card = model_card(bench, job, origin, form="peft")
 
     def write(target: Path) -> None:
         bench.model.save_pretrained(target, save_embedding_layers=False)
@@ -97,51 +73,16 @@ def read_adapter(bench: Workbench, folder: Path) -> Vector:
     return read(bench.model, bench.layout)
 
 
-def model_card(bench: Workbench, job: Job, origin: Origin, *, merged: bool) -> str:
-    """The model card, Markdown with the metadata that model hubs read."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701  # Markdown, and every value is ours or the job's
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("model_card.md.j2").render(
-        origin=origin,
-        job=job,
-        bench=bench,
-        source=public_source(bench.backbone.source),
-        base=_name(bench),
-        base_code=_base_code(public_source(bench.backbone.source)),
-        merged=merged,
-    )
-
-
 def folder_facts(bench: Workbench, job: Job, origin: Origin) -> dict[str, Any]:
     """What a folder says of itself to machines."""
     return {
         "run": origin.run,
         "created": origin.created,
-        "backbone": _name(bench),
+        "backbone": backbone_name(bench),
         "backbone_fingerprint": bench.backbone.fingerprint,
         "task": job.job.task,
         "labels": list(job.job.labels),
     }
-
-
-def _name(bench: Workbench) -> str:
-    """The backbone's name without this machine's folders."""
-    kind, _, name = public_source(bench.backbone.source).partition(":")
-    return name.partition("@")[0] if kind == "hf" else name
-
-
-def _base_code(source: str) -> str:
-    """The first argument of ``from_pretrained`` for this backbone, as Python."""
-    kind, _, name = source.partition(":")
-    if kind != "hf":
-        return repr(f"FOLDER_OF/{name}")
-    repository, _, revision = name.partition("@")
-    return repr(repository) + (f", revision={revision!r}" if revision else "")
 
 
 def replace_folder(folder: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:

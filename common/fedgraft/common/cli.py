@@ -24,6 +24,7 @@ VERBS = {
     "check": ("fedgraft.server.cli:check", "Validate a job and its data; say what it will cost."),
     "simulate": ("fedgraft.simulations.cli:simulate", "Run a whole federation on this machine."),
     "sweep": ("fedgraft.simulations.sweep_cli:sweep", "Simulate every setting of a grid; compare."),
+    "select": ("fedgraft.simulations.select_cli:select", "Rank backbones before any training."),
     "runs": ("fedgraft.server.cli:runs", "List runs and what they came to."),
     "report": ("fedgraft.server.cli:report", "Write a run's report.html again."),
     "export": ("fedgraft.server.cli:export", "Write a run's adapter or merged model."),

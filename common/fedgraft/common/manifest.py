@@ -31,6 +31,7 @@ __all__ = [
     "ManifestFile",
     "Progress",
     "hash_chunk",
+    "licence_of",
     "make_manifest",
 ]
 
@@ -176,7 +177,7 @@ def make_manifest(folder: Path, *, source: str, progress: Progress | None = None
                     if progress:
                         progress(done, total)
                 files.append(ManifestFile(name=path.name, size=size, chunks=tuple(hashes)))
-        manifest = Manifest(files=tuple(files), licence=_licence(folder), source=source)
+        manifest = Manifest(files=tuple(files), licence=licence_of(folder), source=source)
     except ValidationError as error:
         raise BackboneError(
             f"{source}: {_first_problem(error)}", hint="rename that file, or take it out"
@@ -214,7 +215,7 @@ def _first_problem(error: ValidationError) -> str:
     return f"{where}: {what}" if where else what
 
 
-def _licence(folder: Path) -> str:
+def licence_of(folder: Path) -> str:
     """What the model card says, else the first line of a licence file, else nothing."""
     card = _first_lines(folder / "README.md")
     if found := re.match(r"---\n(?:.*\n)*?license:[ \t]*([^\n]+)", card):

@@ -27,6 +27,7 @@ __all__ = [
     "Outcome",
     "Rival",
     "Verdict",
+    "as_points",
     "macro_f1_difference",
     "macro_f1_interval",
     "verdict",
@@ -300,8 +301,8 @@ def _sentence(
     examples: int,
 ) -> str:
     federated, local = (f"{100 * share:.1f} %" for share in shares)
-    gap = f"difference {_points(difference)} points"
-    span = f"95 % interval {_points(interval[0])} to {_points(interval[1])}"
+    gap = f"difference {as_points(difference)} points"
+    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
     if outcome in ("helped", "hurt"):
         return (
             f"Federating {outcome} {name}: {federated} right instead of {local} on its own "
@@ -326,8 +327,8 @@ def _sentence_of_backbone(
 ) -> str:
     """The verdict on training at all, beside the one on training together."""
     federated, untouched = (f"{100 * share:.1f} %" for share in shares)
-    gap = f"difference {_points(difference)} points"
-    span = f"95 % interval {_points(interval[0])} to {_points(interval[1])}"
+    gap = f"difference {as_points(difference)} points"
+    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
     if outcome == "unclear":
         count = "1 test example" if examples == 1 else f"{examples:,} test examples"
         return (
@@ -343,7 +344,7 @@ def _sentence_of_backbone(
     )
 
 
-def _points(fraction: float) -> str:
+def as_points(fraction: float) -> str:
     """Signed percentage points with one decimal; what rounds to zero has no sign."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text

@@ -42,6 +42,7 @@ __all__ = [
     "Workbench",
     "cache_folder",
     "choose_device",
+    "close_workbenches",
     "open_processor",
     "open_workbench",
 ]
@@ -128,6 +129,12 @@ def _open(shaping: str) -> Workbench:
         drawn=drawn,
         backbone_parameters=loaded.parameters,
     )
+
+
+def close_workbenches() -> None:
+    """Let go of all workbenches and processors; what still uses one keeps it."""
+    _open.cache_clear()
+    _open_processor.cache_clear()
 
 
 def open_processor(job: Job) -> tuple[Backbone, Processor]:

@@ -4,16 +4,19 @@
 and the run folder come in the run's configuration.
 """
 
+import os
+import time
 import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedgraft.common.adapters import Vector
-from fedgraft.common.errors import InputError, TooFewSites
+from fedgraft.common.errors import BackboneError, CheckpointError, InputError, TooFewSites
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
@@ -27,13 +30,13 @@ from fedgraft.server.rounds import make_plan, run_job
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.server.summary import partner_facts, run_facts
-from fedgraft.server.superlink import hasten_pulls
+from fedgraft.server.superlink import save_requests
 from fedgraft.server.transport import Transport
 
 __all__ = ["WAITING", "app", "coordinate", "finish"]
 
 app = ServerApp()
-WAITING = "waiting"  # the event of a run that ended for now, because sites were missing
+WAITING = "waiting"  # the event of a run that ended for now, because something it needs is missing
 
 
 @app.main()
@@ -46,19 +49,33 @@ def main(grid: Grid, context: Context) -> None:
     job = parse_job(tomllib.loads(str(context.run_config["job"])), where="job")
     path = str(context.run_config.get("federation") or "")
     federation = load_federation(Path(path)) if path else None
-    hasten_pulls()
+    sealed = bool(context.run_config.get("sealed"))
+    save_requests(grid, to_agents=sealed)
+    if sealed:
+        Thread(target=_end_with_executor, daemon=True).start()
     with Run.open_or_create(Path(str(context.run_config["run"])), job) as run:
-        sealed = bool(context.run_config.get("sealed"))
         if sealed and federation is None:
             raise InputError("sealed replies need the sites' public keys", hint="name federation")
         transport = Transport(grid, key_of=federation.key_of if federation and sealed else None)
         transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
         try:
             final = coordinate(transport, job, run, federation=federation)
-        except TooFewSites as error:  # nothing is lost: who runs us tries again later
-            run.event(WAITING, what=str(error))
+        except (TooFewSites, CheckpointError, BackboneError) as error:  # it is tried again later
+            run.event(WAITING, what=f"{error}; {error.hint}")
             return
         finish(run, transport, final)
+
+
+def _end_with_executor() -> None:
+    """End when the executor has that started us: a coordinator that is killed cannot end us.
+
+    We would stay, with a SuperLink that is gone, and keep the run from the coordinator that is
+    started next. Who has lost its parent is a child of process 1.
+    """
+    parent = os.getppid()
+    while os.getppid() == parent and (parent != 1 or os.getpgrp() == 1):
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def finish(run: Run, transport: Transport, final: Vector) -> None:

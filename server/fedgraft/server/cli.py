@@ -193,15 +193,18 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write; RUN/export-FORMAT if absent.")
     ] = None,
-    form: Annotated[str, typer.Option("--format", help="peft.")] = "peft",
+    form: Annotated[str, typer.Option("--format", help="peft or onnx.")] = "peft",
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the adapter into the backbone.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a run's adapter as a PEFT folder, or the whole model with it merged in."""
-    if form != "peft":
-        raise InputError(f"no format {form}", hint="--format peft, or --merge")
+    """Write a run's adapter as a PEFT folder, or the whole model with it merged in.
+
+    --format onnx is the merged model as an ONNX graph, checked against PyTorch.
+    """
+    if form not in ("peft", "onnx"):
+        raise InputError(f"no format {form}", hint="--format peft or onnx, or --merge")
     from fedgraft.common.workbench import open_workbench
     from fedgraft.server.export import export_adapter, export_merged
     from fedgraft.server.rounds import make_plan
@@ -214,11 +217,16 @@ def export(
     state = opened.latest(plan.exchanged)
     if state is None:
         raise RunError(f"{run} has no finished round", hint="run it first")
-    folder = out or opened.folder / ("export-merged" if merge else "export-peft")
-    write = export_merged if merge else export_adapter
+    if form == "onnx":
+        from fedgraft.server.export_onnx import export_onnx
+
+        write, name, merge = export_onnx, "onnx", True
+    else:
+        write, name = (export_merged, "merged") if merge else (export_adapter, "peft")
+    folder = out or opened.folder / f"export-{name}"
     write(opened, bench, plan.exchanged, state.final, folder)
     console = Console(as_json=as_json)
-    console.json({"run": opened.name, "folder": str(folder), "merged": merge})
+    console.json({"run": opened.name, "folder": str(folder), "merged": merge, "format": form})
     console.text(f"wrote {folder}")
 
 

@@ -3,7 +3,7 @@
 ``tend`` is called twice a second and is the whole story: start what died, tell a new SuperLink who
 its nodes are, follow the registry (who joined, who was revoked), go on with the oldest job. What
 the coordinator must remember is in files; killed at any point, it goes on from the last committed
-round.
+round. While the disk is full, the job rests and the status says so.
 """
 
 import os
@@ -13,7 +13,7 @@ import socket
 import sysconfig
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import Any
 from fedgraft.common.errors import FedgraftError
 from fedgraft.server.forgeries import Forgeries
 from fedgraft.server.front import Front, front_command, write_front
-from fedgraft.server.jobs import Jobs, Submitted
+from fedgraft.server.home import Home
+from fedgraft.server.jobs import OPEN, Jobs, Submitted
 from fedgraft.server.overview import Overview
 from fedgraft.server.refusals import Refusals
 from fedgraft.server.registry import Member, Registry, Site
@@ -30,46 +31,16 @@ from fedgraft.server.runs import Run
 from fedgraft.server.superlink import FINISHED, Control, executor_command, superlink_command
 from fedgraft.server.supervisor import Supervised
 
-__all__ = ["Coordinator", "Home"]
+__all__ = ["Coordinator"]
 
 RETRY = 5.0  # seconds before a run that failed goes on from its last round
 TRIES = 20
 POLL = 2.0  # seconds between two looks at who is online
 HOST = "127.0.0.1"
-WAITING = "waiting for sites"
+WAITING = "waiting: "
+ROOM = 64 << 20  # bytes free on the disk below which no round is worked on
 TRUST = ("ca.pem", "crl.pem", "server.pem", "server.key")  # what nginx reads beside its own files
 Event = Callable[..., None]
-
-
-@dataclass(frozen=True)
-class Home:
-    """The coordinator's folder."""
-
-    folder: Path
-
-    @property
-    def runs(self) -> Path:
-        """Run folders."""
-        return self.folder / "runs"
-
-    @property
-    def sockets(self) -> Path:
-        """Sockets of our services."""
-        return self.folder / "run"
-
-    @property
-    def logs(self) -> Path:
-        """What the processes print."""
-        return self.folder / "logs"
-
-    @property
-    def roster(self) -> Path:
-        """The federation file of the sites that joined."""
-        return self.folder / "roster.toml"
-
-    def file(self, name: str) -> Path:
-        """A file of this folder."""
-        return self.folder / name
 
 
 class Coordinator:
@@ -88,11 +59,14 @@ class Coordinator:
         self._current: tuple[str, int] | None = None
         self._passed = ""  # a job that lacked sites: the next one has its turn
         self._not_before = 0.0
+        self.trouble = ""  # why no job is worked on, though there is one
         self._members: dict[str, Member] = {}
         self._trust: list[tuple[int, int]] = []
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
             folder.mkdir(exist_ok=True, mode=0o700)
+        # It is of another start, with other ports.
+        (home.file("nginx") / "nginx.conf").unlink(missing_ok=True)
         self._forgeries = Forgeries(home.runs, event)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         self.processes = self._make_processes(found)
@@ -160,19 +134,31 @@ class Coordinator:
         return Front(self.home.folder.resolve(), self._listen, self._port, keys)
 
     def tend(self) -> None:
-        """See to everything once."""
-        self._follow_registry()
-        for process in self.processes.values():
-            process.tend()
-        self._refusals.tend(self._seen)
-        if not self._reach_superlink():
-            return
+        """See to everything once; what cannot be done now is done the next time."""
         try:
-            self._register_nodes()
-            self._look_at_nodes()
-            self._tend_job()
+            self._look_for_room()
+            self._follow_registry()
+            for process in self.processes.values():
+                process.tend()
+            self._refusals.tend(self._seen)
+            if self._reach_superlink():
+                self._register_nodes()
+                self._look_at_nodes()
+                self._tend_job()
         except FedgraftError as error:
             self._event("superlink", what=str(error))
+        except OSError as error:  # a disk that is full, above all
+            if not self.trouble:  # else it is said
+                self._event("disk", what=error.strerror)
+
+    def _look_for_room(self) -> None:
+        """Notice that the disk is full, and that it no longer is."""
+        free = shutil.disk_usage(self.home.folder).free
+        before, self.trouble = self.trouble, ""
+        if free < ROOM:
+            self.trouble = f"paused: only {free / 1e6:,.0f} MB free where {self.home.folder} is"
+        if bool(before) != bool(self.trouble):
+            self._event("disk", what=self.trouble or "there is room again")
 
     def _follow_registry(self) -> None:
         """Have nginx know who joined or was revoked, and the certificates as they are."""
@@ -236,8 +222,13 @@ class Coordinator:
                 self._seen[name] = node
 
     def _tend_job(self) -> None:
-        """Start the oldest open job, or see how it is."""
+        """Start the oldest open job, or see how it is; have it rest while there is trouble."""
         assert self._control is not None  # noqa: S101  # tend saw to it
+        if self.trouble:
+            if self._current is not None:
+                self._control.stop(self._current[1])
+                self._current = None
+            return
         if self._current is None:
             one = self.jobs.next(self._passed)
             if one and time.monotonic() >= self._not_before:
@@ -265,7 +256,7 @@ class Coordinator:
         run_id = self._control.start(config)
         self._current = (one.name, run_id)
         self.jobs.set(one.name, "running", one.why)
-        if one.why != WAITING:  # it is tried again every few seconds
+        if not one.why.startswith(WAITING):  # it is tried again every few seconds
             self._event("started", run=one.name, attempt=one.tries + 1)
 
     def _ended(self, name: str) -> None:
@@ -276,8 +267,10 @@ class Coordinator:
             self._event("finished", run=name)
             return
         one = next(one for one in self.jobs.all() if one.name == name)
-        if self._waits_for_sites(name):
-            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING))
+        if why := self._waits_for(name):
+            if not one.why.startswith(WAITING):
+                self._event("waiting", run=name, why=why)
+            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING + why))
             self._passed = name
             self._not_before = time.monotonic() + RETRY
             return
@@ -288,10 +281,11 @@ class Coordinator:
         self._not_before = time.monotonic() + RETRY
         self._event("interrupted", run=name, attempt=one.tries)
 
-    def _waits_for_sites(self, name: str) -> bool:
+    def _waits_for(self, name: str) -> str:
+        """What a run said that it cannot go on without; empty if it did not."""
         folder = self.home.runs / name
         events = Run(folder).events() if (folder / "run.json").exists() else []
-        return bool(events) and events[-1]["event"] == "waiting"
+        return str(events[-1]["what"]) if events and events[-1]["event"] == "waiting" else ""
 
     def status(self) -> dict[str, Any]:
         """How everything is: what `fedgraft coordinator status`, the page and the figures show.
@@ -314,7 +308,7 @@ class Coordinator:
                 }
                 for name, site in sorted(self.registry.sites().items())
             ],
-            "runs": self._overview.lines(),
+            "runs": [self._explained(line) for line in self._overview.lines()],
             "refused": list(self._refusals.recent),
             "second_sessions": dict(self._refusals.alarms),
             "totals": {
@@ -325,6 +319,11 @@ class Coordinator:
                 },
             },
         }
+
+    def _explained(self, line: dict[str, Any]) -> dict[str, Any]:
+        """A run's line; one that rests says why."""
+        rests = self.trouble and line["state"] in OPEN
+        return {**line, "why": self.trouble} if rests else line
 
     def close(self) -> None:
         """End all processes."""

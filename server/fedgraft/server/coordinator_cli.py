@@ -36,8 +36,10 @@ def run(
     # We start processes beside gRPC's threads, and only by exec: it need not see to forks.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from fedgraft.common.audit import Audit
+    from fedgraft.common.errors import AuditError
     from fedgraft.common.locks import lock_folder
-    from fedgraft.server.coordinator import Coordinator, Home
+    from fedgraft.server.coordinator import Coordinator
+    from fedgraft.server.home import Home
     from fedgraft.server.registry import Registry
     from fedgraft.server.services import serve_operators, serve_sites
 
@@ -50,7 +52,14 @@ def run(
             audit.append({"event": kind, **facts})
             console.note(f"{kind}  {_words(facts)}")
 
-        coordinator = Coordinator(Home(home.resolve()), listen=listen, event=event)
+        def told(kind: str, **facts: Any) -> None:
+            """Of what has happened anyway: with a full disk, there are other things to see to."""
+            try:
+                event(kind, **facts)
+            except AuditError as error:
+                console.note(f"{kind}  {_words(facts)}  (not recorded: {error})")
+
+        coordinator = Coordinator(Home(home.resolve()), listen=listen, event=told)
         with _watched(coordinator, watch, console):
             servers = [serve_sites(home.resolve(), event)]
             servers.append(serve_operators(home.resolve(), _operator(coordinator, stopping)))

@@ -5,20 +5,16 @@ Either carries a model card that says where the numbers come from and what they 
 
 import copy
 import shutil
+from collections import Counter
 from pathlib import Path
 
-from fedgraft.common.adapter_folder import (
-    Origin,
-    folder_facts,
-    model_card,
-    replace_folder,
-    save_adapter,
-)
+from fedgraft.common.adapter_folder import folder_facts, replace_folder, save_adapter
 from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.model_card import Origin, model_card
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.runs import Run
 
-__all__ = ["export_adapter", "export_merged"]
+__all__ = ["export_adapter", "export_merged", "origin_of"]
 
 NOT_COPIED = (".safetensors", ".md")
 REWRITTEN = ("config.json", "model.safetensors.index.json")
@@ -32,7 +28,7 @@ def export_adapter(
     Raises:
         InputError: ``folder`` exists and is not an earlier export, or cannot be written.
     """
-    save_adapter(bench, run.job, _origin(run), folder, (exchanged, adapter))
+    save_adapter(bench, run.job, origin_of(run), folder, (exchanged, adapter))
 
 
 def export_merged(
@@ -45,8 +41,8 @@ def export_merged(
     """
     bench.put((exchanged, adapter))
     model = copy.deepcopy(bench.model).merge_and_unload()
-    origin = _origin(run)
-    card = model_card(bench, run.job, origin, merged=True)
+    origin = origin_of(run)
+    card = model_card(bench, run.job, origin, form="merged")
 
     def write(target: Path) -> None:
         model.save_pretrained(target)
@@ -58,12 +54,18 @@ def export_merged(
     replace_folder(folder, folder_facts(bench, run.job, origin), write)
 
 
-def _origin(run: Run) -> Origin:
+def origin_of(run: Run) -> Origin:
+    """What the card says of ``run``: how many sites took part, and no site's name."""
     summary, history = run.summary() or {}, run.history()
+    sites = summary.get("sites", [])
+    validated = [line["validation"] for line in history if line["validation"]]
     return Origin(
         run=run.name,
         created=run.created,
         rounds=len(history),
-        sites=len(summary.get("sites", [])) or max((line["asked"] for line in history), default=0),
+        sites=len(sites) or max((line["asked"] for line in history), default=0),
         final=summary.get("final", {}),
+        validation=validated[-1] if validated else {},
+        outcomes=Counter(site["outcome"] for site in sites),
+        examples=sum(site["examples"] for site in sites),
     )

@@ -7,6 +7,7 @@ when it joins, and the kit's token lets it in once.
 import os
 import secrets
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -100,12 +101,20 @@ def load_plan(path: Path) -> Plan:
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {where}: {message}", hint=f"mend {where}") from None
-    names = plan.federation.sites
-    if len(set(names)) < len(names):
-        raise InputError(f"{path}: a site is named twice", hint="give each a name of its own")
+    _check_names(plan.federation.sites, str(path))
     if not 0 < int(plan.federation.endpoint.rpartition(":")[2]) < 65536:
         raise InputError(f"{path}: the endpoint's port is none", hint='for example "host:8443"')
     return plan
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Whether no two names are alike; nginx, which looks sites up, takes a and A for the same."""
+    seen = set[str]()
+    for name in names:
+        if name.lower() in seen:
+            hint = "give each a name of its own; upper and lower case do not tell them apart"
+            raise InputError(f"{where}: a site is named twice ({name})", hint=hint)
+        seen.add(name.lower())
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,8 @@ def found(source: Path, home: Path, kits: Path) -> Founded:
             if not (home / "ca.pem").exists():
                 _make_ca(plan, home)
             _keep_name_and_floor(plan, home)
+            there = Registry(home).sites()  # who left the file is still a member
+            _check_names(tuple(dict.fromkeys((*there, *plan.federation.sites))), str(source))
             _make_server(plan, home)
             write_text(home / "federation.toml", text)
         with Registry(home).change() as sites:

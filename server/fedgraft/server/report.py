@@ -27,6 +27,7 @@ from fedgraft.server.report_values import (
     as_duration,
     as_interval,
     as_percent,
+    as_points,
     as_share,
     as_size,
     natural_order,
@@ -77,7 +78,7 @@ def _template() -> Template:
     )
     filters: dict[str, Callable[..., str]] = {
         "count": as_count, "decimal": as_decimal, "duration": as_duration, "interval": as_interval,
-        "percent": as_percent, "share": as_share, "size": as_size,
+        "percent": as_percent, "points": as_points, "share": as_share, "size": as_size,
     }  # fmt: skip
     environment.filters.update(filters)
     environment.globals.update(record=read_record, records=read_records)

@@ -1,13 +1,20 @@
-"""The report's tables of ranking and calibration, and of how well each group is served."""
+"""The report's tables of differences, of ranking and calibration, and of each group."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fedgraft.server.report_figures import POOLED
-from fedgraft.server.report_values import Record, read_number, read_record
+from fedgraft.server.report_values import (
+    Record,
+    outcome_of,
+    read_estimate,
+    read_number,
+    read_record,
+)
 from fedgraft.server.site_overview import MANY_SITES
 
 __all__ = ["measure_facts"]
 
+RIVALS = ("local_only", "zero_shot")
 BY_SITE = ("federated", "local_only", "central", "zero_shot")
 
 
@@ -15,6 +22,7 @@ def measure_facts(final: Record, sites: Sequence[Record]) -> dict[str, object]:
     """What a job counted beside the confusion matrix, empty where it counted nothing.
 
     ``scored`` are models with AUROC on the pooled test set, ``site_scored`` those of single sites;
+    ``difference_rows`` are the federated model's beside each other one, site by site, and
     ``group_rows`` are (whose examples, model, metrics), pooled first, then site by site. Of more
     than ``MANY_SITES`` sites there are no rows site by site.
     """
@@ -33,9 +41,30 @@ def measure_facts(final: Record, sites: Sequence[Record]) -> dict[str, object]:
         "scored": [model for model, found in pooled if _ranked(found)],
         "site_scored": by_site,
         "few_sites": few,
+        "difference_rows": [row for site in few for row in _differences(site)],
         "group_names": list(names),
         "group_rows": rows,
     }
+
+
+def _differences(site: Record) -> Iterator[dict[str, object]]:
+    """One row for every model that the federated one was held against at ``site``."""
+    for rival in RIVALS:
+        found = read_record(read_record(site, "comparisons"), rival)
+        if found:
+            accuracy = {"of": found.get("difference"), "of_interval": found.get("interval")}
+            gap = read_estimate(accuracy, "of")
+            f1 = read_estimate(found, "macro_f1_difference")
+            yield {
+                "site": str(site.get("name")),
+                "rival": rival,
+                "accuracy": gap.value,
+                "accuracy_interval": gap.interval,
+                "p_value": found.get("p_value"),
+                "macro_f1": f1.value,
+                "macro_f1_interval": f1.interval,
+                "outcome": outcome_of(found),
+            }
 
 
 def _ranked(metrics: Record) -> bool:

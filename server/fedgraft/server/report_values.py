@@ -19,6 +19,7 @@ __all__ = [
     "as_duration",
     "as_interval",
     "as_percent",
+    "as_points",
     "as_share",
     "as_size",
     "each_drop",
@@ -103,6 +104,15 @@ def as_share(value: object) -> str:
     """A fraction as percent."""
     number = read_number(value)
     return MISSING if number is None else f"{100 * number:.1f}\u00a0%"
+
+
+def as_points(value: object) -> str:
+    """A difference of fractions as signed percentage points; what rounds to zero has no sign."""
+    number = read_number(value)
+    if number is None:
+        return MISSING
+    text = f"{100 * number:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
 
 
 def as_percent(metrics: Record, key: str = "accuracy") -> str:

@@ -9,7 +9,7 @@ from fedgraft.common.blobs import BlobStore, make_manifest
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
-from fedgraft.server.coordinator import Home
+from fedgraft.server.home import Home
 from fedgraft.server.registry import Registry
 
 __all__ = ["prepare_job"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from flwr.app import Message
 from flwr.cli.build import build_fab_from_files
 from flwr.common.constant import HEARTBEAT_PATIENCE
 from flwr.common.serde import user_config_to_proto
@@ -26,14 +27,17 @@ from flwr.proto.control_pb2 import (
     UnregisterNodeRequest,
 )
 from flwr.proto.fab_pb2 import Fab
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.serverapp import Grid
 from flwr.supercore.control.control_http_client import ControlHttpClient
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
+from flwr.supercore.inflatable.inflatable_utils import pull_objects, push_objects
 from flwr.superlink.grid import http_grid
 
 from fedgraft.common.errors import FedgraftError
-from fedgraft.common.objects import known_objects
+from fedgraft.common.objects import known_objects, unasked_objects
 
-__all__ = ["FINISHED", "Control", "executor_command", "hasten_pulls", "superlink_command"]
+__all__ = ["FINISHED", "Control", "executor_command", "save_requests", "superlink_command"]
 
 FINISHED = "finished"
 HOST = "127.0.0.1"
@@ -90,22 +94,48 @@ def _script(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
-def hasten_pulls() -> None:
-    """Have this process look again soon for the objects of a reply that are not there yet.
+def save_requests(grid: Grid, *, to_agents: bool) -> None:
+    """Have a grid over HTTP ask and send no more than it must, and not wait for long.
 
-    A site sends a message, then its objects. Flower waits a second before it asks again, which at
-    every stage of a round adds up to more than all the rest. What is known is not asked for.
+    A site sends a message, then its objects. Flower waits a second before it asks again for one
+    that is not there yet, which at every stage of a round adds up to more than all the rest. What
+    is known is neither sent nor asked for ``to_agents`` of ours; Flower's own nodes send all of it.
     """
-    http_grid.pull_objects = _pull_objects
+    if not isinstance(grid, http_grid.HttpGrid):
+        return  # a simulation's
+    client = grid._runtime_client
+    pull_messages = client.PullMessages
+    offers: dict[str, ProtoMessage] = {}  # of the messages that are being pulled, by id
+
+    def pull_noted(request: Any) -> Any:
+        reply = pull_messages(request)
+        offers.clear()
+        offers.update({offer.metadata.message_id: offer for offer in reply.messages_list})
+        return reply
+
+    def pull_unknown(
+        object_ids: list[str], pull_object_fn: Callable[[str], bytes]
+    ) -> dict[str, bytes]:
+        found = known_objects(object_ids, offers.get(object_ids[-1])) if to_agents else {}
+        unknown = [each for each in object_ids if each not in found]
+        found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
+        return found
+
+    client.PullMessages = pull_noted
+    http_grid.pull_objects = pull_unknown
+    if to_agents:
+        http_grid.push_objects = _push_objects
 
 
-def _pull_objects(
-    object_ids: list[str], pull_object_fn: Callable[[str], bytes]
-) -> dict[str, bytes]:
-    found = known_objects(object_ids)
-    unknown = [each for each in object_ids if each not in found]
-    found.update(pull_objects(unknown, pull_object_fn, initial_backoff=0.01, backoff_cap=0.5))
-    return found
+def _push_objects(
+    objects: dict[str, InflatableObject],
+    push_object_fn: Callable[[str, bytes], None],
+    *,
+    object_ids_to_push: set[str],
+) -> None:
+    messages = [each for each in objects.values() if isinstance(each, Message)]
+    unasked = {part for one in messages for part in unasked_objects(one)}
+    push_objects(objects, push_object_fn, object_ids_to_push=object_ids_to_push - unasked)
 
 
 class Control:

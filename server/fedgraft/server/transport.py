@@ -129,12 +129,13 @@ class Transport:
     ) -> Iterator[Reply]:
         """Ask nodes to take part; those that agree are known by their site's name after.
 
-        Asks nodes that were never asked and, with ``again``, those that did not agree before. A
-        site whose node has left may come back with another node. Of sites that are not among
-        ``members``, if given, none takes part.
+        Asks nodes that were not asked since they came and, with ``again``, those that did not agree
+        before. A site whose node has left may come back, also with another node. Of sites that are
+        not among ``members``, if given, none takes part.
         """
         present = set(self._grid.get_node_ids())
         self._nodes = {site: node for site, node in self._nodes.items() if node in present}
+        self._asked &= present  # who comes back has a new process, and is new
         settled = set(self._nodes.values()) | (set() if again else self._asked)
         new = {f"node {node}": node for node in sorted(present - settled)}
         self._asked.update(new.values())
@@ -146,7 +147,7 @@ class Transport:
                 yield replace(reply, payload=None, failure="another-sites-seal")
                 continue
             if not isinstance(answer, PlanReply):
-                yield reply
+                yield replace(reply, site=reply.sealed or reply.site)
             elif failure := self._refusal(answer, request.session, members):
                 known = answer.site if failure in ("name-taken", "not-in-roster") else reply.site
                 yield replace(reply, site=known, payload=None, failure=failure)
@@ -209,8 +210,8 @@ class Transport:
     def _collect(self, waiting: dict[str, "_Asked"], until: float, stage: Stage) -> Iterator[Reply]:
         """The reply of every site in ``waiting`` (by message id) as it comes, or its lateness."""
         pause, total = FIRST_PAUSE, len(waiting)
-        while waiting and (looked := self._clock()) < until:
-            came = False
+        while waiting and self._clock() < until:
+            came, looked = False, time.perf_counter()
             for identifier in list(waiting):
                 for message in self._grid.pull_messages([identifier]):
                     asked = waiting.pop(identifier, None)
@@ -220,7 +221,7 @@ class Transport:
                         yield self._read(asked, message, identifier)
             if waiting and not came:
                 # Looking costs a SuperLink what it needs to pass on the replies: half the time.
-                self._pause(max(pause, self._clock() - looked))
+                self._pause(min(max(pause, time.perf_counter() - looked), LONGEST_PAUSE))
             pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
         for asked in waiting.values():
             yield Reply(asked.site, failure="deadline", bytes_down=asked.size)
