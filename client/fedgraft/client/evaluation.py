@@ -127,7 +127,10 @@ def evaluate(
 def evaluate_tokens(
     stack: Stack, trained: Layout, vector: Vector, examples: Examples, store: Store | None
 ) -> TokenEvaluation:
-    """As ``evaluate`` where tokens are predicted; fewer blocks at once where they are long and the vocabulary is large."""
+    """As ``evaluate`` where tokens are predicted.
+
+    Fewer blocks at once where they are long and the vocabulary is large.
+    """
     lengths = np.asarray(examples.lengths)
     order = np.argsort(lengths, kind="stable")
     losses = np.zeros(len(order))

@@ -5,7 +5,7 @@ checkpoint, a comparison that was finished is read back; one that was not starts
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -16,6 +16,7 @@ from fedgraft.common.console import Console, Steps
 from fedgraft.common.job import Job
 from fedgraft.common.job import Simulation as SimulationSettings
 from fedgraft.common.messages import Stage
+from fedgraft.common.tasks import METRICS
 from fedgraft.common.workbench import choose_device, open_workbench
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
@@ -244,7 +245,8 @@ def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:
 
 def _quality(validation: Mapping[str, Any]) -> str:
     """The headline of ``validation``, whichever of the tasks it is of."""
-    metric = next(one for one, _ in METRICS.values() if one.key in validation and (one.percent or True))
+    shown = METRICS.values()
+    metric = next(one for one, other in shown if {one.key, other.key} <= validation.keys())
     return metric.text(validation[metric.key])
 
 
