@@ -12,7 +12,7 @@ from clinic import Authority, Site
 from fedgraft.client import start
 from fedgraft.client.identity import load_identity
 from fedgraft.client.start import EVERY, make_agent
-from fedgraft.common.errors import FedgraftError, InputError
+from fedgraft.common.errors import FedgraftError, InputError, JobError
 from fedgraft.common.secagg.keys import verify
 
 
@@ -99,6 +99,13 @@ def test_what_is_missing_is_named_before_anything_starts(site: Site, name: str) 
     with pytest.raises(InputError) as error:
         make_agent(site.file)
     assert error.value.hint
+
+
+def test_a_mistake_in_the_policy_is_told_before_anything_starts(site: Site) -> None:
+    policy = site.folder / "policy.toml"
+    policy.write_text(policy.read_text() + "\n[limits]\nmax_round = 50\n")
+    with pytest.raises(JobError, match="max_round"):
+        make_agent(site.file)
 
 
 def test_once_a_minute_the_roster_is_refreshed(site: Site, world: World) -> None:

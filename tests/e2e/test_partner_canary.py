@@ -118,7 +118,8 @@ def test_a_word_of_the_data_is_in_nothing_that_leaves_and_nothing_that_is_kept(
     for name in partners.data:
         partners.end(name)
         sent = (partners.folder / name / SENT).read_bytes()
-        for known in (b"POST /v1/fleet/push-object", b"/fedgraft.v1.", name.encode(), b"TrainReply"):
+        paths = (b"POST /v1/fleet/push-object", b"/fedgraft.v1.")
+        for known in (*paths, name.encode(), b"TrainReply"):
             assert known in sent, "what was sent is not what was recorded"
         assert CANARY.encode() not in sent
     (partners.folder / "sees.txt").write_text(CANARY)

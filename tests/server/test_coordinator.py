@@ -282,6 +282,25 @@ def test_the_status_command(
 
 
 @pytest.mark.parametrize(
+    ("listen", "words"),
+    [
+        ("127.0.0.1:99999", "no ADDRESS:PORT"),
+        ("here", "no ADDRESS:PORT"),
+        ("192.0.2.1:8443", "annot assign requested address"),
+    ],
+)
+def test_a_port_that_cannot_be_opened_starts_nothing(
+    federation: Federation, capsys: pytest.CaptureFixture[str], listen: str, words: str
+) -> None:
+    where = ("--home", str(federation.home), "--listen", listen, "--watch", "")
+    code, _, err = command(capsys, "coordinator", "run", *where)
+    assert code == 2
+    assert words in err
+    assert "--listen" in err
+    assert not (federation.home / "nginx").exists()
+
+
+@pytest.mark.parametrize(
     ("watch", "words"),
     [
         ("0.0.0.0:9464", "open to others"),

@@ -84,7 +84,9 @@ def test_waiting_for_sites_is_no_failure(world: World) -> None:
     assert line["why"].startswith("waiting")
     assert len(world.told("started")) == 1  # and not every few seconds
     world.tend(RETRY)
-    world.ends(finished=True)
+    world.ends(event="round", finished=True)
+    (line,) = world.coordinator.status()["runs"]
+    assert line["why"] == ""  # it goes on
     world.tend()
     assert world.state("job-1")[0] == "finished"
 

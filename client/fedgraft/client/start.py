@@ -17,6 +17,7 @@ from fedgraft.client.membership import (
     renew,
     renewal_due,
 )
+from fedgraft.client.policy import load_policy
 from fedgraft.client.roster import refresh_roster
 from fedgraft.client.site import load_site
 from fedgraft.client.spare_time import SpareTime
@@ -43,6 +44,8 @@ def make_agent(path: Path) -> Agent:
             f"{path} says {config.name}, and the membership is of {member.site}",
             hint="name the site as its kit does",
         )
+    if config.policy is not None:
+        load_policy(Path(config.policy))  # a mistake in it would else refuse all, one by one
     os.environ["FEDGRAFT_BACKBONES"] = str(state / "backbones")
     return Agent(
         site=member.site,

@@ -283,9 +283,13 @@ class Coordinator:
 
     def _waits_for(self, name: str) -> str:
         """What a run said that it cannot go on without; empty if it did not."""
+        event = self._last_event(name)
+        return str(event["what"]) if event.get("event") == "waiting" else ""
+
+    def _last_event(self, name: str) -> dict[str, Any]:
         folder = self.home.runs / name
         events = Run(folder).events() if (folder / "run.json").exists() else []
-        return str(events[-1]["what"]) if events and events[-1]["event"] == "waiting" else ""
+        return events[-1] if events else {}
 
     def status(self) -> dict[str, Any]:
         """How everything is: what `fedgraft coordinator status`, the page and the figures show.
@@ -321,9 +325,13 @@ class Coordinator:
         }
 
     def _explained(self, line: dict[str, Any]) -> dict[str, Any]:
-        """A run's line; one that rests says why."""
-        rests = self.trouble and line["state"] in OPEN
-        return {**line, "why": self.trouble} if rests else line
+        """A run's line; one that rests says why, one that does rounds again no more."""
+        if self.trouble and line["state"] in OPEN:
+            return {**line, "why": self.trouble}
+        waited = line["state"] in OPEN and line["why"].startswith(WAITING)
+        if waited and self._last_event(line["run"]).get("event") == "round":
+            return {**line, "why": ""}
+        return line
 
     def close(self) -> None:
         """End all processes."""

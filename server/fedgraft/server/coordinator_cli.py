@@ -27,7 +27,9 @@ HERE = Path("coordinator")
 
 def run(
     home: Home = HERE,
-    listen: Annotated[str, typer.Option(help="ADDRESS:PORT of the public port.")] = "0.0.0.0:8443",
+    listen: Annotated[
+        str, typer.Option(help="ADDRESS:PORT of the public port; absent: that of the endpoint.")
+    ] = "",
     watch: Annotated[
         str, typer.Option(help="127.0.0.1:PORT of a page and of /metrics; empty: neither.")
     ] = "127.0.0.1:9464",
@@ -39,12 +41,16 @@ def run(
     from fedgraft.common.errors import AuditError
     from fedgraft.common.locks import lock_folder
     from fedgraft.server.coordinator import Coordinator
+    from fedgraft.server.front import check_listen
     from fedgraft.server.home import Home
+    from fedgraft.server.provision import load_plan
     from fedgraft.server.registry import Registry
     from fedgraft.server.services import serve_operators, serve_sites
 
     console, stopping = Console(), threading.Event()
     Registry(home).sites()
+    listen = listen or f"0.0.0.0:{load_plan(home / 'federation.toml').port}"
+    check_listen(listen)
     with lock_folder(home):
         audit = Audit(home / "audit.jsonl")
 

@@ -6,14 +6,17 @@ Flower must carry the node key that was enrolled with the certificate's name; re
 never passed on. All else ends here. What was refused is in a log that the coordinator reads.
 """
 
+import errno
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_text
 
-__all__ = ["ERRORS", "LOG", "Front", "front_command", "write_front"]
+__all__ = ["ERRORS", "LOG", "Front", "check_listen", "front_command", "write_front"]
 
 LOG, ERRORS = "refused.log", "error.log"
 BODY = "16m"  # Flower's chunks are 5 MiB
@@ -33,6 +36,27 @@ class Front:
     def folder(self) -> Path:
         """Where nginx has its files."""
         return self.home / "nginx"
+
+
+def check_listen(address: str) -> None:
+    """Whether nginx could listen on ``address``, ADDRESS:PORT.
+
+    Who has the port already may be the nginx of a coordinator that was killed, about to end.
+
+    Raises:
+        InputError: it is no such address, or not one of this machine.
+    """
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except (OSError, OverflowError, ValueError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            return
+        why = getattr(error, "strerror", None) or "no ADDRESS:PORT"
+        raise InputError(
+            f"nothing can listen on {address}: {why}", hint="for example --listen 0.0.0.0:8443"
+        ) from None
 
 
 def front_command(front: Front, nginx: str) -> list[str]:

@@ -83,6 +83,11 @@ class Plan(Section):
         """The host that sites connect to."""
         return self.federation.endpoint.rpartition(":")[0].strip("[]")
 
+    @property
+    def port(self) -> int:
+        """The port that sites connect to."""
+        return int(self.federation.endpoint.rpartition(":")[2])
+
 
 def load_plan(path: Path) -> Plan:
     """Load ``federation.toml``.
@@ -102,7 +107,7 @@ def load_plan(path: Path) -> Plan:
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {where}: {message}", hint=f"mend {where}") from None
     _check_names(plan.federation.sites, str(path))
-    if not 0 < int(plan.federation.endpoint.rpartition(":")[2]) < 65536:
+    if not 0 < plan.port < 65536:
         raise InputError(f"{path}: the endpoint's port is none", hint='for example "host:8443"')
     return plan
 
