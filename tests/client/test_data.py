@@ -242,7 +242,7 @@ def test_only_broken_images_are_no_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "message", "hint"),
-    [("", "no images in label folders", "<label>"), ("cat", "label 'cat'", "labels are no")],
+    [("", "no files in label folders", "<label>"), ("cat", "label 'cat'", "labels are no")],
 )
 def test_bad_image_folders_are_refused(
     tmp_path: Path, folder: str, message: str, hint: str

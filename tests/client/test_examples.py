@@ -57,13 +57,13 @@ def test_a_part_has_the_digest_of_its_rows(
 
 def test_images_have_the_digest_of_their_pixels() -> None:
     every, order = digits(12), np.random.default_rng(1).permutation(12)
-    again = ImageExamples(every.labels[::-1].copy(), every.pixels[order], np.argsort(order))
+    again = ImageExamples(every.labels[::-1].copy(), every.values[order], np.argsort(order))
     assert again.digest == every.digest
     assert every.subset(order).digest != every.digest
-    other = every.pixels.copy()
+    other = every.values.copy()
     other[3, 0, 0, 0] += 1e-7
     assert ImageExamples(every.labels, other, every.rows).digest != every.digest
-    flat = ImageExamples(every.labels, every.pixels.reshape(12, 1, 16, 4), every.rows)
+    flat = ImageExamples(every.labels, every.values.reshape(12, 1, 16, 4), every.rows)
     assert flat.digest != every.digest
     assert concatenate([every.subset(order[:5]), every]).digest == (
         every.subset(np.concatenate([order[:5], np.arange(12)])).digest

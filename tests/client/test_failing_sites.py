@@ -27,7 +27,7 @@ def test_a_site_that_fails_fails_alone(spoiled: int, value: float) -> None:
     rows = [digits(12, 0), digits(20, 100), digits(9, 200)]
     wanted = settings(epochs=2, clip_norm=0.5, proximal=0.1)
     whole = Company(open_small("vit"), rows, wanted).together()
-    pixels = rows[spoiled].pixels.copy()
+    pixels = rows[spoiled].values.copy()
     pixels[-1] = value
     bad = type(rows[0])(rows[spoiled].labels, pixels, rows[spoiled].rows)
     found = Company(

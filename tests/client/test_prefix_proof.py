@@ -114,7 +114,7 @@ def test_a_container_that_is_walked_in_another_way_has_no_prefix(
 def spoilt() -> ImageExamples:
     """Rows of which the first is not finite."""
     rows = digits(12)
-    pixels = rows.pixels.copy()
+    pixels = rows.values.copy()
     pixels[0] = np.nan
     return ImageExamples(rows.labels, pixels, rows.rows)
 

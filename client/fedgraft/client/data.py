@@ -1,8 +1,8 @@
 """A site's rows in the job's schema, and as the tensors that a model eats.
 
 Two steps, so that a mistake is found before anything is computed: ``read_split`` checks every row
-and gives a Hugging Face data set of ``text`` or ``image`` and ``label``; ``encode`` tokenises or
-decodes it once, for all rounds. A cache folder holds what the texts and images say: it belongs to
+and gives a Hugging Face data set of ``text``, ``image`` or ``audio`` and ``label``; ``encode``
+tokenises or decodes it once, for all rounds. A cache folder holds what the rows say: it belongs to
 the site.
 """
 
@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
 from fedgraft.client.examples import (
+    AudioExamples,
     Examples,
     ImageExamples,
     Indices,
@@ -30,6 +32,7 @@ from fedgraft.client.groups import read_groups
 from fedgraft.client.labels import LabelIndex, nearest_label
 from fedgraft.client.language import encode_blocks
 from fedgraft.client.pairs import encode_pairs
+from fedgraft.client.recordings import encode_recordings
 from fedgraft.client.store import Store
 from fedgraft.client.tables import Table, read_tables
 from fedgraft.client.texts import check_length, digest_of, encode_texts, texts_digest
@@ -42,7 +45,8 @@ from fedgraft.common.processors import (
     open_image,
     to_channels,
 )
-from fedgraft.common.tasks import TASKS
+from fedgraft.common.sound import AudioProcessor, open_recording
+from fedgraft.common.tasks import TASKS, Modality
 
 __all__ = [
     "Examples",
@@ -61,7 +65,7 @@ IN_MEMORY_BYTES = 32 * 2**20
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with ``text`` or ``image``, and ``label``; ``skipped`` bad images were left out.
+    """Rows with ``text``, ``image`` or ``audio``, and ``label``; ``skipped`` bad ones are out.
 
     Where tokens are predicted every label is 0; of a paired task there is a ``target`` beside it.
     """
@@ -73,15 +77,16 @@ class Rows:
 def read_split(
     path: str, job: Job, *, columns: Mapping[str, str] = {}, labels: Mapping[str, str] = {}
 ) -> Rows:
-    """Read a CSV, JSONL or Parquet file, a folder of images by label, or a glob of either.
+    """Read a CSV, JSONL or Parquet file, a folder of images or wav by label, or a glob.
 
     Where a text itself is predicted, also a ``.txt`` file or a folder of them.
 
-    The data set has ``text`` (string) or ``image`` (``datasets.Image``), ``label`` (int64 index
-    into ``job.job.labels``) and, where the job has groups, ``group`` (``read_groups``). ``columns``
-    maps a column of the job's schema to the site's, ``labels`` a value of the site's to the job's
-    name. A label is that name or, where no name matches, its index. Nothing is coerced, dropped or
-    filled in; the one exception is a job that says ``data.on_bad_image = "skip"``.
+    The data set has ``text`` (string), ``image`` (``datasets.Image``) or ``audio`` (bytes or path
+    of a wav file), ``label`` (int64 index into ``job.job.labels``) and, where the job has groups,
+    ``group`` (``read_groups``). ``columns`` maps a column of the job's schema to the site's,
+    ``labels`` a value of the site's to the job's name. A label is that name or, where no name
+    matches, its index. Nothing is coerced, dropped or filled in; the one exception is a job whose
+    ``data.on_bad_image`` or ``data.on_bad_audio`` is ``"skip"``.
 
     Raises:
         DataError: the first thing that is wrong with the files, and where.
@@ -89,24 +94,26 @@ def read_split(
     task = TASKS[job.job.task]
     if task.target == "tokens":
         return Rows(_texts(path, job, columns, paired=task.paired), skipped=0)
-    images = job.job.task == "image-classification"
-    schema = job.data.image if images else job.data.text
+    kind = task.modality
+    schema = job.data.column(kind)
     _check_mappings(job, schema, columns, labels)
     content, label = columns.get(schema, schema), columns.get(job.data.label, job.data.label)
-    tables = read_tables(path, content=content, label=label, images=images)
+    tables = read_tables(path, content=content, label=label, images=kind != "text")
     named = LabelIndex(job.job.labels, labels)
     targets = [named.of(table, row) for table in tables for row in range(len(table.labels))]
     groups = read_groups(path, job.data, columns) if job.data.groups else None
-    if not images:
+    if kind == "text":
         texts = [_text(table, row) for table in tables for row in range(len(table.contents))]
         return Rows(_dataset("text", texts, targets, groups), skipped=0)
-    good = _readable_images(tables, skip=job.data.on_bad_image == "skip")
+    on_bad = job.data.on_bad_image if kind == "image" else job.data.on_bad_audio
+    good = _readable(tables, kind, skip=on_bad == "skip")
     contents = [one for table in tables for one in table.contents]
     kept = np.flatnonzero(good)
     if not len(kept):
-        raise DataError(f"no image of {path} decodes", hint="are these images at all?")
+        what = {"image": "image", "audio": "wav file"}[kind]
+        raise DataError(f"no {what} of {path} decodes", hint=f"are these {what}s at all?")
     groups = None if groups is None else groups[kept]
-    dataset = _dataset("image", [contents[i] for i in kept], [targets[i] for i in kept], groups)
+    dataset = _dataset(kind, [contents[i] for i in kept], [targets[i] for i in kept], groups)
     return Rows(dataset, skipped=len(good) - len(kept))
 
 
@@ -126,7 +133,9 @@ def _texts(path: str, job: Job, columns: Mapping[str, str], *, paired: bool) -> 
 def _dataset(
     column: str, contents: list[Any], labels: list[int], groups: Indices | None
 ) -> datasets.Dataset:
-    kind = datasets.Image() if column == "image" else datasets.Value("string")
+    kind: Any = datasets.Image() if column == "image" else datasets.Value("string")
+    if column == "audio":  # datasets.Audio would decode, with a package that it asks for
+        kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     numbers = {"label": labels, **({} if groups is None else {"group": groups})}
     return _made({column: contents}, numbers, kind)
 
@@ -187,26 +196,34 @@ def _text(table: Table, row: int, what: str = "text") -> str:
     return value
 
 
-def _readable_images(tables: Sequence[Table], *, skip: bool) -> NDArray[np.bool_]:
-    """Which images decode, in threads: PIL lets go of the interpreter. Without ``skip``: all do."""
+def _readable(tables: Sequence[Table], kind: Modality, *, skip: bool) -> NDArray[np.bool_]:
+    """Which images or recordings decode; without ``skip`` all do.
+
+    Images in threads: PIL lets go of the interpreter. Filters of warnings, which scipy's reader
+    needs, are not for threads.
+    """
     places = [(table, row) for table in tables for row in range(len(table.contents))]
     # One task a block, because for small images handing out a task costs more than its work.
     blocks = [places[at : at + 64] for at in range(0, len(places), 64)]
-    with ThreadPoolExecutor() as pool:
-        found = [problem for block in pool.map(_problems, blocks) for problem in block]
+    check = partial(_problems, kind)
+    with ThreadPoolExecutor(None if kind == "image" else 1) as pool:
+        found = [problem for block in pool.map(check, blocks) for problem in block]
     if not skip and (first := next(filter(None, found), None)):
         raise first
     return np.array([problem is None for problem in found])
 
 
-def _problems(places: Sequence[tuple[Table, int]]) -> list[DataError | None]:
-    """What is wrong with each of these images."""
+def _problems(kind: Modality, places: Sequence[tuple[Table, int]]) -> list[DataError | None]:
+    """What is wrong with each of these images or recordings."""
     found: list[DataError | None] = []
     for table, row in places:
         try:
             if table.contents[row] is None:
-                raise DataError("no image", hint="fill it in or remove the row")
-            to_channels(open_image(table.contents[row]), 3)  # also what decodes may be unusable
+                raise DataError(f"no {kind}", hint="fill it in or remove the row")
+            if kind == "audio":
+                open_recording(table.contents[row])
+            else:
+                to_channels(open_image(table.contents[row]), 3)  # what decodes may be unusable
             found.append(None)
         except DataError as error:
             told = f"{table.place(row)}: {error}" if table.numbers else str(error)
@@ -225,11 +242,11 @@ def encode(
 
     Raises:
         BackboneError: ``data.max_length`` is more than the backbone can read.
-        DataError: an image changed since it was read, or a text becomes no tokens.
+        DataError: an image or a recording changed since it was read, or a text becomes no tokens.
     """
     rows = dataset.with_format("arrow")[:]
     labels = rows["label"].to_numpy().astype(np.int64)
-    examples: TextExamples | ImageExamples
+    examples: TextExamples | ImageExamples | AudioExamples
     if isinstance(processor, TextProcessor):
         check_length(processor, job.data.max_length)
         texts = rows["text"].to_pylist()
@@ -238,6 +255,9 @@ def encode(
         if TASKS[job.job.task].target == "tokens":
             return encode_blocks(texts, processor, job.data.max_length, store=store, key=key)
         examples = encode_texts(texts, labels, processor, job.data.max_length, store=store, key=key)
+    elif isinstance(processor, AudioProcessor):
+        name = digest_of(key, content_digest(dataset))
+        examples = encode_recordings(dataset, labels, processor, job, store=store, key=name)
     else:
         examples = _encode_images(dataset, labels, processor, job, store, key)
     if "group" in rows.column_names:
@@ -276,19 +296,21 @@ def _encode_images(
 
 
 def content_digest(dataset: datasets.Dataset) -> str:
-    """SHA-256 of all texts or image bytes of a data set, in order: its labels do not count."""
+    """SHA-256 of all texts or files of a data set, in order: its labels do not count."""
     if "text" in dataset.column_names:
         return texts_digest(dataset.with_format("arrow")[:]["text"].to_pylist())
-    dataset = dataset.cast_column("image", datasets.Image(decode=False))
+    column = "image" if "image" in dataset.column_names else "audio"
+    if column == "image":
+        dataset = dataset.cast_column("image", datasets.Image(decode=False))
     digest = hashlib.sha256()
-    for batch in dataset.select_columns(["image"]).iter(batch_size=256):
-        for value in batch["image"]:
-            data = _image_bytes(value)
+    for batch in dataset.select_columns([column]).iter(batch_size=256):
+        for value in batch[column]:
+            data = _file_bytes(value)
             digest.update(len(data).to_bytes(8, "big") + data)
     return digest.hexdigest()
 
 
-def _image_bytes(source: Mapping[str, Any]) -> bytes:
+def _file_bytes(source: Mapping[str, Any]) -> bytes:
     data = source["bytes"]
     return bytes(data) if data is not None else Path(source["path"]).read_bytes()
 

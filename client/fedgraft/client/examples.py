@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from fedgraft.client.objectives import IGNORED
 
-__all__ = ["Examples", "ImageExamples", "Indices", "TextExamples", "concatenate"]
+__all__ = [
+    "ArrayExamples",
+    "AudioExamples",
+    "Examples",
+    "ImageExamples",
+    "Indices",
+    "TextExamples",
+    "concatenate",
+]
 
 Indices = NDArray[np.int64]
 
@@ -147,14 +155,14 @@ class TextExamples:
 
 
 @dataclass(frozen=True)
-class ImageExamples:
-    """``labels`` int64 [n]; example i is ``pixels[rows[i]]``.
+class ArrayExamples:
+    """Examples of one shape: ``labels`` int64 [n]; example i is ``values[rows[i]]``.
 
-    ``pixels`` is float32 [m, channels, height, width], in memory or mapped from a file.
+    ``values`` is float32 [m, ...], in memory or mapped from a file.
     """
 
     labels: Indices
-    pixels: NDArray[np.float32]
+    values: NDArray[np.float32]
     rows: Indices
     pad_left: bool = False
     longest: int = 0
@@ -165,39 +173,74 @@ class ImageExamples:
 
     @cached_property
     def lengths(self) -> Indices:
-        """Zeros: an image is no sequence."""
+        """Zeros: no sequences, or all padded alike."""
         return np.zeros(len(self.labels), np.int64)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the pixels, example by example."""
-        digest = hashlib.sha256(str(self.pixels.shape[1:]).encode())
+        """SHA-256 over the values, example by example."""
+        digest = hashlib.sha256(str(self.values.shape[1:]).encode())
         for row in self.rows:
-            digest.update(np.ascontiguousarray(self.pixels[row]).data)
+            digest.update(np.ascontiguousarray(self.values[row]).data)
         return digest.hexdigest()
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: pixels that are mapped from a file take none."""
-        mapped = isinstance(self.pixels, np.memmap)
-        return self.labels.nbytes + self.rows.nbytes + (0 if mapped else self.pixels.nbytes)
+        """Bytes in memory: values that are mapped from a file take none."""
+        mapped = isinstance(self.values, np.memmap)
+        return self.labels.nbytes + self.rows.nbytes + (0 if mapped else self.values.nbytes)
 
     def width(self, index: Indices) -> int:
-        """None: an image is no sequence."""
+        """None: there are no sequences."""
         return 0
-
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
-        """``pixel_values``, float32 [b, channels, height, width], copied out of ``pixels``."""
-        return {"pixel_values": torch.from_numpy(np.array(self.pixels[self.rows[index]]))}
 
     def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
         """The labels, int64 [b]."""
         return torch.from_numpy(self.labels[index])
 
-    def subset(self, index: Indices) -> "ImageExamples":
-        """The examples at ``index``, in that order; the pixels are shared."""
+    def subset(self, index: Indices) -> Self:
+        """The examples at ``index``, in that order; the values are shared."""
         groups = None if self.groups is None else self.groups[index]
         return replace(self, labels=self.labels[index], rows=self.rows[index], groups=groups)
+
+    def _taken(self, index: Indices) -> torch.Tensor:
+        return torch.from_numpy(np.array(self.values[self.rows[index]]))
+
+
+@dataclass(frozen=True)
+class ImageExamples(ArrayExamples):
+    """Pixels: ``values`` is [m, channels, height, width]."""
+
+    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+        """``pixel_values``, float32 [b, channels, height, width], copied out of ``values``."""
+        return {"pixel_values": self._taken(index)}
+
+
+@dataclass(frozen=True)
+class AudioExamples(ArrayExamples):
+    """Recordings padded to one length: samples [m, samples] or a spectrogram [m, bands, frames].
+
+    The model calls them ``name``. Where it is told what is padding, ``filled`` int64 [m] says how
+    many samples are not.
+    """
+
+    name: str = "input_values"
+    filled: Indices | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over values and padding, example by example."""
+        filled = self.filled if self.filled is not None else np.empty(0, np.int64)
+        taken = filled[self.rows] if len(filled) else filled
+        return _digest(self.name, taken, *(self.values[row] for row in self.rows))
+
+    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+        """``name``, float32 [b, ...], and perhaps ``attention_mask``, int64 [b, samples]."""
+        inputs = {self.name: self._taken(index)}
+        if self.filled is not None:
+            mask = np.arange(self.values.shape[1]) < self.filled[self.rows[index]][:, None]
+            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return inputs
 
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
@@ -219,10 +262,19 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
             types=np.concatenate(types) if types else None,
             groups=None,
         )
-    images = [part for part in parts if isinstance(part, ImageExamples)]
-    pixels = np.concatenate([part.pixels[part.rows] for part in images])
-    labels = np.concatenate([part.labels for part in images])
-    return ImageExamples(labels, pixels, np.arange(len(labels)))
+    arrays = [part for part in parts if isinstance(part, ArrayExamples)]
+    labels = np.concatenate([part.labels for part in arrays])
+    whole: dict[str, Any] = {
+        "labels": labels,
+        "values": np.concatenate([part.values[part.rows] for part in arrays]),
+        "rows": np.arange(len(labels)),
+        "groups": None,
+    }
+    heard = [part for part in parts if isinstance(part, AudioExamples)]
+    lengths = [part.filled[part.rows] for part in heard if part.filled is not None]
+    if lengths:
+        whole["filled"] = np.concatenate(lengths)
+    return replace(arrays[0], **whole)
 
 
 def _source(starts: Indices, lengths: Indices) -> Indices:

@@ -23,6 +23,7 @@ from torch import nn
 
 from fedgraft.client.stack import Stack
 from fedgraft.common.adapters import Layout
+from fedgraft.common.backbones import body_names
 
 __all__ = ["FEWEST", "Inputs", "Prefix", "find_prefix", "identity_of"]
 
@@ -104,8 +105,8 @@ def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Modul
 
     The chain is empty where something else than the output of one module goes into the next.
     """
-    body = getattr(stack.model, "base_model_prefix", "")
-    heads = {id(child) for name, child in stack.model.named_children() if name != body}
+    bodies = body_names(stack.model)
+    heads = {id(child) for name, child in stack.model.named_children() if name not in bodies}
     order: dict[int, int] = {}
     links: list[tuple[nn.Module, Any, Any]] = []
 

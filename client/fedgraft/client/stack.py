@@ -19,7 +19,7 @@ from torch import nn
 
 from fedgraft.client.stacked import Draws, SiteDropout, Stacked, stacked_module
 from fedgraft.common.adapters import Layout, Vector
-from fedgraft.common.backbones import head_names
+from fedgraft.common.backbones import body_names
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.workbench import Workbench, close_workbenches, open_workbench
@@ -188,14 +188,10 @@ def _unwrap_heads(model: nn.Module) -> None:
 
 def _seed_head_dropout(model: Any, draws: Draws) -> None:
     """Put seeded dropout in the place of every dropout of the head: all outside the body."""
-    heads = head_names(model)
-    body = {
-        name
-        for name, child in model.named_children()
-        if name not in heads and any(True for _ in child.parameters())
-    }
+    bodies = tuple(f"{name}." for name in body_names(model))
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Dropout) and name.partition(".")[0] not in body:
+        inside = f"{name}.".startswith(bodies)
+        if isinstance(module, nn.Dropout) and not inside:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, SiteDropout(draws, None))
 

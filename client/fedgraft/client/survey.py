@@ -16,7 +16,7 @@ from fedgraft.common.errors import DataError
 
 __all__ = ["Survey", "survey"]
 
-DEFAULTS = ("text", "image", "label")  # what a job calls its columns if it does not say
+DEFAULTS = ("text", "image", "audio", "label")  # what a job calls its columns if it does not say
 MOST = 20  # names of columns that are told
 
 
@@ -86,13 +86,13 @@ def _look(source: Path, columns: Mapping[str, str]) -> _Seen:
 
 
 def _images(paths: Iterable[Path]) -> _Seen:
-    """Count images that may be read; not whether they decode, which takes as long as a round."""
+    """Count files that may be read; not whether they decode, which takes as long as a round."""
     paths = list(paths)
     closed = sum(not os.access(path, os.R_OK) for path in paths)
     if not paths:
-        raise DataError("no images in label folders", hint="one folder per label of the job")
+        raise DataError("no files in label folders", hint="one folder per label of the job")
     if closed:
-        raise DataError(f"{closed:,} of {len(paths):,} images", hint="check owner and mode")
+        raise DataError(f"{closed:,} of {len(paths):,} files", hint="check owner and mode")
     return _Seen(len(paths))
 
 

@@ -72,10 +72,10 @@ def find_sources(path: str) -> list[Path]:
 def read_tables(path: str, *, content: str, label: str | None, images: bool) -> list[Table]:
     """Read the columns ``content`` and ``label`` of all sources at ``path`` (file, folder, glob).
 
-    With ``images``, a folder holds one folder per label, an image file alone has the name of its
-    folder as label, and the ``content`` of a table is an embedded image or the path of one,
-    relative to the table. Without a ``label`` all labels are None, and each ``.txt`` file, also of
-    a folder, is one text.
+    With ``images`` (or recordings), a folder holds one folder per label, an image file alone has
+    the name of its folder as label, and the ``content`` of a table is an embedded image or the path
+    of one, relative to the table. Without a ``label`` all labels are None, and each ``.txt`` file,
+    also of a folder, is one text.
 
     Raises:
         DataError: missing, empty, malformed, not UTF-8, without one of the columns.
@@ -137,7 +137,7 @@ def _read_folder(path: Path, *, images: bool) -> Table:
     files = [(file, file.relative_to(path).parts[0]) for file in images_in(path)]
     if not files:
         raise DataError(
-            f"{path} has no images in label folders",
+            f"{path} has no files in label folders",
             hint=f"put them into {path}/<label>/, one folder per label of the job",
         )
     return _image_table(path, files)

@@ -22,6 +22,7 @@ from fedgraft.common.tasks import TASKS, TaskName
 __all__ = [
     "Backbone",
     "LoadedBackbone",
+    "body_names",
     "find_backbone",
     "head_names",
     "load",
@@ -129,15 +130,28 @@ def read_config(backbone: Backbone) -> Any:
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the head's modules: top-level children with parameters beside the backbone's own."""
+    body = body_names(model)
+    return tuple(
+        name
+        for name, child in model.named_children()
+        # T5 has its table of embeddings beside its encoder: a model begins there.
+        if not isinstance(child, nn.Embedding)
+        and name not in body
+        and any(True for _ in child.parameters())
+    )
+
+
+def body_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules below the head: the child that transformers calls the base model.
+
+    Where there is none (the encoder of Whisper, the vision tower of CLIP), each child that is a
+    model of transformers itself.
+    """
     prefix = getattr(model, "base_model_prefix", "")
-    children = {
-        n: child for n, child in model.named_children() if any(True for _ in child.parameters())
-    }
+    children = dict(model.named_children())
     if prefix in children:
-        return tuple(name for name in children if name != prefix)
-    # T5 has no module of its own around its encoder and decoder: what remains is what gives logits.
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    return tuple(name for name, child in children.items() if output in (None, child))
+        return (prefix,)
+    return tuple(name for name, child in children.items() if hasattr(child, "base_model_prefix"))
 
 
 def public_source(source: str) -> str:

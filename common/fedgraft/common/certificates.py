@@ -156,24 +156,35 @@ def revoked(crl: bytes) -> set[int]:
     return {one.serial_number for one in x509.load_pem_x509_crl(crl)}
 
 
+def _read(pem: bytes) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except x509.InvalidVersion as error:  # which is no ValueError, as all other mistakes are
+        raise ValueError(str(error)) from None
+
+
 def fingerprint(pem: bytes) -> str:
-    """SHA-256 of a certificate, 64 hex digits."""
-    return x509.load_pem_x509_certificate(pem).fingerprint(HASH).hex()
+    """SHA-256 of a certificate, 64 hex digits.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return _read(pem).fingerprint(HASH).hex()
 
 
 def expires(pem: bytes) -> datetime:
     """When a certificate ends (UTC)."""
-    return x509.load_pem_x509_certificate(pem).not_valid_after_utc
+    return _read(pem).not_valid_after_utc
 
 
 def begins(pem: bytes) -> datetime:
     """When a certificate begins (UTC)."""
-    return x509.load_pem_x509_certificate(pem).not_valid_before_utc
+    return _read(pem).not_valid_before_utc
 
 
 def serial(pem: bytes) -> int:
     """A certificate's serial number."""
-    return x509.load_pem_x509_certificate(pem).serial_number
+    return _read(pem).serial_number
 
 
 def site_of(pem: bytes, ca: bytes, public: ec.EllipticCurvePublicKey, now: datetime) -> str:
@@ -183,8 +194,8 @@ def site_of(pem: bytes, ca: bytes, public: ec.EllipticCurvePublicKey, now: datet
         InputError: it is not.
     """
     try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
+        certificate = _read(pem)
+        certificate.verify_directly_issued_by(_read(ca))
         if certificate.public_key() != public:
             raise ValueError("it is for another key")
         if not certificate.not_valid_before_utc <= now < certificate.not_valid_after_utc:
@@ -208,7 +219,7 @@ def sign(key: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
 
 def verify(ca: bytes, signature: bytes, message: bytes) -> bool:
     """Whether ``signature`` over ``message`` is by the key of the certificate ``ca``."""
-    key = x509.load_pem_x509_certificate(ca).public_key()
+    key = _read(ca).public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return False
     try:
@@ -269,7 +280,7 @@ def _named(name: str) -> x509.Name:
 
 
 def _subject(ca: bytes) -> x509.Name:
-    return x509.load_pem_x509_certificate(ca).subject
+    return _read(ca).subject
 
 
 def _general(host: str) -> x509.GeneralName:

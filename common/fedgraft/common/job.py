@@ -14,7 +14,7 @@ from fedgraft.common.language import check_language
 from fedgraft.common.measures import Measures
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
-from fedgraft.common.tasks import TASKS, TaskName
+from fedgraft.common.tasks import TASKS, Modality, TaskName
 
 __all__ = [
     "Actor",
@@ -218,14 +218,21 @@ class Data(Section):
 
     text: str = "text"
     image: str = "image"
+    audio: str = Field(default="audio", description="column of wav files")
     label: str = "label"
     target: str = Field(default="target", description="the second text of seq2seq-lm")
     validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens of an example")
+    seconds: float = Field(default=5.0, gt=0, le=60, description="of a recording: cut or padded")
     on_bad_image: Literal["refuse", "skip"] = "refuse"
+    on_bad_audio: Literal["refuse", "skip"] = "refuse"
     normalize: Literal["backbone", "per-image"] = "backbone"
     group: str | None = Field(default=None, description="column that says whose example it is")
     groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
+
+    def column(self, modality: Modality) -> str:
+        """What the column is called that holds what a model reads."""
+        return {"text": self.text, "image": self.image, "audio": self.audio}[modality]
 
     @model_validator(mode="after")
     def _groups_are_listed(self) -> Self:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.sound import AudioProcessor, load_audio
 
 __all__ = [
     "ImageProcessor",
@@ -150,18 +151,21 @@ class ImageProcessor:
         return np.asarray(output["pixel_values"], dtype=np.float32)
 
 
-Processor = TextProcessor | ImageProcessor
+Processor = TextProcessor | ImageProcessor | AudioProcessor
 
 
 def load_processor(folder: Path, modality: str, config: Any) -> Processor:
     """Load what turns rows into inputs of the backbone in ``folder``, from local files alone.
 
     ``config`` is the backbone's transformers configuration; ``modality`` is
-    ``"text"`` or ``"image"``.
+    ``"text"``, ``"image"`` or ``"audio"``.
 
     Raises:
-        BackboneError: no tokenizer, no way to pad, or an image processor that does not fit.
+        BackboneError: no tokenizer, no way to pad, or an image processor or feature extractor that
+            does not fit.
     """
+    if modality == "audio":
+        return load_audio(folder, config)
     if modality == "text":
         return _load_text(folder, config)
     return _load_image(folder, config)
@@ -251,6 +255,7 @@ def _load_text(folder: Path, config: Any) -> TextProcessor:
 
 
 def _load_image(folder: Path, config: Any) -> ImageProcessor:
+    config = getattr(config, "vision_config", config)  # of CLIP, which reads texts as well
     channels = int(getattr(config, "num_channels", None) or 3)
     if channels not in (1, 3):
         raise BackboneError(

@@ -31,6 +31,7 @@ from fedgraft.common.secagg.statements import (
     Survivors,
     UnmaskRequest,
 )
+from fedgraft.common.sound import AudioProcessor
 from fedgraft.common.terms import describe
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.rounds import Plan
@@ -143,6 +144,8 @@ def _activations_mb(job: Job, bench: Workbench) -> float:
     if isinstance(processor, ImageProcessor):
         height, width = processor.size
         inputs = {"pixel_values": torch.zeros(1, processor.channels, height, width)}
+    elif isinstance(processor, AudioProcessor):
+        inputs = {processor.name: torch.zeros(1, *processor.shape(job.data.seconds))}
     else:
         length = min(job.data.max_length, processor.limit or job.data.max_length)
         ids = torch.full((1, length), processor.pad_id)

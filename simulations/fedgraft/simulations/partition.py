@@ -290,6 +290,11 @@ def _as_files(
         column, kind = job.data.image, datasets.Image()
         sources = rows["image"].to_pylist()
         contents = [{"bytes": _shifted(one, shift, generator), "path": None} for one in sources]
+    elif job.job.task == "audio-classification":
+        column = job.data.audio
+        kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+        sources = rows["audio"].to_pylist()
+        contents = [{"bytes": _shifted(one, None, generator), "path": None} for one in sources]
     else:
         column, kind = job.data.text, datasets.Value("string")
         contents = rows["text"].to_pylist()

@@ -23,6 +23,7 @@ from fedgraft.client.tables import read_tables
 from fedgraft.common.errors import JobError
 from fedgraft.common.job import Job, Simulation
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.tasks import TASKS, Modality
 from fedgraft.simulations.demo import digits
 
 __all__ = [
@@ -191,12 +192,13 @@ def labels_of(rows: datasets.Dataset) -> Indices:
 
 def rows_digest(job: Job, simulation: Simulation) -> str:
     """A hash over the rows as they are in the files and the settings that shape the sites."""
+    kind = TASKS[job.job.task].modality
     settings: dict[str, Any] = {
         "format": FORMAT,
         "seed": job.job.seed,
         "task": job.job.task,
         "labels": job.job.labels,
-        "data": job.data.model_dump(include={"text", "image", "label", "on_bad_image"}),
+        "data": job.data.model_dump(include=_deciding(kind)),
         "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
     }
     if job.data.groups:
@@ -204,7 +206,6 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
     if simulation.faults.poisons_labels:  # else absent: older digests hold
         settings["poisoned"] = simulation.faults.poisoned
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    images = job.job.task == "image-classification"
     natural = simulation.partition.kind == "natural"
     for pattern in (simulation.train, simulation.test):
         # The digits are files of this program: their name and FORMAT identify them.
@@ -216,8 +217,8 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
             if path == DIGITS:
                 _feed(digest, DIGITS)
                 continue
-            content = job.data.image if images else job.data.text
-            for table in read_tables(path, content=content, label=job.data.label, images=images):
+            content, files = job.data.column(kind), kind != "text"
+            for table in read_tables(path, content=content, label=job.data.label, images=files):
                 _feed(digest, "table", str(table.typed))
                 for one, label in zip(table.contents, table.labels, strict=True):
                     _feed(digest, _content_bytes(one), repr(label))
@@ -225,6 +226,13 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
                 _feed(digest, "groups", read_groups(path, job.data, {}).tobytes())
         _feed(digest, "end")
     return digest.hexdigest()[:32]
+
+
+def _deciding(kind: Modality) -> set[str]:
+    """The settings of ``[data]`` that decide which rows there are; of audio its own besides."""
+    return {"text", "image", "label", "on_bad_image"} | (
+        {"audio", "on_bad_audio"} if kind == "audio" else set()
+    )
 
 
 def _feed(digest: Any, *parts: str | bytes) -> None:

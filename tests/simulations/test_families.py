@@ -1,0 +1,82 @@
+"""Every architecture of the guide: adapted, trained by two sites, given away, loaded elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from families import FAMILIES, family_job
+from federations import adapter_of
+from peft import PeftModel
+
+from fedgraft.client.data import encode, read_split
+from fedgraft.client.examples import Examples
+from fedgraft.client.stack import check_stacking, open_stack
+from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError
+from fedgraft.common.job import Job
+from fedgraft.common.tasks import TASKS
+from fedgraft.common.workbench import open_workbench
+from fedgraft.server.export import export_adapter, export_merged
+from fedgraft.server.rounds import make_plan
+from fedgraft.server.runs import Run
+from fedgraft.simulations.preparation import prepare
+from fedgraft.simulations.simulate import simulate
+
+
+def examples_of(job: Job) -> Examples:
+    assert job.simulation is not None
+    rows = read_split(str(job.simulation.test), job).dataset
+    return encode(rows, open_workbench(job).processor, job, store=None, key="")
+
+
+@torch.inference_mode()
+def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(**inputs).logits
+    return found.clone()
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_family_trains_and_is_given_away(name: str, tmp_path: Path) -> None:
+    job = family_job(name, tmp_path)
+    prepared = prepare(job)
+    with Run.create(tmp_path / "runs", job) as run:
+        simulate(prepared, run, Console(quiet=True), engine="local")
+    bench = open_workbench(job)
+    exchanged, adapter = make_plan(job, bench, run.session).exchanged, adapter_of(run)
+    inputs = examples_of(job).batch(np.arange(4))
+    bench.put()  # a run leaves its last adapter in it
+    untrained = logits(bench.model, inputs)
+    bench.put((exchanged, adapter))
+    trained = logits(bench.model, inputs)
+    bench.put()
+    assert not torch.allclose(trained, untrained, atol=1e-3), "it did not train"
+    initial = bench.initial_of(exchanged)
+    paths = {n: at for n, at in exchanged.slices.items() if ".lora_B." in n}
+    still = [n for n, at in paths.items() if np.array_equal(adapter[at], initial[at])]
+    assert not still, "a path got no gradient"
+
+    auto = getattr(transformers, TASKS[job.job.task].auto_class)
+    export_adapter(run, bench, exchanged, adapter, tmp_path / "peft")
+    plain = auto.from_pretrained(
+        tmp_path / "backbone", num_labels=job.job.classes, ignore_mismatched_sizes=True
+    )
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "peft")
+    torch.testing.assert_close(logits(loaded, inputs), trained, atol=1e-5, rtol=1e-4)
+    export_merged(run, bench, exchanged, adapter, tmp_path / "merged")
+    merged = auto.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, inputs), trained, atol=1e-4, rtol=1e-3)
+    assert list(merged.config.id2label.values()) == list(job.job.labels)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_family_trains_several_sites_in_one_pass(name: str, tmp_path: Path) -> None:
+    job = family_job(name, tmp_path)
+    inputs = examples_of(job).batch(np.arange(4))
+    if name != "xlnet":
+        check_stacking(open_stack(job), inputs)
+        return
+    with pytest.raises(InputError, match="rows would mix"):  # it turns [rows, tokens] around
+        check_stacking(open_stack(job), inputs)
