@@ -14,7 +14,7 @@ from fedgraft.common.language import check_language
 from fedgraft.common.measures import Measures
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
-from fedgraft.common.tasks import TASKS, Modality, TaskName
+from fedgraft.common.tasks import TASKS, Modality, Task, TaskName
 
 __all__ = [
     "Actor",
@@ -233,6 +233,12 @@ class Data(Section):
     def column(self, modality: Modality) -> str:
         """What the column is called that holds what a model reads."""
         return {"text": self.text, "image": self.image, "audio": self.audio}[modality]
+
+    def beside(self, task: Task) -> str | None:
+        """The column beside what is read: labels, or the texts to be written; None without."""
+        if task.paired:
+            return self.target
+        return self.label if task.target == "label" else None
 
     @model_validator(mode="after")
     def _groups_are_listed(self) -> Self:
