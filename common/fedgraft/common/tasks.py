@@ -25,6 +25,11 @@ class Metric:
     name: str
     percent: bool
 
+    @property
+    def title(self) -> str:
+        """The name as a sentence begins with it."""
+        return self.name[:1].upper() + self.name[1:]
+
     def text(self, value: float | None, missing: str = "-", unit: str = " %") -> str:
         """``value`` with one decimal of a percent, or in about four digits."""
         if value is None or not math.isfinite(value):
