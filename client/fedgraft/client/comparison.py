@@ -66,6 +66,7 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
         "run": result.run,
         "session": result.session,
         "job": job.job.name,
+        "task": job.job.task,
         "received": result.received,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": version("fedgraft"),
