@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedgraft.common.tasks import METRICS
 from fedgraft.common.verdicts import LEVEL, Outcome, Rival
 
 __all__ = ["BlockVerdict", "block_verdict", "token_intervals"]
@@ -155,7 +156,7 @@ def _outcome(interval: tuple[float, float] | None, p_value: float) -> Outcome:
 
 
 def _perplexity(losses: Blocks, tokens: int) -> str:
-    return f"{math.exp(min(float(losses.sum()) / tokens, 700.0)):,.2f}"
+    return METRICS["tokens"][0].text(math.exp(min(float(losses.sum()) / tokens, 700.0)))
 
 
 def _sentence(

@@ -36,7 +36,9 @@ class Metric:
             return missing
         if self.percent:
             return f"{100 * value:.1f}{unit}"
-        return f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+        if abs(value) < 1000:
+            return f"{value:.2f}"
+        return f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.2g}"
 
 
 METRICS: dict[Target, tuple[Metric, Metric]] = {
