@@ -136,4 +136,4 @@ def test_a_loss_beyond_all_floats_is_still_a_number() -> None:
     high = np.array([1e6, 2e6])
     ends = token_intervals(high, np.array([0, 0]), np.array([1, 1]), RNG(0))["perplexity_interval"]
     assert all(math.isfinite(end) for end in ends)
-    assert len(judged(high, high / 2, np.array([1, 1])).sentence) < 200
+    assert len(judged(high, high / 2, np.array([1, 1])).sentence) < 250
