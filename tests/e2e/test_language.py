@@ -52,11 +52,20 @@ def write_site(folder: Path, kind: str, seed: int) -> str:
     return f"/train.{kind}"
 
 
-def run_job(tmp_path: Path, model: str, files: str, **changes: Any) -> tuple[Run, dict[str, Any]]:
+def run_job(
+    tmp_path: Path,
+    model: str,
+    files: str,
+    *,
+    names: str = "xy",
+    masked: bool = False,
+    **changes: Any,
+) -> tuple[Run, dict[str, Any]]:
     backbone = save_language_model(model, tmp_path / "backbone")
-    ends = [write_site(tmp_path / "sites" / name, files, at) for at, name in enumerate("xy")]
+    ends = [write_site(tmp_path / "sites" / name, files, at) for at, name in enumerate(names)]
     raw = job_settings(model, backbone, f"{tmp_path}/sites/*{ends[0]}")
     raw["simulation"] |= changes
+    raw["privacy"] = {"secure_aggregation": {"enabled": masked, "max_sites": 4}}
     job = parse_job(raw, where="test")
     prepared = prepare(job)
     with Run.create(tmp_path / "runs", job) as run:
@@ -118,12 +127,25 @@ def test_two_rounds_are_trained_shown_and_given_away(
 
 @pytest.mark.parametrize("model", ["gpt2", "t5"])
 def test_workers_do_not_change_a_bit(model: str, tmp_path: Path) -> None:
-    plain = {"baselines": [], "finetune_epochs": 0}
+    plain: dict[str, Any] = {"baselines": [], "finetune_epochs": 0}
     none, two = (
         adapter_of(run_job(tmp_path / str(count), model, "jsonl", workers=count, **plain)[0])
         for count in (0, 2)
     )
     assert np.array_equal(none, two)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "t5"])
+def test_only_masked_sums_are_enough(model: str, tmp_path: Path) -> None:
+    """Losses and counts of tokens go through the secure sum, and come to what they are."""
+    plain: dict[str, Any] = {"baselines": [], "finetune_epochs": 0}
+    clear, masked = (
+        run_job(tmp_path / str(on), model, "jsonl", names="xyz", masked=on, **plain)[0]
+        for on in (False, True)
+    )
+    for before, after in zip(clear.history(), masked.history(), strict=True):
+        for key in ("perplexity", "accuracy"):
+            assert after["validation"][key] == pytest.approx(before["validation"][key], rel=1e-3)
 
 
 def test_the_table_shows_perplexity(tmp_path: Path) -> None:
