@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from fedgraft.client.examples import TextExamples
-from fedgraft.client.objectives import IGNORED, Counts, losses
+from fedgraft.client.objectives import IGNORED, BlockCounts, Counts, losses
 
 
 def texts(*lengths: int, left: bool = False) -> TextExamples:
@@ -42,17 +42,17 @@ def test_the_loss_of_a_sequence_is_the_mean_over_its_targets() -> None:
 def test_a_text_of_one_token_has_no_target_and_no_loss() -> None:
     targets = texts(1).targets(np.arange(1))
     assert losses(torch.randn(1, 1, 9), targets).tolist() == [0.0]
-    assert len(Counts.of(torch.randn(1, 1, 9), targets).true) == 0
+    counts = BlockCounts.of(torch.randn(1, 1, 9), targets)
+    assert [part.tolist() for part in vars(counts).values()] == [[0.0], [0], [0]]
 
 
-def test_tokens_are_counted_as_right_or_wrong() -> None:
+def test_tokens_are_counted_as_right_or_wrong_block_by_block() -> None:
     targets = texts(4, 2).targets(np.arange(2))
     logits = functional.one_hot(targets.clamp(min=0), 9).float() * 20
     logits[0, 1] = logits[0, 0]  # says 2 where 3 comes
-    counts = Counts.of(logits, targets)
-    assert counts.true.tolist() == [0, 0, 0, 0]
-    assert counts.predicted.tolist() == [0, 1, 0, 0]
-    assert counts.loss == pytest.approx(20, abs=1e-3)
+    counts = BlockCounts.of(logits, targets)
+    assert (counts.right.tolist(), counts.counted.tolist()) == ([2, 1], [3, 1])
+    assert counts.losses.tolist() == pytest.approx([20, 0], abs=1e-3)
 
 
 def test_labels_are_counted_as_they_are() -> None:

@@ -117,6 +117,7 @@ def test_what_was_kept_is_read_back_to_the_last_bit(
         if before is None or after is None:
             assert before is after
             continue
+        assert isinstance(after, Evaluation)
         assert (after.loss, after.classes) == (before.loss, before.classes)
         assert after.true.dtype == after.predicted.dtype == np.int64
         assert np.array_equal(after.tally.confusion, tallied(before).confusion)

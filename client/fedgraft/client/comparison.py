@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from fedgraft.client.evaluation import Evaluation, evaluate
+from fedgraft.client.evaluation import Measured, measure
 from fedgraft.client.examples import Examples
 from fedgraft.client.judging import figures, judge
 from fedgraft.client.participant import Participant
@@ -57,8 +57,7 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
     own = dict(_models(at, result, bench, splits.train, tested)) if len(tested) else {}
     name, seed = at.config.name, job.job.seed
     metrics = {
-        model: one and figures(one.tally, job.measures, seed, name, model)
-        for model, one in own.items()
+        model: one and figures(one, job.measures, seed, name, model) for model, one in own.items()
     }
     judged = judge(own, seed, name=name)
     alone = judged.get("local_only")
@@ -67,6 +66,7 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
         "run": result.run,
         "session": result.session,
         "job": job.job.name,
+        "task": job.job.task,
         "received": result.received,
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": version("fedgraft"),
@@ -93,13 +93,13 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
 
 def _models(
     at: Participant, result: Result, bench: Workbench, train_on: Examples, tested: Examples
-) -> Iterator[tuple[str, Evaluation | None]]:
+) -> Iterator[tuple[str, Measured | None]]:
     """Each model's name and how it did; None for one that could not be trained."""
     job, stack = result.job, at.stack(result.job)
 
-    def test(vector: Vector) -> Evaluation:
+    def test(vector: Vector) -> Measured:
         measures = job.measures
-        return evaluate(stack, bench.layout, vector, tested, measures=measures, store=at.store)
+        return measure(stack, bench.layout, vector, tested, measures=measures, store=at.store)
 
     yield "federated", test(read_adapter(bench, result.folder / "adapter"))
     if not bench.fresh_head:

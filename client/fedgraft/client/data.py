@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,13 @@ from fedgraft.client.examples import (
 )
 from fedgraft.client.groups import read_groups
 from fedgraft.client.labels import LabelIndex, nearest_label
+from fedgraft.client.language import encode_blocks
+from fedgraft.client.pairs import encode_pairs
 from fedgraft.client.recordings import encode_recordings
-from fedgraft.client.store import Arrays, Store
+from fedgraft.client.store import Store
 from fedgraft.client.tables import Table, read_tables
-from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.client.texts import check_length, digest_of, encode_texts, texts_digest
+from fedgraft.common.errors import DataError
 from fedgraft.common.job import Job
 from fedgraft.common.processors import (
     ImageProcessor,
@@ -57,14 +59,16 @@ __all__ = [
     "split_validation",
 ]
 
-BATCH = 1000  # texts tokenised at once
 IN_MEMORY_BYTES = 32 * 2**20
 """Pixels beyond this lie in a file of the cache and are paged in batch by batch."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with ``text``, ``image`` or ``audio``, and ``label``; ``skipped`` bad ones are out."""
+    """Rows with ``text``, ``image`` or ``audio``, and ``label``; ``skipped`` bad ones are out.
+
+    Where tokens are predicted every label is 0; of a paired task there is a ``target`` beside it.
+    """
 
     dataset: datasets.Dataset
     skipped: int
@@ -74,6 +78,8 @@ def read_split(
     path: str, job: Job, *, columns: Mapping[str, str] = {}, labels: Mapping[str, str] = {}
 ) -> Rows:
     """Read a CSV, JSONL or Parquet file, a folder of images or wav by label, or a glob.
+
+    Where a text itself is predicted, also a ``.txt`` file or a folder of them.
 
     The data set has ``text`` (string), ``image`` (``datasets.Image``) or ``audio`` (bytes or path
     of a wav file), ``label`` (int64 index into ``job.job.labels``) and, where the job has groups,
@@ -85,7 +91,10 @@ def read_split(
     Raises:
         DataError: the first thing that is wrong with the files, and where.
     """
-    kind = TASKS[job.job.task].modality
+    task = TASKS[job.job.task]
+    if task.target == "tokens":
+        return Rows(_texts(path, job, columns, paired=task.paired), skipped=0)
+    kind = task.modality
     schema = job.data.column(kind)
     _check_mappings(job, schema, columns, labels)
     content, label = columns.get(schema, schema), columns.get(job.data.label, job.data.label)
@@ -108,6 +117,19 @@ def read_split(
     return Rows(dataset, skipped=len(good) - len(kept))
 
 
+def _texts(path: str, job: Job, columns: Mapping[str, str], *, paired: bool) -> datasets.Dataset:
+    """Texts to be predicted themselves, or each with the text beside it that is to be."""
+    asked = [job.data.text, job.data.target] if paired else [job.data.text]
+    _check_columns(columns, asked)
+    own = [columns.get(name, name) for name in asked]
+    tables = read_tables(path, content=own[0], label=own[1] if paired else None, images=False)
+    places = [(table, row) for table in tables for row in range(len(table.contents))]
+    texts = {"text": [_text(*place) for place in places]}
+    if paired:
+        texts["target"] = [_text(*place, "target") for place in places]
+    return _made(texts, {"label": [0] * len(places)}, datasets.Value("string"))
+
+
 def _dataset(
     column: str, contents: list[Any], labels: list[int], groups: Indices | None
 ) -> datasets.Dataset:
@@ -115,8 +137,15 @@ def _dataset(
     if column == "audio":  # datasets.Audio would decode, with a package that it asks for
         kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     numbers = {"label": labels, **({} if groups is None else {"group": groups})}
-    features = datasets.Features({column: kind, **dict.fromkeys(numbers, datasets.Value("int64"))})
-    table = pa.table({column: contents, **numbers}, schema=features.arrow_schema)
+    return _made({column: contents}, numbers, kind)
+
+
+def _made(
+    contents: Mapping[str, list[Any]], numbers: Mapping[str, Any], kind: Any
+) -> datasets.Dataset:
+    kinds = {**dict.fromkeys(contents, kind), **dict.fromkeys(numbers, datasets.Value("int64"))}
+    features = datasets.Features(kinds)
+    table = pa.table({**contents, **numbers}, schema=features.arrow_schema)
     # from_dict would pickle and hash the table for a fingerprint: most of the time that a small
     # site takes to read. encode hashes the contents itself.
     return datasets.Dataset(
@@ -129,13 +158,8 @@ def _dataset(
 def _check_mappings(
     job: Job, schema: str, columns: Mapping[str, str], labels: Mapping[str, str]
 ) -> None:
-    asked = [name for name in (schema, job.data.label, job.data.group) if name is not None]
-    for name in columns:
-        if name not in asked:
-            raise DataError(
-                f"data.columns maps {name!r}, which this job does not ask for",
-                hint=f"it asks for {' and '.join(map(repr, asked))}",
-            )
+    asked = (schema, job.data.label, job.data.group)
+    _check_columns(columns, [name for name in asked if name is not None])
     for value, name in labels.items():
         if name not in job.job.labels:
             raise DataError(
@@ -144,20 +168,29 @@ def _check_mappings(
             )
 
 
-def _text(table: Table, row: int) -> str:
-    value = table.contents[row]
+def _check_columns(columns: Mapping[str, str], asked: Sequence[str]) -> None:
+    for name in columns:
+        if name not in asked:
+            raise DataError(
+                f"data.columns maps {name!r}, which this job does not ask for",
+                hint=f"it asks for {' and '.join(map(repr, asked))}",
+            )
+
+
+def _text(table: Table, row: int, what: str = "text") -> str:
+    value = (table.contents if what == "text" else table.labels)[row]
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{table.place(row)} has no text", hint="fill it in or remove the row")
+        raise DataError(f"{table.place(row)} has no {what}", hint="fill it in or remove the row")
     if not isinstance(value, str):
         raise DataError(
-            f"{table.place(row)}: the text is a {type(value).__name__}, not a string",
+            f"{table.place(row)}: the {what} is a {type(value).__name__}, not a string",
             hint="write it in quotes, or map the right column in [data.columns] of site.toml",
         )
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         raise DataError(
-            f"{table.place(row)}: the text has a broken character (half a surrogate pair)",
+            f"{table.place(row)}: the {what} has a broken character (half a surrogate pair)",
             hint="remove the lone \\ud8xx escape",
         ) from None
     return value
@@ -215,69 +248,21 @@ def encode(
     labels = rows["label"].to_numpy().astype(np.int64)
     examples: TextExamples | ImageExamples | AudioExamples
     if isinstance(processor, TextProcessor):
+        check_length(processor, job.data.max_length)
         texts = rows["text"].to_pylist()
-        examples = _encode_texts(texts, labels, processor, job.data.max_length, store, key)
+        if TASKS[job.job.task].paired:
+            return encode_pairs(texts, rows["target"].to_pylist(), processor, job)
+        if TASKS[job.job.task].target == "tokens":
+            return encode_blocks(texts, processor, job.data.max_length, store=store, key=key)
+        examples = encode_texts(texts, labels, processor, job.data.max_length, store=store, key=key)
     elif isinstance(processor, AudioProcessor):
-        name = _digest(key, content_digest(dataset))
+        name = digest_of(key, content_digest(dataset))
         examples = encode_recordings(dataset, labels, processor, job, store=store, key=name)
     else:
         examples = _encode_images(dataset, labels, processor, job, store, key)
     if "group" in rows.column_names:
         return replace(examples, groups=rows["group"].to_numpy().astype(np.int64))
     return examples
-
-
-def _encode_texts(
-    texts: list[str],
-    labels: Indices,
-    processor: TextProcessor,
-    max_length: int,
-    store: Store | None,
-    key: str,
-) -> TextExamples:
-    if processor.limit is not None and max_length > processor.limit:
-        raise BackboneError(
-            f"data.max_length = {max_length}, but the backbone reads {processor.limit} tokens",
-            hint=f"--set data.max_length={processor.limit}",
-        )
-    digest = _digest(key, processor.identity, max_length, _texts_digest(texts))
-    tokens = store.files.load(digest) if store else None
-    if tokens is None:
-        tokens = _tokenise(texts, processor, max_length)
-        if store:
-            store.files.save(digest, tokens)
-    lengths = tokens["lengths"]
-    if not lengths.all():
-        raise DataError(
-            f"text {int(np.argmin(lengths)) + 1} of {len(labels)} becomes no tokens at all",
-            hint="remove the row: the tokenizer knows none of its characters",
-        )
-    return TextExamples(
-        labels=labels,
-        ids=tokens["input_ids"],
-        starts=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        types=tokens.get("token_type_ids"),
-        pad_id=processor.pad_id,
-        pad_left=processor.pad_left,
-        longest=max_length,
-    )
-
-
-def _tokenise(texts: list[str], processor: TextProcessor, max_length: int) -> Arrays:
-    """Ids (and token types) of all texts one after the other, and how many each text has."""
-    kinds = {"input_ids": np.int32, "token_type_ids": np.int8}
-    given = processor.tokenize(["a"], max_length)
-    found: dict[str, list[NDArray[Any]]] = {name: [] for name in kinds if name in given}
-    lengths: list[int] = []
-    for at in range(0, len(texts), BATCH):
-        encoded = processor.tokenize(texts[at : at + BATCH], max_length)
-        lengths += [len(ids) for ids in encoded["input_ids"]]
-        for name, parts in found.items():
-            parts.append(np.fromiter(chain.from_iterable(encoded[name]), kinds[name]))
-    none = {name: np.empty(0, kinds[name]) for name in found}
-    flat = {name: np.concatenate([none[name], *parts]) for name, parts in found.items()}
-    return Arrays({**flat, "lengths": np.array(lengths, np.int64)})
 
 
 def _encode_images(
@@ -301,7 +286,7 @@ def _encode_images(
             at += len(images)
 
     if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
-        digest = _digest(key, processor.identity, normalize, content_digest(dataset))
+        digest = digest_of(key, processor.identity, normalize, content_digest(dataset))
         mapped = store.files.mapped(digest, shape, np.float32, fill)
         if mapped is not None:
             return ImageExamples(labels, mapped, every)
@@ -313,7 +298,7 @@ def _encode_images(
 def content_digest(dataset: datasets.Dataset) -> str:
     """SHA-256 of all texts or files of a data set, in order: its labels do not count."""
     if "text" in dataset.column_names:
-        return _texts_digest(dataset.with_format("arrow")[:]["text"].to_pylist())
+        return texts_digest(dataset.with_format("arrow")[:]["text"].to_pylist())
     column = "image" if "image" in dataset.column_names else "audio"
     if column == "image":
         dataset = dataset.cast_column("image", datasets.Image(decode=False))
@@ -325,21 +310,9 @@ def content_digest(dataset: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def _texts_digest(texts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        data = text.encode()
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.hexdigest()
-
-
 def _file_bytes(source: Mapping[str, Any]) -> bytes:
     data = source["bytes"]
     return bytes(data) if data is not None else Path(source["path"]).read_bytes()
-
-
-def _digest(*parts: str | int) -> str:
-    return hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()[:32]
 
 
 def split_validation(

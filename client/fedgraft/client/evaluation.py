@@ -8,23 +8,23 @@ from numpy.typing import NDArray
 
 from fedgraft.client.examples import Examples
 from fedgraft.client.feed import logits_of, open_feed, targets_of
-from fedgraft.client.objectives import Counts
+from fedgraft.client.objectives import BlockCounts, Counts
 from fedgraft.client.stack import Stack
 from fedgraft.client.store import Store
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.measures import Measures
 from fedgraft.common.metrics import Tally
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "Measured", "TokenEvaluation", "evaluate", "evaluate_tokens", "measure"]
 
 BATCH = 64
+LOGITS = 1 << 25  # in memory at once: 128 MB; a vocabulary is large
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The summed ``loss`` (nats), true and predicted labels, both int64 [examples], in their order.
 
-    Of texts whose tokens are predicted, each token counts as one (``objectives.Counts``).
     What follows from them is worked out when asked for: thousands of sites' confusion matrices,
     most of them zeros, need not be held. ``more`` is what ``measures`` counts beside.
     """
@@ -45,6 +45,44 @@ class Evaluation:
         """Which examples were predicted right, bool [examples]."""
         correct: NDArray[np.bool_] = self.predicted == self.true
         return correct
+
+
+@dataclass(frozen=True)
+class TokenEvaluation:
+    """Of each block of text, in their order: the summed loss, and its tokens that were right.
+
+    ``losses`` float64 (nats), ``right`` and ``counted`` int64, all [blocks]. Tokens of a block
+    depend on one another, so that blocks and not tokens are what can be redrawn.
+    """
+
+    losses: NDArray[np.float64]
+    right: NDArray[np.int64]
+    counted: NDArray[np.int64]
+
+    @property
+    def tally(self) -> Tally:
+        """The sums: a right token is of class 0, as it should be, a wrong one of class 1."""
+        right, counted = int(self.right.sum()), int(self.counted.sum())
+        confusion = np.array([[right, counted - right], [0, 0]], np.int64)
+        return Tally(float(self.losses.sum()), confusion)
+
+
+Measured = Evaluation | TokenEvaluation
+
+
+def measure(
+    stack: Stack,
+    trained: Layout,
+    vector: Vector,
+    examples: Examples,
+    *,
+    measures: Measures,
+    store: Store | None = None,
+) -> Measured:
+    """Evaluate the adapter ``vector`` as its job's ``measures`` say."""
+    if measures.tokens:
+        return evaluate_tokens(stack, trained, vector, examples, store)
+    return evaluate(stack, trained, vector, examples, measures=measures, store=store)
 
 
 def evaluate(
@@ -78,9 +116,39 @@ def evaluate(
         torch.cat([none, *(getattr(part, name) for part in parts)]).numpy()
         for name in ("true", "predicted")
     )
-    back = np.argsort(order) if len(true) == len(order) else np.arange(len(true))
+    back = np.argsort(order)
     loss = sum(part.loss for part in parts)
     true, predicted = true[back], predicted[back]
     if examples.groups is not None:
         more += measures.count_groups(examples.groups, true == predicted)
     return Evaluation(loss, true, predicted, measures.classes, more)
+
+
+def evaluate_tokens(
+    stack: Stack, trained: Layout, vector: Vector, examples: Examples, store: Store | None
+) -> TokenEvaluation:
+    """As ``evaluate`` where tokens are predicted.
+
+    Fewer blocks at once where they are long and the vocabulary is large.
+    """
+    lengths = np.asarray(examples.lengths)
+    order = np.argsort(lengths, kind="stable")
+    losses = np.zeros(len(order))
+    right, counted = np.zeros((2, len(order)), np.int64)
+    feed = open_feed(stack, trained, examples, store)
+    stack.put_one(trained, vector)
+    size = _blocks_at_once(stack, examples)
+    with torch.inference_mode():
+        for start in range(0, len(order), size):
+            index = order[start : start + size]
+            width = feed.width(index)
+            logits = logits_of([feed], [index], width)
+            found = BlockCounts.of(logits, targets_of([feed], [index], width).to(logits.device))
+            losses[index] = found.losses.cpu().numpy()
+            right[index], counted[index] = found.right.cpu().numpy(), found.counted.cpu().numpy()
+    return TokenEvaluation(losses, right, counted)
+
+
+def _blocks_at_once(stack: Stack, examples: Examples) -> int:
+    words = int(getattr(stack.model.config, "vocab_size", 1))
+    return max(1, min(BATCH, LOGITS // (words * max(examples.longest, 1))))

@@ -245,6 +245,10 @@ class AudioExamples(ArrayExamples):
 
 def concatenate(parts: Sequence[Examples]) -> Examples:
     """The examples of all parts, which must come from one processor, in order, without groups."""
+    first = parts[0]
+    if hasattr(first, "joined"):
+        joined: Examples = first.joined(parts[1:])
+        return joined
     texts = [part for part in parts if isinstance(part, TextExamples)]
     if len(texts) == len(parts):
         offsets = np.cumsum([0, *(len(part.ids) for part in texts)])

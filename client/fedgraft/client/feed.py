@@ -128,7 +128,9 @@ def _prefix(stack: Stack, trained: Layout, examples: Examples) -> Prefix | None:
             return None
         some = np.resize(np.arange(len(examples)), FEWEST)
         inputs = examples.batch(some, int(_widths(examples)[some].max()))
-        stack.prefixes[trained.names] = find_prefix(stack, trained, inputs)
+        # With a decoder beside the encoder two sequences would have to be kept, of two lengths.
+        paired = "decoder_input_ids" in inputs
+        stack.prefixes[trained.names] = None if paired else find_prefix(stack, trained, inputs)
     return stack.prefixes[trained.names]
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fedgraft.client.evaluation import Evaluation
+import numpy as np
+
+from fedgraft.client.evaluation import Measured, TokenEvaluation
+from fedgraft.common.block_verdicts import block_verdict, token_intervals
 from fedgraft.common.measures import Measures
-from fedgraft.common.metrics import Tally
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.common.verdicts import (
     Outcome,
@@ -25,23 +27,25 @@ __all__ = ["RIVALS", "figures", "judge", "outcome_of"]
 RIVALS: tuple[Rival, ...] = ("local_only", "zero_shot")
 
 
-def figures(tally: Tally, measures: Measures, seed: int, *purpose: str) -> dict[str, Any]:
+def figures(one: Measured, measures: Measures, seed: int, *purpose: str) -> dict[str, Any]:
     """All that is said of a model on some test examples, fractions 0..1, losses in nats."""
-    generator = numpy_generator(seed, "bootstrap", *purpose)
+    generator, tally = numpy_generator(seed, "bootstrap", *purpose), one.tally
+    if isinstance(one, TokenEvaluation):
+        intervals = token_intervals(one.losses, one.right, one.counted, generator)
+        return {**measures.figures(tally), **intervals}
     return {
-        **tally.summary(),
-        **measures.summary(tally),
+        **measures.figures(tally),
         "accuracy_interval": list(wilson_interval(tally.correct, tally.examples)),
         "macro_f1_interval": list(macro_f1_interval(tally.confusion, generator)),
     }
 
 
-def judge(own: Mapping[str, Evaluation | None], seed: int, *, name: str) -> dict[str, Any]:
+def judge(own: Mapping[str, Measured | None], seed: int, *, name: str) -> dict[str, Any]:
     """The federated model of ``own`` against each of ``RIVALS`` that is there, example by example.
 
     For each: outcome, sentence, difference in accuracy with interval and p-value (``Verdict``), and
     ``macro_f1_difference`` with its paired bootstrap interval. Differences are federated minus the
-    other, fractions -1..1.
+    other, fractions -1..1. Of tokens: in loss, nats per token (``BlockVerdict``).
     """
     federated = own.get("federated")
     found: dict[str, Any] = {}
@@ -49,8 +53,12 @@ def judge(own: Mapping[str, Evaluation | None], seed: int, *, name: str) -> dict
         other = own.get(rival)
         if federated is None or other is None:
             continue
-        judged = verdict(federated.correct, other.correct, name=name, rival=rival)
         generator = numpy_generator(seed, "bootstrap", name, "federated", rival)
+        if isinstance(federated, TokenEvaluation):
+            found[rival] = _judge_tokens(federated, other, generator, name, rival)
+            continue
+        assert not isinstance(other, TokenEvaluation)  # noqa: S101  # both are of one task
+        judged = verdict(federated.correct, other.correct, name=name, rival=rival)
         gap, interval = macro_f1_difference(
             federated.true, federated.predicted, other.predicted, generator=generator
         )
@@ -61,6 +69,25 @@ def judge(own: Mapping[str, Evaluation | None], seed: int, *, name: str) -> dict
             "macro_f1_difference_interval": list(interval),
         }
     return found
+
+
+def _judge_tokens(
+    federated: TokenEvaluation,
+    other: Measured,
+    generator: np.random.Generator,
+    name: str,
+    rival: Rival,
+) -> dict[str, Any]:
+    assert isinstance(other, TokenEvaluation)  # noqa: S101  # both are of one task
+    judged = block_verdict(
+        federated.losses,
+        other.losses,
+        federated.counted,
+        name=name,
+        generator=generator,
+        rival=rival,
+    )
+    return {**asdict(judged), "interval": judged.interval and list(judged.interval)}
 
 
 def outcome_of(judged: Mapping[str, Any], *, missing: str) -> tuple[str, Outcome]:

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch.nn import functional
 
-__all__ = ["IGNORED", "Counts", "losses"]
+__all__ = ["IGNORED", "BlockCounts", "Counts", "losses"]
 
 IGNORED = -100  # a target that is none: padding, or a position after which nothing comes
 
@@ -28,11 +28,7 @@ def losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a batch: the summed ``loss`` (nats), true and predicted classes, int64 [predictions].
-
-    Tokens are of two classes: 0 is a token as it should be, so that ``true`` is all zeros and
-    ``predicted`` is 1 where another token was likelier.
-    """
+    """Of a batch: the summed ``loss`` (nats), true and predicted labels, int64 [b]."""
 
     loss: float
     true: torch.Tensor
@@ -40,14 +36,25 @@ class Counts:
 
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor) -> Self:
-        """Count a batch; shapes as for ``losses``."""
-        likeliest = logits.argmax(-1)
-        if targets.dim() == 1:
-            loss = functional.cross_entropy(logits, targets, reduction="sum")
-            return cls(float(loss), targets.cpu(), likeliest.cpu())
-        summed, _ = _by_sequence(logits, targets)
-        wrong = (likeliest != targets)[targets != IGNORED].long().cpu()
-        return cls(float(summed.sum()), torch.zeros_like(wrong), wrong)
+        """Count ``logits`` [b, classes] with ``targets`` [b]."""
+        loss = functional.cross_entropy(logits, targets, reduction="sum")
+        return cls(float(loss), targets.cpu(), logits.argmax(-1).cpu())
+
+
+@dataclass(frozen=True)
+class BlockCounts:
+    """Of each sequence, [b]: the summed loss (nats), tokens that were likeliest, and all tokens."""
+
+    losses: torch.Tensor
+    right: torch.Tensor
+    counted: torch.Tensor
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, targets: torch.Tensor) -> Self:
+        """Count ``logits`` [b, width, vocabulary] with ``targets`` [b, width]."""
+        summed, counted = _by_sequence(logits, targets)
+        right = ((logits.argmax(-1) == targets) & (targets != IGNORED)).sum(1)
+        return cls(summed, right, counted)
 
 
 def _by_sequence(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

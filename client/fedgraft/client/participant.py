@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from fedgraft.client.data import Examples, encode, read_split, split_validation
-from fedgraft.client.evaluation import evaluate
+from fedgraft.client.evaluation import measure
 from fedgraft.client.guard import SESSION, Guard
 from fedgraft.client.identity import load_identity
 from fedgraft.client.leaving import what_leaves
@@ -262,7 +262,7 @@ class Participant:
             return Tally.empty(measures)
         trained = bench.layout.only((*request.names, *bench.local.names))
         vector = self.start(bench, trained, request)
-        return evaluate(
+        return measure(
             self.stack(job), trained, vector, examples, measures=measures, store=self.store
         ).tally
 

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from fedgraft.common.files import write_text
+from fedgraft.common.tasks import TASKS, Metric
 from fedgraft.common.verdicts import as_points
 
 __all__ = ["read_report", "write_report"]
@@ -31,7 +32,15 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write ``report`` (as ``comparison.compare`` makes it) into ``folder`` in all three forms."""
     rounds = [{**line, **_known(line)} for line in report["rounds"]]
     report = report | {"rounds": rounds}
-    facts = {"report": report, "names": NAMES, "points": _curve(rounds)}
+    metrics = TASKS[report["task"]].metrics
+    share = next(one for one in metrics if one.percent)  # what bars and the curve are of
+    facts = {
+        "report": report,
+        "names": NAMES,
+        "points": _curve(rounds),
+        "metrics": metrics,
+        "share": share,
+    }
     for name in ("report.md", "report.html"):
         text = _templates().get_template(f"{name}.j2").render(facts)
         write_text(folder / name, text.encode("utf-8", "replace").decode())
@@ -56,6 +65,7 @@ def _templates() -> Environment:
     )
     filters: dict[str, Callable[..., str]] = {
         "percent": _percent,
+        "metric": _metric,
         "interval": _interval,
         "points": as_points,
     }
@@ -87,6 +97,13 @@ def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.1f} %"
 
 
-def _interval(model: dict[str, Any], metric: str = "accuracy") -> str:
-    low, high = model[f"{metric}_interval"]
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+def _metric(model: dict[str, Any], metric: Metric) -> str:
+    return metric.text(model[metric.key])
+
+
+def _interval(model: dict[str, Any], metric: Metric) -> str:
+    """Of perplexity with one block of text there is none."""
+    ends = model.get(f"{metric.key}_interval")
+    if ends is None:
+        return MISSING
+    return f"{metric.text(ends[0], unit='')} to {metric.text(ends[1])}"

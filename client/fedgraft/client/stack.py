@@ -117,6 +117,8 @@ def _build(bench: Workbench, device: torch.device, precision: str) -> Stack:
     model = _twin(bench.model.get_base_model(), device, dtype)
     if attention := ATTENTION.get((device.type, precision)):
         model.set_attn_implementation(attention)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # of keys and values, for generation: here each row is whole
     draws = Draws()
     modules = _replace_adapters(model, bench.layout, draws)
     _seed_head_dropout(model, draws)

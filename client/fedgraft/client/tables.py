@@ -1,4 +1,4 @@
-"""Read the two columns a job asks for out of a site's own files, and refuse what is not clean.
+"""Read the columns a job asks for out of a site's own files, and refuse what is not clean.
 
 ``datasets.load_dataset`` does not parse them: it copies a site's rows into a cache in the home
 folder, reads the text "NA" as missing and "007" as the number 7, and reports a broken row without
@@ -21,6 +21,7 @@ __all__ = ["READERS", "Table", "column_names", "find_sources", "images_in", "rea
 
 Row = tuple[int, Any, Any]  # line or row number, content, label
 
+TEXT = ".txt"
 LITTER = frozenset({"Thumbs.db", "desktop.ini"})
 
 
@@ -68,34 +69,54 @@ def find_sources(path: str) -> list[Path]:
     raise DataError(f"no file {path}", hint=hint)
 
 
-def read_tables(path: str, *, content: str, label: str, images: bool) -> list[Table]:
+def read_tables(path: str, *, content: str, label: str | None, images: bool) -> list[Table]:
     """Read the columns ``content`` and ``label`` of all sources at ``path`` (file, folder, glob).
 
     With ``images`` (or recordings), a folder holds one folder per label, an image file alone has
     the name of its folder as label, and the ``content`` of a table is an embedded image or the path
-    of one, relative to the table.
+    of one, relative to the table. Without a ``label`` all labels are None, and each ``.txt`` file,
+    also of a folder, is one text.
 
     Raises:
         DataError: missing, empty, malformed, not UTF-8, without one of the columns.
     """
     tables, loose = [], []
     for source in find_sources(path):
-        if source.is_dir():
+        if source.is_dir() and label is None:
+            tables.extend(_read_texts(source))
+        elif source.is_dir():
             tables.append(_read_folder(source, images=images))
-        elif source.suffix.lower() in READERS:
+        elif source.suffix.lower() in READERS or (label is None and _is_text(source)):
             tables.append(_read_file(source, content, label, images=images))
         elif images:
             loose.append((source, source.parent.name))
         else:
             raise DataError(
                 f"{source} is not a kind of file that can be read",
-                hint=f"give one of {', '.join(READERS)}",
+                hint=f"give one of {', '.join(READERS)}{' or .txt' if label is None else ''}",
             )
     return [*tables, _image_table(Path(path), loose)] if loose else tables
 
 
-def _read_file(path: Path, content: str, label: str, *, images: bool) -> Table:
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() == TEXT
+
+
+def _read_texts(path: Path) -> list[Table]:
+    """Every ``.txt`` file in the folder ``path`` and those below it, in sorted order."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _is_text(file))
+    if not files:
+        raise DataError(
+            f"{path} has no {TEXT} files",
+            hint=f"put texts there, or name a table such as {path}/texts.jsonl",
+        )
+    return [_read_file(file, "", None, images=False) for file in files if _kept(file)]
+
+
+def _read_file(path: Path, content: str, label: str | None, *, images: bool) -> Table:
     suffix = path.suffix.lower()
+    if suffix == TEXT:
+        return Table(path, ["".join(_lines(path))], [None], (1,), "line", typed=True)
     numbers, contents, labels = [], [], []
     for number, one, name in READERS[suffix](path, content, label):
         numbers.append(number)
@@ -177,14 +198,14 @@ def _lines(path: Path) -> Iterator[str]:
         ) from None
 
 
-def _read_csv(path: Path, content: str, label: str) -> Iterator[Row]:
+def _read_csv(path: Path, content: str, label: str | None) -> Iterator[Row]:
     reader = csv.reader(_lines(path), strict=True)
     try:
         header = next(reader, None)
         if not header:
             raise DataError(f"{path} is empty", hint="its first line must name the columns")
         _check_columns(path, header, content, label)
-        at, named = header.index(content), header.index(label)
+        at, named = header.index(content), header.index(label) if label else None
         start = reader.line_num + 1  # a quoted cell may span lines: a record is found at its first
         for row in reader:
             number, start = start, reader.line_num + 1
@@ -194,7 +215,7 @@ def _read_csv(path: Path, content: str, label: str) -> Iterator[Row]:
                     hint="put quotes around fields that contain a comma",
                 )
             if row:
-                yield number, row[at], row[named]
+                yield number, row[at], None if named is None else row[named]
     except csv.Error as error:
         raise DataError(
             f"{path}, line {reader.line_num} is not valid CSV: {error}",
@@ -202,7 +223,7 @@ def _read_csv(path: Path, content: str, label: str) -> Iterator[Row]:
         ) from None
 
 
-def _read_jsonl(path: Path, content: str, label: str) -> Iterator[Row]:
+def _read_jsonl(path: Path, content: str, label: str | None) -> Iterator[Row]:
     checked = False
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
@@ -223,10 +244,10 @@ def _read_jsonl(path: Path, content: str, label: str) -> Iterator[Row]:
         if not checked:
             _check_columns(path, list(row), content, label)
             checked = True
-        yield number, row.get(content), row.get(label)
+        yield number, row.get(content), row.get(label) if label else None
 
 
-def _read_parquet(path: Path, content: str, label: str) -> Iterator[Row]:
+def _read_parquet(path: Path, content: str, label: str | None) -> Iterator[Row]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -234,11 +255,12 @@ def _read_parquet(path: Path, content: str, label: str) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             _check_columns(path, schema.names, content, label)
-            names = _class_names(schema, label)
+            names = _class_names(schema, label) if label else []
             rows = itertools.count(1)
-            for batch in file.iter_batches(batch_size=1024, columns=[content, label]):
-                pairs = zip(batch[content].to_pylist(), batch[label].to_pylist(), strict=True)
-                for one, value in pairs:
+            wanted = [content, label] if label else [content]
+            for batch in file.iter_batches(batch_size=1024, columns=wanted):
+                values = batch[label].to_pylist() if label else [None] * len(batch)
+                for one, value in zip(batch[content].to_pylist(), values, strict=True):
                     yield next(rows), one, names[value] if names and value is not None else value
     except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError):
         raise DataError(
@@ -256,7 +278,7 @@ def _class_names(schema: Any, label: str) -> list[str]:
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
 
 
-READERS: dict[str, Callable[[Path, str, str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, str, str | None], Iterator[Row]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
@@ -286,11 +308,12 @@ def column_names(path: Path) -> list[str]:
         ) from None
 
 
-def _check_columns(path: Path, there: list[str], content: str, label: str) -> None:
-    twice = sorted({name for name in (content, label) if there.count(name) > 1})
+def _check_columns(path: Path, there: list[str], content: str, label: str | None) -> None:
+    wanted = [name for name in (content, label) if name is not None]
+    twice = sorted({name for name in wanted if there.count(name) > 1})
     if twice:
         raise DataError(f"{path} has column {twice[0]!r} twice", hint="rename one of them")
-    for name in (content, label):
+    for name in wanted:
         if name in there:
             continue
         raise DataError(

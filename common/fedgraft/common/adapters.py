@@ -25,6 +25,7 @@ from fedgraft.common.backbones import head_names
 from fedgraft.common.errors import AdapterError
 from fedgraft.common.job import Job, LoraMethod
 from fedgraft.common.seeds import derive_seed
+from fedgraft.common.tasks import TASKS
 
 __all__ = [
     "Layout",
@@ -136,6 +137,7 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
             use_rslora=method.rslora,
             use_dora=method.dora,
             modules_to_save=None if method.head == "frozen" else heads,
+            task_type=TASKS[job.job.task].peft,
         )
     else:  # peft's own marker for "no low-rank factors at all"
         config = LoraConfig(r=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads)

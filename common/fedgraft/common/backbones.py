@@ -134,7 +134,10 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, child in model.named_children()
-        if name not in body and any(True for _ in child.parameters())
+        # T5 has its table of embeddings beside its encoder: a model begins there.
+        if not isinstance(child, nn.Embedding)
+        and name not in body
+        and any(True for _ in child.parameters())
     )
 
 
@@ -235,13 +238,15 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
         ) from None
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | mismatched
-    _refuse_random_layers(model, missing, backbone.source)
+    _refuse_random_layers(model, missing, backbone.source, head_trains=bool(labels))
     return model, missing
 
 
-def _refuse_random_layers(model: nn.Module, missing: set[str], source: str) -> None:
-    """A head may be missing, and a pooler often is; any other gap would be frozen noise."""
-    heads = tuple(f"{name}." for name in head_names(model))
+def _refuse_random_layers(
+    model: nn.Module, missing: set[str], source: str, *, head_trains: bool
+) -> None:
+    """A head for labels may be missing, a pooler often is; any other gap would be frozen noise."""
+    heads = tuple(f"{name}." for name in head_names(model)) if head_trains else ()
     gaps = sorted(key for key in missing if not key.startswith(heads) and ".pooler." not in key)
     if gaps:
         raise BackboneError(

@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 
 from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.faults import Faults
+from fedgraft.common.language import check_language
 from fedgraft.common.measures import Measures
 from fedgraft.common.methods import HeadMethod, LoraMethod, Method
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
-from fedgraft.common.tasks import TASKS, Modality, TaskName
+from fedgraft.common.tasks import TASKS, Modality, Task, TaskName
 
 __all__ = [
     "Actor",
@@ -195,8 +196,9 @@ class Data(Section):
     image: str = "image"
     audio: str = Field(default="audio", description="column of wav files")
     label: str = "label"
+    target: str = Field(default="target", description="the second text of seq2seq-lm")
     validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
-    max_length: int = Field(default=128, ge=4, le=8192)
+    max_length: int = Field(default=128, ge=4, le=8192, description="tokens of an example")
     seconds: float = Field(default=5.0, gt=0, le=60, description="of a recording: cut or padded")
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     on_bad_audio: Literal["refuse", "skip"] = "refuse"
@@ -207,6 +209,12 @@ class Data(Section):
     def column(self, modality: Modality) -> str:
         """What the column is called that holds what a model reads."""
         return {"text": self.text, "image": self.image, "audio": self.audio}[modality]
+
+    def beside(self, task: Task) -> str | None:
+        """The column beside what is read: labels, or the texts to be written; None without."""
+        if task.paired:
+            return self.target
+        return self.label if task.target == "label" else None
 
     @model_validator(mode="after")
     def _groups_are_listed(self) -> Self:
@@ -286,11 +294,8 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _measures_fit(self) -> Self:
-        if TASKS[self.job.task].target == "tokens" and self.measures.size:
-            raise IllegalJob(
-                f"{self.job.task} predicts tokens, which have neither scores nor groups",
-                "leave evaluation.score_bins, data.group and data.groups out",
-            )
+        if TASKS[self.job.task].target == "tokens":
+            check_language(self)
         return self
 
     @model_validator(mode="after")
@@ -317,11 +322,6 @@ class Job(Section):
                 "raise method.rank, the rank of the shared adapter"
                 if self.method.kind == "lora"
                 else 'leave simulation.ranks out: method.kind = "head" has no rank',
-            )
-        if TASKS[self.job.task].target == "tokens" and self.method.head != "frozen":
-            raise IllegalJob(
-                f"the head of {self.job.task} is the backbone's own, as large as its vocabulary",
-                'method.kind = "lora" with method.head = "frozen"',
             )
         if self.rounds.early_stopping and not self.data.validation:
             raise IllegalJob(
@@ -354,7 +354,10 @@ class Job(Section):
         """What an evaluation of this job counts."""
         evaluation = self.evaluation
         groups = self.data.groups
-        return Measures(self.job.classes, evaluation.score_bins, groups, evaluation.min_group)
+        tokens = self.data.max_length if TASKS[self.job.task].target == "tokens" else 0
+        return Measures(
+            self.job.classes, evaluation.score_bins, groups, evaluation.min_group, tokens
+        )
 
     def check_sites(self, sites: int) -> None:
         """Whether rounds can work with ``sites`` sites.

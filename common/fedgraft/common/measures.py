@@ -16,6 +16,7 @@ and 1, so it is off by at most half the share of such pairs (``auroc_error``). T
 bin's middle for the probabilities in it, and is off by at most half a bin, ``1 / (2 bins)``.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ __all__ = ["CALIBRATION_BINS", "Counts", "Measures"]
 Counts = NDArray[np.int64]
 
 CALIBRATION_BINS = 10  # of the calibration error; ``bins`` is a multiple, so that edges are shared
+LARGEST_EXPONENT = 700.0  # of e: beyond is no float, and JSON has no infinity
 LOG_ODDS = 16.0  # beyond, 1 in 9 million, all scores are in the last bin
 
 
@@ -38,13 +40,15 @@ LOG_ODDS = 16.0  # beyond, 1 in 9 million, all scores are in the last bin
 class Measures:
     """What a job counts of ``classes`` classes: scores in ``bins`` (0: none), these ``groups``.
 
-    A group with fewer than ``fewest`` examples is not shown.
+    A group with fewer than ``fewest`` examples is not shown. Where it is tokens that are predicted,
+    an example has up to ``tokens`` of them (0: it has a label).
     """
 
     classes: int
     bins: int = 0
     groups: tuple[str, ...] = ()
     fewest: int = 1
+    tokens: int = 0
 
     @cached_property
     def size(self) -> int:
@@ -108,6 +112,17 @@ class Measures:
             and (not self.bins or np.array_equal(sure.sum(1), by_outcome))
             and (groups.sum(0) <= by_outcome).all()
         )
+
+    def figures(self, tally: "Tally") -> dict[str, Any]:
+        """All that ``tally`` says of a model: fractions 0..1, the mean ``loss`` in nats.
+
+        Of tokens that is ``accuracy``, ``loss`` and ``perplexity``, e to the power of it.
+        """
+        if self.tokens:
+            loss = tally.mean_loss
+            perplexity = math.exp(min(loss, LARGEST_EXPONENT)) if tally.examples else 0.0
+            return {"accuracy": tally.accuracy, "perplexity": perplexity, "loss": loss}
+        return {**tally.summary(), **self.summary(tally)}
 
     def summary(self, tally: "Tally") -> dict[str, Any]:
         """What the counts of ``tally`` come to; {} if nothing beside the confusion matrix is asked.

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from fedgraft.common.backbones import public_source
 from fedgraft.common.job import Job
 from fedgraft.common.manifest import licence_of
-from fedgraft.common.tasks import TASKS
+from fedgraft.common.tasks import TASKS, Metric
 from fedgraft.common.workbench import Workbench
 
 __all__ = ["Form", "Origin", "backbone_name", "model_card"]
@@ -28,6 +28,7 @@ PIPELINES = {"causal-lm": "text-generation"}  # tasks that the hub calls otherwi
 LIBRARIES = {"peft": "peft", "merged": "transformers", "onnx": "onnx"}
 # Keys of a model's metrics, the name of each on the hub, and what people call it.
 METRICS = (
+    ("perplexity", "perplexity", "perplexity"),
     ("accuracy", "accuracy", "accuracy"),
     ("macro_f1", "f1", "macro F1"),
     ("weighted_f1", "f1", "weighted F1"),
@@ -132,12 +133,10 @@ def _shown(federated: Mapping[str, Any], final: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(metrics: Mapping[str, Any], key: str) -> str:
-    """A metric in percent, with its interval where there is one."""
-    if metrics.get(key) is None:
-        return "-"
-    told = f"{100 * metrics[key]:.1f} %"
-    ends = metrics.get(f"{key}_interval")
-    return told + (f" ({100 * ends[0]:.1f} to {100 * ends[1]:.1f})" if ends else "")
+    """A metric, in percent unless it is perplexity, with its interval where there is one."""
+    metric, ends = Metric(key, key, key != "perplexity"), metrics.get(f"{key}_interval")
+    span = " (" + " to ".join(metric.text(end, unit="") for end in ends) + ")" if ends else ""
+    return metric.text(metrics.get(key)) + span
 
 
 def _base_code(source: str) -> str:

@@ -55,18 +55,37 @@ class TextProcessor:
     """A tokenizer and what padding takes; ``limit`` is the longest input in tokens, or none.
 
     Where the tokenizer has no padding token, ``pad_id`` is its end-of-text token: a model that
-    finds the last token by ``config.pad_token_id`` must be told this one.
+    finds the last token by ``config.pad_token_id`` must be told this one. ``decoder_start`` is what
+    the decoder reads first, of models that have an encoder and a decoder.
     """
 
     tokenizer: Any
     pad_id: int
     pad_left: bool
     limit: int | None
+    decoder_start: int | None = None
 
-    def tokenize(self, texts: Sequence[str], max_length: int) -> dict[str, list[list[int]]]:
-        """Tokenise each text, cut to ``max_length``, unpadded; keys as the tokenizer names them."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=max_length)
+    def tokenize(
+        self, texts: Sequence[str], max_length: int, *, written: bool = False
+    ) -> dict[str, list[list[int]]]:
+        """Tokenise each text, cut to ``max_length``, unpadded; keys as the tokenizer names them.
+
+        Some tokenizers treat what is to be ``written`` differently.
+        """
+        cut = {"truncation": True, "max_length": max_length}
+        if written:
+            encoded = self.tokenizer(text_target=list(texts), **cut)
+        else:
+            encoded = self.tokenizer(list(texts), **cut)
         return {name: encoded[name] for name in encoded}
+
+    def tokenize_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text as a whole, and behind them the end-of-text token, if there is."""
+        found: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)[
+            "input_ids"
+        ]
+        end = self.tokenizer.eos_token_id
+        return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in found]
 
     @cached_property
     def identity(self) -> str:
@@ -230,9 +249,9 @@ def _load_text(folder: Path, config: Any) -> TextProcessor:
     # transformers writes "no limit" as a huge number.
     limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
-    return TextProcessor(
-        tokenizer, int(pad), tokenizer.padding_side == "left", min(known, default=None)
-    )
+    start = getattr(config, "decoder_start_token_id", None)
+    left, limit = tokenizer.padding_side == "left", min(known, default=None)
+    return TextProcessor(tokenizer, int(pad), left, limit, start)
 
 
 def _load_image(folder: Path, config: Any) -> ImageProcessor:

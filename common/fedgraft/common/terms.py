@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 TALLY_LIMIT = 131072.0  # nats: the largest sum of losses over one site's validation examples
+TOKENS_LIMIT = 2.0**24  # the same over its tokens, of which an example has hundreds
 
 
 def training_terms(
@@ -60,8 +61,9 @@ def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Paramet
     parties = job.privacy.secure_aggregation.max_sites
     bits = (((1 << 31) - 1) // parties + 1).bit_length()
     levels = (1 << (bits - 1)) - 1
-    coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=TALLY_LIMIT)
     measures = job.measures
+    limit = TOKENS_LIMIT if measures.tokens else TALLY_LIMIT
+    coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=limit)
     # What is not asked for is not named: older terms hold.
     beside = (f"bins {measures.bins}", *measures.groups) if measures.size else ()
     layout = digest("tally", *job.job.labels, *beside)

@@ -15,23 +15,28 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fedgraft.common.errors import RunError
 from fedgraft.common.files import write_atomically
+from fedgraft.common.tasks import Metric
 from fedgraft.server.report_figures import POOLED, curve_pictures, pooled_picture, site_picture
 from fedgraft.server.report_insights import map_facts, movement_facts
 from fedgraft.server.report_measures import measure_facts
 from fedgraft.server.report_plots import MODELS
 from fedgraft.server.report_tables import drop_tables, round_table, site_tables, total_traffic
 from fedgraft.server.report_values import (
+    MISSING,
     Record,
     as_count,
     as_decimal,
     as_duration,
     as_interval,
+    as_metric,
+    as_metric_interval,
     as_percent,
     as_points,
     as_share,
     as_size,
     natural_order,
     read_estimate,
+    read_metrics,
     read_record,
     read_records,
 )
@@ -78,7 +83,8 @@ def _template() -> Template:
     )
     filters: dict[str, Callable[..., str]] = {
         "count": as_count, "decimal": as_decimal, "duration": as_duration, "interval": as_interval,
-        "percent": as_percent, "points": as_points, "share": as_share, "size": as_size,
+        "metric": as_metric, "metric_interval": as_metric_interval, "percent": as_percent,
+        "points": as_points, "share": as_share, "size": as_size,
     }  # fmt: skip
     environment.filters.update(filters)
     environment.globals.update(record=read_record, records=read_records)
@@ -92,6 +98,8 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         read_records(summary, "sites"), key=lambda site: natural_order(str(site.get("name")))
     )
     rounds = [entry for entry in history if isinstance(entry, Mapping)]
+    metrics = read_metrics(summary)
+    share = next(one for one in metrics if one.percent)  # what figures are drawn of
     return _template().render(
         summary=summary,
         job=job,
@@ -99,48 +107,63 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         environment=sorted(read_record(summary, "environment").items()),
         models=MODELS,
         final={model: read_record(final, model) for model in POOLED},
-        headline=_partners_headline(summary) or headline(sites),
-        pooled_sentence=_pooled_sentence(final),
-        pooled_picture=pooled_picture(final),
+        metrics=metrics,
+        headline=_partners_headline(summary, metrics[0]) or headline(sites),
+        pooled_sentence=_pooled_sentence(final, metrics[0]),
+        pooled_picture=pooled_picture(final, share),
         rounds=rounds,
         round_table=round_table(rounds),
-        curve_pictures=curve_pictures(rounds),
+        curve_pictures=curve_pictures(rounds, share),
         drops=drop_tables(rounds),
         traffic=total_traffic(summary, rounds),
-        site_picture=site_picture(sites),
-        **site_tables(sites),
+        site_picture=site_picture(sites, share),
+        **site_tables(sites, metrics[0].key),
         **measure_facts(final, sites),
         **movement_facts(summary),
         **map_facts(summary),
     )
 
 
-def _partners_headline(summary: Record) -> str:
+def _partners_headline(summary: Record, metric: Metric) -> str:
     """What the coordinator of partner sites can say; empty for a simulation, which knows more."""
     partners = read_record(summary, "partners")
     if not partners:
         return ""
-    accuracy = read_estimate(read_record(partners, "validation")).value
-    reached = "" if accuracy is None else f"Right for {as_share(accuracy)} of what sites hold out. "
+    value = read_estimate(read_record(partners, "validation"), metric.key).value
+    said = f"Right for {_figure(metric, value)} of" if metric.percent else ""
+    said = said or f"{metric.title} {_figure(metric, value)} on"
+    reached = "" if value is None else f"{said} what sites hold out. "
     return f"{reached}Whether it was worth it, each site knows for itself."
 
 
-def _pooled_sentence(final: Record) -> str:
+def _pooled_sentence(final: Record, metric: Metric) -> str:
     """Federated beside the two references a reader has in mind, on the pooled test set."""
-    federated = read_estimate(read_record(final, "federated")).value
+
+    def of(model: str) -> float | None:
+        return read_estimate(read_record(final, model), metric.key).value
+
+    federated = of("federated")
     if federated is None:
         return ""
-    parts = [f"On the pooled test set the federated model is right for {as_share(federated)}"]
-    for model, words in (
-        ("local_only", "the sites' own models, on average, for"),
-        ("central", "one model trained on all data in one place for"),
+    said = "is right for" if metric.percent else f"has {metric.name}"
+    parts = [f"On the pooled test set the federated model {said} {_figure(metric, federated)}"]
+    for model, who in (
+        ("local_only", "the sites' own models, on average,"),
+        ("central", "one model trained on all data in one place"),
     ):
-        other = read_estimate(read_record(final, model)).value
+        other = of(model)
         if other is not None:
-            parts.append(f"{words} {as_share(other)} ({_gap(other - federated)})")
+            words = f"{who} for" if metric.percent else who
+            gap = _gap(metric, other - federated)
+            parts.append(f"{words} {_figure(metric, other)} ({gap})")
     return "; ".join(parts) + "."
 
 
-def _gap(difference: float) -> str:
-    points = f"{100 * abs(difference):.1f} points"
-    return f"{points} {'more' if difference > 0 else 'less'}" if points[:3] != "0.0" else "the same"
+def _figure(metric: Metric, value: float | None) -> str:
+    return metric.text(value, MISSING, "\u00a0%")
+
+
+def _gap(metric: Metric, difference: float) -> str:
+    size = f"{100 * abs(difference):.1f} points" if metric.percent else f"{abs(difference):.2f}"
+    same = not any(digit in size for digit in "123456789")
+    return "the same" if same else f"{size} {'more' if difference > 0 else 'less'}"

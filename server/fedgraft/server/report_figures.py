@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from fedgraft.common.tasks import Metric
 from fedgraft.server import report_plots
 from fedgraft.server.report_plots import MODELS, Curve, Estimate, Picture
 from fedgraft.server.report_values import (
@@ -25,24 +26,24 @@ SINGLE_DOTS = 400  # above, dots hide each other
 PLOTTED = ("federated", "federated_tuned", "local_only")
 
 
-def pooled_picture(final: Record) -> Picture | None:
-    """Every model on the pooled test set."""
+def pooled_picture(final: Record, share: Metric) -> Picture | None:
+    """The ``share`` that every model has on the pooled test set, which is under ``accuracy``."""
     rows = [(model, read_estimate(read_record(final, model))) for model in POOLED]
     rows = [(model, found) for model, found in rows if found.value is not None]
     if not rows:
         return None
     said = "; ".join(f"{MODELS[model].name} {as_share(found.value)}" for model, found in rows)
     return Picture(
-        report_plots.single_dots(rows, label="Pooled test accuracy", key="pooled"),
-        f"Dot plot of accuracy on the pooled test set with 95 % intervals: {said}.",
-        "Accuracy on the pooled test set. Bars are 95 % intervals.",
+        report_plots.single_dots(rows, label=f"Pooled test {share.name}", key="pooled"),
+        f"Dot plot of {share.name} on the pooled test set with 95 % intervals: {said}.",
+        f"{share.title} on the pooled test set. Bars are 95 % intervals.",
     )
 
 
-def curve_pictures(rounds: Sequence[Record]) -> list[Picture]:
+def curve_pictures(rounds: Sequence[Record], share: Metric) -> list[Picture]:
     """Validation quality and losses over rounds; one that nothing was measured for is left out."""
     checks = [read_record(entry, "validation") for entry in rounds]
-    accuracy = Curve("accuracy", read_column(checks, "accuracy"))
+    accuracy = Curve(share.name, read_column(checks, "accuracy"))
     macro_f1 = Curve("macro F1", read_column(checks, "macro_f1"), second=True)
     validation = Curve("validation loss", read_column(checks, "loss"))
     train = Curve("train loss", read_column(rounds, "train_loss"), second=True)
@@ -79,27 +80,29 @@ def _course(line: Curve, percent: bool) -> str:
     return f"{line.name} from {write(known[0])} at first to {write(known[-1])} at last"
 
 
-def site_picture(sites: Sequence[Record]) -> Picture | None:
+def site_picture(sites: Sequence[Record], share: Metric) -> Picture | None:
     """A dot plot with intervals, or for many sites one dot per site."""
     estimates = [
         {model: read_estimate(read_record(site, model)) for model in PLOTTED} for site in sites
     ]
     if len(sites) > DOT_PLOT_SITES:
-        return _site_scatter(estimates)
+        return _site_scatter(estimates, share)
     models = [model for model in PLOTTED if any(row[model].value is not None for row in estimates)]
     if not models:
         return None
     rows = [(str(site.get("name")), row) for site, row in zip(sites, estimates, strict=True)]
     names = ", ".join(MODELS[model].name.lower() for model in models)
     return Picture(
-        report_plots.dots(rows, models, label="Accuracy on the site's own test set", key="sites"),
-        f"Dot plot of own-test accuracy with 95 % intervals for {len(sites)} sites ({names}); "
+        report_plots.dots(
+            rows, models, label=f"{share.title} on the site's own test set", key="sites"
+        ),
+        f"Dot plot of own-test {share.name} with 95 % intervals for {len(sites)} sites ({names}); "
         "the numbers are in the table of sites.",
-        "Accuracy on each site's own test set. Bars are 95 % intervals.",
+        f"{share.title} on each site's own test set. Bars are 95 % intervals.",
     )
 
 
-def _site_scatter(estimates: Sequence[Mapping[str, Estimate]]) -> Picture | None:
+def _site_scatter(estimates: Sequence[Mapping[str, Estimate]], share: Metric) -> Picture | None:
     found = [(row["local_only"].value, row["federated"].value) for row in estimates]
     pairs = [(local, ours) for local, ours in found if local is not None and ours is not None]
     if not pairs:
@@ -107,7 +110,7 @@ def _site_scatter(estimates: Sequence[Mapping[str, Estimate]]) -> Picture | None
     above = sum(ours > local for local, ours in pairs)
     below = sum(ours < local for local, ours in pairs)
     alt = (
-        f"of own-test accuracy, federated against local only, for {len(pairs):,} sites: "
+        f"of own-test {share.name}, federated against local only, for {len(pairs):,} sites: "
         f"{above:,} above the line of equality, {below:,} below."
     )
     both = f"{len(pairs):,} of {len(estimates):,} have both values"

@@ -32,15 +32,15 @@ LAST_DROPS = 100
 LISTED_REASONS = 20
 
 
-def site_tables(sites: Sequence[Record]) -> dict[str, object]:
-    """The rows and columns of the site table, its means, and who was helped or hurt.
+def site_tables(sites: Sequence[Record], key: str) -> dict[str, object]:
+    """The rows and columns of the site table, means of the figure ``key``, who was helped or hurt.
 
     Of more than ``MANY_SITES`` sites the table has those that moved most, in two ``site_parts``;
     the ``spreads`` by model, which are empty for fewer, stand for the rest.
     """
     means = {}
     for model in SITE_MODELS:
-        found = [read_estimate(read_record(site, model)).value for site in sites]
+        found = [read_estimate(read_record(site, model), key).value for site in sites]
         if known := [value for value in found if value is not None]:
             means[model] = fmean(known)
     many = len(sites) > MANY_SITES
@@ -52,7 +52,7 @@ def site_tables(sites: Sequence[Record]) -> dict[str, object]:
         "sites": _rows(sites),
         "site_parts": [(heading, _rows(chosen)) for heading, chosen in parts if chosen],
         "sites_left_out": len(sites) - len(gained) - len(lost) if many else 0,
-        "spreads": {model: spread(sites, model) for model in means} if many else {},
+        "spreads": {model: spread(sites, model, key) for model in means} if many else {},
         "quantiles": list(QUANTILES),
         "site_absent": [MODELS[model].name for model in SITE_MODELS if model not in means],
         "site_means": means,

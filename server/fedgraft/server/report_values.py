@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedgraft.common.tasks import METRICS, TASKS, Metric
 from fedgraft.server.report_plots import Estimate
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "as_decimal",
     "as_duration",
     "as_interval",
+    "as_metric",
+    "as_metric_interval",
     "as_percent",
     "as_points",
     "as_share",
@@ -27,6 +30,7 @@ __all__ = [
     "outcome_of",
     "read_column",
     "read_estimate",
+    "read_metrics",
     "read_number",
     "read_record",
     "read_records",
@@ -78,6 +82,12 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
+def read_metrics(summary: Record) -> tuple[Metric, Metric]:
+    """What is shown of a model of the run's task, the headline first."""
+    name = read_record(summary, "job").get("task")
+    return next((task.metrics for known, task in TASKS.items() if known == name), METRICS["label"])
+
+
 def outcome_of(site: Record) -> str:
     """One of ``OUTCOMES``."""
     found = site.get("outcome")
@@ -124,6 +134,17 @@ def as_interval(metrics: Record, key: str = "accuracy") -> str:
     """A metric's interval in percent."""
     found = read_estimate(metrics, key).interval
     return MISSING if found is None else f"{100 * found[0]:.1f} to {100 * found[1]:.1f}"
+
+
+def as_metric(metrics: Record, metric: Metric) -> str:
+    """A metric as its kind is written."""
+    return metric.text(read_estimate(metrics, metric.key).value, MISSING, "\u00a0%")
+
+
+def as_metric_interval(metrics: Record, metric: Metric) -> str:
+    """A metric's interval as its kind is written."""
+    found = read_estimate(metrics, metric.key).interval
+    return MISSING if found is None else " to ".join(metric.text(end, unit="") for end in found)
 
 
 def as_count(value: object) -> str:

@@ -151,7 +151,7 @@ def run_round(
 def _validation(job: Job, tally: Tally) -> dict[str, Any] | None:
     if not tally.examples:
         return None
-    return {**tally.summary(), **job.measures.summary(tally), "examples": tally.examples}
+    return {**job.measures.figures(tally), "examples": tally.examples}
 
 
 def _train(

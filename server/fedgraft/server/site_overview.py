@@ -27,20 +27,20 @@ QUANTILES = {
 
 @dataclass(frozen=True)
 class Spread:
-    """One model's accuracy, fractions, over ``sites`` sites; ``quantiles`` as in ``QUANTILES``."""
+    """A figure of one model over ``sites`` sites; ``quantiles`` as in ``QUANTILES``."""
 
     sites: int
     quantiles: tuple[float, ...]
     mean: float
 
 
-def spread(sites: Sequence[Record], model: str) -> Spread | None:
-    """How the model's accuracy on the sites' own test sets is spread; None if nowhere measured.
+def spread(sites: Sequence[Record], model: str, key: str = "accuracy") -> Spread | None:
+    """How the model's figure ``key`` on the sites' own test sets is spread; None if nowhere known.
 
     Every site counts as one, however many test examples it has. Between two sites a quantile is
     interpolated linearly, as numpy does by default.
     """
-    found = (read_estimate(read_record(site, model)).value for site in sites)
+    found = (read_estimate(read_record(site, model), key).value for site in sites)
     values = sorted(value for value in found if value is not None)
     if not values:
         return None

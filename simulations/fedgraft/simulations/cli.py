@@ -7,6 +7,7 @@ import typer
 
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
+from fedgraft.common.tasks import TASKS, Metric
 
 __all__ = ["simulate"]
 
@@ -101,13 +102,21 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _show_sites(console: Console, summary: dict[str, Any]) -> None:
+    metric = _headline_metric(summary)
+
+    def shown(models: dict[str, Any]) -> list[str]:
+        return [_figure(metric, models.get(model)) for model in MODELS]
+
     rows = [
-        [site["name"], str(site["examples"]), *(_share(site[m]) for m in MODELS), site["outcome"]]
+        [site["name"], str(site["examples"]), *shown(site), site["outcome"]]
         for site in summary["sites"]
     ]
-    pooled = [_share(summary["final"].get(model)) for model in MODELS]
-    rows.append(["pooled", str(sum(s["examples"] for s in summary["sites"])), *pooled, ""])
-    title = "Accuracy on each site's own test set (%), and whether federating helped"
+    rows.append(
+        ["pooled", str(sum(s["examples"] for s in summary["sites"])), *shown(summary["final"]), ""]
+    )
+    title = (
+        f"{metric.title} on each site's own test set{_unit(metric)}, and whether federating helped"
+    )
     console.table(title, ["site", "train", *MODELS.values(), "federating"], rows)
     for site in summary["sites"]:
         console.text(site["verdict"])
@@ -117,22 +126,34 @@ def _show_spread(console: Console, summary: dict[str, Any]) -> None:
     """For more sites than anyone reads one by one: quantiles, and how many were helped."""
     from fedgraft.server.site_overview import QUANTILES, headline, spread
 
-    sites = summary["sites"]
-    spreads = {model: found for model in MODELS if (found := spread(sites, model)) is not None}
+    sites, metric = summary["sites"], _headline_metric(summary)
+    found = {model: spread(sites, model, metric.key) for model in MODELS}
     rows = [
         [
             MODELS[model],
-            *(f"{100 * value:.1f}" for value in (*found.quantiles, found.mean)),
-            f"{found.sites:,}",
-            _share(summary["final"].get(model)),
+            *(metric.text(value, unit="") for value in (*one.quantiles, one.mean)),
+            f"{one.sites:,}",
+            _figure(metric, summary["final"].get(model)),
         ]
-        for model, found in spreads.items()
+        for model, one in found.items()
+        if one is not None
     ]
-    title = f"Accuracy on the own test sets of {len(sites):,} sites (%), and on all of them pooled"
+    where = (
+        f"on the own test sets of {len(sites):,} sites{_unit(metric)}, and on all of them pooled"
+    )
+    title = f"{metric.title} {where}"
     console.table(title, ["model", *QUANTILES, "mean", "sites", "pooled"], rows)
     console.text(headline(sites))
     console.text(f"every site: {summary['folder']}/summary.json")
 
 
-def _share(metrics: dict[str, Any] | None) -> str:
-    return "-" if metrics is None else f"{100 * metrics['accuracy']:.1f}"
+def _headline_metric(summary: dict[str, Any]) -> Metric:
+    return TASKS[summary["job"]["task"]].metrics[0]
+
+
+def _unit(metric: Metric) -> str:
+    return " (%)" if metric.percent else ""
+
+
+def _figure(metric: Metric, found: dict[str, Any] | None) -> str:
+    return metric.text(None if found is None else found[metric.key], unit="")

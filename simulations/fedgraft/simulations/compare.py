@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 
 from fedgraft.client.comparison import epochs_of
-from fedgraft.client.evaluation import Evaluation, evaluate
+from fedgraft.client.evaluation import Evaluation, TokenEvaluation, measure
+from fedgraft.client.evaluation import Measured as Judged
 from fedgraft.client.examples import Examples, concatenate
 from fedgraft.client.participant import Participant, Splits, open_participant
 from fedgraft.client.stack import Stack
 from fedgraft.client.training import Task, Trained, train
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.job import HeadMethod, Job, Training
-from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
@@ -35,7 +35,7 @@ from fedgraft.simulations.grid import NodeConfig
 from fedgraft.simulations.site_map import keep_direction, why_absent
 from fedgraft.simulations.workers import Workers, cores
 
-__all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
+__all__ = ["Judged", "Measured", "Started", "Trial", "head_only_job", "start"]
 
 MOST_OTHERS = 50
 TESTED = 64  # sites tested in one task: a task carries the adapter and the names of all sites
@@ -51,11 +51,11 @@ class Measured:
     ``Tally.summary`` of each model on the pooled test set (of many sites, on a sample of it).
     """
 
-    own: tuple[Evaluation | None, ...]
+    own: tuple[Judged | None, ...]
     models: tuple[dict[str, float], ...] | None = None
 
-    def pooled(self) -> Tally | None:
-        """``own`` summed; None if no site has a result."""
+    def pooled(self) -> Judged | None:
+        """``own`` one after the other; None if no site has a result."""
         known = [evaluation for evaluation in self.own if evaluation is not None]
         return _pool(known) if known else None
 
@@ -110,23 +110,28 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
     return Started([workers.submit(task, trial, group) for group in groups], finish)
 
 
-def _one_model(own: list[Evaluation | None]) -> Measured:
+def _one_model(own: list[Judged | None]) -> Measured:
     return Measured(tuple(own))
 
 
-def _separate_models(results: list[tuple[Evaluation, dict[str, float]] | None]) -> Measured:
+def _separate_models(results: list[tuple[Judged, dict[str, float]] | None]) -> Measured:
     own = tuple(None if result is None else result[0] for result in results)
     # Without a test example a model would count as one that is never right.
     return Measured(own, tuple(result[1] for result in results if result is not None and result[1]))
 
 
-def _pool(evaluations: Sequence[Evaluation]) -> Tally:
-    """The sum of the tallies, of which never more than one exists."""
-    loss = reduce(add, (one.loss for one in evaluations))  # sum() rounds differently from 3.12 on
-    true = np.concatenate([one.true for one in evaluations])
-    predicted = np.concatenate([one.predicted for one in evaluations])
-    more = reduce(add, (one.more for one in evaluations))
-    return Tally.of(loss, true, predicted, evaluations[0].classes, more)
+def _pool(evaluations: Sequence[Judged]) -> Judged:
+    """All of them as one: its tally is the only one that ever exists."""
+    blocks = [one for one in evaluations if isinstance(one, TokenEvaluation)]
+    if blocks:
+        columns = zip(*((one.losses, one.right, one.counted) for one in blocks), strict=True)
+        return TokenEvaluation(*(np.concatenate(column) for column in columns))
+    labelled = [one for one in evaluations if isinstance(one, Evaluation)]
+    loss = reduce(add, (one.loss for one in labelled))  # sum() rounds differently from 3.12 on
+    true = np.concatenate([one.true for one in labelled])
+    predicted = np.concatenate([one.predicted for one in labelled])
+    more = reduce(add, (one.more for one in labelled))
+    return Evaluation(loss, true, predicted, labelled[0].classes, more)
 
 
 @dataclass(frozen=True)
@@ -144,10 +149,10 @@ class _Place:
         """All that trains at a site."""
         return self.bench.layout
 
-    def test(self, adapter: Vector, examples: Examples) -> Evaluation:
+    def test(self, adapter: Vector, examples: Examples) -> Judged:
         """``adapter``, float32 [layout.size], on ``examples``."""
         store, measures = self.participant.store, self.job.measures
-        return evaluate(self.stack, self.layout, adapter, examples, measures=measures, store=store)
+        return measure(self.stack, self.layout, adapter, examples, measures=measures, store=store)
 
     def task(self, start: Vector, purpose: str) -> Task:
         """Training on the site's own data."""
@@ -195,12 +200,12 @@ def _sample(trial: Trial, site: int) -> list[int]:
     return sorted(draw.choice(others, MOST_OTHERS, replace=False).tolist())
 
 
-def _federated(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
+def _federated(trial: Trial, sites: Sequence[int]) -> list[Judged]:
     places = (_place(trial, site) for site in sites)
     return [place.test(place.federated(trial), place.splits.test) for place in places]
 
 
-def _tuned(trial: Trial, sites: Sequence[int]) -> list[Evaluation | None]:
+def _tuned(trial: Trial, sites: Sequence[int]) -> list[Judged | None]:
     places = [_place(trial, site) for site in sites]
     settings = trial.job.training
     settings = settings.model_copy(update={"learning_rate": settings.learning_rate * TUNED_RATE})
@@ -212,13 +217,13 @@ def _tuned(trial: Trial, sites: Sequence[int]) -> list[Evaluation | None]:
     ]
 
 
-def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
+def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Judged]:
     places = (_place(trial, site) for site in sites)
     # Factors B start at zero: this is the backbone itself.
     return [place.test(place.bench.initial, place.splits.test) for place in places]
 
 
-def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, dict[str, float]] | None]:
+def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Judged, dict[str, float]] | None]:
     places = [_place(trial, site) for site in sites]
     tasks = [place.task(place.bench.initial, "local-only") for place in places]
     trained = _train(places, tasks, trial.job.training, _budget(trial))
@@ -236,20 +241,20 @@ def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, dict[st
 
 def _tried(
     trial: Trial, site: int, place: _Place, adapter: Vector
-) -> tuple[Evaluation, dict[str, float]]:
+) -> tuple[Judged, dict[str, float]]:
     """Its own test set, and ``Tally.summary`` of that and others'; {} if they have no example."""
     own = place.test(adapter, place.splits.test)
     # Of thousands of sites a sample will do: all of them would be a million evaluations.
     others = (_place(trial, other).splits.test for other in _sample(trial, site))
-    pooled = _pool([own, *(place.test(adapter, test) for test in others)])
+    pooled = _pool([own, *(place.test(adapter, test) for test in others)]).tally
     if not pooled.examples:
         return own, {}
-    beside = trial.job.measures.summary(pooled)
+    found = trial.job.measures.figures(pooled)
     # A mean over models means nothing for what some of them lack, or for groups.
-    return own, pooled.summary() | {k: v for k, v in beside.items() if isinstance(v, float)}
+    return own, {key: value for key, value in found.items() if isinstance(value, float)}
 
 
-def _central(trial: Trial) -> list[Evaluation | None]:
+def _central(trial: Trial) -> list[Judged | None]:
     places = [_place(trial, site) for site in range(len(trial.nodes))]
     place = places[0]
     settings = trial.job.training

@@ -32,6 +32,7 @@ from fedgraft.common.job import Job, Partition, Simulation
 from fedgraft.common.processors import open_image, to_channels
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.tasks import TASKS
 from fedgraft.simulations.faults import Fates, wrong_labels
 from fedgraft.simulations.shifts import Shift, draw_shifts
 from fedgraft.simulations.sources import (
@@ -283,6 +284,8 @@ def _as_files(
     job: Job, rows: pa.Table, shift: Shift | None, generator: np.random.Generator
 ) -> pa.Table:
     """The rows as a real site would have them: the job's column names, labels by name."""
+    if TASKS[job.job.task].target == "tokens":
+        return _as_texts(job, rows)
     if job.job.task == "image-classification":
         column, kind = job.data.image, datasets.Image()
         sources = rows["image"].to_pylist()
@@ -302,6 +305,12 @@ def _as_files(
         words[job.data.group] = [job.data.groups[at] if at >= 0 else None for at in listed]
     features = datasets.Features({column: kind, **dict.fromkeys(words, datasets.Value("string"))})
     return pa.table({column: contents, **words}, schema=features.arrow_schema)
+
+
+def _as_texts(job: Job, rows: pa.Table) -> pa.Table:
+    """The texts as a real site would have them, with the text that is to be written beside each."""
+    names = {"text": job.data.text, "target": job.data.target}
+    return pa.table({names[one]: rows[one] for one in rows.column_names if one in names})
 
 
 def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.Generator) -> bytes:

@@ -37,7 +37,8 @@ def prepare(job: Job, engine: str = "local", console: Console | None = None) -> 
         _refuse_faults(job)
         require_ray()
     prepared = prepare_sites(job, cache_folder() / "sites")
-    wanted = (job, head_only_job(job)) if "head_only" in prepared.settings.baselines else (job,)
+    headed = "head_only" in prepared.settings.baselines and not job.measures.tokens
+    wanted = (job, head_only_job(job)) if headed else (job,)
     device = str(choose_device(prepared.settings.device))
     for each in wanted:  # here, so that forked workers share them
         open_stack(each, device=device)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.client.evaluation import Evaluation
+from fedgraft.client.evaluation import Evaluation, TokenEvaluation
 from fedgraft.client.judging import figures, judge, outcome_of
 from fedgraft.common.files import write_text
 from fedgraft.common.measures import Measures
-from fedgraft.simulations.compare import Measured
+from fedgraft.common.tasks import METRICS
+from fedgraft.simulations.compare import Judged, Measured
 from fedgraft.simulations.partition import SimulatedSite
 
 __all__ = ["COMPARISONS", "final_metrics", "load_measured", "save_measured", "site_results"]
@@ -30,7 +31,7 @@ def final_metrics(
             final[name] = None
         elif result.models is not None:
             final[name] = _mean_of_models(result.models)
-        elif (pooled := result.pooled()) is not None and pooled.examples:
+        elif (pooled := result.pooled()) is not None and pooled.tally.examples:
             final[name] = figures(pooled, measures, seed, "pooled", name)
         else:
             final[name] = None
@@ -50,8 +51,8 @@ def site_results(
     ]
 
 
-def _own(measured: Mapping[str, Measured | None], index: int) -> dict[str, Evaluation | None]:
-    own: dict[str, Evaluation | None] = {}
+def _own(measured: Mapping[str, Measured | None], index: int) -> dict[str, Judged | None]:
+    own: dict[str, Judged | None] = {}
     for name in (*COMPARISONS, "federated_tuned"):
         result = measured.get(name)
         own[name] = result.own[index] if result is not None else None
@@ -60,14 +61,14 @@ def _own(measured: Mapping[str, Measured | None], index: int) -> dict[str, Evalu
 
 def _site(
     site: SimulatedSite,
-    own: Mapping[str, Evaluation | None],
+    own: Mapping[str, Judged | None],
     seed: int,
     measures: Measures,
     trained_alone: bool,
 ) -> dict[str, Any]:
     metrics = {
-        name: figures(value.tally, measures, seed, site.name, name)
-        if value and len(value.true)
+        name: figures(value, measures, seed, site.name, name)
+        if value and value.tally.examples
         else None
         for name, value in own.items()
     }
@@ -76,7 +77,10 @@ def _site(
     judged = judge(own, seed, name=site.name)
     sentence, outcome = outcome_of(judged, missing=missing)
     if (tuned := own["federated_tuned"]) is not None and "local_only" in judged:
-        sentence += f" After a short fine-tune there: {100 * tuned.tally.accuracy:.1f} %."
+        metric = METRICS["tokens" if measures.tokens else "label"][0]
+        came = metric.text(measures.figures(tuned.tally)[metric.key])
+        said = "" if metric.percent else f"{metric.name} "
+        sentence += f" After a short fine-tune there: {said}{came}."
     return {
         "name": site.name,
         "examples": site.examples,
@@ -101,7 +105,8 @@ def _mean_of_models(summaries: Sequence[Mapping[str, float]]) -> dict[str, Any] 
 def save_measured(path: Path, measured: Measured | None) -> None:
     """Keep a comparison, so that a resumed run need not do it again.
 
-    As JSON: two labels a test example. A confusion matrix a site would be thousands of zeros.
+    As JSON: two labels a test example, or three sums a block of text. A confusion
+    matrix a site would be thousands of zeros.
     """
     value = measured and {
         "own": [one and _to_json(one) for one in measured.own],
@@ -120,13 +125,18 @@ def load_measured(path: Path) -> Measured | None:
     return Measured(own, None if models is None else tuple(models))
 
 
-def _to_json(one: Evaluation) -> dict[str, Any]:
+def _to_json(one: Judged) -> dict[str, Any]:
+    if isinstance(one, TokenEvaluation):
+        return {key: value.tolist() for key, value in vars(one).items()}
     arrays = {"true": one.true.tolist(), "predicted": one.predicted.tolist()}
     at = np.flatnonzero(one.more)  # most bins are empty
     return {**vars(one), **arrays, "more": [len(one.more), at.tolist(), one.more[at].tolist()]}
 
 
-def _from_json(value: Mapping[str, Any]) -> Evaluation:
+def _from_json(value: Mapping[str, Any]) -> Judged:
+    if "losses" in value:
+        whole = (np.array(value[key], np.int64) for key in ("right", "counted"))
+        return TokenEvaluation(np.array(value["losses"], np.float64), *whole)
     true, predicted = (np.array(value[key], np.int64) for key in ("true", "predicted"))
     size, at, counts = value.get("more", (0, [], []))  # older runs have none
     more = np.zeros(size, np.int64)

@@ -5,7 +5,7 @@ checkpoint, a comparison that was finished is read back; one that was not starts
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -16,6 +16,7 @@ from fedgraft.common.console import Console, Steps
 from fedgraft.common.job import Job
 from fedgraft.common.job import Simulation as SimulationSettings
 from fedgraft.common.messages import Stage
+from fedgraft.common.tasks import METRICS
 from fedgraft.common.workbench import choose_device, open_workbench
 from fedgraft.server.app import coordinate
 from fedgraft.server.export import export_adapter
@@ -198,9 +199,9 @@ class _Simulation:
         return {name: load_measured(folder / f"{name}.json") for name in wanted}
 
     def _head_only(self, console: Console) -> Trial | None:
-        """The same federation with only the head training; None if that is this one."""
+        """The same federation with only the head training; None if that is this one, or nothing."""
         job = head_only_job(self.job)
-        if job.method == self.job.method:
+        if job.method == self.job.method or self.job.measures.tokens:
             return None
         bench = open_workbench(job)
         plan = make_plan(job, bench, self.run.session, self.masking)
@@ -242,10 +243,17 @@ def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:
     )
 
 
+def _quality(validation: Mapping[str, Any]) -> str:
+    """The headline of ``validation``, whichever of the tasks it is of."""
+    shown = METRICS.values()
+    metric = next(one for one, other in shown if {one.key, other.key} <= validation.keys())
+    return metric.text(validation[metric.key])
+
+
 def _round_line(record: RoundRecord) -> str:
     parts = [f"loss {record.train_loss:.3f}"]
     if record.validation is not None:
-        parts.append(f"valid. {100 * record.validation['accuracy']:.1f} %")
+        parts.append(f"valid. {_quality(record.validation)}")
     if record.dropped:
         some = ", ".join(f"{d.site} ({d.reason})" for d in record.dropped[:3])
         more = f" and {len(record.dropped) - 3} more" if len(record.dropped) > 3 else ""

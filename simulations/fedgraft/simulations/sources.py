@@ -23,7 +23,7 @@ from fedgraft.client.tables import read_tables
 from fedgraft.common.errors import JobError
 from fedgraft.common.job import Job, Simulation
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.tasks import TASKS, Modality
+from fedgraft.common.tasks import TASKS, Task
 from fedgraft.simulations.demo import digits
 
 __all__ = [
@@ -192,13 +192,14 @@ def labels_of(rows: datasets.Dataset) -> Indices:
 
 def rows_digest(job: Job, simulation: Simulation) -> str:
     """A hash over the rows as they are in the files and the settings that shape the sites."""
-    kind = TASKS[job.job.task].modality
+    task = TASKS[job.job.task]
+    kind = task.modality
     settings: dict[str, Any] = {
         "format": FORMAT,
         "seed": job.job.seed,
         "task": job.job.task,
         "labels": job.job.labels,
-        "data": job.data.model_dump(include=_deciding(kind)),
+        "data": job.data.model_dump(include=_deciding(task)),
         "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
     }
     if job.data.groups:
@@ -207,6 +208,7 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
         settings["poisoned"] = simulation.faults.poisoned
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     natural = simulation.partition.kind == "natural"
+    beside = job.data.beside(task)
     for pattern in (simulation.train, simulation.test):
         # The digits are files of this program: their name and FORMAT identify them.
         sources = {"": pattern} if pattern else {}
@@ -218,7 +220,7 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
                 _feed(digest, DIGITS)
                 continue
             content, files = job.data.column(kind), kind != "text"
-            for table in read_tables(path, content=content, label=job.data.label, images=files):
+            for table in read_tables(path, content=content, label=beside, images=files):
                 _feed(digest, "table", str(table.typed))
                 for one, label in zip(table.contents, table.labels, strict=True):
                     _feed(digest, _content_bytes(one), repr(label))
@@ -228,11 +230,11 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
     return digest.hexdigest()[:32]
 
 
-def _deciding(kind: Modality) -> set[str]:
-    """The settings of ``[data]`` that decide which rows there are; of audio its own besides."""
-    return {"text", "image", "label", "on_bad_image"} | (
-        {"audio", "on_bad_audio"} if kind == "audio" else set()
-    )
+def _deciding(task: Task) -> set[str]:
+    """The settings of ``[data]`` that decide which rows there are; of some tasks others besides."""
+    audio = {"audio", "on_bad_audio"} if task.modality == "audio" else set()
+    target = {"target"} if task.paired else set()
+    return {"text", "image", "label", "on_bad_image"} | audio | target
 
 
 def _feed(digest: Any, *parts: str | bytes) -> None:

@@ -1,0 +1,54 @@
+"""What a job must not ask for where tokens are predicted: there are no labels, and no own head."""
+
+from typing import TYPE_CHECKING
+
+from fedgraft.common.section import IllegalJob
+
+if TYPE_CHECKING:
+    from fedgraft.common.job import Job, Simulation
+
+__all__ = ["check_language"]
+
+
+def check_language(job: "Job") -> None:
+    """Whether a job whose task predicts tokens means something.
+
+    Raises:
+        IllegalJob: it asks for something that only labels have.
+    """
+    task = job.job.task
+    if job.measures.size:
+        raise IllegalJob(
+            f"{task} predicts tokens, which have neither scores nor groups",
+            "leave evaluation.score_bins, data.group and data.groups out",
+        )
+    if job.method.head != "frozen":
+        raise IllegalJob(
+            f"the head of {task} is the backbone's own, as large as its vocabulary",
+            'method.kind = "lora" with method.head = "frozen"',
+        )
+    if job.training.dropout:
+        raise IllegalJob(
+            f"training.dropout acts inside a head that trains, and that of {task} is frozen",
+            "training.dropout = 0; method.dropout acts on the low-rank path",
+        )
+    stopping = job.rounds.early_stopping
+    if stopping is not None and stopping.metric == "macro_f1":
+        raise IllegalJob(
+            f"{task} has no macro F1 to stop early by", 'rounds.early_stopping.metric = "loss"'
+        )
+    if job.simulation is not None:
+        _check_simulation(job.simulation, task)
+
+
+def _check_simulation(simulation: "Simulation", task: str) -> None:
+    if simulation.partition.kind == "dirichlet":
+        raise IllegalJob(
+            f'partition.kind = "dirichlet" deals labels unevenly, and {task} has none',
+            'simulation.partition = { kind = "natural" }, one file or folder a site, or "iid"',
+        )
+    if simulation.faults.poisons_labels:
+        raise IllegalJob(
+            f'faults.poison = "labels" gives sites wrong labels, and {task} has none',
+            'simulation.faults.poison = "sign-flip", "noise" or "nan"',
+        )
