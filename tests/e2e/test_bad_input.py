@@ -181,7 +181,7 @@ def test_an_image_that_does_not_decode_is_refused_or_left_out(
     skip = ("--set", "data.on_bad_image=skip", "--json")
     code, out, err = command(capsys, "check", "job.toml", *options, *skip)
     assert code == 0, err
-    assert json.loads(out)["skipped_images"] == 1
+    assert json.loads(out)["skipped_files"] == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

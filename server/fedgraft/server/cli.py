@@ -25,7 +25,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.toml"),
-    template: Annotated[str, typer.Option(help="text or vision.")] = "text",
+    template: Annotated[str, typer.Option(help="text, vision, audio or language.")] = "text",
     as_json: Json = False,
 ) -> None:
     """Write a commented job file to start from."""
@@ -75,7 +75,7 @@ def check(
         "zero_shot": not bench.fresh_head,
         "protection": protection_facts(loaded, []),
         "sites": [],
-        "skipped_images": 0,
+        "skipped_files": 0,
     }
     if loaded.simulation is not None:
         facts.update(_simulated_sites(loaded))
@@ -96,7 +96,7 @@ def _simulated_sites(job: Any) -> dict[str, Any]:
         {"name": site.name, "examples": site.examples, "test_examples": site.test_examples}
         for site in prepared.sites
     ]
-    return {"sites": sites, "skipped_images": prepared.skipped}
+    return {"sites": sites, "skipped_files": prepared.skipped}
 
 
 def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
@@ -114,8 +114,8 @@ def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
     if facts["sites"]:
         counts = sorted(site["examples"] for site in facts["sites"])
         text = f"{len(counts)} sites with {counts[0]:,} to {counts[-1]:,} training examples"
-        if facts["skipped_images"]:
-            text += f"; {facts['skipped_images']:,} images do not decode and are left out"
+        if facts["skipped_files"]:
+            text += f"; {facts['skipped_files']:,} files do not decode and are left out"
         rows.append(["simulation", text])
     console.table(f"{facts['job']}: valid", ["what", "how much"], rows)
 

@@ -69,7 +69,7 @@ class SimulatedSite:
 class PreparedSites:
     """The sites of a simulation, the section and the folder with a folder for each site.
 
-    The folder's name is a hash over the rows they come from. ``skipped`` images did not decode and
+    The folder's name is a hash over the rows they come from. ``skipped`` files did not decode and
     are at none of the sites.
     """
 

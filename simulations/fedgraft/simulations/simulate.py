@@ -62,8 +62,8 @@ def simulate(
     with PeakMemory() as memory, Workers(settings.workers, device=device) as workers:
         run.event("started", engine=engine, device=device)
         if prepared.skipped:
-            run.event("skipped-images", count=prepared.skipped)
-            console.note(f"left out {prepared.skipped} images that do not decode")
+            run.event("skipped-files", count=prepared.skipped)
+            console.note(f"left out {prepared.skipped} files that do not decode")
         bench = open_workbench(job)
         names = [site.name for site in sites]
         federation = found_federation(job, run.folder / "sites", names)
@@ -94,7 +94,7 @@ def simulate(
         "sites_per_pass": together if engine == "local" else 1,
         "seconds": round(earlier + time.monotonic() - started, 3),
         "peak_memory_mb": round(memory.megabytes, 1),
-        "skipped_images": prepared.skipped,
+        "skipped_files": prepared.skipped,
         "faults": fates.summary(run.events()) if settings.faults.any else None,
         "final": final_metrics(measured, job.job.seed, job.measures),
         "moved": [one.to_json() for one in moved_modules(bench, (plan.exchanged, adapter))],

@@ -59,7 +59,7 @@ class Share:
 class Pool:
     """All rows, as ``read_split`` gives them, and the shares where the data itself has sites.
 
-    ``skipped`` images did not decode and were left out, as the job allows.
+    ``skipped`` files did not decode and were left out, as the job allows.
     """
 
     train: datasets.Dataset
