@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import INDIVIDUAL, Job, LoraMethod
+from fedgraft.common.job import INDIVIDUAL, Job
 from fedgraft.common.jobfile import parse_job
+from fedgraft.common.methods import LoraMethod
 
 Raw = dict[str, Any]
 

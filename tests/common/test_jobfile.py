@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import Job, LoraMethod, Simulation
+from fedgraft.common.job import Job, Simulation
 from fedgraft.common.jobfile import dump_job, load_job, parse_job, read_text
+from fedgraft.common.methods import LoraMethod
 
 MINIMAL = """\
 [job]

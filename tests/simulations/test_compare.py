@@ -7,7 +7,7 @@ from federations import digits_job, run_digits, write_digits
 
 from fedgraft.common.console import Console
 from fedgraft.common.errors import RunError
-from fedgraft.common.job import HeadMethod
+from fedgraft.common.methods import HeadMethod
 from fedgraft.server.runs import Run
 from fedgraft.simulations.preparation import inputs_of, prepare
 from fedgraft.simulations.simulate import simulate

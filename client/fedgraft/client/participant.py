@@ -26,7 +26,8 @@ from fedgraft.common.adapters import Layout, Vector, cut_rank
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.files import write_atomically
-from fedgraft.common.job import HeadMethod, Job
+from fedgraft.common.job import Job
+from fedgraft.common.methods import HeadMethod
 from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import (
     EvaluateReply,

@@ -160,6 +160,7 @@ class StackedDora(Stacked):
     def __init__(self, base: nn.Module, path: "StackedLinearLora | StackedConvLora") -> None:
         super().__init__(base)
         self.path = path
+        self.squares = (self._rows() ** 2).sum(-1)  # of the frozen rows, [out]: always the same
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` [K x R, ..., in] or [K x R, in, height, width], as of the frozen layer."""
@@ -184,15 +185,19 @@ class StackedDora(Stacked):
         |w + s b A|^2 = |w|^2 + 2 s b A w + s^2 b A A' b' for the rows w of W and b of B: without a
         matrix as large as W for each site.
         """
-        frozen: torch.Tensor = self.base.weight  # type: ignore[assignment]
-        weight = (frozen.T if isinstance(self.base, Conv1D) else frozen.flatten(1)).float()
-        s = self.path.scaling
+        weight, s = self._rows(), self.path.scaling
         with torch.no_grad():
             a, b = (self.values[name].flatten(2).float() for name in ("lora_A", "lora_B"))
             cross = (b * (weight @ a.transpose(1, 2))).sum(-1)
             own = (b @ (a @ a.transpose(1, 2)) * b).sum(-1)
-            norm = ((weight**2).sum(-1) + 2 * s * cross + s * s * own).sqrt()
+            norm = (self.squares + 2 * s * cross + s * s * own).sqrt()
         return self.values[MAGNITUDE].flatten(1) / norm
+
+    def _rows(self) -> torch.Tensor:
+        """The frozen weights of each output, float32 [out, in]."""
+        frozen: torch.Tensor = self.base.weight  # type: ignore[assignment]
+        rows = frozen.T if isinstance(self.base, Conv1D) else frozen.flatten(1)
+        return rows.detach().float()
 
 
 class StackedModule(Stacked):

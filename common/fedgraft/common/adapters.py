@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fedgraft.common.backbones import head_names
 from fedgraft.common.errors import AdapterError
-from fedgraft.common.job import Job, LoraMethod
+from fedgraft.common.job import Job
+from fedgraft.common.methods import LoraMethod
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import TASKS
 

@@ -12,7 +12,7 @@ from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.faults import Faults
 from fedgraft.common.language import check_language
 from fedgraft.common.measures import Measures
-from fedgraft.common.methods import HeadMethod, LoraMethod, Method
+from fedgraft.common.methods import Method
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
 from fedgraft.common.tasks import TASKS, Modality, Task, TaskName
@@ -23,9 +23,7 @@ __all__ = [
     "Backbone",
     "Data",
     "EarlyStopping",
-    "HeadMethod",
     "Job",
-    "LoraMethod",
     "Partition",
     "Rounds",
     "Schedule",

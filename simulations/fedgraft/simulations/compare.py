@@ -27,7 +27,8 @@ from fedgraft.client.participant import Participant, Splits, open_participant
 from fedgraft.client.stack import Stack
 from fedgraft.client.training import Task, Trained, train
 from fedgraft.common.adapters import Layout, Vector
-from fedgraft.common.job import HeadMethod, Job, Training
+from fedgraft.common.job import Job, Training
+from fedgraft.common.methods import HeadMethod
 from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.common.workbench import Workbench, open_workbench
