@@ -60,6 +60,8 @@ def make_job(kind: str, folder: Path) -> Job:
         "vit": {**lora, "targets": ["q_proj", "fc1"]},
         "vit-head": {"kind": "head"},
         "vit-dora": {**lora, "targets": ["q_proj", "fc1"], "dora": True, "rslora": True},
+        "vit-partial": {"kind": "partial", "blocks": 1, "norms": True, "head": "shared"},
+        "vit-biases": {"kind": "partial", "blocks": 0, "biases": True, "head": "shared"},
         "bert": {**lora, "targets": "all-linear", "alpha": 5.0},
         "resnet": {**lora, "targets": "all-conv"},
     }

@@ -88,7 +88,7 @@ FAMILIES: dict[str, tuple[Any, Any, str]] = {
 }  # fmt: skip
 
 
-def family_job(name: str, folder: Path, **changes: Any) -> Job:
+def family_job(name: str, folder: Path, *, partial: bool = False, **changes: Any) -> Job:
     """A job of two rounds over two sites with rows of its own below ``folder``."""
     make, targets, reads = FAMILIES[name]
     _save(make(), folder / "backbone", reads)
@@ -96,7 +96,9 @@ def family_job(name: str, folder: Path, **changes: Any) -> Job:
     raw: dict[str, Any] = {
         "job": {"name": name, "task": f"{reads}-classification", "labels": labels},
         "backbone": {"source": f"path:{folder / 'backbone'}"},
-        "method": {"kind": "lora", "rank": 2, "head": "shared", "targets": targets},
+        "method": {"kind": "partial", "blocks": 1, "norms": True, "head": "shared"}
+        if partial
+        else {"kind": "lora", "rank": 2, "head": "shared", "targets": targets},
         "training": {"batch_size": 8, "learning_rate": 5e-2},
         "rounds": {"count": 2},
         "data": {"max_length": 16, "seconds": 0.5, "validation": 0.2},

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models
 
@@ -15,8 +16,9 @@ from fedgraft.client.examples import Examples, ImageExamples, TextExamples
 from fedgraft.client.stack import Stack, open_stack
 from fedgraft.client.training import Span, Task, Trained, learning_rate, train_alone
 from fedgraft.common.adapters import Layout, Vector, read
-from fedgraft.common.job import Job, Training
+from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
+from fedgraft.common.training import Training
 from fedgraft.common.workbench import Workbench, cache_folder
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "TOP",
     "book",
     "digits",
+    "felt",
     "make_job",
     "noisy",
     "open_small",
@@ -113,7 +116,11 @@ def make_job(
         _write(kind, folder)
     backbone = {"source": f"path:{folder}", "weights": "random"}
     what = "text" if kind in TEXT_KINDS else "image"
-    full = method if method.get("kind") == "head" else {**LORA, "targets": TARGETS[kind], **method}
+    full = (
+        method
+        if method.get("kind", "lora") != "lora"
+        else {**LORA, "targets": TARGETS[kind], **method}
+    )
     raw = {
         "job": {"name": "t", "task": f"{what}-classification", "labels": LABELS, "seed": seed},
         "backbone": {"source": "builtin:glyph-vit"} if kind == "vit" else backbone,
@@ -175,6 +182,22 @@ def noisy(bench: Workbench, layout: Layout | None = None, *, seed: int = 8) -> V
     noise = np.random.default_rng(seed).normal(0, 0.05, bench.layout.size)
     whole = (bench.initial + noise).astype(np.float32)
     return whole if layout is None else bench.layout.part(whole, layout)
+
+
+def felt(layout: Layout) -> NDArray[np.bool_]:
+    """Which values the loss depends on: all but the biases of an attention's keys, [layout.size].
+
+    They move all scores of a query alike, which softmax takes out: their gradient is rounding,
+    and of that AdamW makes whole steps.
+    """
+    mask = np.ones(layout.size, bool)
+    for name, where in layout.slices.items():
+        if name.endswith(("key.bias", "k_proj.bias")):
+            mask[where] = False
+        elif name.endswith("c_attn.bias"):
+            third = (where.stop - where.start) // 3
+            mask[where.start + third : where.start + 2 * third] = False
+    return mask
 
 
 def task(examples: Examples, start: Vector, *, seed: int = 1, **more: Any) -> Task:

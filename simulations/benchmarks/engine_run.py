@@ -81,12 +81,12 @@ def like_the_peer(job: Any, seq: int, initial: Path, *, pad: bool) -> None:
     from fedgraft.client.examples import TextExamples
     from fedgraft.common.workbench import open_workbench
 
-    def in_order(task: Any, epochs: int, settings: Any) -> Any:
-        order = np.arange(len(task.examples))
+    def in_order(examples: Any, generator: Any, epochs: int, settings: Any) -> Any:
+        order = np.arange(len(examples))
         for _ in range(epochs):
             yield from np.split(order, range(settings.batch_size, len(order), settings.batch_size))
 
-    training._batches = in_order
+    training.shuffled = in_order  # type: ignore[attr-defined]
     if pad:
         TextExamples.width = lambda self, index: seq  # type: ignore[method-assign]
     bench = open_workbench(job)

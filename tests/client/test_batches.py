@@ -10,15 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trainings import digits, settings, task, texts
 
+from fedgraft.client.batches import MEGABATCH, shuffled
 from fedgraft.client.examples import Examples
-from fedgraft.client.training import MEGABATCH, _batches
 
 NO_START = np.empty(0, np.float32)
 
 
 def batches(examples: Examples, epochs: int = 1, seed: int = 1, **changes: Any) -> list[list[int]]:
     mine = task(examples, NO_START, seed=seed)
-    return [batch.tolist() for batch in _batches(mine, epochs, settings(**changes))]
+    return [
+        batch.tolist()
+        for batch in shuffled(mine.examples, mine.generator, epochs, settings(**changes))
+    ]
 
 
 @given(

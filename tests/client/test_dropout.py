@@ -11,8 +11,8 @@ from fedgraft.client.evaluation import evaluate
 from fedgraft.client.examples import Examples
 from fedgraft.client.stack import Stack
 from fedgraft.client.stacked import Draws, Rows, SiteDropout
-from fedgraft.common.job import Training
 from fedgraft.common.measures import Measures
+from fedgraft.common.training import Training
 
 STILL = 1e-12  # a learning rate at which nothing moves
 

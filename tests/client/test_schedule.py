@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgraft.client.training import learning_rate
-from fedgraft.common.job import Schedule
+from fedgraft.common.training import Schedule
 
 PEAK = 0.02
 

@@ -129,6 +129,25 @@ def test_a_head_that_does_not_travel_leaves_the_head_method_nothing(policy: str)
     refusal(method={"kind": "head", "head": policy})
 
 
+def test_partial_says_what_of_the_backbone_trains() -> None:
+    partial: Raw = {"kind": "partial", "head": "shared"}
+    raw = raw_job() | {"method": partial}
+    assert Job.model_validate(raw).method.blocks == 1  # type: ignore[union-attr]
+    for change in ({"blocks": 0}, {"blocks": -1}, {"rank": 4}, {"head": None}):
+        with pytest.raises(ValidationError):
+            Job.model_validate(raw | {"method": partial | change})
+    assert Job.model_validate(raw | {"method": {**partial, "blocks": 0, "biases": True}})
+    with pytest.raises(ValidationError, match="has none"):
+        Job.model_validate(raw | {"aggregation": {"rule": "ffa"}, "method": partial})
+
+
+@pytest.mark.parametrize(
+    "training", [{"layer_decay": 0}, {"layer_decay": 1.1}, {"unfreeze": -0.1}, {"unfreeze": 1.1}]
+)
+def test_rates_by_depth_have_bounds(training: Raw) -> None:
+    refusal(training=training)
+
+
 # --- secure aggregation
 
 

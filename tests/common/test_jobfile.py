@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedgraft.common.errors import JobError
 from fedgraft.common.job import Job, Simulation
 from fedgraft.common.jobfile import dump_job, load_job, parse_job, read_text
-from fedgraft.common.methods import LoraMethod
+from fedgraft.common.methods import LoraMethod, PartialMethod
 
 MINIMAL = """\
 [job]
@@ -76,7 +76,12 @@ def keys_of(raw: dict[str, Any], *path: str) -> Iterator[tuple[str, ...]]:
 
 
 EVERY_KEY = sorted(
-    {*keys_of(full_raw()), *keys_of(full_raw("head")), ("job", "labels_from")},
+    {
+        *keys_of(full_raw()),
+        *keys_of(full_raw("head")),
+        *keys_of(full_raw("partial")),
+        ("job", "labels_from"),
+    },
     key=".".join,
 )
 
@@ -84,7 +89,7 @@ EVERY_KEY = sorted(
 # --- keys
 
 
-@pytest.mark.parametrize("kind", ["lora", "head"])
+@pytest.mark.parametrize("kind", ["lora", "head", "partial"])
 @pytest.mark.parametrize("path", EVERY_KEY, ids=".".join)
 def test_a_misspelt_key_is_named_with_the_nearest_one(path: tuple[str, ...], kind: str) -> None:
     raw = full_raw(kind)
@@ -105,6 +110,14 @@ def test_a_key_like_no_other_lists_those_there_are(file: Path) -> None:
     error = refused(file, "simulation.partition.zzzz=1")
     assert "unknown key simulation.partition.zzzz" in str(error)
     assert error.hint == "known: kind, alpha, min_examples"
+
+
+def test_another_kind_of_method_lets_go_of_the_settings_of_the_old(file: Path) -> None:
+    write(file, 'head = "shared"', 'head = "frozen"\nrank = 4')
+    job = load_job(file, ("method.blocks=2", "method.kind=partial"))
+    assert job.method == PartialMethod(kind="partial", blocks=2, head="frozen")
+    assert load_job(file, ("method.kind=lora",)).method.rank == 4  # type: ignore[union-attr]
+    assert "unknown key method.rank" in str(refused(file, "method.kind=partial", "method.rank=2"))
 
 
 def test_keys_of_the_other_method_are_unknown(file: Path) -> None:
@@ -143,12 +156,12 @@ def test_every_problem_is_reported_at_once(file: Path) -> None:
 def test_an_unknown_method_names_those_there_are(file: Path) -> None:
     error = refused(file, "method.kind=lorra")
     assert "method" in str(error)
-    assert error.hint == 'kind = "lora" or kind = "head"'
+    assert error.hint == 'kind = "lora" or kind = "head" or kind = "partial"'
 
 
 def test_a_method_without_kind_says_which_kinds_there_are(file: Path) -> None:
     error = refused(write(file, 'kind = "lora"\n', ""))
-    assert error.hint == 'kind = "lora" or kind = "head"'
+    assert error.hint == 'kind = "lora" or kind = "head" or kind = "partial"'
 
 
 @pytest.mark.parametrize("text", ["", "job = 3\nbackbone = 'x'\nmethod = [1]\nsimulation = 4\n"])

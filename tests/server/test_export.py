@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-KINDS = ["vit", "vit-head", "vit-dora", "bert", "resnet"]
+KINDS = ["vit", "vit-head", "vit-dora", "vit-partial", "vit-biases", "bert", "resnet"]
 
 
 @pytest.fixture(params=KINDS)

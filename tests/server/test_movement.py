@@ -35,6 +35,17 @@ def test_the_change_of_a_module_is_what_merging_adds_to_it(kind: str, dora: bool
     assert checked == sum(one.low_rank for one in found.values()) > 1
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet", "bert"])
+def test_weights_of_the_backbone_that_train_moved_from_where_they_were(kind: str) -> None:
+    bench = open_small(kind, kind="partial", blocks=1, biases=True, head="shared").bench
+    vector = noisy(bench)
+    found = moved_modules(bench, (bench.layout, vector))
+    assert not any(one.low_rank or "modules_to_save" in one.module for one in found)
+    total = sum(one.change**2 for one in found) ** 0.5
+    assert total == pytest.approx(float(np.linalg.norm(vector - bench.initial)), rel=1e-4)
+    assert len(found) > 4 and all(one.change > 0 for one in found)
+
+
 def test_the_norm_is_that_of_scaling_times_b_times_a() -> None:
     bench = open_small("vit").bench
     vector = noisy(bench)

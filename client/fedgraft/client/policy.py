@@ -61,7 +61,7 @@ class ModelRules(Section):
     """``[model]``: backbones by name, each with the SHA-256 of its manifest or its fingerprint."""
 
     allowed_backbones: dict[str, Digest] = Field(default_factory=dict)
-    allowed_methods: tuple[Literal["lora", "head"], ...] = ()
+    allowed_methods: tuple[Literal["lora", "head", "partial"], ...] = ()
     max_rank: int = Field(default=16, ge=1)
 
 

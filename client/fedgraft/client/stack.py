@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedgraft.client.stacked import MAGNITUDE, Draws, SiteDropout, Stacked, stacked_module
-from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.adapters import OUTER, Layout, Vector, is_head
 from fedgraft.common.backbones import body_names
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Stack", "check_stacking", "close_stacks", "open_stack"]
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-PREFIX = "base_model.model."
 # Where another attention than the model's own choice is faster (docs/results.md): on a CPU the
 # backward pass of fused attention takes half of a bf16 step.
 ATTENTION = {("cpu", "bf16"): "eager"}
@@ -162,7 +161,7 @@ def _replace_adapters(
     """Put stacked modules in the place of peft's; which holds each tensor of ``layout``."""
     found: dict[str, tuple[str, str]] = {}
     for name in layout.names:
-        path = name.removeprefix(PREFIX)
+        path = name.removeprefix(OUTER)
         for factor in ("lora_A", "lora_B", MAGNITUDE):
             if f".{factor}." in path:
                 found[name] = (path.partition(f".{factor}.")[0], factor)
@@ -170,9 +169,11 @@ def _replace_adapters(
             path, _, attribute = path.replace(".modules_to_save.default", "").rpartition(".")
             found[name] = (path, attribute)
     _unwrap_heads(model)
+    heads = {found[name][0] for name in layout.names if is_head(name)}
     made: dict[str, Stacked] = {}
-    for path in dict.fromkeys(path for path, _ in found.values()):
-        made[path] = stacked_module(model.get_submodule(path), draws)
+    paths = dict.fromkeys(path for path, _ in found.values())
+    for path in sorted(paths, key=lambda path: -path.count(".")):  # what is inside others first
+        made[path] = stacked_module(model.get_submodule(path), draws, head=path in heads)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made[path])
     return {name: (made[path], attribute) for name, (path, attribute) in found.items()}

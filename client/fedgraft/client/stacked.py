@@ -201,26 +201,56 @@ class StackedDora(Stacked):
 
 
 class StackedModule(Stacked):
-    """A module all of whose parameters train, such as a head's: K of it."""
+    """A module some or all of whose own parameters train: K of it.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [K x R, ...] through each site's own; computes in float32, as heads are kept."""
-        sites = len(next(iter(self.values.values())))
-        x = x.to(next(iter(self.values.values())).dtype)
-        if isinstance(self.base, nn.Linear) and sites > 1:
-            rows = x.reshape(sites, -1, x.shape[-1])
-            weight, bias = self.values["weight"].transpose(1, 2), self.values.get("bias")
-            out = torch.bmm(rows, weight)
-            out = out if bias is None else out + bias[:, None]
-            return out.view(*x.shape[:-1], -1)
+    Part of a ``head`` computes in float32, as heads are kept; what is inside the backbone in the
+    dtype of that, and it gives what it was given.
+    """
+
+    def __init__(self, base: nn.Module, *, head: bool) -> None:
+        super().__init__(base)
+        self.head = head
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``x`` [K x R, ...] through each site's own; more arguments only where K = 1."""
+        values = self._converted()
+        sites = len(next(iter(values.values())))
+        if self.head:
+            x = x.to(next(iter(values.values())).dtype)
+        if sites == 1:
+            own = {name: value[0] for name, value in values.items()}
+            return functional_call(self.base, own, (x, *args), kwargs)
+        if args or kwargs:
+            raise RuntimeError("no way to tell which of what it is given are rows of sites")
+        if isinstance(self.base, nn.Linear):
+            return self._linear(x, values)
         parts = [
-            functional_call(self.base, {name: v[site] for name, v in self.values.items()}, part)
+            functional_call(self.base, {n: v[site] for n, v in values.items()}, part)
             for site, part in enumerate(x.chunk(sites))
         ]
-        return parts[0] if sites == 1 else torch.cat(parts)
+        return torch.cat(parts)
+
+    def _converted(self) -> dict[str, torch.Tensor]:
+        if self.head:
+            return self.values
+        frozen = dict(self.base.named_parameters(recurse=False))
+        return {name: value.to(frozen[name].dtype) for name, value in self.values.items()}
+
+    def _linear(self, x: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The same as K linear layers, in two kernels; one of weight and bias may be frozen."""
+        sites, frozen = len(next(iter(values.values()))), dict(self.base.named_parameters())
+        weight, bias = values.get("weight"), values.get("bias")
+        bias = frozen["bias"][None] if bias is None and "bias" in frozen else bias
+        rows = x.reshape(sites, -1, x.shape[-1])
+        if weight is None:
+            out = functional.linear(rows, frozen["weight"])
+        else:
+            out = torch.bmm(rows, weight.transpose(1, 2))
+        out = out if bias is None else out + bias[:, None]
+        return out.view(*x.shape[:-1], -1)
 
 
-def stacked_module(module: nn.Module, draws: Draws) -> Stacked:
+def stacked_module(module: nn.Module, draws: Draws, *, head: bool = False) -> Stacked:
     """What takes the place of ``module``, one of peft's layers or a part of a head.
 
     Raises:
@@ -237,7 +267,7 @@ def stacked_module(module: nn.Module, draws: Draws) -> Stacked:
             f"no way to train a {type(module).__name__} of peft here",
             hint="method.targets: linear layers and two-dimensional convolutions",
         )
-    return StackedModule(module)
+    return StackedModule(module, head=head)
 
 
 def _low_rank_path(

@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedgraft.client.batches import shuffled
 from fedgraft.client.examples import Examples, Indices
 from fedgraft.client.feed import logits_of, open_feed, targets_of
 from fedgraft.client.objectives import losses
+from fedgraft.client.pace import open_pace
 from fedgraft.client.stack import Stack
 from fedgraft.client.stacked import Rows
 from fedgraft.client.store import Store
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.errors import SiteFailure
-from fedgraft.common.job import Schedule, Training
+from fedgraft.common.training import Schedule, Training
 
 __all__ = [
     "Span",
@@ -42,7 +44,6 @@ __all__ = [
 log = logging.getLogger("fedgraft.client")
 
 T = TypeVar("T")
-MEGABATCH = 16  # batches among which ``group_by_length`` sorts
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ class _Site:
     def __post_init__(self) -> None:
         size = self.settings.batch_size
         self.steps = self.epochs * math.ceil(len(self.task.examples) / size)
-        self.batches = _batches(self.task, self.epochs, self.settings)
+        task, settings = self.task, self.settings
+        self.batches = shuffled(task.examples, task.generator, self.epochs, settings)
 
     def result(self) -> Trained | SiteFailure:
         if self.vector is None:
@@ -236,6 +238,7 @@ class _Pass:
         self.flat = torch.from_numpy(starts).to(stack.device, copy=True)
         self.gradient = torch.zeros_like(self.flat)
         self.anchor = self.flat.clone() if settings.proximal else None
+        self.pace = open_pace(stack, trained, settings)
         self.rows = [nn.Parameter(row) for row in self.flat]
         for row, gradient in zip(self.rows, self.gradient, strict=True):
             row.grad = gradient
@@ -277,13 +280,27 @@ class _Pass:
         gradient = self.gradient[:active]
         if self.anchor is not None:
             gradient.add_(self.flat[:active] - self.anchor[:active], alpha=self.settings.proximal)
+        length = self.span.end - self.span.start
+        progress = [self.span.start + length * step / site.steps for site in self.sites[:active]]
+        rates = None if self.pace is None else self.pace.at(progress).to(self.flat.device)
         if self.settings.clip_norm:
-            norms = gradient.norm(dim=1, keepdim=True)
+            moving = gradient if rates is None else gradient * (rates > 0)
+            norms = moving.norm(dim=1, keepdim=True)
             gradient.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
-        for site, group in zip(self.sites[:active], self.optimizer.param_groups, strict=False):
-            at = self.span.start + (self.span.end - self.span.start) * step / site.steps
+        for at, group in zip(progress, self.optimizer.param_groups, strict=False):
             group["lr"] = learning_rate(self.settings.learning_rate, self.settings.schedule, at)
+        self._move(active, rates)
+
+    def _move(self, active: int, rates: torch.Tensor | None) -> None:
+        """A step of the optimiser; with ``rates`` [active, values] each value goes that share.
+
+        What still stands has moments of its gradients all the same, and so starts without a jump.
+        """
+        flat = self.flat[:active]
+        before = None if rates is None else flat.clone()
         self.optimizer.step()
+        if before is not None and rates is not None:
+            flat.copy_(torch.lerp(before, flat, rates))
 
     def _fits(self, batches: Sequence[Indices], part: slice) -> bool:
         """Do ``_backward`` if memory suffices; else nothing, and half as many rows from now on.
@@ -349,32 +366,3 @@ class _Pass:
             self.sites[number].vector = self.flat[number].cpu().numpy().copy()
             self.sites[number].total = float(self.total[number])
             self.rows[number].grad = None
-
-
-def _batches(task: Task, epochs: int, settings: Training) -> Iterator[Indices]:
-    """Shuffled batches, epoch after epoch; with ``group_by_length`` of rows about as long."""
-    size, generator = settings.batch_size, task.generator
-    for _ in range(epochs):
-        order = torch.randperm(len(task.examples), generator=generator)
-        if settings.group_by_length:
-            order = _grouped(order, task.examples, size, generator)
-        for batch in torch.split(order, size):
-            yield batch.numpy()
-
-
-def _grouped(
-    order: torch.Tensor, examples: Examples, size: int, generator: torch.Generator
-) -> torch.Tensor:
-    """Sort by length within stretches of a random order, then put whole batches in random order.
-
-    The partial batch, if any, stays last.
-    """
-    lengths = torch.from_numpy(np.asarray(examples.lengths))
-    stretches = [
-        stretch[torch.argsort(lengths[stretch], stable=True)]
-        for stretch in torch.split(order, size * MEGABATCH)
-    ]
-    batches = list(torch.split(torch.cat(stretches), size))
-    last = [batches.pop()] if len(batches[-1]) < size else []
-    shuffled = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    return torch.cat([*shuffled, *last])

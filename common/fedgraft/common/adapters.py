@@ -22,13 +22,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedgraft.common.backbones import head_names
+from fedgraft.common.depth import blocks_in
 from fedgraft.common.errors import AdapterError
 from fedgraft.common.job import Job
-from fedgraft.common.methods import LoraMethod
+from fedgraft.common.methods import LoraMethod, PartialMethod
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import TASKS
 
 __all__ = [
+    "OUTER",
     "Layout",
     "Vector",
     "adapter_layout",
@@ -46,6 +48,9 @@ KINDS_OF_TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
     "all-linear": (nn.Linear, Conv1D),
     "all-conv": (nn.Conv2d,),
 }
+
+
+OUTER = "base_model.model."  # what peft puts before the names of the backbone's modules
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,10 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
     Initial factors come from a seed hashed from the job's: equal at every site.
 
     Raises:
-        AdapterError: the targets match no module of the model.
+        AdapterError: the targets match no module of the model, or it has fewer blocks than train.
     """
-    heads = list(head_names(model))
     method = job.method
+    heads = [] if method.head == "frozen" else list(head_names(model))
     if isinstance(method, LoraMethod):
         config = LoraConfig(
             r=method.rank,
@@ -137,14 +142,20 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
             target_modules=_targets(model, method.targets),
             use_rslora=method.rslora,
             use_dora=method.dora,
-            modules_to_save=None if method.head == "frozen" else heads,
+            modules_to_save=heads or None,
             task_type=TASKS[job.job.task].peft,
         )
     else:  # peft's own marker for "no low-rank factors at all"
         config = LoraConfig(r=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads)
+        if isinstance(method, PartialMethod):
+            config.modules_to_save = [*heads, *_opened(model, method)]
+            config.bias = "all" if method.biases else "none"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(job.job.seed, "adapter"))
-        return get_peft_model(model, config).eval()
+        adapted = get_peft_model(model, config).eval()
+    if config.bias == "all":
+        _freeze_other_biases(adapted, head_names(model) if method.head == "frozen" else ())
+    return adapted
 
 
 def adapter_layout(model: PeftModel) -> Layout:
@@ -155,8 +166,9 @@ def adapter_layout(model: PeftModel) -> Layout:
 
 
 def is_head(name: str) -> bool:
-    """Whether an adapter tensor belongs to the task's head."""
-    return ".modules_to_save." in name
+    """Whether an adapter tensor belongs to the task's head: a module of the outermost level."""
+    module, kept, _ = name.partition(".modules_to_save.")
+    return bool(kept) and "." not in module.removeprefix(OUTER)
 
 
 def is_factor_a(name: str) -> bool:
@@ -202,6 +214,38 @@ def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
     for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
         values = torch.from_numpy(np.ascontiguousarray(vector[where])).view(shape)
         parameters[name].copy_(values)
+
+
+def _opened(model: nn.Module, method: PartialMethod) -> list[str]:
+    """Names of the modules of the backbone that train as a whole."""
+    blocks = blocks_in(model)
+    if method.blocks > len(blocks):
+        raise AdapterError(
+            f"method.blocks = {method.blocks}: this backbone has {len(blocks)}",
+            hint="fewer, or method.norms or method.biases",
+        )
+    opened = list(blocks[len(blocks) - method.blocks :])
+    if method.norms:
+        inside = tuple(f"{name}." for name in (*opened, *head_names(model)))
+        opened += [
+            name
+            for name, module in model.named_modules()
+            if "Norm" in type(module).__name__  # whichever of the many, of torch or of a model
+            and any(True for _ in module.parameters(recurse=False))
+            and not f"{name}.".startswith(inside)
+        ]
+    return opened
+
+
+def _freeze_other_biases(model: PeftModel, heads: Iterable[str]) -> None:
+    """Freeze what peft's "all" means beside: a frozen head's biases, and those of replaced modules.
+
+    The latter are the originals that peft keeps beside the copies that train.
+    """
+    frozen = tuple(f"{OUTER}{name}." for name in heads)
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name or (frozen and name.startswith(frozen)):
+            parameter.requires_grad_(False)
 
 
 def _targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from fedgraft.common.methods import Method
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Cache, Duration, IllegalJob, Section
 from fedgraft.common.tasks import TASKS, Modality, Task, TaskName
+from fedgraft.common.training import Training
 
 __all__ = [
     "Actor",
@@ -26,10 +27,8 @@ __all__ = [
     "Job",
     "Partition",
     "Rounds",
-    "Schedule",
     "ServerOptimizer",
     "Simulation",
-    "Training",
 ]
 
 Rule = Literal["fedavg", "ffa", "median"]
@@ -75,40 +74,6 @@ class Backbone(Section):
 
     source: str = Field(pattern=r"^((hf|path|builtin):.+|manifest:[0-9a-f]{64})$")
     weights: Literal["pretrained", "random"] = "pretrained"
-
-
-class Schedule(Section):
-    """The learning rate over the whole federation: warm-up, then ``shape`` down to ``floor``."""
-
-    shape: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of all steps")
-    floor: float = Field(default=0.0, ge=0, le=1, description="share of the peak rate")
-
-
-class Training(Section):
-    """``[training]``: one site's local steps of AdamW in one round."""
-
-    epochs: int = Field(default=1, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    accumulation: int = Field(default=1, ge=1, description="micro-batches per step")
-    learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    schedule: Schedule = Schedule()
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="inside the head")
-    clip_norm: float = Field(default=1.0, ge=0, description="of a step's gradient; 0 is off")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    proximal: float = Field(default=0.0, ge=0, description="FedProx mu")
-    group_by_length: bool = Field(default=False, description="texts about as long in a batch")
-
-    @model_validator(mode="after")
-    def _whole_micro_batches(self) -> Self:
-        if self.batch_size % self.accumulation:
-            raise IllegalJob(
-                f"batch_size = {self.batch_size} is no multiple of accumulation = "
-                f"{self.accumulation}",
-                "a step is made of whole micro-batches",
-            )
-        return self
 
 
 class EarlyStopping(Section):
@@ -300,7 +265,8 @@ class Job(Section):
     def _ffa_fits(self) -> Self:
         if self.aggregation.rule == "ffa" and self.method.kind != "lora":
             raise IllegalJob(
-                'rule "ffa" freezes LoRA\'s factor A, and method.kind = "head" has none',
+                'rule "ffa" freezes LoRA\'s factor A, and method.kind = '
+                f'"{self.method.kind}" has none',
                 'aggregation.rule = "fedavg", or method.kind = "lora"',
             )
         if self.aggregation.rule == "ffa" and getattr(self.method, "dora", False):
@@ -319,7 +285,7 @@ class Job(Section):
                 f"simulation.ranks has {max(ranks)}, more than the job's own rank",
                 "raise method.rank, the rank of the shared adapter"
                 if self.method.kind == "lora"
-                else 'leave simulation.ranks out: method.kind = "head" has no rank',
+                else f'leave simulation.ranks out: method.kind = "{self.method.kind}" has no rank',
             )
         if self.rounds.early_stopping and not self.data.validation:
             raise IllegalJob(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from fedgraft.common.errors import JobError
 from fedgraft.common.job import Job
+from fedgraft.common.methods import KINDS
 
 __all__ = ["dump_job", "load_job", "parse_job", "read_text"]
 
@@ -40,6 +41,7 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
         _override(overriding, item)
     _anchor_paths(overriding, Path.cwd())
     _one_source_of_labels(raw, overriding)
+    _one_kind_of_method(raw, overriding)
     _merge(raw, overriding)
     _read_labels(raw)
     return parse_job(raw, where=str(path))
@@ -109,6 +111,15 @@ def _one_source_of_labels(raw: dict[str, Any], over: dict[str, Any]) -> None:
                 base.pop(other, None)
 
 
+def _one_kind_of_method(raw: dict[str, Any], over: dict[str, Any]) -> None:
+    """An override of ``method.kind`` lets go of the settings of the file's own kind."""
+    base, new = raw.get("method"), over.get("method")
+    if not (isinstance(base, dict) and isinstance(new, dict)):
+        return
+    if new.get("kind", base.get("kind")) != base.get("kind"):
+        raw["method"] = {key: value for key, value in base.items() if key == "head"}
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
@@ -160,7 +171,7 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     """One pydantic problem as (what is wrong, what to do)."""
     # The discriminator's tag stands in loc but not in the file: method.lora.rank is method.rank.
     loc = [str(part) for part in problem["loc"]]
-    if len(loc) > 1 and loc[0] == "method" and loc[1] in ("lora", "head"):
+    if len(loc) > 1 and loc[0] == "method" and loc[1] in KINDS:
         loc = [loc[0], *loc[2:]]
     if "targets" in loc:  # pydantic names every kind it could have been
         return "method.targets is no list of module names", 'targets = ["query", "value"]'
@@ -175,7 +186,7 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     if kind == "missing":
         return f"{key} is missing", f"add {loc[-1]} to [{'.'.join(loc[:-1])}]" if loc[1:] else ""
     if kind.startswith("union_tag"):
-        return f"{key}: {problem['msg']}", 'kind = "lora" or kind = "head"'
+        return f"{key}: {problem['msg']}", " or ".join(f'kind = "{kind}"' for kind in KINDS)
     if kind == "model_type":
         return f"{key}: a section, not a value", f"write [{key}] and its keys below it"
     message = problem["msg"].removeprefix("Value error, ")
@@ -190,7 +201,7 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     """Keys of the section at ``loc`` in the job's models."""
     models: list[type[BaseModel]] = [Job]
     for part in loc:
-        if part in ("lora", "head") and len(models) > 1:
+        if part in KINDS and len(models) > 1:
             models = [m for m in models if m.__name__.lower().startswith(str(part))]
             continue
         fields = [model.model_fields.get(str(part)) for model in models]

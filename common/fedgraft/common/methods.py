@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from fedgraft.common.section import IllegalJob, Section
 
-__all__ = ["HeadMethod", "HeadPolicy", "LoraMethod", "Method"]
+__all__ = ["KINDS", "HeadMethod", "HeadPolicy", "LoraMethod", "Method", "PartialMethod"]
 
 HeadPolicy = Literal["shared", "local", "frozen"]
 
@@ -41,4 +41,25 @@ class HeadMethod(Section):
     head: Literal["shared"] = "shared"
 
 
-Method = LoraMethod | HeadMethod
+class PartialMethod(Section):
+    """``kind = "partial"``: some weights of the backbone itself train, and the head by its policy.
+
+    The last ``blocks`` as a whole, and beside them every normalisation layer or every bias (Ben
+    Zaken et al. 2022, "BitFit").
+    """
+
+    kind: Literal["partial"]
+    blocks: int = Field(default=1, ge=0, description="last blocks that train as a whole")
+    norms: bool = Field(default=False, description="all normalisation layers train")
+    biases: bool = Field(default=False, description="all biases train")
+    head: HeadPolicy
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if not (self.blocks or self.norms or self.biases):
+            raise IllegalJob("nothing of the backbone would train", 'blocks = 1, or kind = "head"')
+        return self
+
+
+Method = LoraMethod | HeadMethod | PartialMethod
+KINDS = ("lora", "head", "partial")

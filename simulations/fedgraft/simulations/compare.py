@@ -27,10 +27,11 @@ from fedgraft.client.participant import Participant, Splits, open_participant
 from fedgraft.client.stack import Stack
 from fedgraft.client.training import Task, Trained, train
 from fedgraft.common.adapters import Layout, Vector
-from fedgraft.common.job import Job, Training
+from fedgraft.common.job import Job
 from fedgraft.common.methods import HeadMethod
 from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
+from fedgraft.common.training import Training
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.simulations.grid import NodeConfig
 from fedgraft.simulations.site_map import keep_direction, why_absent

@@ -1,0 +1,49 @@
+"""``[training]``: one site's local steps of AdamW in one round, and the rate over all of them."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedgraft.common.section import IllegalJob, Section
+
+__all__ = ["Schedule", "Training"]
+
+
+class Schedule(Section):
+    """The learning rate over the whole federation: warm-up, then ``shape`` down to ``floor``."""
+
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of all steps")
+    floor: float = Field(default=0.0, ge=0, le=1, description="share of the peak rate")
+
+
+class Training(Section):
+    """``[training]``: one site's local steps of AdamW in one round."""
+
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    accumulation: int = Field(default=1, ge=1, description="micro-batches per step")
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    schedule: Schedule = Schedule()
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="inside the head")
+    clip_norm: float = Field(default=1.0, ge=0, description="of a step's gradient; 0 is off")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    proximal: float = Field(default=0.0, ge=0, description="FedProx mu")
+    group_by_length: bool = Field(default=False, description="texts about as long in a batch")
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="rate of each block beside that of the one above it"
+    )
+    unfreeze: float = Field(
+        default=0.0, ge=0, le=1, description="share of all steps until the lowest block trains"
+    )
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> Self:
+        if self.batch_size % self.accumulation:
+            raise IllegalJob(
+                f"batch_size = {self.batch_size} is no multiple of accumulation = "
+                f"{self.accumulation}",
+                "a step is made of whole micro-batches",
+            )
+        return self
