@@ -245,19 +245,21 @@ def test_ffa_averages_the_products_exactly_and_fedavg_does_not() -> None:
 
 # The server's optimisers
 
-Kind = Literal["none", "momentum", "adam", "yogi"]
+Kind = Literal["none", "momentum", "adam", "yogi", "reptile"]
 KINDS = get_args(ServerOptimizer.model_fields["kind"].annotation)
 
 
 def _slow(settings: ServerOptimizer, x: list[float], steps: list[list[float]]) -> list[float]:
-    """Algorithm 2 of Reddi et al. 2021 and FedAvgM of Hsu et al. 2019, a number at a time."""
+    """Reddi et al. 2021 (algorithm 2), FedAvgM (Hsu et al. 2019) and Reptile, by single numbers."""
     x = list(x)
     for i in range(len(x)):
         m, v = 0.0, settings.tau**2
-        for step in steps:
+        for number, step in enumerate(steps):
             delta = step[i]
             if settings.kind == "none":
                 move = delta
+            elif settings.kind == "reptile":
+                move = delta * (len(steps) - number) / len(steps)
             elif settings.kind == "momentum":
                 m = settings.beta1 * m + delta
                 move = m
@@ -281,8 +283,8 @@ def test_an_optimiser_follows_its_papers_equations(kind: Kind) -> None:
     # Steps that shrink and grow: yogi's v then moves both ways.
     steps = [draw.normal(size=6) * scale for scale in (1.0, 0.05, 2.0, 0.01, 0.5, 3.0)]
     x, moments = start, Moments()
-    for step in steps:
-        x, moments = apply(settings, x, step, moments)
+    for number, step in enumerate(steps):
+        x, moments = apply(settings, x, step, moments, done=number / len(steps))
     wanted = _slow(settings, start.tolist(), [step.tolist() for step in steps])
     np.testing.assert_allclose(x, wanted, rtol=2e-6)
 
@@ -291,8 +293,8 @@ def test_the_kinds_differ_after_two_steps() -> None:
     ends = set()
     for kind in KINDS:
         x, moments = np.zeros(1, np.float32), Moments()
-        for step in (np.array([1.0]), np.array([0.02])):
-            x, moments = apply(ServerOptimizer(kind=kind), x, step, moments)
+        for done, step in ((0.0, np.array([1.0])), (0.5, np.array([0.02]))):
+            x, moments = apply(ServerOptimizer(kind=kind), x, step, moments, done=done)
         ends.add(float(x[0]))
     assert len(ends) == len(KINDS)
 

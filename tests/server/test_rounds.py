@@ -245,6 +245,18 @@ def test_the_servers_optimiser_moves_the_adapter_and_keeps_its_moments() -> None
     np.testing.assert_allclose(outcome.state.moments["v"], moments["v"], rtol=1e-12)
 
 
+def test_reptiles_steps_shrink_from_round_to_round() -> None:
+    job = make_job(rounds={"count": 4}, server_optimizer={"kind": "reptile", "learning_rate": 0.5})
+    site = Site("a")
+    outcome = federate(job, [site])
+    x = np.zeros(4, np.float32)
+    for request, share in zip(site.trained, (1, 0.75, 0.5, 0.25), strict=True):
+        assert np.array_equal(request.adapter, x)
+        x = (x + 0.5 * share * site.honest(request).update.astype(np.float64)).astype(np.float32)
+    assert np.array_equal(outcome.state.adapter, x)
+    assert not outcome.state.moments
+
+
 def test_a_run_continues_after_its_state_and_does_not_start_again() -> None:
     job = make_job()
     whole = federate(job, [Site("a"), Site("b")])

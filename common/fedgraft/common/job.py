@@ -135,7 +135,7 @@ class Rounds(Section):
 class ServerOptimizer(Section):
     """How the aggregate moves the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.")."""
 
-    kind: Literal["none", "momentum", "adam", "yogi"] = "none"
+    kind: Literal["none", "momentum", "adam", "yogi", "reptile"] = "none"
     learning_rate: float = Field(default=1.0, gt=0)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)

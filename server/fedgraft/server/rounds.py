@@ -124,9 +124,8 @@ def run_round(
     cohort = choose_cohort(job, transport.sites, number, attempt)
     gathered = _train(plan, transport, cohort, (number, attempt), state.adapter)
     step = RULES[job.aggregation.rule].merge(gathered.update)
-    adapter, moments = optimizers.apply(
-        job.aggregation.server_optimizer, state.adapter, step, state.moments
-    )
+    settings, done = job.aggregation.server_optimizer, state.round / job.rounds.count
+    adapter, moments = optimizers.apply(settings, state.adapter, step, state.moments, done=done)
     state = replace(state, round=number, adapter=adapter, moments=moments)
     checked = _evaluate(plan, transport, _judges(job, transport, cohort, gathered), state)
     tally, traffic = checked.tally, (gathered.traffic, checked.traffic)

@@ -8,6 +8,9 @@ Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2, without bias 
     x <- x + lr m / (sqrt(v) + tau)
 
 ``momentum`` is FedAvgM (Hsu et al. 2019): m <- b1 m + D, x <- x + lr m. ``none``: x <- x + lr D.
+``reptile`` is Reptile's outer step with a batch of sites as tasks (Nichol et al. 2018, "On
+First-Order Meta-Learning Algorithms", arXiv:1803.02999): x <- x + lr (1 - t/T) D, where t of T rounds
+are done, so that x comes to rest at a point from which a few local steps go far.
 """
 
 import numpy as np
@@ -21,15 +24,23 @@ __all__ = ["apply"]
 
 
 def apply(
-    settings: ServerOptimizer, adapter: Vector, step: NDArray[np.float64], moments: Moments
+    settings: ServerOptimizer,
+    adapter: Vector,
+    step: NDArray[np.float64],
+    moments: Moments,
+    *,
+    done: float = 0.0,
 ) -> tuple[Vector, Moments]:
     """Move ``adapter`` (float32 [d]) by ``step`` (float64 [d]): the new adapter and moments.
 
     ``moments`` is what the last call returned, empty at first; nothing is changed in place.
+    ``done`` is the share of rounds before this one.
     """
     kind, lr = settings.kind, settings.learning_rate
     if kind == "none":
         return _moved(adapter, lr * step), {}
+    if kind == "reptile":
+        return _moved(adapter, lr * (1 - done) * step), {}
     m = moments.get("m", np.zeros_like(step))
     if kind == "momentum":
         m = settings.beta1 * m + step
