@@ -8,9 +8,9 @@ Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2, without bias 
     x <- x + lr m / (sqrt(v) + tau)
 
 ``momentum`` is FedAvgM (Hsu et al. 2019): m <- b1 m + D, x <- x + lr m. ``none``: x <- x + lr D.
-``reptile`` is Reptile's outer step with a batch of sites as tasks (Nichol et al. 2018, "On
-First-Order Meta-Learning Algorithms", arXiv:1803.02999): x <- x + lr (1 - t/T) D, where t of T rounds
-are done, so that x comes to rest at a point from which a few local steps go far.
+``reptile`` is Reptile's outer step with the sites as a batch of tasks (Nichol et al. 2018, "On
+First-Order Meta-Learning Algorithms", arXiv:1803.02999): x <- x + lr (1 - t/T) D, where t of T
+rounds are done, so that x comes to rest at a point from which a few local steps go far.
 """
 
 import numpy as np
