@@ -10,11 +10,11 @@ import pytest
 import torch
 from places import SESSION, Place, make_job, wire, write_rows
 
-from fedgraft.client import participant
 from fedgraft.client.data import read_split
 from fedgraft.client.evaluation import evaluate
 from fedgraft.client.examples import Examples
-from fedgraft.client.participant import NOTHING, Participant, Splits, open_participant
+from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.splits import NOTHING, Splits
 from fedgraft.client.training import train_together
 from fedgraft.common.adapters import cut_rank
 from fedgraft.common.errors import AdapterError, SiteFailure
@@ -227,7 +227,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         files.append(Path(path).stem)
         return reading(path, *args, **options)
 
-    monkeypatch.setattr(participant, "read_split", counted)
+    monkeypatch.setattr(splits_module, "read_split", counted)
     return files
 
 

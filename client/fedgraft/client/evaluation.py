@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedgraft.client.examples import Examples
-from fedgraft.client.feed import logits_of, open_feed, targets_of
+from fedgraft.client.feed import open_feed, predict
 from fedgraft.client.objectives import BlockCounts, Counts
 from fedgraft.client.stack import Stack
 from fedgraft.client.store import Store
@@ -107,8 +107,8 @@ def evaluate(
         for start in range(0, len(examples), BATCH):
             index = order[start : start + BATCH]
             width = feed.width(index)
-            logits = logits_of([feed], [index], width)
-            parts.append(Counts.of(logits, targets_of([feed], [index], width).to(logits.device)))
+            logits, targets = predict([feed], [index], width)
+            parts.append(Counts.of(logits, targets))
             if measures.bins:
                 more += measures.count_scores(logits.float().cpu().numpy(), parts[-1].true.numpy())
     none = torch.empty(0, dtype=torch.int64)
@@ -142,8 +142,7 @@ def evaluate_tokens(
         for start in range(0, len(order), size):
             index = order[start : start + size]
             width = feed.width(index)
-            logits = logits_of([feed], [index], width)
-            found = BlockCounts.of(logits, targets_of([feed], [index], width).to(logits.device))
+            found = BlockCounts.of(*predict([feed], [index], width))
             losses[index] = found.losses.cpu().numpy()
             right[index], counted[index] = found.right.cpu().numpy(), found.counted.cpu().numpy()
     return TokenEvaluation(losses, right, counted)

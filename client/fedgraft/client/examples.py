@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol, Self
 
@@ -18,6 +18,7 @@ __all__ = [
     "Examples",
     "ImageExamples",
     "Indices",
+    "Taught",
     "TextExamples",
     "concatenate",
 ]
@@ -35,6 +36,10 @@ class Examples(Protocol):
     @property
     def groups(self) -> Indices | None:
         """Index into the job's groups, per example, -1 for none; None where it has no groups."""
+
+    @property
+    def taught(self) -> NDArray[np.float32] | None:
+        """A teacher's logits, float32 [n, classes]; None where there is no teacher."""
 
     @property
     def lengths(self) -> Indices:
@@ -74,9 +79,23 @@ class Examples(Protocol):
     def subset(self, index: Indices) -> Self:
         """The examples at ``index``, in that order; shares the encoded rows."""
 
+    def with_teacher(self, logits: NDArray[np.float32]) -> Self:
+        """The same examples with ``taught``."""
+
 
 @dataclass(frozen=True)
-class TextExamples:
+class Taught:
+    """What examples of labels have in common: a teacher may have said something of each."""
+
+    taught: NDArray[np.float32] | None = field(default=None, kw_only=True)
+
+    def with_teacher(self, logits: NDArray[np.float32]) -> Self:
+        """The same examples with ``taught``."""
+        return replace(self, taught=logits)
+
+
+@dataclass(frozen=True)
+class TextExamples(Taught):
     """Token ids without padding: example i is ``ids[starts[i]:starts[i] + lengths[i]]``.
 
     ``labels``, ``starts`` and ``lengths`` int64 [n], ``ids`` int32 [tokens], ``types`` int8
@@ -151,11 +170,12 @@ class TextExamples:
             starts=self.starts[index],
             lengths=self.lengths[index],
             groups=None if self.groups is None else self.groups[index],
+            taught=None if self.taught is None else self.taught[index],
         )
 
 
 @dataclass(frozen=True)
-class ArrayExamples:
+class ArrayExamples(Taught):
     """Examples of one shape: ``labels`` int64 [n]; example i is ``values[rows[i]]``.
 
     ``values`` is float32 [m, ...], in memory or mapped from a file.
@@ -200,8 +220,13 @@ class ArrayExamples:
 
     def subset(self, index: Indices) -> Self:
         """The examples at ``index``, in that order; the values are shared."""
-        groups = None if self.groups is None else self.groups[index]
-        return replace(self, labels=self.labels[index], rows=self.rows[index], groups=groups)
+        return replace(
+            self,
+            labels=self.labels[index],
+            rows=self.rows[index],
+            groups=None if self.groups is None else self.groups[index],
+            taught=None if self.taught is None else self.taught[index],
+        )
 
     def _taken(self, index: Indices) -> torch.Tensor:
         return torch.from_numpy(np.array(self.values[self.rows[index]]))
@@ -249,6 +274,8 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
     if hasattr(first, "joined"):
         joined: Examples = first.joined(parts[1:])
         return joined
+    taught = [part.taught for part in parts if part.taught is not None]
+    kept: dict[str, Any] = {"groups": None, "taught": np.concatenate(taught) if taught else None}
     texts = [part for part in parts if isinstance(part, TextExamples)]
     if len(texts) == len(parts):
         offsets = np.cumsum([0, *(len(part.ids) for part in texts)])
@@ -260,7 +287,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
             starts=np.concatenate([p.starts + o for p, o in zip(texts, offsets, strict=False)]),
             lengths=np.concatenate([part.lengths for part in texts]),
             types=np.concatenate(types) if types else None,
-            groups=None,
+            **kept,
         )
     arrays = [part for part in parts if isinstance(part, ArrayExamples)]
     labels = np.concatenate([part.labels for part in arrays])
@@ -268,7 +295,7 @@ def concatenate(parts: Sequence[Examples]) -> Examples:
         "labels": labels,
         "values": np.concatenate([part.values[part.rows] for part in arrays]),
         "rows": np.arange(len(labels)),
-        "groups": None,
+        **kept,
     }
     heard = [part for part in parts if isinstance(part, AudioExamples)]
     lengths = [part.filled[part.rows] for part in heard if part.filled is not None]

@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from fedgraft.client.examples import Examples, Indices
+from fedgraft.client.objectives import restrict
 from fedgraft.client.prefix import FEWEST, Inputs, Prefix, find_prefix
 from fedgraft.client.stack import Stack
 from fedgraft.client.store import Store
 from fedgraft.common.adapters import Layout
 
-__all__ = ["Feed", "compute", "logits_of", "open_feed", "targets_of"]
+__all__ = ["Feed", "compute", "logits_of", "open_feed", "predict", "targets_of", "taught_of"]
 
 COMPUTED = 64  # examples in one pass through the frozen layers
 WHOLE = 16  # tokens: sums over widths that are no multiple of a vector add in another order
@@ -84,6 +85,22 @@ def targets_of(feeds: Sequence[Feed], indices: Sequence[Indices], width: int) ->
     """What the logits of ``logits_of`` should be likeliest at, int64 [feeds x rows (, width)]."""
     pairs = zip(feeds, indices, strict=True)
     return torch.cat([feed.examples.targets(index, width) for feed, index in pairs])
+
+
+def predict(
+    feeds: Sequence[Feed], indices: Sequence[Indices], width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits as of ``logits_of``, only those of a row's own head, and what they should be."""
+    logits = logits_of(feeds, indices, width)
+    targets = targets_of(feeds, indices, width).to(logits.device)
+    return restrict(logits, targets, feeds[0].stack.bench.heads), targets
+
+
+def taught_of(feeds: Sequence[Feed], indices: Sequence[Indices]) -> torch.Tensor | None:
+    """What the teacher says of those examples, float32 [feeds x rows, classes]; None without."""
+    found = [(feed.examples.taught, index) for feed, index in zip(feeds, indices, strict=True)]
+    parts = [torch.from_numpy(taught[index]) for taught, index in found if taught is not None]
+    return torch.cat(parts) if len(parts) == len(feeds) else None
 
 
 def open_feed(stack: Stack, trained: Layout, examples: Examples, store: Store | None) -> Feed:

@@ -9,21 +9,71 @@ from typing import Self
 import torch
 from torch.nn import functional
 
-__all__ = ["IGNORED", "BlockCounts", "Counts", "losses"]
+__all__ = ["IGNORED", "BlockCounts", "Counts", "distances", "losses", "restrict"]
 
 IGNORED = -100  # a target that is none: padding, or a position after which nothing comes
 
 
-def losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def losses(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
     """Cross entropy in nats, float32 [b]; of a sequence the mean over its targets.
 
     ``logits`` [b, classes] with ``targets`` [b], or [b, width, vocabulary] with [b, width], where
-    ``IGNORED`` marks positions that do not count.
+    ``IGNORED`` marks positions that do not count. With ``smoothing`` that share of each target is
+    spread over all classes that are possible (Szegedy et al. 2016, "Rethinking the Inception
+    Architecture for Computer Vision", section 7).
     """
     if targets.dim() == 1:
-        return functional.cross_entropy(logits, targets, reduction="none")
+        return _smoothed(
+            functional.cross_entropy(logits, targets, reduction="none"),
+            logits,
+            targets != IGNORED,
+            smoothing,
+        )
     summed, counted = _by_sequence(logits, targets)
-    return summed / counted.clamp(min=1)
+    mean = summed / counted.clamp(min=1)
+    if not smoothing:
+        return mean
+    each = functional.cross_entropy(
+        logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
+    )
+    each = _smoothed(each, logits, targets != IGNORED, smoothing)
+    return each.sum(1) / counted.clamp(min=1)
+
+
+def _smoothed(
+    each: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor, smoothing: float
+) -> torch.Tensor:
+    """``each`` loss with a share of that against the uniform distribution over what is possible."""
+    if not smoothing:
+        return each
+    possible = logits > -torch.inf
+    spread = -torch.where(possible, logits.log_softmax(-1), 0.0).sum(-1) / possible.sum(-1)
+    return (1 - smoothing) * each + smoothing * spread * counts
+
+
+def distances(logits: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T^2 KL(teacher || student) at temperature T in nats, float32 [b]; both [b, classes].
+
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network": T^2 keeps its gradient of
+    one size whatever T is.
+    """
+    wanted = (taught / temperature).softmax(-1)
+    terms = (taught / temperature).log_softmax(-1) - (logits / temperature).log_softmax(-1)
+    # What is impossible for both is no term: it would be 0 times infinity minus infinity.
+    summed = (wanted * torch.where(wanted > 0, terms, 0.0)).sum(-1)
+    return temperature**2 * summed
+
+
+def restrict(logits: torch.Tensor, targets: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
+    """``logits`` [b, classes] with minus infinity wherever a class is of another head.
+
+    ``heads`` names each class's head; that of a row is its target's. None with one head for all.
+    """
+    if not heads:
+        return logits
+    of = torch.tensor(heads, device=logits.device)
+    mine = of[targets.clamp(min=0)][:, None] == of
+    return logits.masked_fill(~mine, -torch.inf)
 
 
 @dataclass(frozen=True)

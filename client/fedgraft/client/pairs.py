@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fedgraft.client.examples import Indices, TextExamples, concatenate
+from fedgraft.client.examples import Indices, Taught, TextExamples, concatenate
 from fedgraft.client.objectives import IGNORED
 from fedgraft.client.texts import find_tokens
 from fedgraft.common.errors import BackboneError
@@ -23,7 +23,7 @@ __all__ = ["PairedExamples", "encode_pairs"]
 
 
 @dataclass(frozen=True)
-class PairedExamples:
+class PairedExamples(Taught):
     """``source`` is read, ``target`` is to be written after the token ``start``."""
 
     source: TextExamples

@@ -5,20 +5,19 @@ answered after a restart, because local heads are on the site's own disk, one fi
 """
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from fedgraft.client.data import Examples, encode, read_split, split_validation
 from fedgraft.client.evaluation import measure
 from fedgraft.client.guard import SESSION, Guard
 from fedgraft.client.identity import load_identity
 from fedgraft.client.leaving import what_leaves
 from fedgraft.client.provisions import ensure_backbone
 from fedgraft.client.site import SiteConfig, load_site
+from fedgraft.client.splits import Splits
 from fedgraft.client.stack import Stack, open_stack
 from fedgraft.client.store import Store, open_store
 from fedgraft.client.training import Span, Task, Trained, Wanted
@@ -27,7 +26,6 @@ from fedgraft.common.errors import SiteFailure
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.files import write_atomically
 from fedgraft.common.job import Job
-from fedgraft.common.methods import HeadMethod
 from fedgraft.common.metrics import Tally
 from fedgraft.common.payloads import (
     EvaluateReply,
@@ -38,88 +36,18 @@ from fedgraft.common.payloads import (
     TrainRequest,
 )
 from fedgraft.common.section import Cache
-from fedgraft.common.seeds import numpy_generator, torch_generator
+from fedgraft.common.seeds import torch_generator
 from fedgraft.common.workbench import (
     Workbench,
     cache_folder,
     choose_device,
-    open_processor,
     open_workbench,
 )
 
-__all__ = ["Participant", "Splits", "open_participant"]
+__all__ = ["Participant", "open_participant"]
 
-NOTHING = np.empty(0, np.int64)
 # The coordinator keeps two checkpoints: it may go back two rounds, to train from the head before.
 KEPT_STATES = 3
-OVERHEAD = 4096  # bytes of Python objects around the examples of a file
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A site's examples, each file read when it is first asked for; some splits may be empty.
-
-    They are held in the memory of ``store`` while that has room.
-    """
-
-    config: SiteConfig
-    job: Job
-    store: Store
-
-    @property
-    def train(self) -> Examples:
-        """What the site trains on."""
-        return self._of("train")[0]
-
-    @property
-    def validation(self) -> Examples:
-        """What it holds out of that, or has a file of its own for."""
-        return self._of("train")[1]
-
-    @property
-    def test(self) -> Examples:
-        """What no training sees."""
-        return self._of("test")[0]
-
-    def _of(self, file: str) -> "_Encoded":
-        # Only these shape examples: another method or number of rounds must not read them again.
-        shaping = self.job.model_copy(update={"method": HeadMethod(kind="head")})
-        reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
-        where = f"{file}\n{self.config.name}\n{self.config.data.model_dump_json()}"
-        found = self.store.examples.get(f"{where}\n{reading}")
-        if found is None:
-            found = self._read_train() if file == "train" else self._read_test()
-            self.store.examples.add(f"{where}\n{reading}", found)
-        assert isinstance(found, _Encoded)  # noqa: S101  # nothing else is held there
-        return found
-
-    def _read_train(self) -> "_Encoded":
-        train, own = self._encoded(self.config.data.train), self.config.data.validation
-        if own:
-            return _Encoded((train, self._encoded(own)))
-        draw = numpy_generator(self.job.job.seed, "validation", self.config.name)
-        parts = split_validation(train.labels, self.job.data.validation, draw)
-        return _Encoded(train.subset(part) for part in parts)
-
-    def _read_test(self) -> "_Encoded":
-        if self.config.data.test is None:
-            return _Encoded((self.train.subset(NOTHING),))
-        return _Encoded((self._encoded(self.config.data.test),))
-
-    def _encoded(self, path: str) -> Examples:
-        job, data = self.job, self.config.data
-        backbone, processor = open_processor(job)
-        rows = read_split(path, job, columns=data.columns, labels=data.labels)
-        return encode(rows.dataset, processor, job, store=self.store, key=backbone.fingerprint)
-
-
-class _Encoded(tuple[Examples, ...]):
-    """Examples of one file."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return OVERHEAD + sum(one.nbytes for one in self)
 
 
 class Participant:
@@ -337,11 +265,11 @@ class Participant:
 def open_participant(node_config: Mapping[str, object]) -> Participant:
     """The participant that a Flower node's configuration names.
 
-    ``site`` is the path of its ``site.toml``; ``state``, ``device``, ``federation``, ``rank`` and
-    ``cache`` (JSON) may override the file's.
+    ``site`` is the path of its ``site.toml``; ``state``, ``device``, ``federation``, ``teacher``,
+    ``rank`` and ``cache`` (JSON) may override the file's.
     """
     config = _load_site(str(node_config["site"]))
-    for key in ("device", "federation"):
+    for key in ("device", "federation", "teacher"):
         if value := node_config.get(key):
             config = config.model_copy(update={key: str(value)})
     if rank := node_config.get("rank"):

@@ -40,7 +40,8 @@ class SiteConfig(Section):
     ``federation`` is the path of the federation file; with one, updates leave only masked, unless
     the policy says otherwise. ``policy`` is the path of the site's policy; with one, all that comes
     and goes is checked against it and audited. ``rank`` is the most that this site trains of a
-    job's LoRA rank. ``cache`` bounds what it keeps to save time.
+    job's LoRA rank. ``teacher`` is the model that a job with distillation learns from here, named
+    as a job's backbone is. ``cache`` bounds what it keeps to save time.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
@@ -49,6 +50,7 @@ class SiteConfig(Section):
     policy: str | None = Field(default=None, min_length=1)
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     rank: int | None = Field(default=None, ge=1)
+    teacher: str | None = Field(default=None, pattern=r"^(hf|path|builtin):.+$")
     cache: Cache = Cache()
     data: SiteData
 
@@ -94,6 +96,8 @@ def _anchored(config: SiteConfig, base: Path) -> SiteConfig:
     here |= {
         name: absolute(text) for name in ("federation", "policy") if (text := getattr(config, name))
     }
+    if config.teacher is not None and config.teacher.startswith("path:"):
+        here["teacher"] = "path:" + absolute(config.teacher.removeprefix("path:"))
     return config.model_copy(update=here)
 
 

@@ -20,8 +20,8 @@ from torch import nn
 
 from fedgraft.client.batches import shuffled
 from fedgraft.client.examples import Examples, Indices
-from fedgraft.client.feed import logits_of, open_feed, targets_of
-from fedgraft.client.objectives import losses
+from fedgraft.client.feed import Feed, open_feed, predict, taught_of
+from fedgraft.client.objectives import distances, losses, restrict
 from fedgraft.client.pace import open_pace
 from fedgraft.client.stack import Stack
 from fedgraft.client.stacked import Rows
@@ -343,8 +343,7 @@ class _Pass:
             Rows(len(index), feed.width(index), feed.left, site.task.generator)
             for index, feed, site in zip(parts, feeds, self.sites, strict=False)
         )
-        logits = logits_of(feeds, padded, width)
-        each = losses(logits, targets_of(feeds, padded, width).to(logits.device))
+        each = self._losses(feeds, padded, width)
         weights = torch.tensor([[float(row < len(i)) for row in range(rows)] for i in parts])
         summed = (each.view(len(batches), rows) * weights.to(each.device)).sum(1)
         share = torch.tensor([1 / len(batch) for batch in batches], device=each.device)
@@ -356,6 +355,20 @@ class _Pass:
             if gradient is not None:
                 self.gradient[: len(batches), where].add_(gradient)
         self.total[: len(batches)] += summed.detach()
+
+    def _losses(self, feeds: Sequence[Feed], index: Sequence[Indices], width: int) -> torch.Tensor:
+        """What is minimised for each of these examples, float32 [sites x rows]."""
+        settings = self.settings
+        logits, targets = predict(feeds, index, width)
+        each = losses(logits, targets, smoothing=settings.label_smoothing)
+        if settings.distillation is None:
+            return each
+        taught, weight = taught_of(feeds, index), settings.distillation.weight
+        if taught is None:
+            raise SiteFailure("no-teacher")
+        taught = restrict(taught.to(logits.device), targets, self.stack.bench.heads)
+        far = distances(logits, taught, settings.distillation.temperature)
+        return (1 - weight) * each + weight * far
 
     def _finish(self, still: int, active: int) -> None:
         """Take the results of the sites from ``still`` up to ``active``, which have no more steps.

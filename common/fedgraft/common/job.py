@@ -45,7 +45,16 @@ class General(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     task: TaskName
     labels: tuple[str, ...] = Field(default=(), description="of a classification")
+    heads: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="several tasks: the labels of each, every label in one"
+    )
     seed: int = Field(default=0, ge=0, lt=2**62)
+
+    @property
+    def head_of(self) -> tuple[int, ...]:
+        """Of each label the number of its head; empty with one for all."""
+        numbers = {label: n for n, labels in enumerate(self.heads.values()) for label in labels}
+        return tuple(numbers[label] for label in self.labels) if numbers else ()
 
     @property
     def classes(self) -> int:
@@ -66,6 +75,19 @@ class General(Section):
         twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
         if twice:
             raise IllegalJob(f"labels named twice: {', '.join(twice)}", "name each label once")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_the_labels(self) -> Self:
+        named = [label for labels in self.heads.values() for label in labels]
+        if self.heads and sorted(named) != sorted(self.labels):
+            amiss = sorted(set(self.labels) ^ set(named)) or sorted(named)
+            raise IllegalJob(
+                f"job.heads and job.labels differ: {', '.join(amiss[:5])}",
+                "every label belongs to exactly one head, and a head has no others",
+            )
+        if small := [name for name, labels in self.heads.items() if len(labels) < 2]:
+            raise IllegalJob(f"head {small[0]} has fewer than two labels", "what would it decide?")
         return self
 
 
@@ -233,6 +255,9 @@ class Simulation(Section):
     sites_per_pass: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=256)] = Field(
         default="auto", description="trained side by side in one pass over the backbone"
     )
+    teacher: str | None = Field(
+        default=None, pattern=r"^(hf|path|builtin):.+$", description="of every site, to distil from"
+    )
     ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="LoRA ranks of sites, in turn; method.rank if empty"
     )
@@ -304,6 +329,15 @@ class Job(Section):
                 "aggregation shows the coordinator only their sum",
                 f"aggregation.rule = one of {others}, "
                 "or privacy.secure_aggregation.enabled = false",
+            )
+        if (
+            self.training.distillation is not None
+            and self.simulation is not None
+            and self.simulation.teacher is None
+        ):
+            raise IllegalJob(
+                "training.distillation needs a teacher at every site",
+                'simulation.teacher = "path:MODEL", trained for the job\'s labels',
             )
         if self.simulation is not None and self.privacy.secure_aggregation.enabled:
             self.simulation.faults.check_masked()

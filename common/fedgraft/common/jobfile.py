@@ -137,10 +137,13 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
                 simulation[key] = _absolute(simulation[key], base, f"simulation.{key}")
     if isinstance(job, dict) and isinstance(job.get("labels_from"), str):
         job["labels_from"] = _absolute(job["labels_from"], base, "job.labels_from")
-    if isinstance(backbone, dict) and str(backbone.get("source")).startswith("path:"):
-        path = backbone["source"].removeprefix("path:")
-        if path:  # an empty one is not the working directory
-            backbone["source"] = "path:" + _absolute(path, base, "backbone.source")
+    for section, key, name in (
+        (backbone, "source", "backbone.source"), (simulation, "teacher", "simulation.teacher"),
+    ):  # fmt: skip
+        if isinstance(section, dict) and str(section.get(key)).startswith("path:"):
+            path = section[key].removeprefix("path:")
+            if path:  # an empty one is not the working directory
+                section[key] = "path:" + _absolute(path, base, name)
 
 
 def _absolute(text: str, base: Path, key: str) -> str:

@@ -22,6 +22,8 @@ def check_language(job: "Job") -> None:
             f"{task} predicts tokens, which have neither scores nor groups",
             "leave evaluation.score_bins, data.group and data.groups out",
         )
+    if job.job.heads:
+        raise IllegalJob(f"{task} has no labels to divide into heads", "leave job.heads out")
     if job.method.head != "frozen":
         raise IllegalJob(
             f"the head of {task} is the backbone's own, as large as its vocabulary",
@@ -31,6 +33,11 @@ def check_language(job: "Job") -> None:
         raise IllegalJob(
             f"training.dropout acts inside a head that trains, and that of {task} is frozen",
             "training.dropout = 0; method.dropout acts on the low-rank path",
+        )
+    if job.training.distillation is not None:
+        raise IllegalJob(
+            f"a teacher's logits for every token of {task} would not fit on a site's disk",
+            "leave training.distillation out",
         )
     stopping = job.rounds.early_stopping
     if stopping is not None and stopping.metric == "macro_f1":

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from fedgraft.common.section import IllegalJob, Section
 
-__all__ = ["Schedule", "Training"]
+__all__ = ["Distillation", "Schedule", "Training"]
 
 
 class Schedule(Section):
@@ -15,6 +15,16 @@ class Schedule(Section):
     shape: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, lt=1, description="share of all steps")
     floor: float = Field(default=0.0, ge=0, le=1, description="share of the peak rate")
+
+
+class Distillation(Section):
+    """Learn from a teacher beside the labels: (1 - weight) of the loss, and weight T^2 KL to it.
+
+    The teacher is each site's own (``teacher`` in its ``site.toml``) and never leaves it.
+    """
+
+    weight: float = Field(default=0.5, gt=0, le=1)
+    temperature: float = Field(default=2.0, gt=0, le=100)
 
 
 class Training(Section):
@@ -30,6 +40,8 @@ class Training(Section):
     clip_norm: float = Field(default=1.0, ge=0, description="of a step's gradient; 0 is off")
     precision: Literal["fp32", "bf16"] = "fp32"
     proximal: float = Field(default=0.0, ge=0, description="FedProx mu")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share spread over labels")
+    distillation: Distillation | None = None
     group_by_length: bool = Field(default=False, description="texts about as long in a batch")
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="rate of each block beside that of the one above it"

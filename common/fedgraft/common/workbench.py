@@ -52,6 +52,8 @@ __all__ = [
 class Workbench:
     """One job's model in this process; ``head`` is its method's head policy.
 
+    ``heads`` names each label's head where a job has several (``General.head_of``).
+
     ``layout`` names every adapter tensor, ``initial`` (float32 [layout.size]) is what they start
     from; ``fresh_head`` says that the head has no pre-training, so zero-shot means nothing.
     ``drawn`` is the SHA-256 over frozen parameters that came from a seed instead of the backbone's
@@ -59,6 +61,7 @@ class Workbench:
     """
 
     head: str
+    heads: tuple[int, ...]
     backbone: Backbone
     model: PeftModel
     processor: Processor
@@ -120,6 +123,7 @@ def _open(shaping: str) -> Workbench:
     layout = adapter_layout(model)
     return Workbench(
         head=job.method.head,
+        heads=job.job.head_of,
         backbone=backbone,
         model=model,
         processor=processor,

@@ -70,7 +70,12 @@ def _without_folders(job: Job) -> Job:
     }
     if job.simulation is not None:
         test = job.simulation.test
-        paths = {"train": _named(job.simulation.train), "test": test and _named(test)}
+        teacher = job.simulation.teacher
+        paths = {
+            "train": _named(job.simulation.train),
+            "test": test and _named(test),
+            "teacher": teacher and _named(teacher),
+        }
         changes["simulation"] = job.simulation.model_copy(update=paths)
     return job.model_copy(update=changes)
 

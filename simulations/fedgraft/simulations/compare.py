@@ -23,7 +23,8 @@ from fedgraft.client.comparison import epochs_of
 from fedgraft.client.evaluation import Evaluation, TokenEvaluation, measure
 from fedgraft.client.evaluation import Measured as Judged
 from fedgraft.client.examples import Examples, concatenate
-from fedgraft.client.participant import Participant, Splits, open_participant
+from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.splits import Splits
 from fedgraft.client.stack import Stack
 from fedgraft.client.training import Task, Trained, train
 from fedgraft.common.adapters import Layout, Vector

@@ -120,6 +120,8 @@ def make_nodes(job: Job, prepared: PreparedSites, *, states: str, device: str) -
     processes = 1 + Workers(settings.workers, device=device).count
     cache = settings.cache.model_copy(update={"memory": settings.cache.memory // processes})
     extra = [("device", device), ("cache", cache.model_dump_json())]
+    if settings.teacher is not None:
+        extra.append(("teacher", settings.teacher))
     if states and job.privacy.secure_aggregation.enabled:
         extra.append(("federation", f"{states}/{FILE}"))
     names = tuple(site.name for site in prepared.sites)
