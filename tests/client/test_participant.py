@@ -10,6 +10,7 @@ import pytest
 import torch
 from places import SESSION, Place, make_job, wire, write_rows
 
+from fedgraft.client import splits as splits_module
 from fedgraft.client.data import read_split
 from fedgraft.client.evaluation import evaluate
 from fedgraft.client.examples import Examples
