@@ -185,7 +185,7 @@ def test_a_folder_is_not_text(tmp_path: Path) -> None:
     ],
 )
 def test_mappings_must_fit_the_job(
-    tmp_path: Path, mapping: dict[str, dict[str, str]], message: str, hint: str
+    tmp_path: Path, mapping: dict[str, Any], message: str, hint: str
 ) -> None:
     path = jsonl(tmp_path / "a.jsonl", {"text": "x", "label": "no"})
     with pytest.raises(DataError) as caught:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainings import digits, open_small, settings, trained
 
-from fedgraft.client import training
+from fedgraft.client import feed
 from fedgraft.client.feed import logits_of
 from fedgraft.common.errors import SiteFailure
 
@@ -29,7 +29,7 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Limit:
                 raise torch.OutOfMemoryError
             return logits
 
-        monkeypatch.setattr(training, "logits_of", short)
+        monkeypatch.setattr(feed, "logits_of", short)
         return tried
 
     return limit

@@ -12,6 +12,7 @@ from masked_federations import make_job
 
 from fedgraft.client.policy import Hours, Policy, RoundFacts, check_plan, load_policy
 from fedgraft.common.errors import JobError, SiteFailure
+from fedgraft.common.training import DomainAdaptation
 
 DIGEST = "ab" * 32
 NOON = datetime(2030, 1, 1, 12, 0)
@@ -106,6 +107,10 @@ def test_just_inside_passes_and_just_outside_is_refused(
 def test_a_method_that_is_not_named_is_refused() -> None:
     assert code(policy(model={"allowed_methods": ["head"]}), facts()) == "policy-method"
     assert code(policy(model={"allowed_methods": ["head", "lora"]}), facts()) == ""
+    coral = make_job().training.model_copy(update={"domain": DomainAdaptation(kind="coral")})
+    adapting = facts(job=make_job().model_copy(update={"training": coral}))
+    assert code(policy(), adapting) == "policy-domain"
+    assert code(policy(model={"allowed_methods": ["lora", "domain"]}), adapting) == ""
 
 
 def test_updates_in_clear_are_for_those_who_allow_them() -> None:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from fedgraft.client.domain import has_labels
 from fedgraft.client.evaluation import Measured, measure
 from fedgraft.client.examples import Examples
 from fedgraft.client.judging import figures, judge
@@ -104,8 +105,12 @@ def _models(
     yield "federated", test(read_adapter(bench, result.folder / "adapter"))
     if not bench.fresh_head:
         yield "zero_shot", test(bench.initial)
+    if not has_labels(train_on):
+        return
     generator = torch_generator(job.job.seed, LOCAL, at.config.name)
     task = Task(train_on, bench.initial, generator, at.store)
     epochs = epochs_of(job, len(result.rounds), result.sites)
-    (alone,) = train(stack, bench.layout, [task], settings=job.training, epochs=epochs)
+    (alone,) = train(
+        stack, bench.layout, [task], settings=job.training.without_domain, epochs=epochs
+    )
     yield "local_only", test(alone.vector) if isinstance(alone, Trained) else None

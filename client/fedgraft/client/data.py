@@ -31,6 +31,7 @@ from fedgraft.client.examples import (
 from fedgraft.client.groups import read_groups
 from fedgraft.client.labels import LabelIndex, nearest_label
 from fedgraft.client.language import encode_blocks
+from fedgraft.client.objectives import IGNORED
 from fedgraft.client.pairs import encode_pairs
 from fedgraft.client.recordings import encode_recordings
 from fedgraft.client.store import Store
@@ -75,7 +76,12 @@ class Rows:
 
 
 def read_split(
-    path: str, job: Job, *, columns: Mapping[str, str] = {}, labels: Mapping[str, str] = {}
+    path: str,
+    job: Job,
+    *,
+    columns: Mapping[str, str] = {},
+    labels: Mapping[str, str] = {},
+    labelled: bool = True,
 ) -> Rows:
     """Read a CSV, JSONL or Parquet file, a folder of images or wav by label, or a glob.
 
@@ -85,7 +91,8 @@ def read_split(
     of a wav file), ``label`` (int64 index into ``job.job.labels``) and, where the job has groups,
     ``group`` (``read_groups``). ``columns`` maps a column of the job's schema to the site's,
     ``labels`` a value of the site's to the job's name. A label is that name or, where no name
-    matches, its index. Nothing is coerced, dropped or filled in; the one exception is a job whose
+    matches, its index; where rows are not ``labelled`` it is ``IGNORED`` and no column is needed.
+    Nothing is coerced, dropped or filled in; the one exception is a job whose
     ``data.on_bad_image`` or ``data.on_bad_audio`` is ``"skip"``.
 
     Raises:
@@ -98,9 +105,13 @@ def read_split(
     schema = job.data.column(kind)
     _check_mappings(job, schema, columns, labels)
     content, label = columns.get(schema, schema), columns.get(job.data.label, job.data.label)
-    tables = read_tables(path, content=content, label=label, images=kind != "text")
     named = LabelIndex(job.job.labels, labels)
-    targets = [named.of(table, row) for table in tables for row in range(len(table.labels))]
+    if labelled:
+        tables = read_tables(path, content=content, label=label, images=kind != "text")
+        targets = [named.of(table, row) for table in tables for row in range(len(table.labels))]
+    else:
+        tables = read_tables(path, content=content, label=None, images=kind != "text")
+        targets = [IGNORED] * sum(len(table.contents) for table in tables)
     groups = read_groups(path, job.data, columns) if job.data.groups else None
     if kind == "text":
         texts = [_text(table, row) for table in tables for row in range(len(table.contents))]

@@ -66,12 +66,15 @@ class Participant:
 
         Raises:
             SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs``,
-                ``no-examples``, or a code of ``check_privacy`` or of ``Guard.consent``. Where
-                updates are masked, ``not-eligible`` for too few or too many examples.
+                ``no-examples``, ``no-labels``, or a code of ``check_privacy`` or of
+                ``Guard.consent``. Where updates are masked, ``not-eligible`` for too few or too
+                many examples.
         """
         ensure_backbone(Job.model_validate_json(request.job), self.state)
         job, bench = self.open(request.session, request.job)
         self.check_privacy(job)
+        if not self.config.data.labelled and job.training.domain is None:
+            raise SiteFailure("no-labels")
         if bench.backbone.fingerprint != request.backbone:
             raise SiteFailure("backbone-differs")
         if bench.layout.only(request.names).fingerprint != request.layout:
@@ -266,9 +269,13 @@ def open_participant(node_config: Mapping[str, object]) -> Participant:
     """The participant that a Flower node's configuration names.
 
     ``site`` is the path of its ``site.toml``; ``state``, ``device``, ``federation``, ``teacher``,
-    ``rank`` and ``cache`` (JSON) may override the file's.
+    ``rank`` and ``cache`` (JSON) may override the file's, ``unlabelled`` says that labels are not
+    to be read.
     """
     config = _load_site(str(node_config["site"]))
+    if node_config.get("unlabelled"):
+        data = config.data.model_copy(update={"labelled": False})
+        config = config.model_copy(update={"data": data})
     for key in ("device", "federation", "teacher"):
         if value := node_config.get(key):
             config = config.model_copy(update={key: str(value)})

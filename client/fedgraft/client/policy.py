@@ -61,7 +61,7 @@ class ModelRules(Section):
     """``[model]``: backbones by name, each with the SHA-256 of its manifest or its fingerprint."""
 
     allowed_backbones: dict[str, Digest] = Field(default_factory=dict)
-    allowed_methods: tuple[Literal["lora", "head", "partial"], ...] = ()
+    allowed_methods: tuple[Literal["lora", "head", "partial", "domain"], ...] = ()
     max_rank: int = Field(default=16, ge=1)
 
 
@@ -207,6 +207,7 @@ def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:
     return (
         ("backbone", facts.digests is None or _is_allowed(model, job, facts.digests)),
         ("method", job.method.kind in model.allowed_methods),
+        ("domain", job.training.domain is None or "domain" in model.allowed_methods),
         ("rank", getattr(job.method, "rank", 0) <= model.max_rank),
         ("secure-aggregation", _masks(job) or privacy.secure_aggregation == "allowed"),
         ("cohort", min(cohort, facts.survivors or cohort) >= privacy.min_cohort),

@@ -62,7 +62,7 @@ def find_prefix(stack: Stack, trained: Layout, inputs: Inputs) -> Prefix | None:
     ``inputs`` are ``FEWEST`` rows or more.
     """
     stack.put_one(stack.bench.layout, stack.bench.initial)
-    modules = {id(stack.modules[name][0]) for name in trained.names}
+    modules = {id(stack.modules[name][0]) for name in trained.of_model.names}
     order, chain = _follow(stack, inputs)
     found: list[tuple[str, _Stop, _Resume]] = []
     if chain and modules <= {id(m) for link in chain for m in link.modules()}:

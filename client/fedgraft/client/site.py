@@ -24,12 +24,14 @@ class SiteData(Section):
     """``[data]``: files, folders or globs, and how the site's own names map to the job's.
 
     ``columns`` maps a column of the job's schema to the site's own column, ``labels`` a value of
-    the site's own label column to the job's name of that label.
+    the site's own label column to the job's name of that label. With ``labelled = false`` labels
+    of the training files are not read: the site takes part only in jobs that adapt to its domain.
     """
 
     train: str = Field(min_length=1)
     test: str | None = Field(default=None, min_length=1)
     validation: str | None = Field(default=None, min_length=1)
+    labelled: bool = True
     columns: dict[str, str] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
 

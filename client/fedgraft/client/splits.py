@@ -64,6 +64,8 @@ class Splits:
         train, own = self._taught(self.config.data.train), self.config.data.validation
         if own:
             return _Encoded((train, self._encoded(own)))
+        if not self.config.data.labelled:
+            return _Encoded((train, train.subset(NOTHING)))
         draw = numpy_generator(self.job.job.seed, "validation", self.config.name)
         parts = split_validation(train.labels, self.job.data.validation, draw)
         return _Encoded(train.subset(part) for part in parts)
@@ -78,7 +80,7 @@ class Splits:
 
     def _taught(self, path: str) -> Examples:
         """The rows of ``path`` with what the site's teacher says of them, where the job has one."""
-        rows = self._rows(path)
+        rows = self._rows(path, labelled=self.config.data.labelled)
         examples = self._encoded_rows(rows)
         if self.job.training.distillation is None:
             return examples
@@ -90,9 +92,11 @@ class Splits:
         )
         return examples.with_teacher(logits)
 
-    def _rows(self, path: str) -> Rows:
+    def _rows(self, path: str, *, labelled: bool = True) -> Rows:
         data = self.config.data
-        return read_split(path, self.job, columns=data.columns, labels=data.labels)
+        return read_split(
+            path, self.job, columns=data.columns, labels=data.labels, labelled=labelled
+        )
 
     def _encoded_rows(self, rows: Rows) -> Examples:
         backbone, processor = open_processor(self.job)

@@ -22,7 +22,7 @@ from fedgraft.common.adapters import OUTER, Layout, Vector, is_head
 from fedgraft.common.backbones import body_names
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
-from fedgraft.common.workbench import Workbench, close_workbenches, open_workbench
+from fedgraft.common.workbench import Workbench, close_workbenches, open_workbench, shaping_of
 
 if TYPE_CHECKING:
     from fedgraft.client.prefix import Prefix
@@ -64,6 +64,9 @@ class Stack:
                 continue
             value = flat[:, where].view(sites, *self.fixed[name].shape[1:])
             views[name] = module.values[attribute] = value
+        for name, shape in zip(trained.names, trained.shapes, strict=True):
+            if name not in views:  # what travels beside the adapter: no module computes with it
+                views[name] = flat[:, trained.slices[name]].view(sites, *shape)
         return [views[name] for name in trained.names]
 
     def put_one(self, trained: Layout, vector: Vector) -> None:
@@ -95,8 +98,7 @@ def open_stack(job: Job, *, device: str = "cpu") -> Stack:
     Raises:
         FedgraftError: as ``open_workbench``.
     """
-    shaping = job.model_dump_json(include={"job", "backbone", "method"})
-    return _open(shaping, job.training.precision, device)
+    return _open(shaping_of(job), job.training.precision, device)
 
 
 @lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
@@ -119,7 +121,7 @@ def _build(bench: Workbench, device: torch.device, precision: str) -> Stack:
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # of keys and values, for generation: here each row is whole
     draws = Draws()
-    modules = _replace_adapters(model, bench.layout, draws)
+    modules = _replace_adapters(model, bench.layout.of_model, draws)
     _seed_head_dropout(model, draws)
     model.requires_grad_(False).eval()
     values = torch.from_numpy(bench.initial).to(device)

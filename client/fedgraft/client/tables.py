@@ -74,15 +74,17 @@ def read_tables(path: str, *, content: str, label: str | None, images: bool) -> 
 
     With ``images`` (or recordings), a folder holds one folder per label, an image file alone has
     the name of its folder as label, and the ``content`` of a table is an embedded image or the path
-    of one, relative to the table. Without a ``label`` all labels are None, and each ``.txt`` file,
-    also of a folder, is one text.
+    of one, relative to the table. Without a ``label`` all labels are None, each ``.txt`` file, also
+    of a folder, is one text, and a folder of images is all of them, wherever they lie in it.
 
     Raises:
         DataError: missing, empty, malformed, not UTF-8, without one of the columns.
     """
     tables, loose = [], []
     for source in find_sources(path):
-        if source.is_dir() and label is None:
+        if source.is_dir() and label is None and images:
+            tables.append(_image_table(source, _anywhere(source)))
+        elif source.is_dir() and label is None:
             tables.extend(_read_texts(source))
         elif source.is_dir():
             tables.append(_read_folder(source, images=images))
@@ -111,6 +113,13 @@ def _read_texts(path: Path) -> list[Table]:
             hint=f"put texts there, or name a table such as {path}/texts.jsonl",
         )
     return [_read_file(file, "", None, images=False) for file in files if _kept(file)]
+
+
+def _anywhere(path: Path) -> list[tuple[Path, str]]:
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _kept(file))
+    if not files:
+        raise DataError(f"{path} has no files", hint="put the site's files there")
+    return [(file, "") for file in files]
 
 
 def _read_file(path: Path, content: str, label: str | None, *, images: bool) -> Table:

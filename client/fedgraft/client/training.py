@@ -20,8 +20,8 @@ from torch import nn
 
 from fedgraft.client.batches import shuffled
 from fedgraft.client.examples import Examples, Indices
-from fedgraft.client.feed import Feed, open_feed, predict, taught_of
-from fedgraft.client.objectives import distances, losses, restrict
+from fedgraft.client.feed import open_feed
+from fedgraft.client.objective import Batch, Objective
 from fedgraft.client.pace import open_pace
 from fedgraft.client.stack import Stack
 from fedgraft.client.stacked import Rows
@@ -239,6 +239,8 @@ class _Pass:
         self.gradient = torch.zeros_like(self.flat)
         self.anchor = self.flat.clone() if settings.proximal else None
         self.pace = open_pace(stack, trained, settings)
+        every = [site.task.examples for site in sites]
+        self.objective = Objective(stack, trained, settings, every, self.flat)
         self.rows = [nn.Parameter(row) for row in self.flat]
         for row, gradient in zip(self.rows, self.gradient, strict=True):
             row.grad = gradient
@@ -249,6 +251,7 @@ class _Pass:
             fused=True,
         )
         self.total = torch.zeros(len(sites), device=stack.device)
+        self.progress: list[float] = []  # of each site, 0 to 1 of the whole federation
         self.views: list[torch.Tensor] = []  # of the flat tensor, as the stack computes with them
         self.micro = settings.batch_size // settings.accumulation  # rows of each site in one pass
 
@@ -272,6 +275,10 @@ class _Pass:
     def _step(self, step: int, active: int) -> None:
         self.gradient.zero_()
         batches = [next(site.batches) for site in self.sites[:active]]
+        length = self.span.end - self.span.start
+        self.progress = [
+            self.span.start + length * step / site.steps for site in self.sites[:active]
+        ]
         done, longest = 0, max(len(batch) for batch in batches)
         while done < longest:
             rows = self.micro
@@ -280,14 +287,12 @@ class _Pass:
         gradient = self.gradient[:active]
         if self.anchor is not None:
             gradient.add_(self.flat[:active] - self.anchor[:active], alpha=self.settings.proximal)
-        length = self.span.end - self.span.start
-        progress = [self.span.start + length * step / site.steps for site in self.sites[:active]]
-        rates = None if self.pace is None else self.pace.at(progress).to(self.flat.device)
+        rates = None if self.pace is None else self.pace.at(self.progress).to(self.flat.device)
         if self.settings.clip_norm:
             moving = gradient if rates is None else gradient * (rates > 0)
             norms = moving.norm(dim=1, keepdim=True)
             gradient.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
-        for at, group in zip(progress, self.optimizer.param_groups, strict=False):
+        for at, group in zip(self.progress, self.optimizer.param_groups, strict=False):
             group["lr"] = learning_rate(self.settings.learning_rate, self.settings.schedule, at)
         self._move(active, rates)
 
@@ -343,32 +348,18 @@ class _Pass:
             Rows(len(index), feed.width(index), feed.left, site.task.generator)
             for index, feed, site in zip(parts, feeds, self.sites, strict=False)
         )
-        each = self._losses(feeds, padded, width)
-        weights = torch.tensor([[float(row < len(i)) for row in range(rows)] for i in parts])
-        summed = (each.view(len(batches), rows) * weights.to(each.device)).sum(1)
-        share = torch.tensor([1 / len(batch) for batch in batches], device=each.device)
+        sizes = [len(batch) for batch in batches]
+        batch = Batch(feeds, padded, parts, sizes, width, self.progress)
+        value = self.objective.of(batch, self.views)
         # A model may have layers that its output does not depend on: these stay as they are.
-        gradients = torch.autograd.grad((summed * share).sum(), self.views, allow_unused=True)
+        gradients = torch.autograd.grad(value.minimised, self.views, allow_unused=True)
         flat = [g if g is None else g.reshape(len(batches), -1) for g in gradients]
         # From here on nothing takes memory: it is done whole or, before here, not at all.
         for where, gradient in zip(self.trained.slices.values(), flat, strict=True):
             if gradient is not None:
                 self.gradient[: len(batches), where].add_(gradient)
-        self.total[: len(batches)] += summed.detach()
-
-    def _losses(self, feeds: Sequence[Feed], index: Sequence[Indices], width: int) -> torch.Tensor:
-        """What is minimised for each of these examples, float32 [sites x rows]."""
-        settings = self.settings
-        logits, targets = predict(feeds, index, width)
-        each = losses(logits, targets, smoothing=settings.label_smoothing)
-        if settings.distillation is None:
-            return each
-        taught, weight = taught_of(feeds, index), settings.distillation.weight
-        if taught is None:
-            raise SiteFailure("no-teacher")
-        taught = restrict(taught.to(logits.device), targets, self.stack.bench.heads)
-        far = distances(logits, taught, settings.distillation.temperature)
-        return (1 - weight) * each + weight * far
+        self.total[: len(batches)] += value.summed.detach()
+        self.objective.take(value, batch)
 
     def _finish(self, still: int, active: int) -> None:
         """Take the results of the sites from ``still`` up to ``active``, which have no more steps.
@@ -376,6 +367,8 @@ class _Pass:
         Their rows stay in the optimiser, without a gradient: it passes over them.
         """
         for number in range(still, active):
-            self.sites[number].vector = self.flat[number].cpu().numpy().copy()
+            vector = self.flat[number].cpu().numpy().copy()
+            self.objective.finish(number, vector)
+            self.sites[number].vector = vector
             self.sites[number].total = float(self.total[number])
             self.rows[number].grad = None

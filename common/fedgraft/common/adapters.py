@@ -30,6 +30,7 @@ from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import TASKS
 
 __all__ = [
+    "DOMAIN",
     "OUTER",
     "Layout",
     "Vector",
@@ -50,6 +51,7 @@ KINDS_OF_TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 
 
+DOMAIN = "domain."  # before the names of what travels beside an adapter (``domain.py``)
 OUTER = "base_model.model."  # what peft puts before the names of the backbone's modules
 
 
@@ -110,6 +112,15 @@ class Layout:
             for name, where in layout.slices.items():
                 merged[self.slices[name]] = values[where]
         return merged
+
+    @property
+    def of_model(self) -> "Layout":
+        """Without what only travels beside an adapter."""
+        return self.only(name for name in self.names if not name.startswith(DOMAIN))
+
+    def joined(self, other: "Layout") -> "Layout":
+        """This layout with another behind it."""
+        return Layout((*self.names, *other.names), (*self.shapes, *other.shapes))
 
     def check(self, vector: Vector) -> None:
         """Check that ``vector`` is float32 [size].
@@ -194,17 +205,24 @@ def cut_rank(layout: Layout, vector: Vector, rank: int) -> Vector:
 
 
 def read(model: nn.Module, layout: Layout) -> Vector:
-    """Copy the named parameters into a new vector, float32 [layout.size]."""
+    """Copy the named parameters into a new vector, float32 [layout.size].
+
+    What only travels beside an adapter is zero.
+    """
     parameters = dict(model.named_parameters())
-    vector = np.empty(layout.size, np.float32)
+    vector = np.zeros(layout.size, np.float32)
     for name, where in layout.slices.items():
+        if name.startswith(DOMAIN):
+            continue
         vector[where] = parameters[name].detach().to("cpu", torch.float32).numpy().reshape(-1)
     return vector
 
 
 @torch.no_grad()
 def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
-    """Copy ``vector``, float32 [layout.size], into the named parameters.
+    """Copy ``vector``, float32 [layout.size], into the named parameters of the model.
+
+    What only travels beside an adapter is passed over.
 
     Raises:
         AdapterError: the vector has another length or dtype.
@@ -212,6 +230,8 @@ def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
     layout.check(vector)
     parameters = dict(model.named_parameters())
     for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
+        if name.startswith(DOMAIN):
+            continue
         values = torch.from_numpy(np.ascontiguousarray(vector[where])).view(shape)
         parameters[name].copy_(values)
 

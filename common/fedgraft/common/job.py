@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from fedgraft.common.adapting import check_domain
 from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.faults import Faults
 from fedgraft.common.language import check_language
@@ -258,6 +259,9 @@ class Simulation(Section):
     teacher: str | None = Field(
         default=None, pattern=r"^(hf|path|builtin):.+$", description="of every site, to distil from"
     )
+    unlabelled: tuple[str, ...] = Field(
+        default=(), description="sites whose training rows have no labels"
+    )
     ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="LoRA ranks of sites, in turn; method.rank if empty"
     )
@@ -284,6 +288,12 @@ class Job(Section):
     def _measures_fit(self) -> Self:
         if TASKS[self.job.task].target == "tokens":
             check_language(self)
+        return self
+
+    @model_validator(mode="after")
+    def _domain_fits(self) -> Self:
+        if self.training.domain is not None:
+            check_domain(self)
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from fedgraft.common.section import IllegalJob, Section
 
-__all__ = ["Distillation", "Schedule", "Training"]
+__all__ = ["Distillation", "DomainAdaptation", "Schedule", "Training"]
 
 
 class Schedule(Section):
@@ -27,6 +27,15 @@ class Distillation(Section):
     temperature: float = Field(default=2.0, gt=0, le=100)
 
 
+class DomainAdaptation(Section):
+    """Make features of sites with and without labels alike (``client.domain`` has the sources)."""
+
+    kind: Literal["coral", "mmd", "dann"]
+    weight: float = Field(default=1.0, gt=0)
+    components: int = Field(default=256, ge=16, le=4096, description="of mmd: random features")
+    hidden: int = Field(default=64, ge=1, le=1024, description="of dann: the discriminator's units")
+
+
 class Training(Section):
     """``[training]``: one site's local steps of AdamW in one round."""
 
@@ -42,6 +51,7 @@ class Training(Section):
     proximal: float = Field(default=0.0, ge=0, description="FedProx mu")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share spread over labels")
     distillation: Distillation | None = None
+    domain: DomainAdaptation | None = None
     group_by_length: bool = Field(default=False, description="texts about as long in a batch")
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="rate of each block beside that of the one above it"
@@ -49,6 +59,11 @@ class Training(Section):
     unfreeze: float = Field(
         default=0.0, ge=0, le=1, description="share of all steps until the lowest block trains"
     )
+
+    @property
+    def without_domain(self) -> "Training":
+        """The same without adapting to sites that have no labels."""
+        return self.model_copy(update={"domain": None})
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:

@@ -32,6 +32,7 @@ from fedgraft.common.backbones import (
     load,
     read_config,
 )
+from fedgraft.common.domain import domain_tensors, feature_size
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
 from fedgraft.common.messages import array_hash
@@ -45,6 +46,7 @@ __all__ = [
     "close_workbenches",
     "open_processor",
     "open_workbench",
+    "shaping_of",
 ]
 
 
@@ -52,7 +54,8 @@ __all__ = [
 class Workbench:
     """One job's model in this process; ``head`` is its method's head policy.
 
-    ``heads`` names each label's head where a job has several (``General.head_of``).
+    ``heads`` names each label's head where a job has several (``General.head_of``); ``seed`` is the
+    job's.
 
     ``layout`` names every adapter tensor, ``initial`` (float32 [layout.size]) is what they start
     from; ``fresh_head`` says that the head has no pre-training, so zero-shot means nothing.
@@ -62,6 +65,7 @@ class Workbench:
 
     head: str
     heads: tuple[int, ...]
+    seed: int
     backbone: Backbone
     model: PeftModel
     processor: Processor
@@ -106,8 +110,13 @@ def open_workbench(job: Job) -> Workbench:
         AdapterError: the method's targets match nothing.
     """
     # Only these sections shape the model: rounds or training settings must not load it again.
-    shaping = job.model_dump_json(include={"job", "backbone", "method"})
-    return _open(shaping)
+    return _open(shaping_of(job))
+
+
+def shaping_of(job: Job) -> str:
+    """The sections of a job, as JSON, that its model and its layout follow from."""
+    return job.model_dump_json(include={**dict.fromkeys(("job", "backbone", "method"), True),
+                                        "training": {"domain"}})  # fmt: skip
 
 
 @lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
@@ -119,16 +128,22 @@ def _open(shaping: str) -> Workbench:
     if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last real token
         config: Any = loaded.model.config
         config.pad_token_id = processor.pad_id
+    size = feature_size(loaded.model) if job.training.domain is not None else 0
     model = attach(loaded.model, job)
     layout = adapter_layout(model)
+    initial = read(model, layout)
+    if job.training.domain is not None:
+        beside, values = domain_tensors(job.training.domain, size, job.job.seed)
+        layout, initial = layout.joined(beside), np.concatenate([initial, values])
     return Workbench(
         head=job.method.head,
         heads=job.job.head_of,
+        seed=job.job.seed,
         backbone=backbone,
         model=model,
         processor=processor,
         layout=layout,
-        initial=read(model, layout),
+        initial=initial,
         fresh_head=loaded.fresh_head,
         drawn=drawn,
         backbone_parameters=loaded.parameters,

@@ -55,7 +55,9 @@ def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[Movem
             change = _change(module, base)
             found.append(_movement(name, _norm(change), _norm(base), low_rank=True))
     vector = bench.layout.merged(bench.initial, *parts)
-    return found + _moved_weights(bench.layout, bench.initial, vector)
+    layout = bench.layout.of_model
+    start, end = (bench.layout.part(one, layout) for one in (bench.initial, vector))
+    return found + _moved_weights(layout, start, end)
 
 
 def _change(module: LoraLayer, base: torch.Tensor) -> torch.Tensor:

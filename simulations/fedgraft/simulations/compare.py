@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fedgraft.client.comparison import epochs_of
+from fedgraft.client.domain import has_labels
 from fedgraft.client.evaluation import Evaluation, TokenEvaluation, measure
 from fedgraft.client.evaluation import Measured as Judged
 from fedgraft.client.examples import Examples, concatenate
@@ -94,7 +95,8 @@ class Started:
 def head_only_job(job: Job) -> Job:
     """The same federation with the backbone as feature extractor."""
     aggregation = job.aggregation.model_copy(update={"rule": "fedavg"})
-    return job.model_copy(update={"method": HeadMethod(kind="head"), "aggregation": aggregation})
+    changes = {"method": HeadMethod(kind="head"), "aggregation": aggregation}
+    return job.model_copy(update={**changes, "training": job.training.without_domain})
 
 
 def start(name: str, trial: Trial, workers: Workers) -> Started | None:
@@ -180,13 +182,17 @@ def _place(trial: Trial, site: int) -> _Place:
 def _train(
     places: Sequence[_Place], tasks: Sequence[Task], settings: Training, epochs: int
 ) -> list[Vector | None]:
-    """What training came to at each place; None if its loss was not finite.
+    """What training came to at each place; None if its loss was not finite, or without labels.
 
-    That must not end a comparison.
+    That must not end a comparison. Nobody adapts to anyone here.
     """
     stack, layout = places[0].stack, places[0].layout
-    results = train(stack, layout, tasks, settings=settings, epochs=epochs)
-    return [one.vector if isinstance(one, Trained) else None for one in results]
+    known = [n for n, task in enumerate(tasks) if has_labels(task.examples)]
+    few, settings = [tasks[n] for n in known], settings.without_domain
+    results = train(stack, layout, few, settings=settings, epochs=epochs)
+    came = dict(zip(known, results, strict=True))
+    each = (came.get(number) for number in range(len(tasks)))
+    return [one.vector if isinstance(one, Trained) else None for one in each]
 
 
 def _budget(trial: Trial) -> int:
@@ -264,7 +270,8 @@ def _central(trial: Trial) -> list[Judged | None]:
     if trial.job.simulation:
         changes = trial.job.simulation.central.model_dump(exclude_none=True)
         settings = settings.model_copy(update=changes)
-    pool = concatenate([other.splits.train for other in places])
+    parts = [other.splits.train for other in places]
+    pool = concatenate([part for part in parts if has_labels(part)])
     task = replace(place.task(place.bench.initial, "central"), examples=pool)
     (adapter,) = _train([place], [task], settings, _budget(trial))
     if adapter is None:

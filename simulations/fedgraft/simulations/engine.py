@@ -47,6 +47,7 @@ class Nodes(Sequence[NodeConfig]):
     states: str
     extra: tuple[tuple[str, str], ...]
     ranks: tuple[int, ...] = ()
+    unlabelled: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,6 +69,8 @@ class Nodes(Sequence[NodeConfig]):
             "state": f"{self.states}/{name}",
             **dict(self.extra),
         }
+        if name in self.unlabelled:
+            node["unlabelled"] = "yes"
         if self.ranks:
             node["rank"] = str(self.ranks[index % len(self.ranks)])
         return node
@@ -125,4 +128,10 @@ def make_nodes(job: Job, prepared: PreparedSites, *, states: str, device: str) -
     if states and job.privacy.secure_aggregation.enabled:
         extra.append(("federation", f"{states}/{FILE}"))
     names = tuple(site.name for site in prepared.sites)
-    return Nodes(names, str(prepared.folder), states, tuple(extra), settings.ranks)
+    unlabelled = frozenset(settings.unlabelled)
+    if unknown := unlabelled.difference(names):
+        raise InputError(
+            f"simulation.unlabelled: there is no site {min(unknown)}",
+            hint=f"there are: {', '.join(names[:8])}{', ...' if names[8:] else ''}",
+        )
+    return Nodes(names, str(prepared.folder), states, tuple(extra), settings.ranks, unlabelled)

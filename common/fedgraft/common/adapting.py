@@ -1,0 +1,42 @@
+"""What a job that adapts to sites without labels must not ask for beside."""
+
+from typing import TYPE_CHECKING
+
+from fedgraft.common.section import IllegalJob
+from fedgraft.common.tasks import TASKS
+
+if TYPE_CHECKING:
+    from fedgraft.common.job import Job
+
+__all__ = ["SCALE", "check_domain"]
+
+SCALE = 0.1  # the largest value of a statistic that travels (``domain.py``)
+
+
+def check_domain(job: "Job") -> None:
+    """Whether a job that adapts to a domain can.
+
+    Raises:
+        IllegalJob: the method trains no features, or something would not leave a mean a mean.
+    """
+    if TASKS[job.job.task].target != "label":
+        raise IllegalJob(
+            f"{job.job.task} has no labels that could be missing", "leave training.domain out"
+        )
+    if job.method.kind == "head":
+        raise IllegalJob(
+            'method.kind = "head" leaves all features as they are: nothing could be aligned',
+            'method.kind = "lora" or "partial", or no training.domain',
+        )
+    server = job.aggregation.server_optimizer
+    if job.aggregation.rule == "median" or server.kind != "none" or server.learning_rate != 1:
+        raise IllegalJob(
+            "training.domain needs the plain mean over sites, of their statistics too",
+            'aggregation.rule = "fedavg" with server_optimizer.kind = "none"',
+        )
+    masked = job.privacy.secure_aggregation
+    if masked.enabled and masked.clip < SCALE:
+        raise IllegalJob(
+            f"statistics of training.domain are up to {SCALE}, and clip is {masked.clip}",
+            f"privacy.secure_aggregation.clip = {SCALE}",
+        )
