@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import Job, Simulation
+from fedgraft.common.job import Job
 from fedgraft.common.jobfile import dump_job, load_job, parse_job, read_text
 from fedgraft.common.methods import LoraMethod, PartialMethod
+from fedgraft.common.simulation import Simulation
 
 MINIMAL = """\
 [job]

@@ -16,8 +16,9 @@ from PIL import Image
 from fedgraft.client.data import read_split
 from fedgraft.client.site import load_site
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import Job, Partition, Rounds
+from fedgraft.common.job import Job, Rounds
 from fedgraft.common.jobfile import parse_job
+from fedgraft.common.simulation import Partition
 from fedgraft.simulations import partition as partition_module
 from fedgraft.simulations.partition import SimulatedSite, partition
 

@@ -110,7 +110,5 @@ def _models(
     generator = torch_generator(job.job.seed, LOCAL, at.config.name)
     task = Task(train_on, bench.initial, generator, at.store)
     epochs = epochs_of(job, len(result.rounds), result.sites)
-    (alone,) = train(
-        stack, bench.layout, [task], settings=job.training.without_domain, epochs=epochs
-    )
+    (alone,) = train(stack, bench.layout, [task], settings=job.training.alone, epochs=epochs)
     yield "local_only", test(alone.vector) if isinstance(alone, Trained) else None

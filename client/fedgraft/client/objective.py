@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedgraft.client.consolidation import Consolidation
 from fedgraft.client.domain import Alignment, Statistics, watch_features
 from fedgraft.client.examples import Examples, Indices
 from fedgraft.client.feed import Feed, predict, taught_of
@@ -58,6 +59,11 @@ class Objective:
     ) -> None:
         self.stack, self.settings = stack, settings
         self.alignment: Alignment | None = None
+        self.consolidation: Consolidation | None = None
+        if settings.consolidation is not None:
+            epochs = [len(one) for one in examples]
+            self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
+        self.anchor = flat.clone() if settings.proximal else None
         if settings.domain is not None:
             self.alignment = Alignment(settings.domain, trained, examples, flat, stack.bench.seed)
 
@@ -80,10 +86,23 @@ class Objective:
         if self.alignment is not None:
             self.alignment.take(value.statistics, [len(real) for real in batch.real])
 
+    def pull(self, gradient: torch.Tensor, flat: torch.Tensor, sizes: Sequence[int]) -> None:
+        """Add to the ``gradient`` of whole batches what holds values back, both [active, values].
+
+        FedProx (Li et al. 2020): mu/2 |x - x0|^2, where x0 is what training started from.
+        """
+        if self.consolidation is not None:
+            self.consolidation.take(gradient, sizes)
+            self.consolidation.pull(gradient, flat)
+        if self.anchor is not None:
+            gradient.add_(flat - self.anchor[: len(flat)], alpha=self.settings.proximal)
+
     def finish(self, number: int, vector: Vector) -> None:
         """Put what a site tells beside its adapter into its ``vector``."""
         if self.alignment is not None:
             self.alignment.write(number, vector)
+        if self.consolidation is not None:
+            self.consolidation.write(number, vector)
 
     def _labelled(self, batch: Batch) -> Value:
         each = self._each(batch)

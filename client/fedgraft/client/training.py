@@ -237,7 +237,6 @@ class _Pass:
         starts = np.stack([site.task.start for site in sites])
         self.flat = torch.from_numpy(starts).to(stack.device, copy=True)
         self.gradient = torch.zeros_like(self.flat)
-        self.anchor = self.flat.clone() if settings.proximal else None
         self.pace = open_pace(stack, trained, settings)
         every = [site.task.examples for site in sites]
         self.objective = Objective(stack, trained, settings, every, self.flat)
@@ -285,8 +284,7 @@ class _Pass:
             if self._fits(batches, slice(done, done + rows)):
                 done += rows
         gradient = self.gradient[:active]
-        if self.anchor is not None:
-            gradient.add_(self.flat[:active] - self.anchor[:active], alpha=self.settings.proximal)
+        self.objective.pull(gradient, self.flat[:active], [len(batch) for batch in batches])
         rates = None if self.pace is None else self.pace.at(self.progress).to(self.flat.device)
         if self.settings.clip_norm:
             moving = gradient if rates is None else gradient * (rates > 0)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peft import set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from fedgraft.common.adapters import Layout, Vector, read
-from fedgraft.common.backbones import load
+from fedgraft.common.adapters import OUTER, Layout, Vector, read
+from fedgraft.common.backbones import head_names, load
+from fedgraft.common.consolidation import fisher_of, save_fisher
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import sync_folder
 from fedgraft.common.job import Job
@@ -50,19 +51,29 @@ def save_adapter(
             base: Any = load(bench.backbone, job).model
             base.save_pretrained(target / BASE)
         (target / "README.md").write_text(card, encoding="utf-8")
+        if job.training.consolidation is not None:
+            whole = bench.layout.merged(bench.initial, *parts)
+            save_fisher(target, bench.carried, fisher_of(bench.layout, whole))
 
     replace_folder(folder, folder_facts(bench, job, origin), write)
 
 
-def read_adapter(bench: Workbench, folder: Path) -> Vector:
+def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector:
     """The adapter in ``folder``, float32 [bench.layout.size], of the job that ``bench`` is for.
+
+    What travels beside an adapter is zero. Without ``head`` the head stays as the job's begins.
 
     Raises:
         InputError: there is none that can be read.
     """
     bench.put()
     try:
-        found = set_peft_model_state_dict(bench.model, load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        if not head:
+            heads = tuple(f"{OUTER}{name}." for name in head_names(bench.model.get_base_model()))
+            own = get_peft_model_state_dict(bench.model, save_embedding_layers=False)
+            weights |= {name: one for name, one in own.items() if name.startswith(heads)}
+        found = set_peft_model_state_dict(bench.model, weights)
     except Exception as error:  # torn files raise many kinds
         raise InputError(
             f"no adapter can be read from {folder} ({type(error).__name__})",

@@ -30,7 +30,9 @@ from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import TASKS
 
 __all__ = [
+    "BESIDE",
     "DOMAIN",
+    "EWC",
     "OUTER",
     "Layout",
     "Vector",
@@ -51,7 +53,8 @@ KINDS_OF_TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 
 
-DOMAIN = "domain."  # before the names of what travels beside an adapter (``domain.py``)
+# Before the names of what travels beside an adapter: ``domain.py``, ``consolidation.py``.
+BESIDE = (DOMAIN, EWC) = ("domain.", "ewc.")
 OUTER = "base_model.model."  # what peft puts before the names of the backbone's modules
 
 
@@ -116,7 +119,7 @@ class Layout:
     @property
     def of_model(self) -> "Layout":
         """Without what only travels beside an adapter."""
-        return self.only(name for name in self.names if not name.startswith(DOMAIN))
+        return self.only(name for name in self.names if not name.startswith(BESIDE))
 
     def joined(self, other: "Layout") -> "Layout":
         """This layout with another behind it."""
@@ -212,7 +215,7 @@ def read(model: nn.Module, layout: Layout) -> Vector:
     parameters = dict(model.named_parameters())
     vector = np.zeros(layout.size, np.float32)
     for name, where in layout.slices.items():
-        if name.startswith(DOMAIN):
+        if name.startswith(BESIDE):
             continue
         vector[where] = parameters[name].detach().to("cpu", torch.float32).numpy().reshape(-1)
     return vector
@@ -230,7 +233,7 @@ def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
     layout.check(vector)
     parameters = dict(model.named_parameters())
     for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):
-        if name.startswith(DOMAIN):
+        if name.startswith(BESIDE):
             continue
         values = torch.from_numpy(np.ascontiguousarray(vector[where])).view(shape)
         parameters[name].copy_(values)

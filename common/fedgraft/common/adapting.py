@@ -1,4 +1,4 @@
-"""What a job that adapts to sites without labels must not ask for beside."""
+"""What a job must not ask for whose sites send statistics of their examples beside updates."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,7 @@ from fedgraft.common.tasks import TASKS
 if TYPE_CHECKING:
     from fedgraft.common.job import Job
 
-__all__ = ["SCALE", "check_domain"]
+__all__ = ["SCALE", "check_domain", "check_plain_mean"]
 
 SCALE = 0.1  # the largest value of a statistic that travels (``domain.py``)
 
@@ -17,7 +17,7 @@ def check_domain(job: "Job") -> None:
     """Whether a job that adapts to a domain can.
 
     Raises:
-        IllegalJob: the method trains no features, or something would not leave a mean a mean.
+        IllegalJob: there are no labels that could be missing, or the method trains no features.
     """
     if TASKS[job.job.task].target != "label":
         raise IllegalJob(
@@ -28,15 +28,29 @@ def check_domain(job: "Job") -> None:
             'method.kind = "head" leaves all features as they are: nothing could be aligned',
             'method.kind = "lora" or "partial", or no training.domain',
         )
+
+
+def check_plain_mean(job: "Job") -> None:
+    """Whether a mean of statistics stays a mean.
+
+    Raises:
+        IllegalJob: the rule is another, or statistics would be clipped.
+    """
+    kind = "domain" if job.training.domain is not None else "consolidation"
+    if job.aggregation.rule == "ffa" and kind == "consolidation":
+        raise IllegalJob(
+            'rule "ffa" sends only one factor of each pair, and consolidation holds all',
+            'aggregation.rule = "fedavg"',
+        )
     server = job.aggregation.server_optimizer
     if job.aggregation.rule == "median" or server.kind != "none" or server.learning_rate != 1:
         raise IllegalJob(
-            "training.domain needs the plain mean over sites, of their statistics too",
+            f"training.{kind} needs the plain mean over sites, of their statistics too",
             'aggregation.rule = "fedavg" with server_optimizer.kind = "none"',
         )
     masked = job.privacy.secure_aggregation
     if masked.enabled and masked.clip < SCALE:
         raise IllegalJob(
-            f"statistics of training.domain are up to {SCALE}, and clip is {masked.clip}",
+            f"statistics of training.{kind} are up to {SCALE}, and clip is {masked.clip}",
             f"privacy.secure_aggregation.clip = {SCALE}",
         )

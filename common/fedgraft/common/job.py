@@ -8,36 +8,31 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from fedgraft.common.adapting import check_domain
+from fedgraft.common.adapting import check_domain, check_plain_mean
 from fedgraft.common.evaluating import Evaluation
-from fedgraft.common.faults import Faults
 from fedgraft.common.language import check_language
 from fedgraft.common.measures import Measures
 from fedgraft.common.methods import Method
 from fedgraft.common.privacy import Privacy
-from fedgraft.common.section import Cache, Duration, IllegalJob, Section
+from fedgraft.common.section import Duration, IllegalJob, Section
+from fedgraft.common.simulation import Simulation
 from fedgraft.common.tasks import TASKS, Modality, Task, TaskName
 from fedgraft.common.training import Training
 
 __all__ = [
-    "Actor",
     "Aggregation",
     "Backbone",
     "Data",
     "EarlyStopping",
     "Job",
-    "Partition",
     "Rounds",
     "ServerOptimizer",
-    "Simulation",
+    "Start",
 ]
 
 Rule = Literal["fedavg", "ffa", "median"]
 # Rules that must see each site's own update; the others need only the weighted sum of them.
 INDIVIDUAL: frozenset[Rule] = frozenset({"median"})
-
-Baseline = Literal["zero_shot", "head_only", "local_only", "central"]
-BASELINES: tuple[Baseline, ...] = ("zero_shot", "head_only", "local_only", "central")
 
 
 class General(Section):
@@ -97,6 +92,17 @@ class Backbone(Section):
 
     source: str = Field(pattern=r"^((hf|path|builtin):.+|manifest:[0-9a-f]{64})$")
     weights: Literal["pretrained", "random"] = "pretrained"
+
+
+class Start(Section):
+    """``[start]``: go on from the adapter of an earlier run, as ``fedgraft export`` writes it.
+
+    Without ``head`` the head starts anew, where the labels are others. Only the coordinator reads
+    the folder: sites get its adapter in the first round.
+    """
+
+    adapter: str = Field(min_length=1)
+    head: bool = True
 
 
 class EarlyStopping(Section):
@@ -214,62 +220,6 @@ class Data(Section):
         return self
 
 
-class Partition(Section):
-    """How a simulation splits one data set over its sites.
-
-    ``dirichlet``: each class over the sites by Dirichlet(alpha) (Hsu et al. 2019); ``iid``: evenly;
-    ``natural``: one site per folder or file that ``train`` matches.
-    """
-
-    kind: Literal["dirichlet", "iid", "natural"] = "dirichlet"
-    alpha: float = Field(default=0.5, gt=0)
-    min_examples: int = Field(default=2, ge=1)
-
-
-class CentralTraining(Section):
-    """Settings of the pooled reference where they differ from a site's (absent: the same)."""
-
-    learning_rate: float | None = Field(default=None, gt=0)
-    batch_size: int | None = Field(default=None, ge=1)
-
-
-class Actor(Section):
-    """What one process of the Ray engine takes; several share a GPU with, say, ``gpus = 0.25``."""
-
-    cpus: float = Field(default=1.0, gt=0)
-    gpus: float = Field(default=1.0, gt=0, description="if the device is a GPU")
-
-
-class Simulation(Section):
-    """``[simulation]``: stands for the sites; never sent to a site."""
-
-    sites: int | None = Field(default=None, ge=1, description="from the data if natural")
-    train: str
-    test: str | None = None
-    partition: Partition = Partition()
-    shift: Literal["none", "image"] = "none"
-    baselines: tuple[Baseline, ...] = BASELINES
-    central: CentralTraining = CentralTraining()
-    finetune_epochs: int = Field(default=2, ge=0, description="federated, then tuned at each site")
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    workers: int | None = Field(default=None, ge=0, description="processes; the cores if absent")
-    sites_per_pass: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=256)] = Field(
-        default="auto", description="trained side by side in one pass over the backbone"
-    )
-    teacher: str | None = Field(
-        default=None, pattern=r"^(hf|path|builtin):.+$", description="of every site, to distil from"
-    )
-    unlabelled: tuple[str, ...] = Field(
-        default=(), description="sites whose training rows have no labels"
-    )
-    ranks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(), description="LoRA ranks of sites, in turn; method.rank if empty"
-    )
-    cache: Cache = Field(default=Cache(memory=64_000_000), description="memory: of all processes")
-    faults: Faults = Faults()
-    actor: Actor = Actor()
-
-
 class Job(Section):
     """One job; everything random in it is derived from ``job.seed``."""
 
@@ -277,6 +227,7 @@ class Job(Section):
     backbone: Backbone
     method: Annotated[Method, Field(discriminator="kind")]
     training: Training = Training()
+    start: Start | None = None
     rounds: Rounds = Rounds()
     aggregation: Aggregation = Aggregation()
     privacy: Privacy = Privacy()
@@ -294,6 +245,17 @@ class Job(Section):
     def _domain_fits(self) -> Self:
         if self.training.domain is not None:
             check_domain(self)
+        if self.training.domain is not None or self.training.consolidation is not None:
+            check_plain_mean(self)
+        return self
+
+    @model_validator(mode="after")
+    def _start_fits(self) -> Self:
+        if self.start is not None and self.aggregation.rule == "ffa":
+            raise IllegalJob(
+                'rule "ffa" draws its frozen factors from the seed, and [start] brings others',
+                'aggregation.rule = "fedavg"',
+            )
         return self
 
     @model_validator(mode="after")
@@ -383,5 +345,5 @@ class Job(Section):
             self.privacy.secure_aggregation.plan(cohort)
 
     def for_sites(self) -> "Job":
-        """The job as sites get it: without the simulation section and its paths."""
-        return self.model_copy(update={"simulation": None})
+        """The job as sites get it: without the sections that name the coordinator's files."""
+        return self.model_copy(update={"simulation": None, "start": None})

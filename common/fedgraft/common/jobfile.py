@@ -131,6 +131,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
 def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
     """Make the file paths of a raw job absolute, environment variables filled in."""
     simulation, job, backbone = (raw.get(name) for name in ("simulation", "job", "backbone"))
+    start = raw.get("start")
+    if isinstance(start, dict) and isinstance(start.get("adapter"), str) and start["adapter"]:
+        start["adapter"] = _absolute(start["adapter"], base, "start.adapter")
     if isinstance(simulation, dict):
         for key in PATH_KEYS:
             if isinstance(simulation.get(key), str) and not simulation[key].startswith("builtin:"):

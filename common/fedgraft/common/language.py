@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from fedgraft.common.section import IllegalJob
 
 if TYPE_CHECKING:
-    from fedgraft.common.job import Job, Simulation
+    from fedgraft.common.job import Job
+    from fedgraft.common.simulation import Simulation
 
 __all__ = ["check_language"]
 

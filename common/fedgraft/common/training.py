@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from fedgraft.common.section import IllegalJob, Section
 
-__all__ = ["Distillation", "DomainAdaptation", "Schedule", "Training"]
+__all__ = ["Consolidation", "Distillation", "DomainAdaptation", "Schedule", "Training"]
 
 
 class Schedule(Section):
@@ -36,6 +36,15 @@ class DomainAdaptation(Section):
     hidden: int = Field(default=64, ge=1, le=1024, description="of dann: the discriminator's units")
 
 
+class Consolidation(Section):
+    """Elastic weight consolidation: measure what the data depends on, hold to an earlier adapter.
+
+    With ``weight = 0`` only measure, for a job that continues this one.
+    """
+
+    weight: float = Field(default=0.0, ge=0)
+
+
 class Training(Section):
     """``[training]``: one site's local steps of AdamW in one round."""
 
@@ -52,6 +61,7 @@ class Training(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share spread over labels")
     distillation: Distillation | None = None
     domain: DomainAdaptation | None = None
+    consolidation: Consolidation | None = None
     group_by_length: bool = Field(default=False, description="texts about as long in a batch")
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="rate of each block beside that of the one above it"
@@ -61,9 +71,9 @@ class Training(Section):
     )
 
     @property
-    def without_domain(self) -> "Training":
-        """The same without adapting to sites that have no labels."""
-        return self.model_copy(update={"domain": None})
+    def alone(self) -> "Training":
+        """The same without what only means something in a federation."""
+        return self.model_copy(update={"domain": None, "consolidation": None})
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> Self:

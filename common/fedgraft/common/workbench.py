@@ -32,6 +32,7 @@ from fedgraft.common.backbones import (
     load,
     read_config,
 )
+from fedgraft.common.consolidation import consolidation_tensors
 from fedgraft.common.domain import domain_tensors, feature_size
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
@@ -81,6 +82,11 @@ class Workbench:
         keep = self.head == "local"
         return self.layout.only(name for name in self.layout.names if keep and is_head(name))
 
+    @property
+    def carried(self) -> Layout:
+        """The tensors of the adapter that sites exchange."""
+        return _carried(self.layout, self.head)
+
     def initial_of(self, layout: Layout) -> Vector:
         """The initial values of the tensors in ``layout``, float32 [layout.size]."""
         return self.layout.part(self.initial, layout)
@@ -102,6 +108,11 @@ class Workbench:
         return array_hash(*parts, *drawn)
 
 
+def _carried(layout: Layout, head: str) -> Layout:
+    names = layout.of_model.names
+    return layout.only(name for name in names if head != "local" or not is_head(name))
+
+
 def open_workbench(job: Job) -> Workbench:
     """The workbench for ``job``, on the CPU; the same object for the same backbone and method.
 
@@ -116,7 +127,7 @@ def open_workbench(job: Job) -> Workbench:
 def shaping_of(job: Job) -> str:
     """The sections of a job, as JSON, that its model and its layout follow from."""
     return job.model_dump_json(include={**dict.fromkeys(("job", "backbone", "method"), True),
-                                        "training": {"domain"}})  # fmt: skip
+                                        "training": {"domain", "consolidation"}})  # fmt: skip
 
 
 @lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
@@ -134,6 +145,10 @@ def _open(shaping: str) -> Workbench:
     initial = read(model, layout)
     if job.training.domain is not None:
         beside, values = domain_tensors(job.training.domain, size, job.job.seed)
+        layout, initial = layout.joined(beside), np.concatenate([initial, values])
+    if job.training.consolidation is not None:
+        carried = _carried(layout, job.method.head)
+        beside, values = consolidation_tensors(job.training.consolidation, carried)
         layout, initial = layout.joined(beside), np.concatenate([initial, values])
     return Workbench(
         head=job.method.head,

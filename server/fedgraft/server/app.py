@@ -20,6 +20,7 @@ from fedgraft.common.errors import BackboneError, CheckpointError, InputError, T
 from fedgraft.common.federation import Federation, load_federation
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
+from fedgraft.common.starting import starting_point
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.export import export_adapter
 from fedgraft.server.gathering import Halfway
@@ -122,7 +123,7 @@ def coordinate(
         every=together,
         seconds=keep_every,
     )
-    state = run.resume(plan.exchanged) or State(0, bench.initial_of(plan.exchanged))
+    state = run.resume(plan.exchanged) or State(0, starting_point(job, bench, plan.exchanged))
 
     def commit(state: State, record: RoundRecord) -> None:
         run.commit(state, record, plan.exchanged)

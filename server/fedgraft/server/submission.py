@@ -3,6 +3,7 @@
 import secrets
 import tomllib
 from datetime import UTC, datetime
+from pathlib import Path
 
 from fedgraft.common.backbones import find_backbone
 from fedgraft.common.blobs import BlobStore, make_manifest
@@ -16,7 +17,7 @@ __all__ = ["prepare_job"]
 
 
 def prepare_job(text: str, home: Home) -> tuple[str, Job]:
-    """The name of the run that the job in ``text`` (TOML) will be, and the job as sites get it.
+    """The name of the run that the job in ``text`` (TOML) will be, and the job for real sites.
 
     Raises:
         InputError: the job is wrong, or this federation cannot do it.
@@ -30,7 +31,14 @@ def prepare_job(text: str, home: Home) -> tuple[str, Job]:
             hint="lower it, or provision more sites",
         )
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return f"{stamp}-{job.job.name}-{secrets.token_hex(2)}", _with_manifest(job.for_sites(), home)
+    # What it starts from is read here; ``Job.for_sites`` takes that out of what is sent.
+    mine = job.model_copy(update={"simulation": None})
+    if job.start is not None and not Path(job.start.adapter).is_dir():
+        raise InputError(
+            f"start.adapter: the coordinator has no folder {job.start.adapter}",
+            hint="copy the earlier export there, and name it by its whole path",
+        )
+    return f"{stamp}-{job.job.name}-{secrets.token_hex(2)}", _with_manifest(mine, home)
 
 
 def _with_manifest(job: Job, home: Home) -> Job:

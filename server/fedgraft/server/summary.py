@@ -68,6 +68,9 @@ def _without_folders(job: Job) -> Job:
     changes: dict[str, Any] = {
         "backbone": job.backbone.model_copy(update={"source": _named(job.backbone.source)})
     }
+    if job.start is not None:
+        named = {"adapter": _named(job.start.adapter)}
+        changes["start"] = job.start.model_copy(update=named)
     if job.simulation is not None:
         test = job.simulation.test
         teacher = job.simulation.teacher

@@ -96,7 +96,7 @@ def head_only_job(job: Job) -> Job:
     """The same federation with the backbone as feature extractor."""
     aggregation = job.aggregation.model_copy(update={"rule": "fedavg"})
     changes = {"method": HeadMethod(kind="head"), "aggregation": aggregation}
-    return job.model_copy(update={**changes, "training": job.training.without_domain})
+    return job.model_copy(update={**changes, "training": job.training.alone, "start": None})
 
 
 def start(name: str, trial: Trial, workers: Workers) -> Started | None:
@@ -188,7 +188,7 @@ def _train(
     """
     stack, layout = places[0].stack, places[0].layout
     known = [n for n, task in enumerate(tasks) if has_labels(task.examples)]
-    few, settings = [tasks[n] for n in known], settings.without_domain
+    few, settings = [tasks[n] for n in known], settings.alone
     results = train(stack, layout, few, settings=settings, epochs=epochs)
     came = dict(zip(known, results, strict=True))
     each = (came.get(number) for number in range(len(tasks)))

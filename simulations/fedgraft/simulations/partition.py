@@ -28,10 +28,11 @@ from pyarrow import parquet
 from fedgraft.client.examples import Indices
 from fedgraft.client.site import SiteConfig, SiteData, dump_site
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import Job, Partition, Simulation
+from fedgraft.common.job import Job
 from fedgraft.common.processors import open_image, to_channels
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.simulation import Partition, Simulation
 from fedgraft.common.tasks import TASKS
 from fedgraft.simulations.faults import Fates, wrong_labels
 from fedgraft.simulations.shifts import Shift, draw_shifts

@@ -13,7 +13,9 @@ from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_text
 from fedgraft.common.job import Job
+from fedgraft.common.starting import starting_point
 from fedgraft.common.workbench import cache_folder, choose_device, open_processor, open_workbench
+from fedgraft.server.rounds import make_plan
 from fedgraft.simulations.compare import head_only_job
 from fedgraft.simulations.engine import Nodes, choose_sites_per_pass, make_nodes
 from fedgraft.simulations.partition import PreparedSites, prepare_sites
@@ -39,6 +41,8 @@ def prepare(job: Job, engine: str = "local", console: Console | None = None) -> 
     prepared = prepare_sites(job, cache_folder() / "sites")
     headed = "head_only" in prepared.settings.baselines and not job.measures.tokens
     wanted = (job, head_only_job(job)) if headed else (job,)
+    bench = open_workbench(job)
+    starting_point(job, bench, make_plan(job, bench, "").exchanged)
     device = str(choose_device(prepared.settings.device))
     for each in wanted:  # here, so that forked workers share them
         open_stack(each, device=device)

@@ -16,7 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import InputError, RunError
 from fedgraft.common.federation import Federation
-from fedgraft.common.job import Actor, Job
+from fedgraft.common.job import Job
+from fedgraft.common.simulation import Actor
 from fedgraft.server.app import coordinate
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord

@@ -14,8 +14,8 @@ from typing import Any
 from fedgraft.common.adapters import Vector
 from fedgraft.common.console import Console, Steps
 from fedgraft.common.job import Job
-from fedgraft.common.job import Simulation as SimulationSettings
 from fedgraft.common.messages import Stage
+from fedgraft.common.simulation import Simulation as SimulationSettings
 from fedgraft.common.tasks import METRICS
 from fedgraft.common.workbench import choose_device, open_workbench
 from fedgraft.server.app import coordinate

@@ -21,8 +21,9 @@ from fedgraft.client.examples import Indices
 from fedgraft.client.groups import read_groups
 from fedgraft.client.tables import read_tables
 from fedgraft.common.errors import JobError
-from fedgraft.common.job import Job, Simulation
+from fedgraft.common.job import Job
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.simulation import Simulation
 from fedgraft.common.tasks import TASKS, Task
 from fedgraft.simulations.demo import digits
 

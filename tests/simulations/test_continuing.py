@@ -1,0 +1,261 @@
+"""A job that goes on from an earlier one, and one that is held to what that one knew."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federations import adapter_of, digits_job, run_digits
+from safetensors.numpy import load_file
+from trainings import book, digits, make_job, noisy, settings, task
+
+from fedgraft.client.participant import open_participant
+from fedgraft.client.stack import open_stack
+from fedgraft.client.training import Trained, train
+from fedgraft.common.adapters import EWC, Vector
+from fedgraft.common.adapting import SCALE
+from fedgraft.common.consolidation import ANCHOR, NEW, OLD
+from fedgraft.common.errors import InputError, JobError
+from fedgraft.common.job import Job
+from fedgraft.common.starting import starting_point
+from fedgraft.common.workbench import open_workbench
+from fedgraft.server.export import export_adapter
+from fedgraft.server.rounds import make_plan
+from fedgraft.simulations.engine import make_nodes
+from fedgraft.simulations.preparation import prepare
+
+MEASURED = "training.consolidation={}"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def exported(run: Any, folder: Path) -> Path:
+    bench = open_workbench(run.job)
+    plan = make_plan(run.job, bench, run.session)
+    export_adapter(run, bench, plan.exchanged, adapter_of(run), folder)
+    bench.put()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Vector]:
+    """The export of a run that measured, and its adapter."""
+    folder = tmp_path_factory.mktemp("earlier")
+    run, _ = run_digits(folder / "runs", MEASURED, "rounds.count=2")
+    return exported(run, folder / "out"), adapter_of(run)
+
+
+def start_of(job: Job) -> tuple[Any, Vector]:
+    bench = open_workbench(job)
+    exchanged = make_plan(job, bench, "").exchanged
+    return exchanged, starting_point(job, bench, exchanged)
+
+
+# Where a job starts
+
+
+def test_a_job_starts_from_the_earlier_adapter(earlier: tuple[Path, Vector]) -> None:
+    folder, adapter = earlier
+    exchanged, start = start_of(digits_job(f"start.adapter={folder}"))
+    np.testing.assert_array_equal(start, adapter[: exchanged.size])
+    plain, initial = start_of(digits_job())
+    assert plain == exchanged and not np.array_equal(start, initial)
+
+
+def test_the_head_may_start_anew(earlier: tuple[Path, Vector]) -> None:
+    folder, adapter = earlier
+    exchanged, start = start_of(digits_job(f"start.adapter={folder}", "start.head=false"))
+    _, initial = start_of(digits_job())
+    for name, where in exchanged.slices.items():
+        wanted = initial if "modules_to_save" in name else adapter
+        np.testing.assert_array_equal(start[where], wanted[where])
+
+
+def test_a_run_goes_on_from_there(earlier: tuple[Path, Vector], tmp_path: Path) -> None:
+    folder, adapter = earlier
+    one_step = ("rounds.count=1", "training.learning_rate=1e-7")
+    run, summary = run_digits(tmp_path, f"start.adapter={folder}", *one_step)
+    assert np.abs(adapter_of(run) - adapter[: len(adapter_of(run))]).max() < 1e-5
+    assert str(folder.parent) not in summary["job_toml"] and "out" in summary["job_toml"]
+    assert run.job.for_sites().start is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (("start.adapter=/nowhere",), "no adapter can be read"),
+        (("training.consolidation.weight=3",), "there is none"),
+    ],
+)
+def test_what_cannot_start_is_refused_before_anything_is_written(
+    overrides: tuple[str, ...], why: str
+) -> None:
+    with pytest.raises(InputError, match=why):
+        prepare(digits_job(*overrides))
+
+
+def test_an_adapter_of_another_rank_is_refused(earlier: tuple[Path, Vector]) -> None:
+    with pytest.raises(InputError):
+        prepare(digits_job(f"start.adapter={earlier[0]}", "method.rank=2"))
+
+
+def test_an_export_that_did_not_measure_cannot_hold(tmp_path: Path) -> None:
+    run, _ = run_digits(tmp_path / "runs", "rounds.count=1")
+    out = exported(run, tmp_path / "out")
+    assert not (out / "fisher.safetensors").exists()
+    prepare(digits_job(f"start.adapter={out}", MEASURED))
+    with pytest.raises(InputError, match="no Fisher information"):
+        prepare(digits_job(f"start.adapter={out}", "training.consolidation.weight=1"))
+
+
+@pytest.mark.parametrize("rule", ["ffa", "median"])
+def test_rules_that_do_not_fit_are_refused(rule: str) -> None:
+    with pytest.raises(JobError, match=f'"{rule}"|plain mean'):
+        digits_job(MEASURED, f"aggregation.rule={rule}")
+
+
+# What is measured
+
+
+def small(weight: float = 0.0) -> Any:
+    return open_stack(make_job("vit", training={"consolidation": {"weight": weight}}))
+
+
+def test_the_measure_is_the_mean_of_squared_gradients() -> None:
+    """With batches of one example it is the empirical Fisher information to the letter."""
+    stack, rows = small(), digits(12)
+    layout, start = stack.bench.layout, stack.bench.initial
+    wanted = settings(consolidation={}, batch_size=1, learning_rate=1e-12)
+    (came,) = train(stack, layout, [task(rows, start)], settings=wanted)
+    assert isinstance(came, Trained)
+    bench, carried = stack.bench, stack.bench.carried
+    bench.put()
+    model = bench.model.eval()
+    pairs = dict(model.named_parameters())
+    for name in carried.names:
+        pairs[name].requires_grad_(True)
+    squares = np.zeros(carried.size)
+    for n in range(12):
+        model.zero_grad()
+        index = np.array([n])
+        logits = model(**rows.batch(index)).logits
+        torch.autograd.backward(
+            torch.nn.functional.cross_entropy(logits, torch.from_numpy(rows.labels[index]))
+        )
+        flat = [pairs[name].grad.double().flatten().numpy() for name in carried.names]  # type: ignore[union-attr]
+        squares += np.concatenate(flat) ** 2 / 12
+    found = came.vector[layout.slices[NEW]] / SCALE
+    np.testing.assert_allclose(found, np.minimum(squares, 1), rtol=2e-3, atol=1e-7)
+
+
+def test_the_export_has_the_mean_over_sites(earlier: tuple[Path, Vector]) -> None:
+    folder, adapter = earlier
+    arrays = load_file(folder / "fisher.safetensors")
+    job = digits_job(MEASURED)
+    exchanged = make_plan(job, open_workbench(job), "").exchanged
+    told = adapter[exchanged.slices[NEW]] / np.float32(SCALE)
+    flat = np.concatenate([arrays[name].reshape(-1) for name in exchanged.of_model.names])
+    np.testing.assert_array_equal(flat, told)
+    assert flat.min() >= 0 and flat.max() > 1e-6
+
+
+# What is held
+
+
+def test_the_pull_is_that_of_the_paper() -> None:
+    """lambda/2 sum F (x - x*)^2: of the gradient with the pull, what is without it is left over."""
+    from fedgraft.client.consolidation import Consolidation
+
+    stack = small(5.0)
+    layout = stack.bench.layout
+    flat = torch.from_numpy(noisy(stack.bench))[None].clone()
+    pass_ = Consolidation(settings(consolidation={"weight": 5.0}).consolidation, layout, [9], flat)  # type: ignore[arg-type]
+    size = stack.bench.carried.size
+    x, old, anchor = (
+        flat[0, part].clone()
+        for part in (slice(0, size), layout.slices[OLD], layout.slices[ANCHOR])
+    )
+    gradient = torch.zeros_like(flat)
+    pass_.pull(gradient, flat)
+    torch.testing.assert_close(gradient[0, :size], 5.0 * old * (x - anchor))
+    assert not gradient[0, size:].any()
+
+
+def test_what_was_handed_out_comes_back_as_it_was() -> None:
+    stack = small(5.0)
+    layout, start = stack.bench.layout, noisy(stack.bench)
+    wanted = settings(consolidation={"weight": 5.0}, weight_decay=0.5, epochs=2)
+    (came,) = train(stack, layout, [task(digits(), start)], settings=wanted)
+    assert isinstance(came, Trained)
+    for name in (OLD, ANCHOR):
+        where = layout.slices[name]
+        np.testing.assert_array_equal(came.vector[where], start[where])
+
+
+def test_measuring_alone_changes_no_training() -> None:
+    stack = small()
+    wanted = settings(epochs=2, weight_decay=0.1)
+    bench = stack.bench
+    expected, _ = book(bench, digits(), wanted, layout=bench.carried)
+    start = bench.layout.merged(bench.initial, (bench.carried, noisy(bench, bench.carried)))
+    measured = settings(epochs=2, weight_decay=0.1, consolidation={})
+    (came,) = train(stack, bench.layout, [task(digits(), start)], settings=measured)
+    assert isinstance(came, Trained)
+    np.testing.assert_allclose(bench.layout.part(came.vector, bench.carried), expected, atol=3e-6)
+
+
+def test_what_the_old_data_needs_is_forgotten_less(tmp_path: Path) -> None:
+    """First the digits 0 to 4, then 5 to 9, at the same sites: how well are 0 to 4 known after?"""
+    first = ("simulation.train=" + str(some(tmp_path, range(5))), "rounds.count=3")
+    second = ("simulation.train=" + str(some(tmp_path, range(5, 10))), "rounds.count=3")
+    run, _ = run_digits(tmp_path / "runs", *first, MEASURED)
+    out = exported(run, tmp_path / "out")
+    known = {}
+    for weight in (0.0, 1000.0):
+        held = (f"start.adapter={out}", f"training.consolidation={{weight={weight}}}")
+        after, _ = run_digits(tmp_path / "runs", *second, *held)
+        known[weight] = right(after, digits_job(*first))
+    before = right(run, digits_job(*first))
+    assert before > known[1000.0] > known[0.0] + 0.03
+
+
+def some(folder: Path, labels: Any) -> Path:
+    """The real digits with these labels, as folders of images."""
+    from fedgraft.simulations.demo import digits as demo
+
+    out = folder / f"digits-{labels[0]}"
+    for number, row in enumerate(demo.load()[0]):
+        if row["label"] in labels:
+            path = out / str(row["label"]) / f"{number:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    return out
+
+
+def right(run: Any, of: Job) -> float:
+    """How many of the first site's rows of the job ``of`` the run's last adapter has right."""
+    from fedgraft.client.evaluation import evaluate
+
+    site = open_participant(make_nodes(of, prepare(of), states="", device="cpu")[0])
+    bench = open_workbench(of)
+    carried = open_workbench(run.job).carried
+    vector = bench.layout.merged(bench.initial, (carried, adapter_of(run)[: carried.size]))
+    found = evaluate(
+        site.stack(of), bench.layout, vector, site.splits(of).train, measures=of.measures
+    )
+    return float(found.correct.mean())
+
+
+def test_beside_an_adapter_three_vectors_travel() -> None:
+    for weight, count in ((0.0, 1), (2.0, 3)):
+        layout = small(weight).bench.layout
+        assert sum(name.startswith(EWC) for name in layout.names) == count
+        assert layout.size == (1 + count) * layout.of_model.size
