@@ -11,6 +11,8 @@ from federations import adapter_of, digits_job, run_digits
 from safetensors.numpy import load_file
 from trainings import book, digits, make_job, noisy, settings, task
 
+from fedgraft.client.consolidation import Consolidation
+from fedgraft.client.evaluation import evaluate
 from fedgraft.client.participant import open_participant
 from fedgraft.client.stack import open_stack
 from fedgraft.client.training import Trained, train
@@ -23,6 +25,7 @@ from fedgraft.common.starting import starting_point
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.export import export_adapter
 from fedgraft.server.rounds import make_plan
+from fedgraft.simulations.demo import digits as demo
 from fedgraft.simulations.engine import make_nodes
 from fedgraft.simulations.preparation import prepare
 
@@ -150,7 +153,7 @@ def test_the_measure_is_the_mean_of_squared_gradients() -> None:
         torch.autograd.backward(
             torch.nn.functional.cross_entropy(logits, torch.from_numpy(rows.labels[index]))
         )
-        flat = [pairs[name].grad.double().flatten().numpy() for name in carried.names]  # type: ignore[union-attr]
+        flat = [pairs[name].grad.double().flatten().numpy() for name in carried.names]
         squares += np.concatenate(flat) ** 2 / 12
     found = came.vector[layout.slices[NEW]] / SCALE
     np.testing.assert_allclose(found, np.minimum(squares, 1), rtol=2e-3, atol=1e-7)
@@ -172,17 +175,13 @@ def test_the_export_has_the_mean_over_sites(earlier: tuple[Path, Vector]) -> Non
 
 def test_the_pull_is_that_of_the_paper() -> None:
     """lambda/2 sum F (x - x*)^2: of the gradient with the pull, what is without it is left over."""
-    from fedgraft.client.consolidation import Consolidation
-
     stack = small(5.0)
     layout = stack.bench.layout
     flat = torch.from_numpy(noisy(stack.bench))[None].clone()
     pass_ = Consolidation(settings(consolidation={"weight": 5.0}).consolidation, layout, [9], flat)  # type: ignore[arg-type]
     size = stack.bench.carried.size
-    x, old, anchor = (
-        flat[0, part].clone()
-        for part in (slice(0, size), layout.slices[OLD], layout.slices[ANCHOR])
-    )
+    places = (slice(0, size), layout.slices[OLD], layout.slices[ANCHOR])
+    x, old, anchor = (flat[0, place].clone() for place in places)
     gradient = torch.zeros_like(flat)
     pass_.pull(gradient, flat)
     torch.testing.assert_close(gradient[0, :size], 5.0 * old * (x - anchor))
@@ -229,8 +228,6 @@ def test_what_the_old_data_needs_is_forgotten_less(tmp_path: Path) -> None:
 
 def some(folder: Path, labels: Any) -> Path:
     """The real digits with these labels, as folders of images."""
-    from fedgraft.simulations.demo import digits as demo
-
     out = folder / f"digits-{labels[0]}"
     for number, row in enumerate(demo.load()[0]):
         if row["label"] in labels:
@@ -242,8 +239,6 @@ def some(folder: Path, labels: Any) -> Path:
 
 def right(run: Any, of: Job) -> float:
     """How many of the first site's rows of the job ``of`` the run's last adapter has right."""
-    from fedgraft.client.evaluation import evaluate
-
     site = open_participant(make_nodes(of, prepare(of), states="", device="cpu")[0])
     bench = open_workbench(of)
     carried = open_workbench(run.job).carried
