@@ -22,9 +22,9 @@ def memory_for(monkeypatch: pytest.MonkeyPatch) -> Limit:
     def limit(rows: int) -> list[int]:
         tried: list[int] = []
 
-        def short(feeds: Any, indices: Any, width: int) -> torch.Tensor:
+        def short(feeds: Any, indices: Any, width: int, vary: Any) -> torch.Tensor:
             tried.append(len(indices[0]))
-            logits = logits_of(feeds, indices, width)
+            logits = logits_of(feeds, indices, width, vary)
             if len(indices[0]) > rows:
                 raise torch.OutOfMemoryError
             return logits

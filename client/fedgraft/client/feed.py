@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,16 +64,24 @@ class Feed:
         return hidden
 
 
-def logits_of(feeds: Sequence[Feed], indices: Sequence[Indices], width: int) -> torch.Tensor:
+def logits_of(
+    feeds: Sequence[Feed],
+    indices: Sequence[Indices],
+    width: int,
+    vary: Callable[[int, Inputs], Inputs] | None = None,
+) -> torch.Tensor:
     """Logits of the examples at ``indices`` of each feed, float32 [feeds x rows, classes].
 
-    Every feed gives as many rows, padded to ``width`` tokens.
+    Every feed gives as many rows, padded to ``width`` tokens. ``vary`` changes the inputs of the
+    feed with a number, where feeds keep nothing.
     """
     stack, prefix = feeds[0].stack, feeds[0].prefix
     pairs = list(zip(feeds, indices, strict=True))
     inputs: Inputs = {}
     if prefix is None or prefix.whole:
         parts = [feed.examples.batch(index, width) for feed, index in pairs]
+        if vary is not None:
+            parts = [vary(number, part) for number, part in enumerate(parts)]
         inputs = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     if prefix is None:
         return stack.logits(inputs)
@@ -88,10 +96,13 @@ def targets_of(feeds: Sequence[Feed], indices: Sequence[Indices], width: int) ->
 
 
 def predict(
-    feeds: Sequence[Feed], indices: Sequence[Indices], width: int
+    feeds: Sequence[Feed],
+    indices: Sequence[Indices],
+    width: int,
+    vary: Callable[[int, Inputs], Inputs] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits as of ``logits_of``, only those of a row's own head, and what they should be."""
-    logits = logits_of(feeds, indices, width)
+    logits = logits_of(feeds, indices, width, vary)
     targets = targets_of(feeds, indices, width).to(logits.device)
     return restrict(logits, targets, feeds[0].stack.bench.heads), targets
 
@@ -103,9 +114,19 @@ def taught_of(feeds: Sequence[Feed], indices: Sequence[Indices]) -> torch.Tensor
     return torch.cat(parts) if len(parts) == len(feeds) else None
 
 
-def open_feed(stack: Stack, trained: Layout, examples: Examples, store: Store | None) -> Feed:
-    """The feed of ``examples``, with activations from ``store`` where that has room for them."""
-    prefix = _prefix(stack, trained, examples)
+def open_feed(
+    stack: Stack,
+    trained: Layout,
+    examples: Examples,
+    store: Store | None,
+    *,
+    varied: bool = False,
+) -> Feed:
+    """The feed of ``examples``, with activations from ``store`` where that has room for them.
+
+    Of examples that are ``varied`` nothing can be kept.
+    """
+    prefix = None if varied else _prefix(stack, trained, examples)
     if prefix is None:
         return Feed(stack, examples, None, None)
     units = int(np.sum(examples.lengths)) if prefix.by_token else len(examples)

@@ -1,15 +1,17 @@
 """What a pass minimises for each site: what labels, a teacher and other domains say."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fedgraft.client.augmentation import open_augmentation
 from fedgraft.client.consolidation import Consolidation
 from fedgraft.client.domain import Alignment, Statistics, watch_features
 from fedgraft.client.examples import Examples, Indices
 from fedgraft.client.feed import Feed, predict, taught_of
 from fedgraft.client.objectives import distances, losses, restrict
+from fedgraft.client.prefix import Inputs
 from fedgraft.client.stack import Stack
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.errors import SiteFailure
@@ -63,6 +65,8 @@ class Objective:
         if settings.consolidation is not None:
             epochs = [len(one) for one in examples]
             self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
+        varied = settings.augmentation
+        self.vary = None if varied is None else open_augmentation(varied)
         self.anchor = flat.clone() if settings.proximal else None
         if settings.domain is not None:
             self.alignment = Alignment(settings.domain, trained, examples, flat, stack.bench.seed)
@@ -112,9 +116,17 @@ class Objective:
         share = torch.tensor([1 / size for size in batch.sizes], device=each.device)
         return Value(summed, (summed * share).sum())
 
+    def _varied(self) -> Callable[[int, Inputs], Inputs] | None:
+        """What changes the inputs of each site, of which the stack knows the real rows."""
+        vary = self.vary
+        if vary is None:
+            return None
+        rows = self.stack.draws.rows
+        return lambda number, inputs: vary(inputs, rows[number])
+
     def _each(self, batch: Batch) -> torch.Tensor:
         """Of every row, float32 [sites x rows]."""
-        logits, targets = predict(batch.feeds, batch.padded, batch.width)
+        logits, targets = predict(batch.feeds, batch.padded, batch.width, self._varied())
         each = losses(logits, targets, smoothing=self.settings.label_smoothing)
         distillation = self.settings.distillation
         if distillation is None:

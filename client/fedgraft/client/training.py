@@ -231,8 +231,10 @@ class _Pass:
     ) -> None:
         self.stack, self.trained, self.settings, self.span = stack, trained, settings, span
         self.sites = sites  # those with the most steps first
+        varied = settings.augmentation is not None
         self.feeds = [
-            open_feed(stack, trained, site.task.examples, site.task.store) for site in sites
+            open_feed(stack, trained, site.task.examples, site.task.store, varied=varied)
+            for site in sites
         ]
         starts = np.stack([site.task.start for site in sites])
         self.flat = torch.from_numpy(starts).to(stack.device, copy=True)

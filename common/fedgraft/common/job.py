@@ -250,6 +250,21 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _augmentation_fits(self) -> Self:
+        augmentation, task = self.training.augmentation, TASKS[self.job.task]
+        for modality in ("image", "text", "audio") if augmentation is not None else ():
+            if getattr(augmentation, modality) and (
+                modality != task.modality or task.target == "tokens"
+            ):
+                raise IllegalJob(
+                    f"training.augmentation.{modality} means nothing for {self.job.task}",
+                    f"training.augmentation.{task.modality}"
+                    if task.target == "label"
+                    else "leave it out: tokens that are predicted are not to be varied",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _start_fits(self) -> Self:
         if self.start is not None and self.aggregation.rule == "ffa":
             raise IllegalJob(

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedgraft.common.augmentation import Augmentation
 from fedgraft.common.section import IllegalJob, Section
 
 __all__ = ["Consolidation", "Distillation", "DomainAdaptation", "Schedule", "Training"]
@@ -62,6 +63,7 @@ class Training(Section):
     distillation: Distillation | None = None
     domain: DomainAdaptation | None = None
     consolidation: Consolidation | None = None
+    augmentation: Augmentation | None = None
     group_by_length: bool = Field(default=False, description="texts about as long in a batch")
     layer_decay: float = Field(
         default=1.0, gt=0, le=1, description="rate of each block beside that of the one above it"

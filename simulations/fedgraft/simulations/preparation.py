@@ -7,6 +7,7 @@ again by their hash, so that a second run of the same job begins at once.
 import hashlib
 from collections.abc import Sequence
 
+from fedgraft.client.augmentation import open_augmentation
 from fedgraft.client.participant import open_participant
 from fedgraft.client.stack import open_stack
 from fedgraft.common.console import Console
@@ -41,6 +42,8 @@ def prepare(job: Job, engine: str = "local", console: Console | None = None) -> 
     prepared = prepare_sites(job, cache_folder() / "sites")
     headed = "head_only" in prepared.settings.baselines and not job.measures.tokens
     wanted = (job, head_only_job(job)) if headed else (job,)
+    if job.training.augmentation is not None:
+        open_augmentation(job.training.augmentation)
     bench = open_workbench(job)
     starting_point(job, bench, make_plan(job, bench, "").exchanged)
     device = str(choose_device(prepared.settings.device))
