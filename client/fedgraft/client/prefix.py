@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -91,6 +92,7 @@ def identity_of(stack: Stack, place: str) -> str:
         bench.drawn,
         place,
         str(stack.dtype),
+        f"{stack.bits} bits" + (version("bitsandbytes") if stack.bits else ""),
         stack.device.type,
         torch.__version__,
         transformers.__version__,

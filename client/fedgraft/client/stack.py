@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedgraft.client.quantize import quantized_layers
 from fedgraft.client.stacked import MAGNITUDE, Draws, SiteDropout, Stacked, stacked_module
 from fedgraft.common.adapters import OUTER, Layout, Vector, is_head
 from fedgraft.common.backbones import body_names
@@ -38,7 +39,10 @@ AGREEMENT = 1e-3  # of logits around 1; rows that mix between sites differ by fa
 
 @dataclass
 class Stack:
-    """``model`` computes with whatever adapters were ``put`` last; ``bench`` is what it twins."""
+    """``model`` computes with whatever adapters were ``put`` last; ``bench`` is what it twins.
+
+    Frozen linear layers have ``bits`` (0: as they were).
+    """
 
     bench: Workbench
     model: nn.Module
@@ -46,6 +50,7 @@ class Stack:
     draws: Draws
     modules: dict[str, tuple[Stacked, str]]
     fixed: dict[str, torch.Tensor]
+    bits: int = 0
     prefixes: "dict[tuple[str, ...], Prefix | None]" = field(default_factory=dict)
 
     def put(self, trained: Layout, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -104,7 +109,8 @@ def open_stack(job: Job, *, device: str = "cpu") -> Stack:
 @lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
 def _open(shaping: str, precision: str, device: str) -> Stack:
     bench = open_workbench(Job.model_validate_json(shaping))
-    return _build(bench, torch.device(device), precision)
+    bits = Job.model_validate_json(shaping).backbone.bits
+    return _build(bench, torch.device(device), precision, bits)
 
 
 def close_stacks() -> None:
@@ -113,9 +119,9 @@ def close_stacks() -> None:
     close_workbenches()
 
 
-def _build(bench: Workbench, device: torch.device, precision: str) -> Stack:
+def _build(bench: Workbench, device: torch.device, precision: str, bits: int = 0) -> Stack:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = _twin(bench.model.get_base_model(), device, dtype)
+    model = _twin(bench.model.get_base_model(), device, dtype, bits)
     if attention := ATTENTION.get((device.type, precision)):
         model.set_attn_implementation(attention)
     if hasattr(model.config, "use_cache"):
@@ -131,13 +137,13 @@ def _build(bench: Workbench, device: torch.device, precision: str) -> Stack:
             bench.layout.slices.items(), bench.layout.shapes, strict=True
         )
     }
-    stack = Stack(bench, model, device, draws, modules, fixed)
+    stack = Stack(bench, model, device, draws, modules, fixed, bits)
     stack.put_one(bench.layout, bench.initial)
     return stack
 
 
-def _twin(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A copy of the module tree on the same tensors, or on converted ones.
+def _twin(model: Any, device: torch.device, dtype: torch.dtype, bits: int) -> Any:
+    """A copy of the module tree on the same tensors, or on converted or quantised ones.
 
     Batch norm stays in float32, for its running statistics are.
     """
@@ -147,8 +153,12 @@ def _twin(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
         if isinstance(module, BATCH_NORM)
         for tensor in module.parameters(recurse=False)
     }
-    memo: dict[int, Any] = {}
+    # deepcopy puts what it finds here in the place of what has that id.
+    memo: dict[int, Any] = dict(quantized_layers(model, bits, device, dtype)) if bits else {}
+    replaced = {id(p) for m in model.modules() if id(m) in memo for p in m.parameters()}
     for parameter in model.parameters():
+        if id(parameter) in replaced:
+            continue
         wanted = torch.float32 if id(parameter) in exact else dtype
         values = parameter.detach().to(device, wanted)
         memo[id(parameter)] = nn.Parameter(values, requires_grad=False)

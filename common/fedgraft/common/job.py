@@ -88,10 +88,19 @@ class General(Section):
 
 
 class Backbone(Section):
-    """``[backbone]``: the frozen model; ``weights = "random"`` takes only its ``config.json``."""
+    """``[backbone]``: the frozen model; ``weights = "random"`` takes only its ``config.json``.
+
+    ``quantize`` says in how many bits sites keep its frozen linear layers while they compute.
+    """
 
     source: str = Field(pattern=r"^((hf|path|builtin):.+|manifest:[0-9a-f]{64})$")
     weights: Literal["pretrained", "random"] = "pretrained"
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a frozen linear layer's weight; 0 where it stays as it is."""
+        return {"none": 0, "8bit": 8, "4bit": 4}[self.quantize]
 
 
 class Start(Section):
@@ -262,6 +271,15 @@ class Job(Section):
                     if task.target == "label"
                     else "leave it out: tokens that are predicted are not to be varied",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_fit(self) -> Self:
+        if self.backbone.bits and getattr(self.method, "dora", False):
+            raise IllegalJob(
+                "method.dora needs the norms of frozen weights, and quantised they are not at hand",
+                'backbone.quantize = "none", or method.dora = false',
+            )
         return self
 
     @model_validator(mode="after")
