@@ -11,6 +11,7 @@ from recordings import LABELS as PITCHES
 from recordings import write_tones
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fedgraft.common.cifar_resnet import CifarResnetConfig
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
 
@@ -66,6 +67,8 @@ FAMILIES: dict[str, tuple[Any, Any, str]] = {
         "all-conv",
         "image",
     ),
+    "cifar-resnet": (lambda: CifarResnetConfig(blocks=1, width=8, num_channels=1), "all-conv",
+                     "image"),
     "efficientnet": (
         lambda: hf.EfficientNetConfig(
             num_channels=1, image_size=32, width_coefficient=0.25, depth_coefficient=0.1,

@@ -117,6 +117,8 @@ def read_config(backbone: Backbone) -> Any:
     """
     import transformers
 
+    import fedgraft.common.cifar_resnet  # noqa: F401  # an architecture by its name
+
     try:
         return transformers.AutoConfig.from_pretrained(
             backbone.folder, trust_remote_code=False, local_files_only=True
@@ -207,6 +209,8 @@ def _builtin(name: str) -> Path:
 def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:
     """The model and the names of the weights the folder did not have."""
     import transformers
+
+    import fedgraft.common.cifar_resnet  # noqa: F401  # an architecture by its name
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
