@@ -18,7 +18,7 @@ test: .venv/ready lint
 	$(BIN)/python -m pytest -n 2 -q
 
 test-all: .venv/ready lint
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,simulation]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,simulation,quantize]"
 	$(BIN)/python -m pytest -n 2 -q -m ""
 
 lint: .venv/ready

@@ -17,8 +17,10 @@ from fedgraft.common.cifar_resnet import (
     converted,
 )
 
-SCRIPT = Path(__file__).parents[2] / "simulations" / "examples" / "convert_cifar_resnet.py"
-REAL = Path(os.environ.get("FEDGRAFT_DATA", "../shared")) / "models" / "resnet_cifar10"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "simulations" / "examples" / "convert_cifar_resnet.py"
+DATA = Path(os.environ.get("FEDGRAFT_DATA") or ROOT.parent / "shared")
+REAL = DATA / "models" / "resnet_cifar10"
 
 
 def state_dict(blocks: int, width: int) -> dict[str, torch.Tensor]:
@@ -55,8 +57,10 @@ def by_the_book(state: dict[str, torch.Tensor], blocks: int, x: torch.Tensor) ->
     own = {name.removeprefix("module."): value for name, value in state.items()}
 
     def norm(y: torch.Tensor, name: str) -> torch.Tensor:
-        parts = (own[f"{name}.{p}"] for p in ("running_mean", "running_var", "weight", "bias"))
-        return functional.batch_norm(y, *parts)
+        mean, var, weight, bias = (
+            own[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return functional.batch_norm(y, mean, var, weight, bias)
 
     x = functional.relu(norm(functional.conv2d(x, own["conv1.weight"], padding=1), "bn1"))
     for layer in (1, 2, 3):

@@ -7,7 +7,6 @@ not touched, nor is a layer whose inputs are no multiple of NF4's block: its blo
 rows, which the CPU kernel of bitsandbytes 0.50 computes wrongly.
 """
 
-import logging
 from typing import Any
 
 import torch
@@ -33,8 +32,6 @@ def quantized_layers(
         InputError: bitsandbytes is not installed.
         BackboneError: the model has no such layer.
     """
-    # It says at every product that float32 is rounded for it.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError:
