@@ -18,6 +18,17 @@ class Evaluation(Section):
         default=20, ge=1, description="examples below which a group of data.groups is not shown"
     )
 
+    prompt: str = Field(
+        default="a photo of a {}.", description="zero-shot of dual encoders: {} is a label's name"
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_names_the_label(cls, prompt: str) -> str:
+        if prompt.count("{}") != 1 or set(prompt.replace("{}", "", 1)) & set("{}"):
+            raise IllegalJob(f"evaluation.prompt = {prompt!r}", 'one {} for the label: "a {}"')
+        return prompt
+
     @field_validator("score_bins")
     @classmethod
     def _edges_are_shared(cls, bins: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import datasets
 
 from fedgraft.client.data import encode
+from fedgraft.client.dual_encoders import DualEncoder, is_dual, open_dual_encoder
 from fedgraft.client.features import blocks_of, features_of
 from fedgraft.client.participant import open_participant
 from fedgraft.client.stack import Stack, close_stacks, open_stack
@@ -27,7 +28,7 @@ from fedgraft.client.transferability import (
     site_sums,
     unit,
 )
-from fedgraft.common.backbones import find_backbone
+from fedgraft.common.backbones import find_backbone, read_config
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError, JobError
 from fedgraft.common.job import Job
@@ -160,6 +161,16 @@ class _Place:
     shots: tuple[int, ...]
 
     @property
+    def dual(self) -> DualEncoder | None:
+        """The candidate's two encoders, where zero-shot is asked for and images have sentences."""
+        backbone = open_processor(self.job)[0]
+        image = TASKS[self.job.job.task].modality == "image"
+        if 0 not in self.shots or not image or not is_dual(read_config(backbone)):
+            return None
+        labels, prompt = self.job.job.labels, self.job.evaluation.prompt
+        return open_dual_encoder(backbone.folder, labels, prompt)
+
+    @property
     def stack(self) -> Stack:
         """The frozen candidate, with its own head if it has one."""
         return open_stack(self.source, device=self.device)
@@ -270,7 +281,11 @@ def _second_pass(site: int, place: _Place, given: Matrix, prototypes: Prototypes
     train = blocks_of(stack, splits.train, participant.store) if has_head else iter(())
     test = blocks_of(stack, splits.test, participant.store) if place.shots else iter(())
     knows = 0 in place.shots and _knows_labels(place)
-    return site_answers(train, test, given, prototypes, knows_labels=knows)
+    found = site_answers(train, test, given, prototypes, knows_labels=knows)
+    if place.dual and not knows:
+        right = place.dual.answers(splits.test) == splits.test.labels
+        found.right[0] = int(right.sum())
+    return found
 
 
 def _knows_labels(place: _Place) -> bool:
