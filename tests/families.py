@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 import transformers as hf
+from clips import LABELS as WAYS
+from clips import write_clips
 from federations import write_digits
 from recordings import LABELS as PITCHES
 from recordings import write_tones
@@ -88,6 +90,11 @@ FAMILIES: dict[str, tuple[Any, Any, str]] = {
     "hubert": (lambda: hf.HubertConfig(**_SPEECH), "all-linear", "audio"),
     "whisper": (_whisper, "all-linear", "audio"),
     "clip": (_clip, "all-linear", "image"),
+    "videomae": (
+        lambda: hf.VideoMAEConfig(**{**_VIT, "num_channels": 3}, num_frames=4, tubelet_size=2),
+        "all-linear",
+        "video",
+    ),
 }  # fmt: skip
 
 
@@ -95,7 +102,9 @@ def family_job(name: str, folder: Path, *, partial: bool = False, **changes: Any
     """A job of two rounds over two sites with rows of its own below ``folder``."""
     make, targets, reads = FAMILIES[name]
     _save(make(), folder / "backbone", reads)
-    labels = {"image": DIGITS, "audio": list(PITCHES), "text": ["no", "yes"]}[reads]
+    labels = {"image": DIGITS, "audio": list(PITCHES), "video": list(WAYS), "text": ["no", "yes"]}[
+        reads
+    ]
     raw: dict[str, Any] = {
         "job": {"name": name, "task": f"{reads}-classification", "labels": labels},
         "backbone": {"source": f"path:{folder / 'backbone'}"},
@@ -118,6 +127,7 @@ def _save(config: Any, folder: Path, reads: str) -> None:
     auto = {
         "image": hf.AutoModelForImageClassification,
         "audio": hf.AutoModelForAudioClassification,
+        "video": hf.AutoModelForVideoClassification,
         "text": hf.AutoModelForSequenceClassification,
     }[reads]
     with torch.random.fork_rng(devices=[]):
@@ -152,6 +162,9 @@ def _rows(folder: Path, reads: str) -> dict[str, str]:
     elif reads == "audio":
         write_tones(folder / "train", 12)
         write_tones(folder / "test", 3, seed=1)
+    elif reads == "video":
+        write_clips(folder / "train", 12)
+        write_clips(folder / "test", 3, seed=1)
     else:
         rows = [("the card is good", "yes"), ("my card is lost", "no"), ("bad", "no")] * 8
         lines = "".join(json.dumps({"text": t, "label": name}) + "\n" for t, name in rows)

@@ -1,7 +1,7 @@
 """A site's rows in the job's schema, and as the tensors that a model eats.
 
 Two steps, so that a mistake is found before anything is computed: ``read_split`` checks every row
-and gives a Hugging Face data set of ``text``, ``image`` or ``audio`` and ``label``; ``encode``
+and gives a Hugging Face data set of ``text``, ``image``... and ``label``; ``encode``
 tokenises or decodes it once, for all rounds. A cache folder holds what the rows say: it belongs to
 the site.
 """
@@ -28,6 +28,7 @@ from fedgraft.client.examples import (
     Indices,
     TextExamples,
 )
+from fedgraft.client.footage import encode_clips
 from fedgraft.client.groups import read_groups
 from fedgraft.client.labels import LabelIndex, nearest_label
 from fedgraft.client.language import encode_blocks
@@ -48,6 +49,7 @@ from fedgraft.common.processors import (
 )
 from fedgraft.common.sound import AudioProcessor, open_recording
 from fedgraft.common.tasks import TASKS, Modality
+from fedgraft.common.video import VideoProcessor, open_clip
 
 __all__ = [
     "Examples",
@@ -87,13 +89,14 @@ def read_split(
 
     Where a text itself is predicted, also a ``.txt`` file or a folder of them.
 
-    The data set has ``text`` (string), ``image`` (``datasets.Image``) or ``audio`` (bytes or path
-    of a wav file), ``label`` (int64 index into ``job.job.labels``) and, where the job has groups,
-    ``group`` (``read_groups``). ``columns`` maps a column of the job's schema to the site's,
-    ``labels`` a value of the site's to the job's name. A label is that name or, where no name
-    matches, its index; where rows are not ``labelled`` it is ``IGNORED`` and no column is needed.
+    The data set has ``text`` (string), ``image`` (``datasets.Image``), ``audio`` or ``video``
+    (bytes or path of a file), ``label`` (int64 index into ``job.job.labels``) and, where the job
+    has groups, ``group`` (``read_groups``). ``columns`` maps a column of the job's schema to the
+    site's, ``labels`` a value of the site's to the job's name. A label is that name or, where no
+    name matches, its index; where rows are not ``labelled`` it is ``IGNORED`` and no column is
+    needed.
     Nothing is coerced, dropped or filled in; the one exception is a job whose
-    ``data.on_bad_image`` or ``data.on_bad_audio`` is ``"skip"``.
+    ``data.on_bad_image``, ``on_bad_audio`` or ``on_bad_video`` is ``"skip"``.
 
     Raises:
         DataError: the first thing that is wrong with the files, and where.
@@ -116,12 +119,11 @@ def read_split(
     if kind == "text":
         texts = [_text(table, row) for table in tables for row in range(len(table.contents))]
         return Rows(_dataset("text", texts, targets, groups), skipped=0)
-    on_bad = job.data.on_bad_image if kind == "image" else job.data.on_bad_audio
-    good = _readable(tables, kind, skip=on_bad == "skip")
+    good = _readable(tables, kind, skip=job.data.skips(kind))
     contents = [one for table in tables for one in table.contents]
     kept = np.flatnonzero(good)
     if not len(kept):
-        what = {"image": "image", "audio": "wav file"}[kind]
+        what = {"image": "image", "audio": "wav file", "video": "clip"}[kind]
         raise DataError(f"no {what} of {path} decodes", hint=f"are these {what}s at all?")
     groups = None if groups is None else groups[kept]
     dataset = _dataset(kind, [contents[i] for i in kept], [targets[i] for i in kept], groups)
@@ -145,7 +147,7 @@ def _dataset(
     column: str, contents: list[Any], labels: list[int], groups: Indices | None
 ) -> datasets.Dataset:
     kind: Any = datasets.Image() if column == "image" else datasets.Value("string")
-    if column == "audio":  # datasets.Audio would decode, with a package that it asks for
+    if column in ("audio", "video"):  # datasets would decode, with packages that it asks for
         kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     numbers = {"label": labels, **({} if groups is None else {"group": groups})}
     return _made({column: contents}, numbers, kind)
@@ -233,6 +235,8 @@ def _problems(kind: Modality, places: Sequence[tuple[Table, int]]) -> list[DataE
                 raise DataError(f"no {kind}", hint="fill it in or remove the row")
             if kind == "audio":
                 open_recording(table.contents[row])
+            elif kind == "video":
+                open_clip(table.contents[row], 1)
             else:
                 to_channels(open_image(table.contents[row]), 3)  # what decodes may be unusable
             found.append(None)
@@ -269,6 +273,9 @@ def encode(
     elif isinstance(processor, AudioProcessor):
         name = digest_of(key, content_digest(dataset))
         examples = encode_recordings(dataset, labels, processor, job, store=store, key=name)
+    elif isinstance(processor, VideoProcessor):
+        name = digest_of(key, content_digest(dataset))
+        examples = encode_clips(dataset, labels, processor, job, store=store, key=name)
     else:
         examples = _encode_images(dataset, labels, processor, job, store, key)
     if "group" in rows.column_names:
@@ -310,7 +317,7 @@ def content_digest(dataset: datasets.Dataset) -> str:
     """SHA-256 of all texts or files of a data set, in order: its labels do not count."""
     if "text" in dataset.column_names:
         return texts_digest(dataset.with_format("arrow")[:]["text"].to_pylist())
-    column = "image" if "image" in dataset.column_names else "audio"
+    column = next(one for one in ("image", "audio", "video") if one in dataset.column_names)
     if column == "image":
         dataset = dataset.cast_column("image", datasets.Image(decode=False))
     digest = hashlib.sha256()

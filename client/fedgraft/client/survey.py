@@ -16,7 +16,8 @@ from fedgraft.common.errors import DataError
 
 __all__ = ["Survey", "survey"]
 
-DEFAULTS = ("text", "image", "audio", "label")  # what a job calls its columns if it does not say
+# What a job calls its columns if it does not say.
+DEFAULTS = ("text", "image", "audio", "video", "label")
 MOST = 20  # names of columns that are told
 
 

@@ -196,6 +196,7 @@ class Data(Section):
     text: str = "text"
     image: str = "image"
     audio: str = Field(default="audio", description="column of wav files")
+    video: str = Field(default="video", description="column of clips")
     label: str = "label"
     target: str = Field(default="target", description="the second text of seq2seq-lm")
     validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
@@ -203,13 +204,23 @@ class Data(Section):
     seconds: float = Field(default=5.0, gt=0, le=60, description="of a recording: cut or padded")
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     on_bad_audio: Literal["refuse", "skip"] = "refuse"
+    on_bad_video: Literal["refuse", "skip"] = "refuse"
     normalize: Literal["backbone", "per-image"] = "backbone"
     group: str | None = Field(default=None, description="column that says whose example it is")
     groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
 
     def column(self, modality: Modality) -> str:
         """What the column is called that holds what a model reads."""
-        return {"text": self.text, "image": self.image, "audio": self.audio}[modality]
+        columns: dict[Modality, str] = {
+            "text": self.text, "image": self.image, "audio": self.audio, "video": self.video,
+        }  # fmt: skip
+        return columns[modality]
+
+    def skips(self, modality: Modality) -> bool:
+        """Whether what does not decode is left out instead of refused; texts need no decoding."""
+        choices = {"image": self.on_bad_image, "audio": self.on_bad_audio,
+                   "video": self.on_bad_video}  # fmt: skip
+        return choices.get(modality) == "skip"
 
     def beside(self, task: Task) -> str | None:
         """The column beside what is read: labels, or the texts to be written; None without."""
@@ -268,6 +279,8 @@ class Job(Section):
                 raise IllegalJob(
                     f"training.augmentation.{modality} means nothing for {self.job.task}",
                     f"training.augmentation.{task.modality}"
+                    if task.target == "label" and task.modality != "video"
+                    else "there is none for clips"
                     if task.target == "label"
                     else "leave it out: tokens that are predicted are not to be varied",
                 )

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.sound import AudioProcessor, load_audio
+from fedgraft.common.video import VideoProcessor, load_video
 
 __all__ = [
     "ImageProcessor",
@@ -151,14 +152,14 @@ class ImageProcessor:
         return np.asarray(output["pixel_values"], dtype=np.float32)
 
 
-Processor = TextProcessor | ImageProcessor | AudioProcessor
+Processor = TextProcessor | ImageProcessor | AudioProcessor | VideoProcessor
 
 
 def load_processor(folder: Path, modality: str, config: Any) -> Processor:
     """Load what turns rows into inputs of the backbone in ``folder``, from local files alone.
 
     ``config`` is the backbone's transformers configuration; ``modality`` is
-    ``"text"``, ``"image"`` or ``"audio"``.
+    ``"text"``, ``"image"``, ``"audio"`` or ``"video"``.
 
     Raises:
         BackboneError: no tokenizer, no way to pad, or an image processor or feature extractor that
@@ -166,6 +167,8 @@ def load_processor(folder: Path, modality: str, config: Any) -> Processor:
     """
     if modality == "audio":
         return load_audio(folder, config)
+    if modality == "video":
+        return load_video(folder, config, _load_image)
     if modality == "text":
         return _load_text(folder, config)
     return _load_image(folder, config)
@@ -270,6 +273,8 @@ def _load_image(folder: Path, config: Any) -> ImageProcessor:
         pipeline = AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, backend="pil"
         )
+        if hasattr(config, "num_frames"):
+            pipeline = _of_frames(pipeline)
         return ImageProcessor(pipeline, channels, _probe(pipeline, channels))
     except Exception as error:  # whatever the image processor of some model raises
         raise BackboneError(
@@ -277,6 +282,15 @@ def _load_image(folder: Path, config: Any) -> ImageProcessor:
             hint='preprocessor_config.json must give images of one "size" with '
             f"{channels} channel{'s' * (channels > 1)}; without that file: plain resize",
         ) from None
+
+
+def _of_frames(pipeline: Any) -> Any:
+    """The settings of a pipeline for clips, applied to frames as if they were images."""
+    from transformers import CLIPImageProcessorPil
+
+    settings = pipeline.to_dict()
+    known = CLIPImageProcessorPil().to_dict()
+    return CLIPImageProcessorPil(**{name: settings[name] for name in known if name in settings})
 
 
 def _probe(pipeline: Any, channels: int) -> tuple[int, int]:

@@ -6,12 +6,13 @@ from typing import Literal, get_args
 
 __all__ = ["METRICS", "TASKS", "Metric", "Modality", "Target", "Task", "TaskName"]
 
-Modality = Literal["text", "image", "audio"]
+Modality = Literal["text", "image", "audio", "video"]
 Target = Literal["label", "tokens"]
 TaskName = Literal[
     "text-classification",
     "image-classification",
     "audio-classification",
+    "video-classification",
     "causal-lm",
     "seq2seq-lm",
 ]
@@ -76,6 +77,7 @@ TASKS: dict[TaskName, Task] = {
     "text-classification": Task("AutoModelForSequenceClassification", "text"),
     "image-classification": Task("AutoModelForImageClassification", "image"),
     "audio-classification": Task("AutoModelForAudioClassification", "audio"),
+    "video-classification": Task("AutoModelForVideoClassification", "video"),
     "causal-lm": Task("AutoModelForCausalLM", "text", "tokens", peft="CAUSAL_LM"),
     "seq2seq-lm": Task("AutoModelForSeq2SeqLM", "text", "tokens", paired=True, peft="SEQ_2_SEQ_LM"),
 }

@@ -33,6 +33,7 @@ from fedgraft.common.secagg.statements import (
 )
 from fedgraft.common.sound import AudioProcessor
 from fedgraft.common.terms import describe
+from fedgraft.common.video import VideoProcessor
 from fedgraft.common.workbench import Workbench
 from fedgraft.server.rounds import Plan
 
@@ -144,6 +145,8 @@ def _activations_mb(job: Job, bench: Workbench) -> float:
     if isinstance(processor, ImageProcessor):
         height, width = processor.size
         inputs = {"pixel_values": torch.zeros(1, processor.channels, height, width)}
+    elif isinstance(processor, VideoProcessor):
+        inputs = {"pixel_values": torch.zeros(1, *processor.shape)}
     elif isinstance(processor, AudioProcessor):
         inputs = {processor.name: torch.zeros(1, *processor.shape(job.data.seconds))}
     else:

@@ -291,10 +291,10 @@ def _as_files(
         column, kind = job.data.image, datasets.Image()
         sources = rows["image"].to_pylist()
         contents = [{"bytes": _shifted(one, shift, generator), "path": None} for one in sources]
-    elif job.job.task == "audio-classification":
-        column = job.data.audio
+    elif (modality := TASKS[job.job.task].modality) in ("audio", "video"):
+        column = job.data.column(modality)
         kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        sources = rows["audio"].to_pylist()
+        sources = rows[modality].to_pylist()
         contents = [{"bytes": _shifted(one, None, generator), "path": None} for one in sources]
     else:
         column, kind = job.data.text, datasets.Value("string")

@@ -233,9 +233,11 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
 
 def _deciding(task: Task) -> set[str]:
     """The settings of ``[data]`` that decide which rows there are; of some tasks others besides."""
-    audio = {"audio", "on_bad_audio"} if task.modality == "audio" else set()
+    own = (
+        {task.modality, f"on_bad_{task.modality}"} if task.modality in ("audio", "video") else set()
+    )
     target = {"target"} if task.paired else set()
-    return {"text", "image", "label", "on_bad_image"} | audio | target
+    return {"text", "image", "label", "on_bad_image"} | own | target
 
 
 def _feed(digest: Any, *parts: str | bytes) -> None:

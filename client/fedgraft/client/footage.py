@@ -1,0 +1,52 @@
+"""Encode a site's clips once, for all rounds: some frames of each, as images of one size."""
+
+import hashlib
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.client.examples import ImageExamples, Indices
+from fedgraft.client.store import Store
+from fedgraft.common.job import Job
+from fedgraft.common.video import VideoProcessor, open_clip
+
+__all__ = ["IN_MEMORY_BYTES", "encode_clips"]
+
+IN_MEMORY_BYTES = 32 * 2**20
+"""Arrays beyond this lie in a file of the cache and are paged in batch by batch."""
+
+
+def encode_clips(
+    dataset: datasets.Dataset,
+    labels: Indices,
+    processor: VideoProcessor,
+    job: Job,
+    *,
+    store: Store | None,
+    key: str,
+) -> ImageExamples:
+    """The column ``video`` of a data set as ``pixel_values`` [n, frames, channels, height, width].
+
+    ``key`` names the contents and the backbone: with it what was made before is found in ``store``.
+
+    Raises:
+        DataError: a clip changed since it was read.
+    """
+    shape, normalize = (len(labels), *processor.shape), job.data.normalize
+    sources = dataset.with_format("arrow")[:]["video"].to_pylist()
+
+    def fill(values: NDArray[Any]) -> None:
+        for at, source in enumerate(sources):
+            values[at] = processor.pixels(open_clip(source, processor.frames), normalize)
+
+    values = None
+    if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
+        parts = f"{key}\n{processor.identity}\n{normalize}"
+        digest = hashlib.sha256(parts.encode()).hexdigest()[:32]
+        values = store.files.mapped(digest, shape, np.float32, fill)
+    if values is None:
+        values = np.empty(shape, np.float32)
+        fill(values)
+    return ImageExamples(labels, values, np.arange(len(labels), dtype=np.int64))
