@@ -27,6 +27,7 @@ VERBS = {
     "select": ("fedgraft.simulations.select_cli:select", "Rank backbones before any training."),
     "runs": ("fedgraft.server.cli:runs", "List runs and what they came to."),
     "report": ("fedgraft.server.cli:report", "Write a run's report.html again."),
+    "explain": ("fedgraft.server.explain_cli:explain", "What of an input a run's model looked at."),
     "export": ("fedgraft.server.cli:export", "Write a run's adapter or merged model."),
     "provision kits": (
         "fedgraft.server.provision_cli:kits",

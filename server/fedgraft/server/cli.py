@@ -205,37 +205,18 @@ def export(
     """
     if form not in ("peft", "onnx"):
         raise InputError(f"no format {form}", hint="--format peft or onnx, or --merge")
-    from fedgraft.common.workbench import open_workbench
     from fedgraft.server.export import export_adapter, export_merged
-    from fedgraft.server.rounds import make_plan
-    from fedgraft.server.runs import Run
+    from fedgraft.server.reopening import reopen
 
-    opened = Run(run)
-    _find_backbones(run)
-    bench = open_workbench(opened.job)
-    plan = make_plan(opened.job, bench, opened.session)
-    state = opened.latest(plan.exchanged)
-    if state is None:
-        raise RunError(f"{run} has no finished round", hint="run it first")
+    opened = reopen(run)
     if form == "onnx":
         from fedgraft.server.export_onnx import export_onnx
 
         write, name, merge = export_onnx, "onnx", True
     else:
         write, name = (export_merged, "merged") if merge else (export_adapter, "peft")
-    folder = out or opened.folder / f"export-{name}"
-    write(opened, bench, plan.exchanged, state.final, folder)
+    folder = out or opened.run.folder / f"export-{name}"
+    write(opened.run, opened.bench, opened.exchanged, opened.adapter, folder)
     console = Console(as_json=as_json)
-    console.json({"run": opened.name, "folder": str(folder), "merged": merge, "format": form})
+    console.json({"run": opened.run.name, "folder": str(folder), "merged": merge, "format": form})
     console.text(f"wrote {folder}")
-
-
-def _find_backbones(run: Path) -> None:
-    """A run of a coordinator has its backbone in the coordinator's store, beside the runs."""
-    import os
-
-    from fedgraft.common.blobs import PLACE, set_store
-
-    store = run.resolve().parent.parent / "backbones"
-    if PLACE not in os.environ and store.is_dir():
-        set_store(store)
