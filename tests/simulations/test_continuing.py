@@ -94,7 +94,7 @@ def test_a_run_goes_on_from_there(earlier: tuple[Path, Vector], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        (("start.adapter=/nowhere",), "no adapter can be read"),
+        (("start.adapter=/nowhere",), "no folder /nowhere"),
         (("training.consolidation.weight=3",), "there is none"),
     ],
 )

@@ -26,7 +26,7 @@ class Evaluation(Section):
     @classmethod
     def _prompt_names_the_label(cls, prompt: str) -> str:
         if prompt.count("{}") != 1 or set(prompt.replace("{}", "", 1)) & set("{}"):
-            raise IllegalJob(f"evaluation.prompt = {prompt!r}", 'one {} for the label: "a {}"')
+            raise IllegalJob("it needs one {}, where the label's name goes", '"a photo of a {}."')
         return prompt
 
     @field_validator("score_bins")

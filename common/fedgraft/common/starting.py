@@ -28,6 +28,10 @@ def starting_point(job: Job, bench: Workbench, exchanged: Layout) -> Vector:
             )
         return bench.initial_of(exchanged)
     folder = Path(job.start.adapter)
+    if not folder.is_dir():
+        raise InputError(
+            f"start.adapter: no folder {folder}", hint="one that `fedgraft export RUN` wrote"
+        )
     vector = read_adapter(bench, folder, head=job.start.head)
     if consolidation is not None and consolidation.weight:
         layout, carried = bench.layout, bench.carried

@@ -143,7 +143,7 @@ def write_heat(explanation: Explanation, source: Path, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     left.imshow(open_image({"bytes": None, "path": str(source)}).convert("RGB"))
     right.imshow(weights, cmap="RdBu_r", vmin=-most, vmax=most)
-    for axes, title in ((left, "as it is read"), (right, "for (red), against (blue)")):
+    for axes, title in ((left, "the image"), (right, "for (red), against (blue)")):
         axes.set_title(title)
         axes.axis("off")
     figure.savefig(path, dpi=120)
