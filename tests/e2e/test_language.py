@@ -59,12 +59,14 @@ def run_job(
     *,
     names: str = "xy",
     masked: bool = False,
+    method: dict[str, Any] | None = None,
     **changes: Any,
 ) -> tuple[Run, dict[str, Any]]:
     backbone = save_language_model(model, tmp_path / "backbone")
     ends = [write_site(tmp_path / "sites" / name, files, at) for at, name in enumerate(names)]
     raw = job_settings(model, backbone, f"{tmp_path}/sites/*{ends[0]}")
     raw["simulation"] |= changes
+    raw["method"] = method or raw["method"]
     raw["privacy"] = {"secure_aggregation": {"enabled": masked, "max_sites": 4}}
     job = parse_job(raw, where="test")
     prepared = prepare(job)
@@ -78,14 +80,23 @@ def logits_of(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return found.clone()
 
 
+PARTIAL = {"kind": "partial", "blocks": 1, "norms": True, "head": "frozen"}
+
+
 @pytest.mark.parametrize(
-    ("model", "files"),
-    [("gpt2", "txt"), ("llama", "csv"), ("gpt2", "jsonl"), ("t5", "jsonl"), ("t5", "csv")],
+    ("model", "files", "method"),
+    [
+        ("gpt2", "txt", None),
+        ("llama", "csv", None),
+        ("gpt2", "jsonl", PARTIAL),
+        ("t5", "jsonl", None),
+        ("t5", "csv", PARTIAL),
+    ],
 )
 def test_two_rounds_are_trained_shown_and_given_away(
-    model: str, files: str, tmp_path: Path
+    model: str, files: str, method: dict[str, Any] | None, tmp_path: Path
 ) -> None:
-    run, summary = run_job(tmp_path, model, files)
+    run, summary = run_job(tmp_path, model, files, method=method)
     final = summary["final"]
     assert final["head_only"] is None  # there is no other head
     assert final["federated"]["perplexity"] < final["zero_shot"]["perplexity"]
