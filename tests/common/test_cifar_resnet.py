@@ -1,6 +1,7 @@
 """The networks of small images are those of the paper, and weights made elsewhere go in exactly."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -101,9 +102,9 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     state = state_dict(1, 8)
     del state["module.linear.bias"]
     torch.save(state, tmp_path / "weights.th")
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "weights.th"), str(tmp_path / "out")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1 and "not such a network" in done.stderr
+    convert = runpy.run_path(str(SCRIPT))["convert"]
+    with pytest.raises(SystemExit, match="not such a network"):
+        convert(tmp_path / "weights.th", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
