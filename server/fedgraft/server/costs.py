@@ -62,7 +62,8 @@ class Costs:
     @property
     def memory_mb(self) -> float:
         """Estimated memory of a site's process."""
-        vectors = VECTORS * 4 * self.trained_parameters / 2**20
+        values = max(self.trained_parameters, self.exchanged_parameters)
+        vectors = VECTORS * 4 * values / 2**20
         return OVERHEAD_MB + self.weights_mb + vectors + self.activations_mb
 
 
@@ -71,7 +72,7 @@ def estimate_costs(plan: Plan, bench: Workbench) -> Costs:
     job, size = plan.job, plan.exchanged.size
     up = blank_replies(job, plan.exchanged, _cohort(job))
     return Costs(
-        trained_parameters=size + bench.local.size,
+        trained_parameters=plan.exchanged.of_model.size + bench.local.size,
         exchanged_parameters=size,
         total_parameters=bench.backbone_parameters,
         bytes_up=sum(wire_bytes(encode(message)) for message in up),

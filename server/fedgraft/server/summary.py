@@ -35,7 +35,7 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
         "job_toml": dump_job(_without_folders(job)),
         "environment": run.environment(),
         "rounds": len(history),
-        "trained_parameters": plan.exchanged.size + bench.local.size,
+        "trained_parameters": plan.exchanged.of_model.size + bench.local.size,
         "total_parameters": bench.backbone_parameters,
         "bytes_up_per_site_round": up,
         "bytes_down_per_site_round": down,
