@@ -12,7 +12,7 @@ from masked_federations import make_job
 
 from fedgraft.client.policy import Hours, Policy, RoundFacts, check_plan, load_policy
 from fedgraft.common.errors import JobError, SiteFailure
-from fedgraft.common.training import DomainAdaptation
+from fedgraft.common.training import Consolidation, DomainAdaptation
 
 DIGEST = "ab" * 32
 NOON = datetime(2030, 1, 1, 12, 0)
@@ -111,6 +111,10 @@ def test_a_method_that_is_not_named_is_refused() -> None:
     adapting = facts(job=make_job().model_copy(update={"training": coral}))
     assert code(policy(), adapting) == "policy-domain"
     assert code(policy(model={"allowed_methods": ["lora", "domain"]}), adapting) == ""
+    ewc = make_job().training.model_copy(update={"consolidation": Consolidation()})
+    remembered = facts(job=make_job().model_copy(update={"training": ewc}))
+    assert code(policy(), remembered) == "policy-consolidation"
+    assert code(policy(model={"allowed_methods": ["lora", "consolidation"]}), remembered) == ""
 
 
 def test_updates_in_clear_are_for_those_who_allow_them() -> None:

@@ -61,7 +61,7 @@ class ModelRules(Section):
     """``[model]``: backbones by name, each with the SHA-256 of its manifest or its fingerprint."""
 
     allowed_backbones: dict[str, Digest] = Field(default_factory=dict)
-    allowed_methods: tuple[Literal["lora", "head", "partial", "domain"], ...] = ()
+    allowed_methods: tuple[Literal["lora", "head", "partial", "domain", "consolidation"], ...] = ()
     max_rank: int = Field(default=16, ge=1)
 
 
@@ -208,6 +208,7 @@ def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:
         ("backbone", facts.digests is None or _is_allowed(model, job, facts.digests)),
         ("method", job.method.kind in model.allowed_methods),
         ("domain", job.training.domain is None or "domain" in model.allowed_methods),
+        ("consolidation", _allows_consolidation(model, job)),
         ("rank", getattr(job.method, "rank", 0) <= model.max_rank),
         ("secure-aggregation", _masks(job) or privacy.secure_aggregation == "allowed"),
         ("cohort", min(cohort, facts.survivors or cohort) >= privacy.min_cohort),
@@ -220,6 +221,10 @@ def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:
         ("hours", hours is None or not facts.works or hours.include(facts.now.time())),
         ("metrics", _masks(job) or _revealed(job) <= set(policy.metrics.allowed)),
     )
+
+
+def _allows_consolidation(model: ModelRules, job: Job) -> bool:
+    return job.training.consolidation is None or "consolidation" in model.allowed_methods
 
 
 def _masks(job: Job) -> bool:
