@@ -21,6 +21,7 @@ DATA = Path(os.environ.get("FEDGRAFT_DATA") or ROOT.parent / "shared")
         ("banking77", 10, 10_003),
         ("clinc150", 10, 15_000),
         ("pneumonia", 5, 3_882),
+        ("amazon", 4, 6_400),
     ],
 )
 def test_an_example_fits_its_data(
