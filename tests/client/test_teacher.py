@@ -137,7 +137,6 @@ def test_a_federation_learns_from_an_exported_one(tmp_path: Path) -> None:
     export_merged(run, bench, plan.exchanged, adapter_of(run), tmp_path / "teacher")
     bench.put()
     taught = (f"simulation.teacher=path:{tmp_path / 'teacher'}", "training.distillation={}")
-    plain, _ = run_digits(tmp_path / "runs", "rounds.count=1", "job.seed=5")
-    student, summary = run_digits(tmp_path / "runs", "rounds.count=1", "job.seed=5", *taught)
-    assert not np.array_equal(adapter_of(student), adapter_of(plain))
+    student, summary = run_digits(tmp_path / "runs", "rounds.count=1", *taught)
+    assert not np.array_equal(adapter_of(student), adapter_of(run))  # the same but for the teacher
     assert summary["rounds"] == 1 and str(tmp_path) not in summary["job_toml"]

@@ -229,7 +229,7 @@ def test_what_the_old_data_needs_is_forgotten_less(tmp_path: Path) -> None:
 def some(folder: Path, labels: Any) -> Path:
     """The real digits with these labels, as folders of images."""
     out = folder / f"digits-{labels[0]}"
-    for number, row in enumerate(demo.load()[0]):
+    for number, row in enumerate(demo.load()[0].select(range(700))):
         if row["label"] in labels:
             path = out / str(row["label"]) / f"{number:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

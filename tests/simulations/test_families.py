@@ -38,8 +38,13 @@ def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return found.clone()
 
 
-@pytest.mark.parametrize("partial", [False, True], ids=["lora", "partial"])
-@pytest.mark.parametrize("name", list(FAMILIES))
+QUICK = ("resnet", "efficientnet", "bert", "xlnet", "wav2vec2", "videomae")  # one of each make
+PARTIAL = [
+    pytest.param(name, True, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES
+]
+
+
+@pytest.mark.parametrize(("name", "partial"), [*((name, False) for name in FAMILIES), *PARTIAL])
 def test_a_family_trains_and_is_given_away(name: str, partial: bool, tmp_path: Path) -> None:
     job = family_job(name, tmp_path, partial=partial)
     prepared = prepare(job)
