@@ -15,11 +15,11 @@ simulate: .venv/ready
 	$(BIN)/fedgraft simulate
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 test-all: .venv/ready lint
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,simulation,quantize]"
-	$(BIN)/python -m pytest -n 2 -q -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m ""
 
 lint: .venv/ready
 	$(BIN)/ruff check .
