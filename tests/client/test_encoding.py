@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fedgraft.client import data
+from fedgraft.client import store as store_module
 from fedgraft.client.data import encode, read_split
 from fedgraft.client.store import Store
 from fedgraft.common.errors import BackboneError, DataError
@@ -142,7 +143,7 @@ def test_mapped_pixels_are_the_pixels_in_memory(
     rows = read_split(str(tmp_path / "images"), job).dataset
     processor = ImageProcessor(None, channels=3, size=(8, 8))
     memory = encode(rows, processor, job, store=store_in(tmp_path / "cache"), key="k")
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(store_module, "IN_MEMORY_BYTES", 0)
     mapped = encode(rows, processor, job, store=store_in(tmp_path / "cache"), key="k")
     index = np.array([39, 0, 7])
     assert memory.batch(index)["pixel_values"].equal(mapped.batch(index)["pixel_values"])
@@ -160,7 +161,7 @@ def _must_not_run(*args: object) -> None:
 def test_a_killed_run_leaves_no_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture(tmp_path / "images" / "no" / "a.png")
     rows = read_split(str(tmp_path / "images"), make_job("image")).dataset
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(store_module, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(data, "open_image", _must_not_run)
     processor = ImageProcessor(None, channels=1, size=(4, 4))
     with pytest.raises(AssertionError):
@@ -175,7 +176,7 @@ def test_pixels_that_the_disk_has_no_room_for_stay_in_memory(
     rows = read_split(str(tmp_path / "images"), make_job("image")).dataset
     processor, index = ImageProcessor(None, channels=3, size=(8, 8)), np.arange(1)
     memory = encode(rows, processor, make_job("image"), store=None, key="k")
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(store_module, "IN_MEMORY_BYTES", 0)
     for disk, kept in ((3 * 64 * 4 - 1, 0), (3 * 64 * 4, 1)):
         store = store_in(tmp_path / "cache", disk=disk)
         examples = encode(rows, processor, make_job("image"), store=store, key="k")

@@ -10,7 +10,7 @@ import transformers
 from datasets import concatenate_datasets
 from recordings import LABELS, tone, write_tones, write_wav
 
-from fedgraft.client import recordings
+from fedgraft.client import store as store_module
 from fedgraft.client.data import encode, read_split
 from fedgraft.client.examples import AudioExamples, concatenate
 from fedgraft.client.store import Store
@@ -116,7 +116,7 @@ def test_a_subset_and_a_concatenation_keep_rows_and_mask(tmp_path: Path) -> None
 def test_large_arrays_are_kept_and_found_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recordings, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(store_module, "IN_MEMORY_BYTES", 0)
     job, processor = make_job(), processor_of(tmp_path / "none")
     store = Store(tmp_path / "cache", memory=10**9, disk=10**9)
     sounds = write_tones(tmp_path / "a", 3)
@@ -131,7 +131,7 @@ def test_large_arrays_are_kept_and_found_again(
 def test_the_order_of_rows_and_the_length_are_part_of_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recordings, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(store_module, "IN_MEMORY_BYTES", 0)
     processor = processor_of(tmp_path / "none")
     store = Store(tmp_path / "cache", memory=10**9, disk=10**9)
     rows = read_split(str(write_tones(tmp_path / "a", 2)), make_job()).dataset

@@ -35,7 +35,7 @@ from fedgraft.client.language import encode_blocks
 from fedgraft.client.objectives import IGNORED
 from fedgraft.client.pairs import encode_pairs
 from fedgraft.client.recordings import encode_recordings
-from fedgraft.client.store import Store
+from fedgraft.client.store import Store, filled_array
 from fedgraft.client.tables import Table, read_tables
 from fedgraft.client.texts import check_length, digest_of, encode_texts, texts_digest
 from fedgraft.common.errors import DataError
@@ -61,9 +61,6 @@ __all__ = [
     "read_split",
     "split_validation",
 ]
-
-IN_MEMORY_BYTES = 32 * 2**20
-"""Pixels beyond this lie in a file of the cache and are paged in batch by batch."""
 
 
 @dataclass(frozen=True)
@@ -251,9 +248,9 @@ def encode(
 ) -> Examples:
     """Tokenise or decode all rows of a data set as ``read_split`` gives it.
 
-    Token ids, and pixels beyond ``IN_MEMORY_BYTES``, are kept in files of ``store`` under a name
-    made of ``key`` (the backbone's fingerprint), the processor, the rows and the job's settings: a
-    second call reads them back. Files appear complete or not at all. Without ``store``: in memory.
+    Token ids, and pixels where they are many, are kept in files of ``store`` under a name made of
+    ``key`` (the backbone's fingerprint), the processor, the rows and the job's settings: a second
+    call reads them back. Files appear complete or not at all. Without ``store``: in memory.
 
     Raises:
         BackboneError: ``data.max_length`` is more than the backbone can read.
@@ -303,14 +300,10 @@ def _encode_images(
             pixels[at : at + len(images)] = processor.pixels(images, normalize)
             at += len(images)
 
-    if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
-        digest = digest_of(key, processor.identity, normalize, content_digest(dataset))
-        mapped = store.files.mapped(digest, shape, np.float32, fill)
-        if mapped is not None:
-            return ImageExamples(labels, mapped, every)
-    pixels = np.empty(shape, dtype=np.float32)
-    fill(pixels)
-    return ImageExamples(labels, pixels, every)
+    def name() -> str:
+        return digest_of(key, processor.identity, normalize, content_digest(dataset))
+
+    return ImageExamples(labels, filled_array(store, shape, fill, name), every)
 
 
 def content_digest(dataset: datasets.Dataset) -> str:

@@ -8,14 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.client.examples import ImageExamples, Indices
-from fedgraft.client.store import Store
+from fedgraft.client.store import Store, filled_array
 from fedgraft.common.job import Job
 from fedgraft.common.video import VideoProcessor, open_clip
 
-__all__ = ["IN_MEMORY_BYTES", "encode_clips"]
-
-IN_MEMORY_BYTES = 32 * 2**20
-"""Arrays beyond this lie in a file of the cache and are paged in batch by batch."""
+__all__ = ["encode_clips"]
 
 
 def encode_clips(
@@ -41,12 +38,9 @@ def encode_clips(
         for at, source in enumerate(sources):
             values[at] = processor.pixels(open_clip(source, processor.frames), normalize)
 
-    values = None
-    if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
+    def name() -> str:
         parts = f"{key}\n{processor.identity}\n{normalize}"
-        digest = hashlib.sha256(parts.encode()).hexdigest()[:32]
-        values = store.files.mapped(digest, shape, np.float32, fill)
-    if values is None:
-        values = np.empty(shape, np.float32)
-        fill(values)
+        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
+    values = filled_array(store, shape, fill, name)
     return ImageExamples(labels, values, np.arange(len(labels), dtype=np.int64))

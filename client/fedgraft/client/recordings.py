@@ -12,14 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.client.examples import AudioExamples, Indices
-from fedgraft.client.store import Store
+from fedgraft.client.store import Store, filled_array
 from fedgraft.common.job import Job
 from fedgraft.common.sound import AudioProcessor, open_recording
 
-__all__ = ["IN_MEMORY_BYTES", "encode_recordings"]
-
-IN_MEMORY_BYTES = 32 * 2**20
-"""Arrays beyond this lie in a file of the cache and are paged in batch by batch."""
+__all__ = ["encode_recordings"]
 
 
 def encode_recordings(
@@ -47,17 +44,14 @@ def encode_recordings(
         for at, source in enumerate(sources):
             values[at] = processor.features([open_recording(source)], seconds)[0]
 
+    def name() -> str:
+        parts = f"{key}\n{processor.identity}\n{seconds}"
+        return hashlib.sha256(parts.encode()).hexdigest()[:32]
+
     filled = None
     if processor.masked:
         found = [processor.filled(open_recording(source), seconds) for source in sources]
         filled = np.array(found, np.int64)
-    values = None
-    if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
-        parts = f"{key}\n{processor.identity}\n{seconds}"
-        digest = hashlib.sha256(parts.encode()).hexdigest()[:32]
-        values = store.files.mapped(digest, shape, np.float32, fill)
-    if values is None:
-        values = np.empty(shape, np.float32)
-        fill(values)
+    values = filled_array(store, shape, fill, name)
     rows = np.arange(len(labels), dtype=np.int64)
     return AudioExamples(labels, values, rows, name=processor.name, filled=filled)

@@ -108,9 +108,8 @@ def open_stack(job: Job, *, device: str = "cpu") -> Stack:
 
 @lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
 def _open(shaping: str, precision: str, device: str) -> Stack:
-    bench = open_workbench(Job.model_validate_json(shaping))
-    bits = Job.model_validate_json(shaping).backbone.bits
-    return _build(bench, torch.device(device), precision, bits)
+    job = Job.model_validate_json(shaping)
+    return _build(open_workbench(job), torch.device(device), precision, job.backbone.bits)
 
 
 def close_stacks() -> None:
@@ -119,7 +118,7 @@ def close_stacks() -> None:
     close_workbenches()
 
 
-def _build(bench: Workbench, device: torch.device, precision: str, bits: int = 0) -> Stack:
+def _build(bench: Workbench, device: torch.device, precision: str, bits: int) -> Stack:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = _twin(bench.model.get_base_model(), device, dtype, bits)
     if attention := ATTENTION.get((device.type, precision)):

@@ -20,12 +20,14 @@ from safetensors.numpy import load_file, save_file
 
 from fedgraft.common.files import write_atomically
 
-__all__ = ["Arrays", "Files", "Recent", "Store", "open_store"]
+__all__ = ["Arrays", "Files", "Recent", "Store", "filled_array", "open_store"]
 
 SUFFIX, MAPPED = ".kept.safetensors", ".kept.npy"
 ABANDONED = 86400.0  # seconds after which a half-written file is nobody's
 WORTH_A_FILE = 1 << 16  # bytes; less is made again as fast as it is read
 LARGEST_SHARE = 4
+IN_MEMORY_BYTES = 32 * 2**20
+"""What examples are encoded into lies beyond this in a file, and is paged in batch by batch."""
 
 
 class Sized(Protocol):
@@ -207,6 +209,25 @@ class Store:
     def fits(self, size: int) -> bool:
         """Whether ``size`` bytes are little enough to be held while they are worked with."""
         return size * LARGEST_SHARE <= self.recent.budget
+
+
+def filled_array(
+    store: Store | None,
+    shape: tuple[int, ...],
+    fill: Callable[[NDArray[Any]], None],
+    name: Callable[[], str],
+) -> NDArray[np.float32]:
+    """A float32 array that ``fill`` makes: in memory, or where it is large in a file of ``store``.
+
+    The file is found again by ``name()``, which is asked for only then.
+    """
+    if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
+        mapped = store.files.mapped(name(), shape, np.float32, fill)
+        if mapped is not None:
+            return mapped
+    array = np.empty(shape, np.float32)
+    fill(array)
+    return array
 
 
 @lru_cache(maxsize=4)

@@ -17,13 +17,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.adapters import OUTER, Layout, Vector
 from fedgraft.common.workbench import Workbench
 
 __all__ = ["Movement", "moved_modules"]
 
 ADAPTER = "default"
-OUTER = "base_model.model."  # what peft puts before the names of the backbone's modules
 KEPT = ".modules_to_save.default"
 
 
