@@ -98,6 +98,9 @@ def test_a_row_of_several_heads_sees_only_its_own() -> None:
         )
         torch.testing.assert_close(losses(found, targets, smoothing=smoothing)[1:], wanted)
     assert restrict(logits, targets, ()) is logits
+    unlabelled = torch.tensor([IGNORED, 1, IGNORED])
+    kept = (restrict(logits, unlabelled, heads) > -torch.inf).sum(1)
+    assert kept.tolist() == [5, 3, 5]  # without a label nobody knows the head
 
 
 def test_gradients_stay_within_a_rows_head() -> None:

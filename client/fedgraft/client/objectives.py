@@ -67,12 +67,14 @@ def distances(logits: torch.Tensor, taught: torch.Tensor, temperature: float) ->
 def restrict(logits: torch.Tensor, targets: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
     """``logits`` [b, classes] with minus infinity wherever a class is of another head.
 
-    ``heads`` names each class's head; that of a row is its target's. None with one head for all.
+    ``heads`` names each class's head; that of a row is its target's. None with one head for all,
+    and a row without a target keeps all of its classes.
     """
     if not heads:
         return logits
     of = torch.tensor(heads, device=logits.device)
     mine = of[targets.clamp(min=0)][:, None] == of
+    mine |= (targets == IGNORED)[:, None]
     return logits.masked_fill(~mine, -torch.inf)
 
 
