@@ -1,6 +1,7 @@
 """A small random configuration of every architecture in the guide, and rows that it can read."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,26 @@ FAMILIES: dict[str, tuple[Any, Any, str]] = {
 }  # fmt: skip
 
 
+def _timm(architecture: str, side: int, **arguments: Any) -> Any:
+    prepared = {"input_size": [3, side, side], "crop_pct": 1.0}
+    config = hf.TimmWrapperConfig(
+        architecture=architecture, model_args=arguments, pretrained_cfg=prepared
+    )
+    config.num_channels, config.image_size = 3, side
+    return config
+
+
+STEEP = ("vgg", "inception")  # without norms, or with random ones: larger steps diverge
+if find_spec("timm"):  # an extra of its own, with torchvision
+    FAMILIES["vgg"] = (lambda: _timm("vgg11", 32, mlp_ratio=0.01), "all-conv", "image")
+    FAMILIES["inception"] = (lambda: _timm("inception_v3", 80), "all-conv", "image")
+    FAMILIES["timm-vit"] = (
+        lambda: _timm("vit_tiny_patch16_224", 32, img_size=32, depth=2, embed_dim=24),
+        "all-linear",
+        "image",
+    )
+
+
 def family_job(name: str, folder: Path, *, partial: bool = False, **changes: Any) -> Job:
     """A job of two rounds over two sites with rows of its own below ``folder``."""
     make, targets, reads = FAMILIES[name]
@@ -111,7 +132,7 @@ def family_job(name: str, folder: Path, *, partial: bool = False, **changes: Any
         "method": {"kind": "partial", "blocks": 1, "norms": True, "head": "shared"}
         if partial
         else {"kind": "lora", "rank": 2, "head": "shared", "targets": targets},
-        "training": {"batch_size": 8, "learning_rate": 5e-2},
+        "training": {"batch_size": 8, "learning_rate": 5e-3 if name in STEEP else 5e-2},
         "rounds": {"count": 2},
         "data": {"max_length": 16, "seconds": 0.5, "validation": 0.2},
         "simulation": {

@@ -34,10 +34,7 @@ SCORES = ("logme", "h_score", "leep", "nce")
 
 @dataclass(frozen=True)
 class Case:
-    """A data set made small: ``rows`` for training and ``tested`` rows, if files.
-
-    ``rates`` are the learning rates tried with each candidate.
-    """
+    """A data set made small: ``rows`` for training over ``sites`` and ``tested`` rows, if files."""
 
     job: Path
     train: str = ""
@@ -46,7 +43,6 @@ class Case:
     tested: int = 0
     sets: tuple[str, ...] = ()
     text: bool = True
-    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
 
 
 QUICK = ("rounds.min_sites=1", "simulation.baselines=[]", "simulation.finetune_epochs=0")
@@ -76,14 +72,11 @@ DATA = {
         1000,
         (*TEXT, *SENTIMENT),
     ),
-    "digits": Case(
-        ROOT / "fedgraft/simulations/demo/digits.toml", text=False, rates=(2e-3, 5e-3, 1e-2)
-    ),
+    "digits": Case(ROOT / "fedgraft/simulations/demo/digits.toml", text=False),
     "pneumonia": Case(
         EXAMPLES / "pneumonia.toml",
         sets=('method.targets="all-linear"', "rounds.count=6"),
         text=False,
-        rates=(2e-3, 5e-3, 1e-2),
     ),
 }
 
@@ -94,7 +87,7 @@ def main() -> None:
     parser.add_argument("--data", choices=DATA, nargs="+", default=["digits"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--layers", type=int, nargs="+", help="depths (default: 1 to all)")
-    parser.add_argument("--rates", type=float, nargs="+", help="instead of the data set's own")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2])
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     results = []
@@ -109,7 +102,7 @@ def main() -> None:
 
 def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Scores and accuracies of every candidate on the data set ``name``, means over ``seeds``."""
-    case, seeds, rates = DATA[name], options.seeds, options.rates
+    case, seeds = DATA[name], options.seeds
     sources = candidates(case, options.layers, folder)
     sets = [*QUICK, *case.sets, *small_files(case, folder)]
     rows: dict[str, dict[str, list[float]]] = {key: {} for key in sources}
@@ -129,7 +122,7 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> dict[str, A
             weights = "random" if random else "pretrained"
             chosen = [*seeded, f"backbone.source={plain}", f"backbone.weights={weights}"]
             tried = []
-            for rate in rates or case.rates:
+            for rate in options.rates:
                 settings = [*chosen, f"training.learning_rate={rate}"]
                 summary = run("simulate", case.job, settings, ["--runs", f"{folder}/runs"])
                 seconds["fine-tune"] += summary["seconds"]

@@ -28,6 +28,7 @@ from fedgraft.common.job import Job
 from fedgraft.common.methods import LoraMethod, PartialMethod
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import TASKS
+from fedgraft.common.timm_models import TIMM_HEADS
 
 __all__ = [
     "BESIDE",
@@ -180,9 +181,13 @@ def adapter_layout(model: PeftModel) -> Layout:
 
 
 def is_head(name: str) -> bool:
-    """Whether an adapter tensor belongs to the task's head: a module of the outermost level."""
+    """Whether an adapter tensor belongs to the task's head.
+
+    That is a module of the outermost level, or one of timm's heads, which are further inside.
+    """
     module, kept, _ = name.partition(".modules_to_save.")
-    return bool(kept) and "." not in module.removeprefix(OUTER)
+    path = module.removeprefix(OUTER)
+    return bool(kept) and ("." not in path or path in TIMM_HEADS)
 
 
 def is_factor_a(name: str) -> bool:

@@ -6,6 +6,7 @@ What is refused, and why, is in ``model_folder.py``.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedgraft.common.job import Job
 from fedgraft.common.model_folder import FINGERPRINTED, fingerprint, refuse_unsafe
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import TASKS, TaskName
+from fedgraft.common.timm_models import is_timm, name_timm_labels, timm_heads
 
 __all__ = [
     "Backbone",
@@ -26,6 +28,7 @@ __all__ = [
     "find_backbone",
     "head_names",
     "load",
+    "own_labels",
     "public_source",
     "read_config",
 ]
@@ -95,6 +98,8 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(job.job.seed, "backbone"))
         model, missing = _build(backbone, job.job.task, labels)
+        if is_timm(model):
+            name_timm_labels(model.config, labels)
         fresh = _head_is_fresh(model, missing, backbone, labels)
         if fresh:
             for name in head_names(model):
@@ -113,12 +118,17 @@ def read_config(backbone: Backbone) -> Any:
     """The backbone's configuration as transformers understands it.
 
     Raises:
-        BackboneError: transformers does not know this architecture.
+        BackboneError: transformers does not know this architecture, or timm is not installed.
     """
     import transformers
 
     import fedgraft.common.cifar_resnet  # noqa: F401  # an architecture by its name
 
+    if "pretrained_cfg" in backbone.config and not find_spec("timm"):
+        raise BackboneError(
+            f"{backbone.source} is a model of timm, which is not installed here",
+            hint='pip install "fedgraft[timm]"',
+        )
     try:
         return transformers.AutoConfig.from_pretrained(
             backbone.folder, trust_remote_code=False, local_files_only=True
@@ -132,6 +142,8 @@ def read_config(backbone: Backbone) -> Any:
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the head's modules: top-level children with parameters beside the backbone's own."""
+    if is_timm(model):
+        return timm_heads(model)
     body = body_names(model)
     return tuple(
         name
@@ -154,6 +166,14 @@ def body_names(model: nn.Module) -> tuple[str, ...]:
     if prefix in children:
         return (prefix,)
     return tuple(name for name, child in children.items() if hasattr(child, "base_model_prefix"))
+
+
+def own_labels(backbone: Backbone) -> list[str | None]:
+    """The labels that the head in the backbone's folder was trained for, as its config says."""
+    config = backbone.config
+    named = config.get("id2label") or dict(enumerate(config.get("label_names") or ()))  # of timm
+    by_index = {int(index): name for index, name in named.items()}
+    return [by_index.get(index) for index in range(len(by_index))]
 
 
 def public_source(source: str) -> str:
@@ -219,6 +239,7 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
     if labels:
         heads["id2label"] = dict(enumerate(labels))
         heads["label2id"] = {name: index for index, name in enumerate(labels)}
+        heads["num_labels"] = len(labels)  # timm's configuration counts apart
     try:
         if backbone.weights == "random":
             config = transformers.AutoConfig.from_pretrained(
@@ -270,8 +291,7 @@ def _head_is_fresh(
     """Whether the head is not the folder's, or is for other labels; one for tokens has none."""
     if backbone.weights == "random":
         return True
-    named = backbone.config.get("id2label") or {}
-    names = [named.get(str(index)) for index in range(len(named))]
+    names = own_labels(backbone)
     heads = tuple(f"{name}." for name in head_names(model))
     other = bool(labels) and names != list(labels)
     return other or any(key.startswith(heads) for key in missing)

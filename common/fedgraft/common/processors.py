@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.sound import AudioProcessor, load_audio
+from fedgraft.common.timm_models import timm_pipeline
 from fedgraft.common.video import VideoProcessor, load_video
 
 __all__ = [
@@ -265,9 +266,13 @@ def _load_image(folder: Path, config: Any) -> ImageProcessor:
             f"the backbone in {folder} takes {channels} channels",
             hint="images are read as grey (1) or RGB (3)",
         )
-    if not (folder / "preprocessor_config.json").is_file():
+    timm = getattr(config, "model_type", "") == "timm_wrapper"
+    if not timm and not (folder / "preprocessor_config.json").is_file():
         return ImageProcessor(None, channels, _config_size(config))
     try:
+        if timm:
+            pipeline = timm_pipeline(config)
+            return ImageProcessor(pipeline, channels, _probe(pipeline, channels))
         from transformers import AutoImageProcessor
 
         pipeline = AutoImageProcessor.from_pretrained(

@@ -28,7 +28,7 @@ from fedgraft.client.transferability import (
     site_sums,
     unit,
 )
-from fedgraft.common.backbones import find_backbone, read_config
+from fedgraft.common.backbones import find_backbone, own_labels, read_config
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError, JobError
 from fedgraft.common.job import Job
@@ -220,8 +220,8 @@ def _score(
 
 def _source_job(job: Job) -> Job:
     """``job`` with the labels that the backbone's own head was trained for, if its folder says."""
-    named = find_backbone(job.backbone.source, weights=job.backbone.weights).config.get("id2label")
-    names = tuple(str(named[key]) for key in sorted(named, key=int)) if named else ()
+    found = find_backbone(job.backbone.source, weights=job.backbone.weights)
+    names = tuple(str(name) for name in own_labels(found))
     if job.backbone.weights == "random" or len(names) < 2 or len(set(names)) < len(names):
         return job
     return job.model_copy(update={"job": job.job.model_copy(update={"labels": names})})
