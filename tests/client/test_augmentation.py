@@ -42,7 +42,10 @@ def rows(count: int, seed: int = 0) -> Rows:
 
 
 def varied(what: dict[str, Any], inputs: Inputs, count: int, seed: int = 0) -> Inputs:
-    return open_augmentation(Augmentation.model_validate(what))(inputs, rows(count, seed))
+    vary, targets = open_augmentation(Augmentation.model_validate(what)), torch.zeros(count)
+    found, same = vary(inputs, targets, rows(count, seed))
+    assert same is targets  # what should be predicted does not change
+    return found
 
 
 def pixels(count: int) -> Inputs:

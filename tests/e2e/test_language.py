@@ -89,6 +89,8 @@ PARTIAL = {"kind": "partial", "blocks": 1, "norms": True, "head": "frozen"}
         ("gpt2", "txt", None),
         ("llama", "csv", None),
         ("gpt2", "jsonl", PARTIAL),
+        ("bert", "txt", None),
+        ("bert", "csv", PARTIAL),
         ("t5", "jsonl", None),
         ("t5", "csv", PARTIAL),
     ],
@@ -136,7 +138,7 @@ def test_two_rounds_are_trained_shown_and_given_away(
     torch.testing.assert_close(logits_of(merged, inputs), wanted, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "t5"])
+@pytest.mark.parametrize("model", ["gpt2", "bert", "t5"])
 def test_workers_do_not_change_a_bit(model: str, tmp_path: Path) -> None:
     plain: dict[str, Any] = {"baselines": [], "finetune_epochs": 0}
     none, two = (
@@ -146,7 +148,7 @@ def test_workers_do_not_change_a_bit(model: str, tmp_path: Path) -> None:
     assert np.array_equal(none, two)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "t5"])
+@pytest.mark.parametrize("model", ["gpt2", "bert", "t5"])
 def test_only_masked_sums_are_enough(model: str, tmp_path: Path) -> None:
     """Losses and counts of tokens go through the secure sum, and come to what they are."""
     plain: dict[str, Any] = {"baselines": [], "finetune_epochs": 0}

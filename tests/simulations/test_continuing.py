@@ -1,5 +1,6 @@
 """A job that goes on from an earlier one, and one that is held to what that one knew."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from federations import adapter_of, digits_job, run_digits
+from language_models import job_settings, save_language_model
 from safetensors.numpy import load_file
 from trainings import book, digits, make_job, noisy, settings, task
 
@@ -18,16 +20,20 @@ from fedgraft.client.stack import open_stack
 from fedgraft.client.training import Trained, train
 from fedgraft.common.adapters import EWC, Vector
 from fedgraft.common.adapting import SCALE
+from fedgraft.common.console import Console
 from fedgraft.common.consolidation import ANCHOR, NEW, OLD
 from fedgraft.common.errors import InputError, JobError
 from fedgraft.common.job import Job
+from fedgraft.common.jobfile import parse_job
 from fedgraft.common.starting import starting_point
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.export import export_adapter
 from fedgraft.server.rounds import make_plan
+from fedgraft.server.runs import Run
 from fedgraft.simulations.demo import digits as demo
 from fedgraft.simulations.engine import make_nodes
 from fedgraft.simulations.preparation import prepare
+from fedgraft.simulations.simulate import simulate
 
 MEASURED = "training.consolidation={}"
 
@@ -108,6 +114,29 @@ def test_what_cannot_start_is_refused_before_anything_is_written(
 def test_an_adapter_of_another_rank_is_refused(earlier: tuple[Path, Vector]) -> None:
     with pytest.raises(InputError):
         prepare(digits_job(f"start.adapter={earlier[0]}", "method.rank=2"))
+
+
+def test_labels_go_on_from_texts_without_any(tmp_path: Path) -> None:
+    """What filling gaps in texts taught the low-rank path is where a classification starts."""
+    backbone = save_language_model("bert", tmp_path / "backbone")
+    lines = [json.dumps({"text": f"to be {n} or not", "label": "ab"[n % 2]}) for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    raw = job_settings("bert", backbone, str(tmp_path / "rows.jsonl"))
+    raw["simulation"] |= {"sites": 2, "partition": {"kind": "iid"}, "baselines": [], "workers": 0}
+    with Run.create(tmp_path / "runs", parse_job(raw, where="test")) as run:
+        simulate(prepare(run.job), run, Console(quiet=True))
+    learnt = adapter_of(run)
+    raw["job"] |= {"task": "text-classification", "labels": ["a", "b"]}
+    raw["method"]["head"] = "shared"
+    raw["start"] = {"adapter": str(exported(run, tmp_path / "out"))}
+    with pytest.raises(InputError, match="has no head") as caught:
+        start_of(parse_job(raw, where="test"))
+    assert "start.head = false" in caught.value.hint
+    raw["start"]["head"] = False
+    exchanged, start = start_of(parse_job(raw, where="test"))
+    paths = exchanged.only(name for name in exchanged.names if ".lora_" in name)
+    assert learnt.any() and np.array_equal(exchanged.part(start, paths), learnt)
+    assert exchanged.size > paths.size  # a new head besides
 
 
 def test_an_export_that_did_not_measure_cannot_hold(tmp_path: Path) -> None:

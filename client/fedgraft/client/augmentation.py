@@ -23,18 +23,21 @@ from fedgraft.common.errors import InputError
 
 __all__ = ["Vary", "open_augmentation"]
 
-Vary = Callable[[Inputs, Rows], Inputs]
+Vary = Callable[[Inputs, torch.Tensor, Rows], tuple[Inputs, torch.Tensor]]
 
 
 def open_augmentation(settings: Augmentation) -> Vary:
-    """What varies the inputs of one site, of which ``Rows.count`` come first and are real.
+    """What varies inputs, not targets, of one site; ``Rows.count`` come first and are real.
 
     Raises:
         InputError: kornia is not installed, and images are to be varied.
     """
     images = _open_images(settings.image) if settings.image is not None else None
 
-    def vary(inputs: Inputs, rows: Rows) -> Inputs:
+    def vary(inputs: Inputs, targets: torch.Tensor, rows: Rows) -> tuple[Inputs, torch.Tensor]:
+        return varied(inputs, rows), targets
+
+    def varied(inputs: Inputs, rows: Rows) -> Inputs:
         if not rows.count:  # of a batch that others in the pass have more of: nothing is drawn
             return inputs
         if images is not None and "pixel_values" in inputs:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 
+from fedgraft.client.cloze import encode_cloze
 from fedgraft.client.examples import (
     AudioExamples,
     Examples,
@@ -264,6 +265,8 @@ def encode(
         texts = rows["text"].to_pylist()
         if TASKS[job.job.task].paired:
             return encode_pairs(texts, rows["target"].to_pylist(), processor, job)
+        if TASKS[job.job.task].masked:
+            return encode_cloze(texts, processor, job, store=store, key=key)
         if TASKS[job.job.task].target == "tokens":
             return encode_blocks(texts, processor, job.data.max_length, store=store, key=key)
         examples = encode_texts(texts, labels, processor, job.data.max_length, store=store, key=key)

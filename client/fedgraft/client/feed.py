@@ -16,9 +16,10 @@ from fedgraft.client.stack import Stack
 from fedgraft.client.store import Store
 from fedgraft.common.adapters import Layout
 
-__all__ = ["Feed", "compute", "logits_of", "open_feed", "predict", "targets_of", "taught_of"]
+__all__ = ["Feed", "compute", "logits_of", "open_feed", "predict", "taught_of"]
 
 COMPUTED = 64  # examples in one pass through the frozen layers
+Vary = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
 WHOLE = 16  # tokens: sums over widths that are no multiple of a vector add in another order
 
 
@@ -68,20 +69,18 @@ def logits_of(
     feeds: Sequence[Feed],
     indices: Sequence[Indices],
     width: int,
-    vary: Callable[[int, Inputs], Inputs] | None = None,
+    given: Sequence[Inputs] | None = None,
 ) -> torch.Tensor:
     """Logits of the examples at ``indices`` of each feed, float32 [feeds x rows, classes].
 
-    Every feed gives as many rows, padded to ``width`` tokens. ``vary`` changes the inputs of the
-    feed with a number, where feeds keep nothing.
+    Every feed gives as many rows, padded to ``width`` tokens. Where feeds keep nothing, other
+    inputs than the examples' own may be ``given``.
     """
     stack, prefix = feeds[0].stack, feeds[0].prefix
     pairs = list(zip(feeds, indices, strict=True))
     inputs: Inputs = {}
     if prefix is None or prefix.whole:
-        parts = [feed.examples.batch(index, width) for feed, index in pairs]
-        if vary is not None:
-            parts = [vary(number, part) for number, part in enumerate(parts)]
+        parts = given or [feed.examples.batch(index, width) for feed, index in pairs]
         inputs = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     if prefix is None:
         return stack.logits(inputs)
@@ -89,21 +88,26 @@ def logits_of(
     return prefix.resume(inputs, hidden.to(stack.device))
 
 
-def targets_of(feeds: Sequence[Feed], indices: Sequence[Indices], width: int) -> torch.Tensor:
-    """What the logits of ``logits_of`` should be likeliest at, int64 [feeds x rows (, width)]."""
-    pairs = zip(feeds, indices, strict=True)
-    return torch.cat([feed.examples.targets(index, width) for feed, index in pairs])
-
-
 def predict(
     feeds: Sequence[Feed],
     indices: Sequence[Indices],
     width: int,
-    vary: Callable[[int, Inputs], Inputs] | None = None,
+    vary: Vary | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits as of ``logits_of``, only those of a row's own head, and what they should be."""
-    logits = logits_of(feeds, indices, width, vary)
-    targets = targets_of(feeds, indices, width).to(logits.device)
+    """Logits as of ``logits_of``, only those of a row's own head, and what they should be.
+
+    The latter is int64 [feeds x rows (, width)]. ``vary`` changes inputs and targets of the feed
+    with a number, where feeds keep nothing.
+    """
+    pairs = list(zip(feeds, indices, strict=True))
+    found = [feed.examples.targets(index, width) for feed, index in pairs]
+    given: list[Inputs] | None = None
+    if vary is not None:
+        batches = [feed.examples.batch(index, width) for feed, index in pairs]
+        varied = [vary(n, *pair) for n, pair in enumerate(zip(batches, found, strict=True))]
+        given, found = [inputs for inputs, _ in varied], [targets for _, targets in varied]
+    logits = logits_of(feeds, indices, width, given)
+    targets = torch.cat(found).to(logits.device)
     return restrict(logits, targets, feeds[0].stack.bench.heads), targets
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.client.tables import READERS, Table, find_sources, read_tables
+from fedgraft.common.data import Data
 from fedgraft.common.errors import DataError
-from fedgraft.common.job import Data
 
 __all__ = ["NO_GROUP", "read_groups"]
 

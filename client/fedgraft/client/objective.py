@@ -1,17 +1,18 @@
 """What a pass minimises for each site: what labels, a teacher and other domains say."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fedgraft.client.augmentation import open_augmentation
+from fedgraft.client.augmentation import Vary, open_augmentation
+from fedgraft.client.cloze import ClozeExamples
 from fedgraft.client.consolidation import Consolidation
 from fedgraft.client.domain import Alignment, Statistics, watch_features
 from fedgraft.client.examples import Examples, Indices
 from fedgraft.client.feed import Feed, predict, taught_of
+from fedgraft.client.feed import Vary as Varied
 from fedgraft.client.objectives import distances, losses, restrict
-from fedgraft.client.prefix import Inputs
 from fedgraft.client.stack import Stack
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.errors import SiteFailure
@@ -65,8 +66,11 @@ class Objective:
         if settings.consolidation is not None:
             epochs = [len(one) for one in examples]
             self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
-        varied = settings.augmentation
-        self.vary = None if varied is None else open_augmentation(varied)
+        self.vary: Vary | None = None  # what is seen anew each time
+        if isinstance(examples[0], ClozeExamples):
+            self.vary = examples[0].hide_anew
+        elif settings.augmentation is not None:
+            self.vary = open_augmentation(settings.augmentation)
         self.anchor = flat.clone() if settings.proximal else None
         if settings.domain is not None:
             self.alignment = Alignment(settings.domain, trained, examples, flat, stack.bench.seed)
@@ -116,13 +120,13 @@ class Objective:
         share = torch.tensor([1 / size for size in batch.sizes], device=each.device)
         return Value(summed, (summed * share).sum())
 
-    def _varied(self) -> Callable[[int, Inputs], Inputs] | None:
-        """What changes the inputs of each site, of which the stack knows the real rows."""
+    def _varied(self) -> Varied | None:
+        """What changes a batch of each site, of which the stack knows the real rows."""
         vary = self.vary
         if vary is None:
             return None
         rows = self.stack.draws.rows
-        return lambda number, inputs: vary(inputs, rows[number])
+        return lambda number, inputs, targets: vary(inputs, targets, rows[number])
 
     def _each(self, batch: Batch) -> torch.Tensor:
         """Of every row, float32 [sites x rows]."""

@@ -29,15 +29,8 @@ def losses(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.
             targets != IGNORED,
             smoothing,
         )
-    summed, counted = _by_sequence(logits, targets)
-    mean = summed / counted.clamp(min=1)
-    if not smoothing:
-        return mean
-    each = functional.cross_entropy(
-        logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    each = _smoothed(each, logits, targets != IGNORED, smoothing)
-    return each.sum(1) / counted.clamp(min=1)
+    each = _by_position(logits, targets, smoothing)
+    return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
 
 
 def _smoothed(
@@ -104,14 +97,19 @@ class BlockCounts:
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor) -> Self:
         """Count ``logits`` [b, width, vocabulary] with ``targets`` [b, width]."""
-        summed, counted = _by_sequence(logits, targets)
-        right = ((logits.argmax(-1) == targets) & (targets != IGNORED)).sum(1)
-        return cls(summed, right, counted)
+        counts = targets != IGNORED
+        right = torch.zeros_like(counts)
+        right[counts] = logits[counts].argmax(-1) == targets[counts]
+        return cls(_by_position(logits, targets, 0.0).sum(1), right.sum(1), counts.sum(1))
 
 
-def _by_sequence(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each sequence the summed loss and how many targets it has, both [b]."""
-    loss = functional.cross_entropy(
-        logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none"
-    )
-    return loss.sum(1), (targets != IGNORED).sum(1)
+def _by_position(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """The loss at each position, [b, width], zero at those without a target.
+
+    Only of those that have one: a vocabulary is large, and of hidden tokens one in seven counts.
+    """
+    counts = targets != IGNORED
+    some, wanted = logits[counts], targets[counts]
+    each = functional.cross_entropy(some, wanted, reduction="none")
+    each = _smoothed(each, some, torch.ones_like(wanted, dtype=torch.bool), smoothing)
+    return each.new_zeros(counts.shape).masked_scatter(counts, each)

@@ -231,17 +231,17 @@ class _Pass:
     ) -> None:
         self.stack, self.trained, self.settings, self.span = stack, trained, settings, span
         self.sites = sites  # those with the most steps first
-        varied = settings.augmentation is not None
-        self.feeds = [
-            open_feed(stack, trained, site.task.examples, site.task.store, varied=varied)
-            for site in sites
-        ]
         starts = np.stack([site.task.start for site in sites])
         self.flat = torch.from_numpy(starts).to(stack.device, copy=True)
         self.gradient = torch.zeros_like(self.flat)
         self.pace = open_pace(stack, trained, settings)
         every = [site.task.examples for site in sites]
         self.objective = Objective(stack, trained, settings, every, self.flat)
+        varied = self.objective.vary is not None
+        self.feeds = [
+            open_feed(stack, trained, site.task.examples, site.task.store, varied=varied)
+            for site in sites
+        ]
         self.rows = [nn.Parameter(row) for row in self.flat]
         for row, gradient in zip(self.rows, self.gradient, strict=True):
             row.grad = gradient

@@ -69,11 +69,17 @@ def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector
     bench.put()
     try:
         weights = load_file(folder / WEIGHTS)
+        own = _head_of(bench)
         if not head:
-            heads = tuple(f"{OUTER}{name}." for name in head_names(bench.model.get_base_model()))
-            own = get_peft_model_state_dict(bench.model, save_embedding_layers=False)
-            weights |= {name: one for name, one in own.items() if name.startswith(heads)}
+            weights |= own
+        elif own and not own.keys() & weights.keys():
+            raise InputError(
+                f"the adapter in {folder} has no head, and the job trains one",
+                hint="start.head = false: a new one",
+            )
         found = set_peft_model_state_dict(bench.model, weights)
+    except InputError:
+        raise
     except Exception as error:  # torn files raise many kinds
         raise InputError(
             f"no adapter can be read from {folder} ({type(error).__name__})",
@@ -82,6 +88,13 @@ def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector
     if found.unexpected_keys:
         raise InputError(f"{folder} is of another job", hint="restore the folder from a backup")
     return read(bench.model, bench.layout)
+
+
+def _head_of(bench: Workbench) -> dict[str, Any]:
+    """What an adapter folder has of the job's head as it begins."""
+    heads = tuple(f"{OUTER}{name}." for name in head_names(bench.model.get_base_model()))
+    own = get_peft_model_state_dict(bench.model, save_embedding_layers=False)
+    return {name: one for name, one in own.items() if name.startswith(heads)}
 
 
 def folder_facts(bench: Workbench, job: Job, origin: Origin) -> dict[str, Any]:

@@ -263,16 +263,22 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
         ) from None
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | mismatched
-    _refuse_random_layers(model, missing, backbone.source, head_trains=bool(labels))
+    _refuse_random_layers(model, missing, backbone.source, task, head_trains=bool(labels))
     return model, missing
 
 
 def _refuse_random_layers(
-    model: nn.Module, missing: set[str], source: str, *, head_trains: bool
+    model: nn.Module, missing: set[str], source: str, task: TaskName, *, head_trains: bool
 ) -> None:
     """A head for labels may be missing, a pooler often is; any other gap would be frozen noise."""
     heads = tuple(f"{name}." for name in head_names(model)) if head_trains else ()
     gaps = sorted(key for key in missing if not key.startswith(heads) and ".pooler." not in key)
+    own = tuple(f"{name}." for name in head_names(model))
+    if gaps and all(name.startswith(own) for name in gaps):
+        raise BackboneError(
+            f"{source} was saved without the head that {task} predicts tokens with",
+            hint="a backbone that still has it, such as the model that this one was made from",
+        )
     if gaps:
         raise BackboneError(
             f"{source}: {len(gaps)} weights of the backbone are missing or of another shape, "

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from fedgraft.common.adapting import check_domain, check_plain_mean
+from fedgraft.common.data import Data
 from fedgraft.common.evaluating import Evaluation
 from fedgraft.common.language import check_language
 from fedgraft.common.measures import Measures
@@ -16,13 +17,12 @@ from fedgraft.common.methods import Method
 from fedgraft.common.privacy import Privacy
 from fedgraft.common.section import Duration, IllegalJob, Section
 from fedgraft.common.simulation import Simulation
-from fedgraft.common.tasks import TASKS, Modality, Task, TaskName
+from fedgraft.common.tasks import TASKS, TaskName
 from fedgraft.common.training import Training
 
 __all__ = [
     "Aggregation",
     "Backbone",
-    "Data",
     "EarlyStopping",
     "Job",
     "Rounds",
@@ -188,56 +188,6 @@ class Aggregation(Section):
     server_optimizer: ServerOptimizer = ServerOptimizer()
     max_update_norm: float = Field(default=1000.0, gt=0)
     max_examples: int = Field(default=1_000_000, ge=1)
-
-
-class Data(Section):
-    """``[data]``: the schema every site must offer, and how rows become tensors."""
-
-    text: str = "text"
-    image: str = "image"
-    audio: str = Field(default="audio", description="column of wav files")
-    video: str = Field(default="video", description="column of clips")
-    label: str = "label"
-    target: str = Field(default="target", description="the second text of seq2seq-lm")
-    validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
-    max_length: int = Field(default=128, ge=4, le=8192, description="tokens of an example")
-    seconds: float = Field(default=5.0, gt=0, le=60, description="of a recording: cut or padded")
-    on_bad_image: Literal["refuse", "skip"] = "refuse"
-    on_bad_audio: Literal["refuse", "skip"] = "refuse"
-    on_bad_video: Literal["refuse", "skip"] = "refuse"
-    normalize: Literal["backbone", "per-image"] = "backbone"
-    group: str | None = Field(default=None, description="column that says whose example it is")
-    groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
-
-    def column(self, modality: Modality) -> str:
-        """What the column is called that holds what a model reads."""
-        columns: dict[Modality, str] = {
-            "text": self.text, "image": self.image, "audio": self.audio, "video": self.video,
-        }  # fmt: skip
-        return columns[modality]
-
-    def skips(self, modality: Modality) -> bool:
-        """Whether what does not decode is left out instead of refused; texts need no decoding."""
-        choices = {"image": self.on_bad_image, "audio": self.on_bad_audio,
-                   "video": self.on_bad_video}  # fmt: skip
-        return choices.get(modality) == "skip"
-
-    def beside(self, task: Task) -> str | None:
-        """The column beside what is read: labels, or the texts to be written; None without."""
-        if task.paired:
-            return self.target
-        return self.label if task.target == "label" else None
-
-    @model_validator(mode="after")
-    def _groups_are_listed(self) -> Self:
-        if (self.group is None) != (not self.groups):
-            raise IllegalJob(
-                "group and groups belong together: the column, and the values it may have",
-                'data.group = "sex" with data.groups = ["f", "m"], or neither',
-            )
-        if len(set(self.groups)) != len(self.groups) or "" in self.groups:
-            raise IllegalJob("groups has a value twice, or an empty one", "name each group once")
-        return self
 
 
 class Job(Section):

@@ -24,7 +24,12 @@ from fedgraft.common.workbench import Workbench
 __all__ = ["Form", "Origin", "backbone_name", "model_card"]
 
 Form = Literal["peft", "merged", "onnx"]
-PIPELINES = {"causal-lm": "text-generation"}  # tasks that the hub calls otherwise
+PIPELINES = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}  # as the hub says it
+USES = {
+    "causal-lm": "continue texts",
+    "masked-lm": "fill gaps in texts",
+    "seq2seq-lm": "write a text for each",
+}
 LIBRARIES = {"peft": "peft", "merged": "transformers", "onnx": "onnx"}
 # Keys of a model's metrics, the name of each on the hub, and what people call it.
 METRICS = (
@@ -82,6 +87,7 @@ def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str
         base_code=_base_code(source),
         auto=TASKS[job.job.task].auto_class,
         form=form,
+        uses=USES,
         shown=_shown(federated, origin.final),
         names={key: name for key, _, name in METRICS},
         groups=federated.get("groups") or {},

@@ -89,6 +89,15 @@ class TextProcessor:
         end = self.tokenizer.eos_token_id
         return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in found]
 
+    def tokenize_stretches(
+        self, texts: Sequence[str], max_length: int
+    ) -> dict[str, list[list[int]]]:
+        """All of each text in stretches of ``max_length``, each with the special tokens around."""
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=max_length, return_overflowing_tokens=True
+        )
+        return {name: encoded[name] for name in encoded}
+
     @cached_property
     def identity(self) -> str:
         """A digest of everything that decides which ids a text becomes."""

@@ -14,6 +14,7 @@ TaskName = Literal[
     "audio-classification",
     "video-classification",
     "causal-lm",
+    "masked-lm",
     "seq2seq-lm",
 ]
 
@@ -57,14 +58,16 @@ class Task:
     """A kind of problem.
 
     ``auto_class`` of transformers loads its model, which reads ``modality``. It predicts one of the
-    job's labels for an example, or the ``tokens`` of a text, of which each is right or wrong; a
-    text has a second one beside it, its target, if it is ``paired``. ``peft`` is how PEFT calls it.
+    job's labels for an example, or the ``tokens`` of a text, of which each is right or wrong: all
+    in turn, or those that are hidden if it is ``masked``. A text has a second one beside it, its
+    target, if it is ``paired``. ``peft`` is how PEFT calls it.
     """
 
     auto_class: str
     modality: Modality
     target: Target = "label"
     paired: bool = False
+    masked: bool = False
     peft: str | None = None
 
     @property
@@ -79,6 +82,7 @@ TASKS: dict[TaskName, Task] = {
     "audio-classification": Task("AutoModelForAudioClassification", "audio"),
     "video-classification": Task("AutoModelForVideoClassification", "video"),
     "causal-lm": Task("AutoModelForCausalLM", "text", "tokens", peft="CAUSAL_LM"),
+    "masked-lm": Task("AutoModelForMaskedLM", "text", "tokens", masked=True),
     "seq2seq-lm": Task("AutoModelForSeq2SeqLM", "text", "tokens", paired=True, peft="SEQ_2_SEQ_LM"),
 }
 assert set(TASKS) == set(get_args(TaskName))  # noqa: S101  # at import: none may be forgotten

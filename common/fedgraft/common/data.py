@@ -1,0 +1,61 @@
+"""``[data]``: what every site's rows look like."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedgraft.common.section import IllegalJob, Section
+from fedgraft.common.tasks import Modality, Task
+
+__all__ = ["Data"]
+
+
+class Data(Section):
+    """``[data]``: the schema every site must offer, and how rows become tensors."""
+
+    text: str = "text"
+    image: str = "image"
+    audio: str = Field(default="audio", description="column of wav files")
+    video: str = Field(default="video", description="column of clips")
+    label: str = "label"
+    target: str = Field(default="target", description="the second text of seq2seq-lm")
+    validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
+    max_length: int = Field(default=128, ge=4, le=8192, description="tokens of an example")
+    masked: float = Field(default=0.15, gt=0, lt=1, description="share masked-lm hides")
+    seconds: float = Field(default=5.0, gt=0, le=60, description="of a recording: cut or padded")
+    on_bad_image: Literal["refuse", "skip"] = "refuse"
+    on_bad_audio: Literal["refuse", "skip"] = "refuse"
+    on_bad_video: Literal["refuse", "skip"] = "refuse"
+    normalize: Literal["backbone", "per-image"] = "backbone"
+    group: str | None = Field(default=None, description="column that says whose example it is")
+    groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
+
+    def column(self, modality: Modality) -> str:
+        """What the column is called that holds what a model reads."""
+        columns: dict[Modality, str] = {
+            "text": self.text, "image": self.image, "audio": self.audio, "video": self.video,
+        }  # fmt: skip
+        return columns[modality]
+
+    def skips(self, modality: Modality) -> bool:
+        """Whether what does not decode is left out instead of refused; texts need no decoding."""
+        choices = {"image": self.on_bad_image, "audio": self.on_bad_audio,
+                   "video": self.on_bad_video}  # fmt: skip
+        return choices.get(modality) == "skip"
+
+    def beside(self, task: Task) -> str | None:
+        """The column beside what is read: labels, or the texts to be written; None without."""
+        if task.paired:
+            return self.target
+        return self.label if task.target == "label" else None
+
+    @model_validator(mode="after")
+    def _groups_are_listed(self) -> Self:
+        if (self.group is None) != (not self.groups):
+            raise IllegalJob(
+                "group and groups belong together: the column, and the values it may have",
+                'data.group = "sex" with data.groups = ["f", "m"], or neither',
+            )
+        if len(set(self.groups)) != len(self.groups) or "" in self.groups:
+            raise IllegalJob("groups has a value twice, or an empty one", "name each group once")
+        return self
