@@ -1,6 +1,7 @@
 """Every test works offline and in a cache of its own."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: torch's threads would only w
 # How long an example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Whatever the test before it set, which is the number of threads of the whole process."""
+    if torch := sys.modules.get("torch"):  # who does not need it shall not wait for it
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,7 +1,6 @@
 """What varies, by how much, from whose generator, and that nothing else does."""
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,6 @@ SMALL_SHIFT: dict[str, Any] = {"image": {"flip": True, "shift": 0.1, "rotate": 1
                                          "erase": 0.5, "noise": 0.05}}  # fmt: skip
 WORDS: dict[str, Any] = {"text": {"hide": 0.2, "swap": 0.3}}
 SOUND: dict[str, Any] = {"audio": {"gain": 6, "delay": 0.1, "noise": 0.01}}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def rows(count: int, seed: int = 0) -> Rows:

@@ -1,7 +1,6 @@
 """Statistics of sites with and without labels: what they are, what they pull, who sends what."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,14 +26,6 @@ from fedgraft.common.training import DomainAdaptation
 
 ADAPTING = ("coral", "mmd", "dann")
 LATE = Span(0.5, 0.6)  # when the weight has grown
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def adapting(name: str, how: str) -> Stack:

@@ -1,7 +1,5 @@
 """Dropout acts where something trains, in training only, from numbers of the site's own."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -15,14 +13,6 @@ from fedgraft.common.measures import Measures
 from fedgraft.common.training import Training
 
 STILL = 1e-12  # a learning rate at which nothing moves
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _losses(stack: Stack, examples: Examples, wanted: Training) -> tuple[float, float]:

@@ -1,7 +1,5 @@
 """Evaluation counts every example once, whatever the batches."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -9,14 +7,6 @@ from trainings import digits, noisy, open_small, rows_for, settings, texts, trai
 
 from fedgraft.client.evaluation import evaluate
 from fedgraft.common.measures import Measures
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "bert", "gpt2"])

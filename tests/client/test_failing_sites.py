@@ -1,23 +1,12 @@
 """A site that cannot be trained fails alone: those beside it in the pass do not notice."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-import torch
 from companies import CLOSE, Company, uneven
 from trainings import digits, open_small, settings
 
 from fedgraft.client.training import Trained
 from fedgraft.common.errors import SiteFailure
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("spoiled", [0, 1, 2])

@@ -2,14 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from guarded import Guarded
 from masked_federations import SESSION, Consortium, make_job
 from masked_talk import Talk
@@ -32,14 +30,6 @@ from fedgraft.common.secagg.statements import MaskedInput, Survivors
 
 SECRET = "patient Ada Lovelace"
 ALLOWED = {"secure_aggregation": "allowed", "min_cohort": 1}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

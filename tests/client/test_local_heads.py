@@ -1,25 +1,15 @@
 """A head of a site's own stays there; each round goes on from the one of the round before."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client.evaluation import evaluate
 from fedgraft.common.adapters import Vector, is_head
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.measures import Measures
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """What a site does in a masked round, and what no coordinator can make it do."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import RecordDict
 from masked_federations import SESSION, STAGES, Consortium, make_job
 from masked_talk import Talk
@@ -35,14 +33,6 @@ from fedgraft.common.terms import hash_work
 from fedgraft.simulations.identities import FILE
 
 SECRET = "patient Ada Lovelace"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

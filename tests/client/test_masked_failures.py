@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from masked_federations import SESSION, Consortium, make_job, saying
 from masked_talk import Talk
 
@@ -20,14 +19,6 @@ from fedgraft.common.payloads import Refusal, TrainRequest
 from fedgraft.common.secagg.statements import MaskedInput
 
 SECRET = "patient Ada Lovelace"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """Rates by depth: what is lower goes slower and later, and what stands does not move at all."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,14 +26,6 @@ BLOCKS = {
     "llama": [f"model.layers.{i}" for i in range(3)],
     "resnet": [f"resnet.encoder.stages.{i}" for i in range(2)],
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,13 +1,11 @@
 """A site agrees only to what it has, and trains and evaluates as it is asked."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client import splits as splits_module
@@ -22,14 +20,6 @@ from fedgraft.common.errors import AdapterError, SiteFailure
 from fedgraft.common.job import Job
 from fedgraft.common.measures import Measures
 from fedgraft.common.payloads import EvaluateRequest, PlanRequest, TrainRequest
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -1,24 +1,13 @@
 """Sites in one pass do not meet, whatever the settings, sizes and number of them."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from companies import Company, uneven
 from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from trainings import open_small, settings
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 CHANGES: list[dict[str, Any]] = [
     {"accumulation": 4},

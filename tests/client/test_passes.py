@@ -1,23 +1,13 @@
 """Several sites trained in one pass come to what each of them comes to alone."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from companies import CLOSE, TURNED, Company, uneven
 from trainings import KINDS, open_small, settings, texts
 
 from fedgraft.common.adapters import cut_rank, is_factor_a, is_head
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from companies import uneven
 from trainings import TOP, felt, noisy, open_small, rows_for, settings, task, texts
 
@@ -39,14 +38,6 @@ UNTOUCHED = {  # a module that is passed over
     "llama": "model.layers.0",
     "resnet": "resnet.encoder.stages.0",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def store_in(folder: Path, *, memory: int = 10**9, disk: int = 10**9) -> Store:

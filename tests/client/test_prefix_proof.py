@@ -1,6 +1,6 @@
 """Activations are kept only where it is proved that they change nothing, each under its own key."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,6 @@ from fedgraft.client.feed import compute, open_feed
 from fedgraft.client.prefix import Prefix
 from fedgraft.client.stack import Stack
 from fedgraft.client.store import Arrays, Store
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def prefix_of(stack: Stack, examples: Examples) -> Prefix | None:

@@ -1,7 +1,6 @@
 """Frozen layers in 8 or 4 bits: what they compute, what they take, and what stays as it was."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from fedgraft.common.jobfile import parse_job
 from fedgraft.common.workbench import cache_folder
 
 pytest.importorskip("bitsandbytes", reason="pip install fedgraft[quantize]")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def wide_job(quantize: str, precision: str = "fp32", **method: Any) -> Job:

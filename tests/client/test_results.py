@@ -1,7 +1,6 @@
 """What a run came to is kept at its sites, whole and by nobody else's name, and can be used."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,6 @@ from fedgraft.common.workbench import Workbench, open_workbench
 RUN = "20261126-t-1a2b"
 OPEN = {"secure_aggregation": "allowed", "min_cohort": 1}
 PAST = (PastRound(1, 3, 2.0, 0.25), PastRound(2, 3, 1.5, float("nan")))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A stack computes what peft's own model does, for one site and for several side by side."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,6 @@ EVERY: list[tuple[str, dict[str, Any]]] = [
     ("resnet", {"rank": 1, "alpha": 3.0, "head": "frozen"}),
 ]
 each_method = pytest.mark.parametrize(("kind", "method"), EVERY, ids=repr)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @torch.inference_mode()

@@ -1,6 +1,5 @@
 """A teacher's logits are those of its model, computed once, and a student comes closer to them."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,6 @@ from fedgraft.simulations.preparation import prepare
 
 GLYPHS = "builtin:glyph-vit"
 TAUGHT = (f"simulation.teacher={GLYPHS}", "training.distillation.weight=0.5")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def splits_of(job: Job) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from masked_federations import Consortium, make_job
@@ -24,14 +23,6 @@ from fedgraft.simulations.workers import Workers
 
 SECRET = "patient Ada Lovelace"
 SIZES = (40, 9, 1, 17, 25, 8)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

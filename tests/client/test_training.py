@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from fedgraft.common.adapters import Layout, Vector, is_factor_a, is_head
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.jobfile import parse_job
 from fedgraft.common.measures import Measures
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def part_of(stack: Stack, part: str) -> Layout:

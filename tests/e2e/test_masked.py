@@ -1,12 +1,10 @@
 """Secure aggregation end to end: the sum it should be, resumed as it should be, and no leak."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from federations import adapter_of
 from masked_federations import SESSION, Consortium, MaskedRun, make_job
 from masked_talk import Talk
@@ -16,15 +14,6 @@ from fedgraft.server.masked import check_masked
 from fedgraft.server.rounds import check_clear
 from fedgraft.server.runs import Run
 from fedgraft.server.state import RoundRecord
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # The same as in clear
 

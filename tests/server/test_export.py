@@ -1,7 +1,6 @@
 """What a run gives away loads with plain peft and transformers, and computes the same."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,6 @@ from fedgraft.common.workbench import open_workbench
 from fedgraft.server.export import export_adapter
 from fedgraft.server.rounds import make_plan
 from fedgraft.server.runs import Run
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 KINDS = ["vit", "vit-head", "vit-dora", "vit-partial", "vit-biases", "bert", "resnet"]
 

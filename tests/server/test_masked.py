@@ -1,14 +1,12 @@
 """The coordinator's masked round: whoever drops out, it opens the sum of the others or nothing."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from masked_federations import NAMES, STAGES, Consortium, make_job
 
 from fedgraft.client.participant import Participant
@@ -32,14 +30,6 @@ REASONS = {
     "garbage": "malformed",
     "stranger": "another-sites-id",
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A job that goes on from an earlier one, and one that is held to what that one knew."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,6 @@ from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 
 MEASURED = "training.consolidation={}"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def exported(run: Any, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +20,6 @@ from fedgraft.simulations.partition import PreparedSites
 from fedgraft.simulations.preparation import prepare
 
 CACHE = {"memory": 64_000_000, "disk": 4_000_000_000}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
