@@ -92,6 +92,27 @@ def test_masked_rounds_over_a_superlink_come_to_the_bits_of_the_simulation(tmp_p
         assert one["train_loss"] == other["train_loss"]
 
 
+BESIDE = {
+    "coral": ("training.domain={kind='coral'}", "simulation.unlabelled=['site-01']"),
+    "dann": ("training.domain={kind='dann'}", "simulation.unlabelled=['site-01']"),
+    "consolidation": ("training.consolidation={}",),
+    "partial": ("method.kind=partial", "method.blocks=1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BESIDE)
+def test_whatever_travels_comes_to_the_bits_of_the_simulation(kind: str, tmp_path: Path) -> None:
+    """Sites without labels, statistics beside the adapter, whole blocks of a backbone."""
+    job = masked_job(tmp_path, "rounds.count=2", "rounds.deadline='100s'", *BESIDE[kind])
+    truth = run_here(job, tmp_path / "here", list(sites_of(job)))
+    run = run_there(job, tmp_path / "there")
+    assert not dropped_of(run)
+    adapter = adapter_of(run)
+    np.testing.assert_array_equal(adapter, adapter_of(truth))
+    assert adapter.any()
+
+
 @pytest.mark.slow  # each waits out a deadline for the site that died
 @pytest.mark.parametrize(
     ("stage", "survivors"),
