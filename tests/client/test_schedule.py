@@ -1,10 +1,14 @@
 """The learning rate over a whole federation: warm-up, a peak, and the shape that follows."""
 
+from typing import Any
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trainings import digits, noisy, open_small, settings, task
 
-from fedgraft.client.training import learning_rate
+from fedgraft.client.training import Span, learning_rate, train
 from fedgraft.common.training import Schedule
 
 PEAK = 0.02
@@ -35,6 +39,31 @@ PEAK = 0.02
 )
 def test_the_rate_follows_the_schedule(schedule: Schedule, progress: float, share: float) -> None:
     assert learning_rate(PEAK, schedule, progress) == pytest.approx(PEAK * share, abs=1e-15)
+
+
+def rates_of(over: str, span: Span) -> list[float]:
+    """The rates that a pass of three steps uses."""
+    stack, rows = open_small("deep-vit"), digits(24)
+    wanted = settings(batch_size=8, learning_rate=PEAK, schedule={"shape": "linear", "over": over})
+    seen: list[float] = []
+    pass_ = torch.optim.AdamW.step
+
+    def step(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        seen.append(optimizer.param_groups[0]["lr"])
+        return pass_(optimizer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        train(
+            stack, stack.bench.layout, [task(rows, noisy(stack.bench))], settings=wanted, span=span
+        )
+    return seen
+
+
+def test_it_may_start_anew_in_each_round() -> None:
+    second = Span(0.5, 1.0)  # of two rounds
+    assert rates_of("federation", second) == pytest.approx([PEAK / 2, PEAK / 3, PEAK / 6])
+    assert rates_of("round", second) == pytest.approx([PEAK, PEAK * 2 / 3, PEAK / 3])
 
 
 schedules = st.builds(

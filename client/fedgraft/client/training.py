@@ -90,7 +90,7 @@ class Wanted:
 
 
 def learning_rate(peak: float, schedule: Schedule, progress: float) -> float:
-    """The rate at ``progress`` (0..1 of the whole federation): linear warm-up, then the shape."""
+    """The rate at ``progress`` (0..1 of what the schedule is over): linear warm-up, then shape."""
     if progress < schedule.warmup:
         return peak * max(progress / schedule.warmup, 0.01)
     after = (progress - schedule.warmup) / (1 - schedule.warmup)
@@ -277,9 +277,8 @@ class _Pass:
         self.gradient.zero_()
         batches = [next(site.batches) for site in self.sites[:active]]
         length = self.span.end - self.span.start
-        self.progress = [
-            self.span.start + length * step / site.steps for site in self.sites[:active]
-        ]
+        within = [step / site.steps for site in self.sites[:active]]
+        self.progress = [self.span.start + length * share for share in within]
         done, longest = 0, max(len(batch) for batch in batches)
         while done < longest:
             rows = self.micro
@@ -292,8 +291,10 @@ class _Pass:
             moving = gradient if rates is None else gradient * (rates > 0)
             norms = moving.norm(dim=1, keepdim=True)
             gradient.mul_((self.settings.clip_norm / (norms + 1e-6)).clamp(max=1.0))
-        for at, group in zip(self.progress, self.optimizer.param_groups, strict=False):
-            group["lr"] = learning_rate(self.settings.learning_rate, self.settings.schedule, at)
+        schedule = self.settings.schedule
+        places = within if schedule.over == "round" else self.progress
+        for at, group in zip(places, self.optimizer.param_groups, strict=False):
+            group["lr"] = learning_rate(self.settings.learning_rate, schedule, at)
         self._move(active, rates)
 
     def _move(self, active: int, rates: torch.Tensor | None) -> None:

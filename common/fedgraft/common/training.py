@@ -11,8 +11,12 @@ __all__ = ["Consolidation", "Distillation", "DomainAdaptation", "Schedule", "Tra
 
 
 class Schedule(Section):
-    """The learning rate over the whole federation: warm-up, then ``shape`` down to ``floor``."""
+    """The learning rate: warm-up, then ``shape`` down to ``floor``, ``over`` all or each round.
 
+    Over each round it starts again (warm restarts, Loshchilov and Hutter 2017, "SGDR").
+    """
+
+    over: Literal["federation", "round"] = "federation"
     shape: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, lt=1, description="share of all steps")
     floor: float = Field(default=0.0, ge=0, le=1, description="share of the peak rate")
