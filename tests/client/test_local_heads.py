@@ -1,4 +1,4 @@
-"""A head of a site's own stays there; each round goes on from the one of the round before."""
+"""What a site keeps to itself, a head or factors B, stays there and goes on from round to round."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client.evaluation import evaluate
-from fedgraft.common.adapters import Vector, is_head
+from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.measures import Measures
 
@@ -19,10 +19,12 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def private(rows: Path, tmp_path: Path) -> Place:
-    """A site whose head is its own."""
-    return Place(rows, tmp_path, make_job(head="local"))
+@pytest.fixture(params=["head", "factors", "both"])
+def private(request: pytest.FixtureRequest, rows: Path, tmp_path: Path) -> Place:
+    """A site whose head is its own, or its factors B, or both."""
+    own = {"head": {"head": "local"}, "factors": {"rule": "fedsa"}}
+    chosen = own.get(request.param) or own["head"] | own["factors"]
+    return Place(rows, tmp_path, make_job(**chosen))
 
 
 def heads(place: Place) -> list[str]:
@@ -31,7 +33,7 @@ def heads(place: Place) -> list[str]:
 
 def test_a_local_head_stays_at_the_site(private: Place) -> None:
     reply = private.train(1)
-    assert not any(map(is_head, private.plan.exchanged.names))
+    assert private.bench.own and not set(private.bench.own) & set(private.plan.exchanged.names)
     assert reply.update.shape == (private.plan.exchanged.size,)
     assert reply.layout == private.plan.exchanged.fingerprint
     head = private.kept(1)

@@ -72,7 +72,7 @@ def test_what_shapes_the_model_opens_another(bench: Workbench, section: dict[str
 
 
 def test_a_workbench_says_what_it_holds(bench: Workbench) -> None:
-    assert bench.head == "shared"
+    assert bench.own == ()
     assert bench.backbone.source == "builtin:glyph-vit"
     assert bench.backbone_parameters == 227_722
     assert not bench.fresh_head

@@ -102,6 +102,11 @@ def test_ffa_keeps_the_factors_a_at_home() -> None:
     assert RULES["ffa"].exchanges(LAYOUT) == LAYOUT.names[2:]
 
 
+def test_fedsa_keeps_the_factors_b_at_home() -> None:
+    kept = RULES["fedsa"].exchanges(LAYOUT)
+    assert set(LAYOUT.names) - set(kept) == {name for name in LAYOUT.names if ".lora_B." in name}
+
+
 def test_a_job_knows_which_rules_must_see_each_update() -> None:
     assert {name for name, rule in RULES.items() if rule.needs == "individual"} == INDIVIDUAL
     assert {rule.needs for rule in RULES.values()} == {"sum", "individual"}

@@ -20,7 +20,7 @@ from rounds_in_memory import (
     transport_to,
 )
 
-from fedgraft.common.adapters import Layout, is_factor_a, is_head
+from fedgraft.common.adapters import Layout, is_factor_a, is_factor_b, is_head
 from fedgraft.common.errors import TooFewSites
 from fedgraft.common.job import Job
 from fedgraft.common.jobfile import parse_job
@@ -224,14 +224,14 @@ def _real_plan(rule: str, head: str) -> tuple[Plan, Any]:
     return make_plan(job, bench, SESSION), bench
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "ffa"])
+@pytest.mark.parametrize("rule", ["fedavg", "ffa", "fedsa"])
 @pytest.mark.parametrize("head", ["shared", "local", "frozen"])
 def test_a_plan_exchanges_what_the_rule_and_the_head_policy_say(rule: str, head: str) -> None:
     plan, bench = _real_plan(rule, head)
     names = plan.exchanged.names
-    assert any(map(is_factor_a, names)) == (rule == "fedavg")
+    assert any(map(is_factor_a, names)) == (rule != "ffa")
     assert any(map(is_head, names)) == (head == "shared")
-    assert any(".lora_B." in name for name in names)
+    assert any(map(is_factor_b, names)) == (rule != "fedsa")
     request = plan.request
     assert (request.session, request.names) == (SESSION, names)
     assert request.layout == plan.exchanged.fingerprint

@@ -161,7 +161,7 @@ class Participant:
             job.training,
             Span((request.round - 1) / rounds, request.round / rounds),
         )
-        self._keep_local(request, trained.part(result.vector, bench.local))
+        self._keep_own(request, trained.part(result.vector, bench.local))
         update = trained.part(result.vector - start, exchanged)
         return TrainReply(
             session=request.session,
@@ -186,7 +186,7 @@ class Participant:
         return EvaluateReply(request.session, request.round, tally.to_vector())
 
     def tally(self, request: EvaluateRequest) -> Tally:
-        """Evaluate the request's adapter, with the site's own head where heads are local."""
+        """Evaluate the request's adapter, with the parts that the site keeps for itself."""
         job, bench = self.open(request.session, request.job, request.round)
         splits, measures = self.splits(job), job.measures
         examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
@@ -212,14 +212,14 @@ class Participant:
     def start(
         self, bench: Workbench, trained: Layout, request: TrainRequest | EvaluateRequest
     ) -> Vector:
-        """The site's own head, where it has one, and what the coordinator sent.
+        """The site's own head or factors, where it has some, and what the coordinator sent.
 
         float32 [trained.size], cut to this site's rank.
         """
-        # Training round t starts from the head of the last round before t; evaluation after
-        # round t uses the head of round t.
+        # Training round t starts from those of the last round before t; evaluation after round t
+        # uses those of round t.
         before = request.round - (1 if isinstance(request, TrainRequest) else 0)
-        own = self._local_head(request.session, before) if bench.local.names else None
+        own = self._own_parts(request.session, before) if bench.local.names else None
         vector = trained.merged(
             bench.initial_of(trained),
             *([(bench.local, own)] if own is not None else []),
@@ -240,8 +240,8 @@ class Participant:
         loaded = Job.model_validate_json(job)
         return loaded, open_workbench(loaded)
 
-    def _local_head(self, session: str, last: int) -> Vector | None:
-        """The head kept in the newest round up to ``last``; None before the first.
+    def _own_parts(self, session: str, last: int) -> Vector | None:
+        """What was kept in the newest round up to ``last``; None before the first.
 
         Raises:
             SiteFailure: ``head-lost`` when only newer ones are left.
@@ -252,7 +252,7 @@ class Participant:
             raise SiteFailure("head-lost")
         return load_file(rounds[-1])["head"] if rounds else None
 
-    def _keep_local(self, request: TrainRequest, head: Vector) -> None:
+    def _keep_own(self, request: TrainRequest, head: Vector) -> None:
         if not head.size:
             return
         path = self.state / request.session / f"{request.round:06d}.safetensors"

@@ -88,7 +88,7 @@ def keep_result(at: Participant, request: ResultRequest) -> ResultReply:
     vector = at.start(bench, trained, asked)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     last = request.rounds[-1].round if request.rounds else request.round
-    origin = Origin(request.run, now, last, request.sites, own_head=bool(bench.local.names))
+    origin = Origin(request.run, now, last, request.sites, own_parts=bool(bench.local.names))
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     save_adapter(bench, job, origin, folder / "adapter", (trained, vector))
     result = Result(

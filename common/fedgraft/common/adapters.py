@@ -41,6 +41,7 @@ __all__ = [
     "attach",
     "cut_rank",
     "is_factor_a",
+    "is_factor_b",
     "is_head",
     "read",
     "write",
@@ -195,6 +196,11 @@ def is_factor_a(name: str) -> bool:
     return ".lora_A." in name
 
 
+def is_factor_b(name: str) -> bool:
+    """Whether an adapter tensor is a LoRA factor B (outputs x rank)."""
+    return ".lora_B." in name
+
+
 def cut_rank(layout: Layout, vector: Vector, rank: int) -> Vector:
     """``vector`` with only the first ``rank`` components of every low-rank path, float32.
 
@@ -207,7 +213,7 @@ def cut_rank(layout: Layout, vector: Vector, rank: int) -> Vector:
         values = cut[where].reshape(shape)
         if is_factor_a(name):
             values[rank:] = 0
-        elif ".lora_B." in name:
+        elif is_factor_b(name):
             values[:, rank:] = 0
     return cut
 

@@ -30,7 +30,7 @@ __all__ = [
     "Start",
 ]
 
-Rule = Literal["fedavg", "ffa", "median"]
+Rule = Literal["fedavg", "ffa", "fedsa", "median"]
 # Rules that must see each site's own update; the others need only the weighted sum of them.
 INDIVIDUAL: frozenset[Rule] = frozenset({"median"})
 
@@ -252,6 +252,11 @@ class Job(Section):
                 'rule "ffa" draws its frozen factors from the seed, and [start] brings others',
                 'aggregation.rule = "fedavg"',
             )
+        if self.start is not None and self.aggregation.rule == "fedsa":
+            raise IllegalJob(
+                'rule "fedsa" sends no factors B, and half of the adapter of [start] would be lost',
+                'aggregation.rule = "fedavg"',
+            )
         return self
 
     @model_validator(mode="after")
@@ -271,6 +276,28 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _fedsa_fits(self) -> Self:
+        if self.aggregation.rule != "fedsa":
+            return self
+        if self.method.kind != "lora" or self.method.dora:
+            what = "DoRA's magnitudes" if self.method.kind == "lora" else "no such pairs"
+            raise IllegalJob(
+                'rule "fedsa" shares LoRA\'s factor A and keeps its B, and this method has ' + what,
+                'aggregation.rule = "fedavg", or method.kind = "lora" without dora',
+            )
+        if self.training.consolidation is not None:
+            raise IllegalJob(
+                'rule "fedsa" sends only one factor of each pair, and consolidation holds all',
+                'aggregation.rule = "fedavg"',
+            )
+        return self
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether each site keeps a part of its model to itself."""
+        return self.method.head == "local" or self.aggregation.rule == "fedsa"
+
+    @model_validator(mode="after")
     def _pairs_are_legal(self) -> Self:
         ranks = self.simulation.ranks if self.simulation is not None else ()
         if ranks and max(ranks) > getattr(self.method, "rank", 0):
@@ -285,10 +312,11 @@ class Job(Section):
                 "early_stopping watches federated validation, and data.validation = 0 leaves none",
                 "data.validation = 0.1",
             )
-        if self.rounds.early_stopping and self.method.head == "local":
+        if self.rounds.early_stopping and self.keeps_own:
+            what = "local heads" if self.method.head == "local" else "the sites' own factors"
             raise IllegalJob(
-                "early_stopping may go back to an earlier adapter, local heads do not go back",
-                'method.head = "shared", or no early_stopping',
+                f"early_stopping may go back to an earlier adapter, {what} do not go back",
+                'method.head = "shared" and another rule than "fedsa", or no early_stopping',
             )
         if self.aggregation.rule in INDIVIDUAL and self.privacy.secure_aggregation.enabled:
             others = ", ".join(f'"{rule}"' for rule in get_args(Rule) if rule not in INDIVIDUAL)

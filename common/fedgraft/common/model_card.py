@@ -49,8 +49,8 @@ class Origin:
 
     ``final`` is what a summary says of the models on the pooled test set, ``validation`` what the
     last round's federated validation came to; ``outcomes`` counts the sites that federating helped
-    or hurt, ``examples`` (0: not known) trained it. ``own_head`` is whether a head that stayed at
-    its site is in the folder.
+    or hurt, ``examples`` (0: not known) trained it. ``own_parts`` is whether what stayed at its
+    site, a head or factors, is in the folder.
     """
 
     run: str
@@ -61,7 +61,7 @@ class Origin:
     validation: Mapping[str, Any] = field(default_factory=dict)
     outcomes: Mapping[str, int] = field(default_factory=dict)
     examples: int = 0
-    own_head: bool = False
+    own_parts: bool = False
 
 
 def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str:

@@ -20,6 +20,7 @@ from fedgraft.common.adapters import (
     Vector,
     adapter_layout,
     attach,
+    is_factor_b,
     is_head,
     read,
     write,
@@ -53,10 +54,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Workbench:
-    """One job's model in this process; ``head`` is its method's head policy.
+    """One job's model in this process.
 
-    ``heads`` names each label's head where a job has several (``General.head_of``); ``seed`` is the
-    job's.
+    ``own`` names the tensors that stay at a site: a head whose policy is ``local``, the factors B
+    of the rule ``fedsa``. ``heads`` names each label's head where a job has several
+    (``General.head_of``); ``seed`` is the job's.
 
     ``layout`` names every adapter tensor, ``initial`` (float32 [layout.size]) is what they start
     from; ``fresh_head`` says that the head has no pre-training, so zero-shot means nothing.
@@ -64,7 +66,7 @@ class Workbench:
     folder, empty if there are none: such a model cannot be rebuilt from folder and adapter alone.
     """
 
-    head: str
+    own: tuple[str, ...]
     heads: tuple[int, ...]
     seed: int
     backbone: Backbone
@@ -78,14 +80,13 @@ class Workbench:
 
     @property
     def local(self) -> Layout:
-        """The tensors that stay at a site: the head, where its policy is ``local``."""
-        keep = self.head == "local"
-        return self.layout.only(name for name in self.layout.names if keep and is_head(name))
+        """The tensors that stay at a site."""
+        return self.layout.only(self.own)
 
     @property
     def carried(self) -> Layout:
         """The tensors of the adapter that sites exchange."""
-        return _carried(self.layout, self.head)
+        return _carried(self.layout, self.own)
 
     def initial_of(self, layout: Layout) -> Vector:
         """The initial values of the tensors in ``layout``, float32 [layout.size]."""
@@ -108,9 +109,17 @@ class Workbench:
         return array_hash(*parts, *drawn)
 
 
-def _carried(layout: Layout, head: str) -> Layout:
-    names = layout.of_model.names
-    return layout.only(name for name in names if head != "local" or not is_head(name))
+def _carried(layout: Layout, own: Iterable[str]) -> Layout:
+    return layout.only(set(layout.of_model.names) - set(own))
+
+
+def _own(layout: Layout, job: Job) -> tuple[str, ...]:
+    heads, factors = job.method.head == "local", job.aggregation.rule == "fedsa"
+    return tuple(
+        name
+        for name in layout.names
+        if (heads and is_head(name)) or (factors and is_factor_b(name))
+    )
 
 
 def open_workbench(job: Job) -> Workbench:
@@ -126,8 +135,10 @@ def open_workbench(job: Job) -> Workbench:
 
 def shaping_of(job: Job) -> str:
     """The sections of a job, as JSON, that its model and its layout follow from."""
-    return job.model_dump_json(include={**dict.fromkeys(("job", "backbone", "method"), True),
-                                        "training": {"domain", "consolidation"}})  # fmt: skip
+    shaping: dict[str, Any] = dict.fromkeys(("job", "backbone", "method"), True)
+    if job.aggregation.rule == "fedsa":  # of the rules this one says what stays at a site
+        shaping["aggregation"] = {"rule"}
+    return job.model_dump_json(include={**shaping, "training": {"domain", "consolidation"}})
 
 
 @lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
@@ -142,16 +153,17 @@ def _open(shaping: str) -> Workbench:
     size = feature_size(loaded.model) if job.training.domain is not None else 0
     model = attach(loaded.model, job)
     layout = adapter_layout(model)
+    own = _own(layout, job)
     initial = read(model, layout)
     if job.training.domain is not None:
         beside, values = domain_tensors(job.training.domain, size, job.job.seed)
         layout, initial = layout.joined(beside), np.concatenate([initial, values])
     if job.training.consolidation is not None:
-        carried = _carried(layout, job.method.head)
+        carried = _carried(layout, own)
         beside, values = consolidation_tensors(job.training.consolidation, carried)
         layout, initial = layout.joined(beside), np.concatenate([initial, values])
     return Workbench(
-        head=job.method.head,
+        own=own,
         heads=job.job.head_of,
         seed=job.job.seed,
         backbone=backbone,

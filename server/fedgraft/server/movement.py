@@ -17,7 +17,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedgraft.common.adapters import OUTER, Layout, Vector
+from fedgraft.common.adapters import OUTER, Layout, Vector, is_factor_b
 from fedgraft.common.workbench import Workbench
 
 __all__ = ["Movement", "moved_modules"]
@@ -45,11 +45,14 @@ class Movement:
 
 @torch.no_grad()
 def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[Movement]:
-    """How far every trained module moved if the adapter is ``parts`` over its start, in order."""
+    """How far every trained module moved if the adapter is ``parts`` over its start, in order.
+
+    Of pairs of which the sites keep one factor there is no change that is everybody's.
+    """
     bench.put(*parts)
-    found = []
+    found, shared = [], not any(map(is_factor_b, bench.own))
     for name, module in bench.model.named_modules():
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+        if shared and isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             base = module.get_base_layer().weight
             change = _change(module, base)
             found.append(_movement(name, _norm(change), _norm(base), low_rank=True))

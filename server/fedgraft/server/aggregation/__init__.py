@@ -2,9 +2,10 @@
 
 from fedgraft.server.aggregation.base import Collector, Rule, RunningMean
 from fedgraft.server.aggregation.fedavg import FedAvg
+from fedgraft.server.aggregation.fedsa import FedSa
 from fedgraft.server.aggregation.ffa import Ffa
 from fedgraft.server.aggregation.median import Median
 
 __all__ = ["RULES", "Collector", "Rule", "RunningMean"]
 
-RULES: dict[str, Rule] = {"fedavg": FedAvg(), "ffa": Ffa(), "median": Median()}
+RULES: dict[str, Rule] = {"fedavg": FedAvg(), "ffa": Ffa(), "fedsa": FedSa(), "median": Median()}

@@ -1,0 +1,38 @@
+"""FedSA-LoRA: the factors A are shared, each site keeps its own B.
+
+Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Federated Learning" (ICLR).
+
+    A <- A + sum_i p_i (A_i - A),   B_i stays at site i
+
+In their analysis A learns what all data have in common and B what is a client's own. The model of a
+site is W0 + B_i A with its own B_i: there is no global model of low rank, and what travels is about
+half of an adapter.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.common.adapters import Layout, is_factor_b
+from fedgraft.server.aggregation.base import RunningMean
+
+
+@dataclass(frozen=True)
+class FedSa:
+    """Everything but the factors B travels; those train and stay."""
+
+    needs: Literal["sum", "individual"] = "sum"
+
+    def exchanges(self, layout: Layout) -> tuple[str, ...]:
+        """Factors A and the head."""
+        return tuple(name for name in layout.names if not is_factor_b(name))
+
+    def collect(self, size: int) -> RunningMean:
+        """The weighted mean."""
+        return RunningMean(size)
+
+    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean itself."""
+        return combined
