@@ -13,7 +13,7 @@ from language_models import CHARACTERS, job_settings, save_language_model
 from trainings import noisy
 
 from fedgraft.client.data import encode, read_split
-from fedgraft.client.evaluation import TokenEvaluation, evaluate_tokens, measure
+from fedgraft.client.evaluation import PartEvaluation, evaluate_parts, measure
 from fedgraft.client.examples import TextExamples
 from fedgraft.client.language import cut_blocks, encode_blocks
 from fedgraft.client.objectives import IGNORED
@@ -103,7 +103,7 @@ def test_perplexity_is_that_of_torch(kind: str, tmp_path: Path) -> None:
     stack = open_stack(job)
     vector, blocks = noisy(stack.bench), encoded(folder, TEXTS, 9)
     found = measure(stack, stack.bench.layout, vector, blocks, measures=job.measures)
-    assert isinstance(found, TokenEvaluation)
+    assert isinstance(found, PartEvaluation)
     with torch.inference_mode():
         loss, count, right = by_torch(stack, TEXTS, 9)
     assert (found.counted.sum(), found.right.sum()) == (count, right)
@@ -117,9 +117,9 @@ def test_blocks_of_any_order_come_to_the_same(backbone: Path) -> None:
     stack = open_stack(make_job(backbone))
     layout, vector = stack.bench.layout, noisy(stack.bench)
     blocks = encoded(backbone, TEXTS, 5)
-    plain = evaluate_tokens(stack, layout, vector, blocks, None)
+    plain = evaluate_parts(stack, layout, vector, blocks, None)
     order = np.random.default_rng(2).permutation(len(blocks))
-    other = evaluate_tokens(stack, layout, vector, blocks.subset(order), None)
+    other = evaluate_parts(stack, layout, vector, blocks.subset(order), None)
     np.testing.assert_allclose(other.losses, plain.losses[order], rtol=1e-5)
     assert np.array_equal(other.counted, plain.counted[order])
 
@@ -128,7 +128,7 @@ def test_no_text_is_an_empty_tally(backbone: Path) -> None:
     stack, blocks = open_stack(make_job(backbone)), encoded(backbone, TEXTS, 5)
     nothing = blocks.subset(np.empty(0, np.int64))
     layout, initial = stack.bench.layout, stack.bench.initial
-    assert evaluate_tokens(stack, layout, initial, nothing, None).tally.examples == 0
+    assert evaluate_parts(stack, layout, initial, nothing, None).tally.examples == 0
 
 
 def test_a_text_that_becomes_no_tokens_is_refused(backbone: Path) -> None:

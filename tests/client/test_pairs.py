@@ -8,7 +8,7 @@ import torch
 from language_models import CHARACTERS, job_settings, save_language_model
 from trainings import noisy, settings, trained
 
-from fedgraft.client.evaluation import TokenEvaluation, measure
+from fedgraft.client.evaluation import PartEvaluation, measure
 from fedgraft.client.examples import concatenate
 from fedgraft.client.objectives import IGNORED
 from fedgraft.client.pairs import PairedExamples, encode_pairs
@@ -73,7 +73,7 @@ def test_perplexity_is_what_the_model_of_transformers_says(job: Job) -> None:
     stack, examples = open_stack(job), pairs(job)
     vector = noisy(stack.bench)
     found = measure(stack, stack.bench.layout, vector, examples, measures=job.measures)
-    assert isinstance(found, TokenEvaluation)
+    assert isinstance(found, PartEvaluation)
     assert found.counted.tolist() == [len(target) for target in TARGETS]
     stack.bench.put((stack.bench.layout, vector))
     with torch.inference_mode():

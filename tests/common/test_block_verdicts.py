@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedgraft.common.block_verdicts import BlockVerdict, block_verdict, token_intervals
+from fedgraft.common.block_verdicts import BlockVerdict, block_verdict, part_intervals
 
 RNG = np.random.default_rng
 
@@ -92,7 +92,7 @@ def test_one_block_has_no_interval() -> None:
     found = judged(np.array([10.0, 0.0]), np.array([30.0, 0.0]), np.array([10, 0]))
     assert (found.outcome, found.interval) == ("unclear", None)
     assert "1 block of text" in found.sentence
-    assert token_intervals(np.array([1.0]), np.array([1]), np.array([2]), RNG(0)) == {}
+    assert part_intervals(np.array([1.0]), np.array([1]), np.array([2]), RNG(0)) == {}
 
 
 def test_vectors_of_other_lengths_are_refused() -> None:
@@ -125,7 +125,7 @@ def test_test_and_interval_agree_with_what_is_said(
 def test_intervals_of_perplexity_and_accuracy_hold_their_figures() -> None:
     found, _, counted = losses(100, 8)
     right = RNG(9).binomial(counted, 0.4)
-    intervals = token_intervals(found, right, counted, RNG(0))
+    intervals = part_intervals(found, right, counted, RNG(0))
     low, high = intervals["perplexity_interval"]
     assert 1 <= low < math.exp(found.sum() / counted.sum()) < high
     low, high = intervals["accuracy_interval"]
@@ -134,6 +134,6 @@ def test_intervals_of_perplexity_and_accuracy_hold_their_figures() -> None:
 
 def test_a_loss_beyond_all_floats_is_still_a_number() -> None:
     high = np.array([1e6, 2e6])
-    ends = token_intervals(high, np.array([0, 0]), np.array([1, 1]), RNG(0))["perplexity_interval"]
+    ends = part_intervals(high, np.array([0, 0]), np.array([1, 1]), RNG(0))["perplexity_interval"]
     assert all(math.isfinite(end) for end in ends)
     assert len(judged(high, high / 2, np.array([1, 1])).sentence) < 250

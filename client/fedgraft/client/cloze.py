@@ -158,7 +158,7 @@ def encode_cloze(
             hint='job.task = "causal-lm" if it continues texts, as GPT-2 does',
         )
     hiding = Hiding(
-        share=job.data.masked,
+        share=job.masked_share,
         mask=int(tokenizer.mask_token_id),
         special=tuple(tokenizer.all_special_ids),
         words=len(tokenizer),

@@ -35,6 +35,7 @@ from fedgraft.client.labels import LabelIndex, nearest_label
 from fedgraft.client.language import encode_blocks
 from fedgraft.client.objectives import IGNORED
 from fedgraft.client.pairs import encode_pairs
+from fedgraft.client.patches import hide_patches
 from fedgraft.client.recordings import encode_recordings
 from fedgraft.client.store import Store, filled_array
 from fedgraft.client.tables import Table, read_tables
@@ -103,6 +104,7 @@ def read_split(
     if task.target == "tokens":
         return Rows(_texts(path, job, columns, paired=task.paired), skipped=0)
     kind = task.modality
+    labelled = labelled and task.target == "label"
     schema = job.data.column(kind)
     _check_mappings(job, schema, columns, labels)
     content, label = columns.get(schema, schema), columns.get(job.data.label, job.data.label)
@@ -112,7 +114,8 @@ def read_split(
         targets = [named.of(table, row) for table in tables for row in range(len(table.labels))]
     else:
         tables = read_tables(path, content=content, label=None, images=kind != "text")
-        targets = [IGNORED] * sum(len(table.contents) for table in tables)
+        none = IGNORED if task.target == "label" else 0
+        targets = [none] * sum(len(table.contents) for table in tables)
     groups = read_groups(path, job.data, columns) if job.data.groups else None
     if kind == "text":
         texts = [_text(table, row) for table in tables for row in range(len(table.contents))]
@@ -278,6 +281,8 @@ def encode(
         examples = encode_clips(dataset, labels, processor, job, store=store, key=name)
     else:
         examples = _encode_images(dataset, labels, processor, job, store, key)
+        if TASKS[job.job.task].target == "patches":
+            return hide_patches(examples, job)
     if "group" in rows.column_names:
         return replace(examples, groups=rows["group"].to_numpy().astype(np.int64))
     return examples

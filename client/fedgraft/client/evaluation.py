@@ -1,6 +1,6 @@
 """Measure an adapter on a site's examples; only sums leave, the predictions stay."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from fedgraft.client.store import Store
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.measures import Measures
 from fedgraft.common.metrics import Tally
+from fedgraft.common.tasks import Target
 
-__all__ = ["Evaluation", "Measured", "TokenEvaluation", "evaluate", "evaluate_tokens", "measure"]
+__all__ = ["Evaluation", "Measured", "PartEvaluation", "evaluate", "evaluate_parts", "measure"]
 
 BATCH = 64
 LOGITS = 1 << 25  # in memory at once: 128 MB; a vocabulary is large
@@ -48,26 +49,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class TokenEvaluation:
-    """Of each block of text, in their order: the summed loss, and its tokens that were right.
+class PartEvaluation:
+    """Of each block or image, in their order: the summed loss, and its parts that are right.
 
-    ``losses`` float64 (nats), ``right`` and ``counted`` int64, all [blocks]. Tokens of a block
-    depend on one another, so that blocks and not tokens are what can be redrawn.
+    ``losses`` float64 (nats), ``right`` and ``counted`` int64, all [blocks]. Tokens of a block and
+    patches of an image depend on one another, so that blocks and not parts are what can be redrawn.
     """
 
     losses: NDArray[np.float64]
     right: NDArray[np.int64]
     counted: NDArray[np.int64]
+    target: Target = "tokens"
 
     @property
     def tally(self) -> Tally:
-        """The sums: a right token is of class 0, as it should be, a wrong one of class 1."""
+        """The sums: a right part is of class 0, as it should be, a wrong one of class 1."""
         right, counted = int(self.right.sum()), int(self.counted.sum())
         confusion = np.array([[right, counted - right], [0, 0]], np.int64)
         return Tally(float(self.losses.sum()), confusion)
 
 
-Measured = Evaluation | TokenEvaluation
+Measured = Evaluation | PartEvaluation
 
 
 def measure(
@@ -80,8 +82,9 @@ def measure(
     store: Store | None = None,
 ) -> Measured:
     """Evaluate the adapter ``vector`` as its job's ``measures`` say."""
-    if measures.tokens:
-        return evaluate_tokens(stack, trained, vector, examples, store)
+    if measures.parts:
+        found = evaluate_parts(stack, trained, vector, examples, store)
+        return replace(found, target=measures.target)
     return evaluate(stack, trained, vector, examples, measures=measures, store=store)
 
 
@@ -124,10 +127,10 @@ def evaluate(
     return Evaluation(loss, true, predicted, measures.classes, more)
 
 
-def evaluate_tokens(
+def evaluate_parts(
     stack: Stack, trained: Layout, vector: Vector, examples: Examples, store: Store | None
-) -> TokenEvaluation:
-    """As ``evaluate`` where tokens are predicted.
+) -> PartEvaluation:
+    """As ``evaluate`` where tokens or patches are predicted.
 
     Fewer blocks at once where they are long and the vocabulary is large.
     """
@@ -145,7 +148,7 @@ def evaluate_tokens(
             found = BlockCounts.of(*predict([feed], [index], width))
             losses[index] = found.losses.cpu().numpy()
             right[index], counted[index] = found.right.cpu().numpy(), found.counted.cpu().numpy()
-    return TokenEvaluation(losses, right, counted)
+    return PartEvaluation(losses, right, counted)
 
 
 def _blocks_at_once(stack: Stack, examples: Examples) -> int:

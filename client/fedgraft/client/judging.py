@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.client.evaluation import Measured, TokenEvaluation
-from fedgraft.common.block_verdicts import block_verdict, token_intervals
+from fedgraft.client.evaluation import Measured, PartEvaluation
+from fedgraft.common.block_verdicts import block_verdict, part_intervals
 from fedgraft.common.measures import Measures
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.common.verdicts import (
@@ -30,8 +30,8 @@ RIVALS: tuple[Rival, ...] = ("local_only", "zero_shot")
 def figures(one: Measured, measures: Measures, seed: int, *purpose: str) -> dict[str, Any]:
     """All that is said of a model on some test examples, fractions 0..1, losses in nats."""
     generator, tally = numpy_generator(seed, "bootstrap", *purpose), one.tally
-    if isinstance(one, TokenEvaluation):
-        intervals = token_intervals(one.losses, one.right, one.counted, generator)
+    if isinstance(one, PartEvaluation):
+        intervals = part_intervals(one.losses, one.right, one.counted, generator, one.target)
         return {**measures.figures(tally), **intervals}
     return {
         **measures.figures(tally),
@@ -45,7 +45,7 @@ def judge(own: Mapping[str, Measured | None], seed: int, *, name: str) -> dict[s
 
     For each: outcome, sentence, difference in accuracy with interval and p-value (``Verdict``), and
     ``macro_f1_difference`` with its paired bootstrap interval. Differences are federated minus the
-    other, fractions -1..1. Of tokens: in loss, nats per token (``BlockVerdict``).
+    other, fractions -1..1. Of tokens or patches: in loss (``BlockVerdict``).
     """
     federated = own.get("federated")
     found: dict[str, Any] = {}
@@ -54,10 +54,10 @@ def judge(own: Mapping[str, Measured | None], seed: int, *, name: str) -> dict[s
         if federated is None or other is None:
             continue
         generator = numpy_generator(seed, "bootstrap", name, "federated", rival)
-        if isinstance(federated, TokenEvaluation):
-            found[rival] = _judge_tokens(federated, other, generator, name, rival)
+        if isinstance(federated, PartEvaluation):
+            found[rival] = _judge_parts(federated, other, generator, name, rival)
             continue
-        assert not isinstance(other, TokenEvaluation)  # noqa: S101  # both are of one task
+        assert not isinstance(other, PartEvaluation)  # noqa: S101  # both are of one task
         judged = verdict(federated.correct, other.correct, name=name, rival=rival)
         gap, interval = macro_f1_difference(
             federated.true, federated.predicted, other.predicted, generator=generator
@@ -71,14 +71,14 @@ def judge(own: Mapping[str, Measured | None], seed: int, *, name: str) -> dict[s
     return found
 
 
-def _judge_tokens(
-    federated: TokenEvaluation,
+def _judge_parts(
+    federated: PartEvaluation,
     other: Measured,
     generator: np.random.Generator,
     name: str,
     rival: Rival,
 ) -> dict[str, Any]:
-    assert isinstance(other, TokenEvaluation)  # noqa: S101  # both are of one task
+    assert isinstance(other, PartEvaluation)  # noqa: S101  # both are of one task
     judged = block_verdict(
         federated.losses,
         other.losses,
@@ -86,6 +86,7 @@ def _judge_tokens(
         name=name,
         generator=generator,
         rival=rival,
+        target=federated.target,
     )
     return {**asdict(judged), "interval": judged.interval and list(judged.interval)}
 

@@ -13,6 +13,7 @@ from fedgraft.client.examples import Examples, Indices
 from fedgraft.client.feed import Feed, predict, taught_of
 from fedgraft.client.feed import Vary as Varied
 from fedgraft.client.objectives import distances, losses, restrict
+from fedgraft.client.patches import PatchExamples
 from fedgraft.client.stack import Stack
 from fedgraft.common.adapters import Layout, Vector
 from fedgraft.common.errors import SiteFailure
@@ -67,7 +68,7 @@ class Objective:
             epochs = [len(one) for one in examples]
             self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
         self.vary: Vary | None = None  # what is seen anew each time
-        if isinstance(examples[0], ClozeExamples):
+        if isinstance(examples[0], ClozeExamples | PatchExamples):
             self.vary = examples[0].hide_anew
         elif settings.augmentation is not None:
             self.vary = open_augmentation(settings.augmentation)

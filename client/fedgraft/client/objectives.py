@@ -11,6 +11,7 @@ from torch.nn import functional
 
 __all__ = ["IGNORED", "BlockCounts", "Counts", "distances", "losses", "restrict"]
 
+CLOSE = 0.1  # mean absolute error of a patch, of pixels as the model reads them
 IGNORED = -100  # a target that is none: padding, or a position after which nothing comes
 
 
@@ -18,7 +19,8 @@ def losses(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.
     """Cross entropy in nats, float32 [b]; of a sequence the mean over its targets.
 
     ``logits`` [b, classes] with ``targets`` [b], or [b, width, vocabulary] with [b, width], where
-    ``IGNORED`` marks positions that do not count. With ``smoothing`` that share of each target is
+    ``IGNORED`` marks positions that do not count; or values [b, patches, pixels] of both, where NaN
+    does: then it is the mean absolute error. With ``smoothing`` that share of each target is
     spread over all classes that are possible (Szegedy et al. 2016, "Rethinking the Inception
     Architecture for Computer Vision", section 7).
     """
@@ -29,8 +31,8 @@ def losses(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.
             targets != IGNORED,
             smoothing,
         )
-    each = _by_position(logits, targets, smoothing)
-    return each.sum(1) / (targets != IGNORED).sum(1).clamp(min=1)
+    each, counts = _by_position(logits, targets, smoothing)
+    return each.sum(1) / counts.sum(1).clamp(min=1)
 
 
 def _smoothed(
@@ -88,7 +90,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """Of each sequence, [b]: the summed loss (nats), tokens that were likeliest, and all tokens."""
+    """Of each sequence, [b]: the summed loss (nats), tokens that were likeliest, and all tokens.
+
+    Or of an image: the summed error, hidden patches that are close, and all that are hidden.
+    """
 
     losses: torch.Tensor
     right: torch.Tensor
@@ -97,19 +102,28 @@ class BlockCounts:
     @classmethod
     def of(cls, logits: torch.Tensor, targets: torch.Tensor) -> Self:
         """Count ``logits`` [b, width, vocabulary] with ``targets`` [b, width]."""
-        counts = targets != IGNORED
+        each, counts = _by_position(logits, targets, 0.0)
         right = torch.zeros_like(counts)
-        right[counts] = logits[counts].argmax(-1) == targets[counts]
-        return cls(_by_position(logits, targets, 0.0).sum(1), right.sum(1), counts.sum(1))
+        if targets.is_floating_point():
+            right = counts & (each < CLOSE)
+        else:
+            right[counts] = logits[counts].argmax(-1) == targets[counts]
+        return cls(each.sum(1), right.sum(1), counts.sum(1))
 
 
-def _by_position(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """The loss at each position, [b, width], zero at those without a target.
+def _by_position(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss at each position, [b, width], zero at those without a target, and which have one.
 
-    Only of those that have one: a vocabulary is large, and of hidden tokens one in seven counts.
+    Only of those it is computed: a vocabulary is large, and of hidden tokens one in seven counts.
     """
+    if targets.is_floating_point():
+        counts = ~targets[..., 0].isnan()
+        off = (logits[counts] - targets[counts]).abs().mean(-1)
+        return off.new_zeros(counts.shape).masked_scatter(counts, off), counts
     counts = targets != IGNORED
     some, wanted = logits[counts], targets[counts]
     each = functional.cross_entropy(some, wanted, reduction="none")
     each = _smoothed(each, some, torch.ones_like(wanted, dtype=torch.bool), smoothing)
-    return each.new_zeros(counts.shape).masked_scatter(counts, each)
+    return each.new_zeros(counts.shape).masked_scatter(counts, each), counts

@@ -128,7 +128,7 @@ def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Modul
     finally:
         for handle in handles:
             handle.remove()
-    whole = links and links[-1][2] is output.logits
+    whole = links and links[-1][2] is getattr(output, "logits", None)
     linked = all(one[2] is other[1] for one, other in pairwise(links))
     return order, [module for module, _, _ in links] if whole and linked else []
 

@@ -23,6 +23,7 @@ from fedgraft.common.adapters import OUTER, Layout, Vector, is_head
 from fedgraft.common.backbones import body_names
 from fedgraft.common.errors import InputError
 from fedgraft.common.job import Job
+from fedgraft.common.patches import predicted
 from fedgraft.common.workbench import Workbench, close_workbenches, open_workbench, shaping_of
 
 if TYPE_CHECKING:
@@ -79,10 +80,8 @@ class Stack:
         self.put(trained, torch.from_numpy(np.ascontiguousarray(vector))[None].to(self.device))
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits, float32 [sites x rows, classes]."""
-        output: Any = self.model(**self.ready(inputs))
-        logits: torch.Tensor = output.logits
-        return logits.float()
+        """Logits, float32 [sites x rows, classes], or whatever else the model predicts."""
+        return predicted(self.model(**self.ready(inputs)), self.model)
 
     def ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``inputs`` on the device, and what is not an index in the backbone's dtype."""

@@ -14,7 +14,7 @@ from typing import Any
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from fedgraft.common.adapters import OUTER, Layout, Vector, read
+from fedgraft.common.adapters import OUTER, Layout, Vector, is_head, read
 from fedgraft.common.backbones import head_names, load
 from fedgraft.common.consolidation import fisher_of, save_fisher
 from fedgraft.common.errors import InputError
@@ -71,6 +71,8 @@ def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector
         weights = load_file(folder / WEIGHTS)
         own = _head_of(bench)
         if not head:
+            kept = _other_head(folder)
+            weights = {name: one for name, one in weights.items() if not name.startswith(kept)}
             weights |= own
         elif own and not own.keys() & weights.keys():
             raise InputError(
@@ -95,6 +97,14 @@ def _head_of(bench: Workbench) -> dict[str, Any]:
     heads = tuple(f"{OUTER}{name}." for name in head_names(bench.model.get_base_model()))
     own = get_peft_model_state_dict(bench.model, save_embedding_layers=False)
     return {name: one for name, one in own.items() if name.startswith(heads)}
+
+
+def _other_head(folder: Path) -> tuple[str, ...]:
+    """How names in an adapter folder begin of modules that train as a whole, by its own config."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    modules = config.get("modules_to_save") or ()
+    names = [f"{OUTER}{name}." for name in modules]
+    return tuple(name for name in names if is_head(f"{name}modules_to_save."))
 
 
 def folder_facts(bench: Workbench, job: Job, origin: Origin) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fedgraft.common.blobs import open_store
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.job import Job
 from fedgraft.common.model_folder import FINGERPRINTED, fingerprint, refuse_unsafe
+from fedgraft.common.patches import painting_settings
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import TASKS, TaskName
 from fedgraft.common.timm_models import is_timm, name_timm_labels, timm_heads
@@ -240,6 +241,8 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
         heads["id2label"] = dict(enumerate(labels))
         heads["label2id"] = {name: index for index, name in enumerate(labels)}
         heads["num_labels"] = len(labels)  # timm's configuration counts apart
+    if TASKS[task].target == "patches":
+        heads |= painting_settings(backbone.config, backbone.source)
     try:
         if backbone.weights == "random":
             config = transformers.AutoConfig.from_pretrained(
@@ -263,16 +266,24 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
         ) from None
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | mismatched
-    _refuse_random_layers(model, missing, backbone.source, task, head_trains=bool(labels))
+    trains = TASKS[task].target != "tokens"
+    _refuse_random_layers(model, missing, backbone.source, task, head_trains=trains)
     return model, missing
 
 
 def _refuse_random_layers(
     model: nn.Module, missing: set[str], source: str, task: TaskName, *, head_trains: bool
 ) -> None:
-    """A head for labels may be missing, a pooler often is; any other gap would be frozen noise."""
+    """A head that trains may be missing, a pooler often is; another gap would be frozen noise.
+
+    What stands for a hidden patch begins as zeros, which are no noise.
+    """
     heads = tuple(f"{name}." for name in head_names(model)) if head_trains else ()
-    gaps = sorted(key for key in missing if not key.startswith(heads) and ".pooler." not in key)
+    gaps = sorted(
+        key
+        for key in missing
+        if not key.startswith(heads) and not any(one in key for one in (".pooler.", ".mask_token"))
+    )
     own = tuple(f"{name}." for name in head_names(model))
     if gaps and all(name.startswith(own) for name in gaps):
         raise BackboneError(

@@ -1,11 +1,12 @@
-"""Was federating worth it for one site, where tokens are predicted: blocks of text are compared.
+"""Was federating worth it for one site, where tokens or patches are predicted: blocks are compared.
 
 The tokens of a block depend on one another: one word that a model does not know costs it several.
 To take each token for a draw of its own would make every interval far too narrow. So blocks are
 redrawn, each with all of its tokens: a cluster bootstrap with percentile intervals (Cameron,
 Gelbach and Miller 2008, "Bootstrap-Based Improvements for Inference with Clustered Errors", Review
 of Economics and Statistics 90). Both models read the same blocks, and what is compared is the loss
-in nats per token; perplexity is e to the power of it. The test flips at random which model a
+in nats per token; perplexity is e to the power of it. An image is a block too, of hidden patches,
+and its loss the mean absolute error. The test flips at random which model a
 block's losses belong to (a paired permutation test; Good 2005, "Permutation, Parametric, and
 Bootstrap Tests of Hypotheses").
 
@@ -13,16 +14,17 @@ Blocks are treated as independent draws. Neighbouring blocks of one document are
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedgraft.common.tasks import METRICS
+from fedgraft.common.tasks import METRICS, Target
 from fedgraft.common.verdicts import LEVEL, Outcome, Rival
 
-__all__ = ["BlockVerdict", "block_verdict", "token_intervals"]
+__all__ = ["BlockVerdict", "block_verdict", "part_intervals"]
 
 DRAWS = 1000
 NEGATIVE = " This is negative transfer."
@@ -32,8 +34,31 @@ Blocks = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
+class _Words:
+    """How a mean loss is shown, a difference of two said, and blocks counted."""
+
+    value: Callable[[float], float]
+    difference: str
+    one: str
+    many: str
+
+
+_WORDS: dict[Target, _Words] = {
+    "tokens": _Words(
+        lambda loss: math.exp(min(loss, 700.0)),
+        "loss {:+.3f} nats a token",
+        "1 block of text",
+        "blocks of text",
+    ),
+    "patches": _Words(lambda loss: loss, "error {:+.3f} a pixel", "1 image", "images"),
+}
+
+
+@dataclass(frozen=True)
 class BlockVerdict:
     """What the comparison says; differences are federated minus the other, in nats per token.
+
+    Of images: in mean absolute error of a hidden pixel.
 
     Below 0 the federated model is better. ``interval`` is None for fewer than two blocks.
     """
@@ -45,16 +70,21 @@ class BlockVerdict:
     p_value: float
 
 
-def token_intervals(
-    losses: Blocks, right: Blocks, counted: Blocks, generator: np.random.Generator
+def part_intervals(
+    losses: Blocks,
+    right: Blocks,
+    counted: Blocks,
+    generator: np.random.Generator,
+    target: Target = "tokens",
 ) -> dict[str, list[float]]:
-    """95 % intervals of ``perplexity`` and token ``accuracy`` over blocks, as ``KEY_interval``.
+    """95 % intervals of the headline metric and ``accuracy`` over blocks, as ``KEY_interval``.
 
     Args:
         losses: float [blocks], summed over a block's tokens, nats.
         right: int [blocks], tokens that were predicted right.
         counted: int [blocks], tokens.
         generator: where the draws come from.
+        target: what blocks are made of.
 
     Returns:
         {} for fewer than two blocks: nothing can be redrawn.
@@ -63,10 +93,8 @@ def token_intervals(
         return {}
     sums = _redrawn(np.stack([losses, right, counted]), generator)
     loss, accuracy = (_ends(sums[at] / sums[2]) for at in (0, 1))
-    return {
-        "perplexity_interval": [math.exp(min(end, 700.0)) for end in loss],
-        "accuracy_interval": list(accuracy),
-    }
+    shown = [_WORDS[target].value(end) for end in loss]
+    return {f"{METRICS[target][0].key}_interval": shown, "accuracy_interval": list(accuracy)}
 
 
 def block_verdict(
@@ -77,6 +105,7 @@ def block_verdict(
     name: str,
     generator: np.random.Generator,
     rival: Rival = "local_only",
+    target: Target = "tokens",
 ) -> BlockVerdict:
     """Compare the losses of two models on the same blocks of the site ``name``.
 
@@ -87,6 +116,7 @@ def block_verdict(
         name: the site as the sentence calls it; not escaped.
         generator: where the draws come from.
         rival: what the other model is: the site's own, or the backbone untouched.
+        target: what blocks are made of.
 
     Raises:
         ValueError: the three are not vectors of one length.
@@ -95,23 +125,27 @@ def block_verdict(
         raise ValueError(f"three vectors of one length, not {federated.shape} and {other.shape}")
     kept = counted > 0
     federated, other, counted = federated[kept], other[kept], counted[kept]
-    tokens = int(counted.sum())
-    if not tokens:
-        sentence = f"Whether federating helped {name} is not known: it has no test tokens."
+    words, parts = _WORDS[target], int(counted.sum())
+    if not parts:
+        sentence = f"Whether federating helped {name} is not known: it has no test {target}."
         return BlockVerdict("unknown", sentence, 0.0, None, 1.0)
     gaps = federated - other
-    difference = float(gaps.sum() / tokens)
+    difference = float(gaps.sum() / parts)
     interval, p_value = None, 1.0
     if len(gaps) > 1:
         sums = _redrawn(np.stack([gaps, counted]), generator)
         interval = _ends(sums[0] / sums[1])
         p_value = _flipped(gaps, generator)
     outcome = _outcome(interval, p_value)
-    perplexities = tuple(_perplexity(losses, tokens) for losses in (federated, other))
+    shown = tuple(
+        METRICS[target][0].text(words.value(float(losses.sum()) / parts))
+        for losses in (federated, other)
+    )
     span = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
-    gap = f"loss {difference:+.3f} nats a token{span}"
-    blocks = "1 block" if len(gaps) == 1 else f"{len(gaps):,} blocks"
-    sentence = _sentence(outcome, name, rival, perplexities, f"{gap}, {blocks} of text", p_value)
+    gap = f"{words.difference.format(difference)}{span}"
+    blocks = words.one if len(gaps) == 1 else f"{len(gaps):,} {words.many}"
+    measured = (METRICS[target][0].name, *shown)
+    sentence = _sentence(outcome, name, rival, measured, f"{gap}, {blocks}", p_value)
     return BlockVerdict(outcome, sentence, difference, interval, p_value)
 
 
@@ -155,31 +189,27 @@ def _outcome(interval: tuple[float, float] | None, p_value: float) -> Outcome:
     return "hurt" if interval[0] > 0 else "unclear"
 
 
-def _perplexity(losses: Blocks, tokens: int) -> str:
-    return METRICS["tokens"][0].text(math.exp(min(float(losses.sum()) / tokens, 700.0)))
-
-
 def _sentence(
     outcome: Outcome,
     name: str,
     rival: Rival,
-    perplexities: tuple[str, ...],
+    measured: tuple[str, ...],
     facts: str,
     p_value: float,
 ) -> str:
-    ours, theirs = perplexities
+    metric, ours, theirs = measured
     alone = rival == "local_only"
     if outcome not in ("helped", "hurt"):
         beside = "on its own" if alone else "for the backbone untouched"
         return (
-            f"Unclear for {name}: perplexity {ours} federated, {theirs} {beside}, and that cannot "
+            f"Unclear for {name}: {metric} {ours} federated, {theirs} {beside}, and that cannot "
             f"tell which is better ({facts}, p = {p_value:.2f})."
         )
     if alone:
-        said = f"Federating {outcome} {name}: perplexity {ours} instead of {theirs} on its own"
+        said = f"Federating {outcome} {name}: {metric} {ours} instead of {theirs} on its own"
         return f"{said} ({facts})."
     better, moral = ("better", "") if outcome == "helped" else ("worse", NEGATIVE)
     return (
-        f"At {name} the federated model is {better} than the backbone untouched: perplexity {ours} "
+        f"At {name} the federated model is {better} than the backbone untouched: {metric} {ours} "
         f"instead of {theirs} ({facts}).{moral}"
     )

@@ -21,7 +21,9 @@ class Data(Section):
     target: str = Field(default="target", description="the second text of seq2seq-lm")
     validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens of an example")
-    masked: float = Field(default=0.15, gt=0, lt=1, description="share masked-lm hides")
+    masked: float | None = Field(
+        default=None, gt=0, lt=1, description="share that is hidden: 0.15 of tokens, 0.6 of patches"
+    )
     seconds: float = Field(default=5.0, gt=0, le=60, description="of a recording: cut or padded")
     on_bad_image: Literal["refuse", "skip"] = "refuse"
     on_bad_audio: Literal["refuse", "skip"] = "refuse"

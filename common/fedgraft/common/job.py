@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fedgraft.common.adapting import check_domain, check_plain_mean
 from fedgraft.common.data import Data
 from fedgraft.common.evaluating import Evaluation
-from fedgraft.common.language import check_language
+from fedgraft.common.language import check_unlabelled
 from fedgraft.common.measures import Measures
 from fedgraft.common.methods import Method
 from fedgraft.common.privacy import Privacy
@@ -30,6 +30,7 @@ __all__ = [
     "Start",
 ]
 
+PATCHES = 4096  # of an image: none has more
 Rule = Literal["fedavg", "ffa", "fedsa", "median"]
 # Rules that must see each site's own update; the others need only the weighted sum of them.
 INDIVIDUAL: frozenset[Rule] = frozenset({"median"})
@@ -59,7 +60,7 @@ class General(Section):
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
-        if TASKS[self.task].target == "tokens":
+        if TASKS[self.task].target != "label":
             if self.labels:
                 raise IllegalJob(f"{self.task} has no labels", "leave job.labels out")
         elif len(self.labels) < 2:
@@ -207,8 +208,8 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _measures_fit(self) -> Self:
-        if TASKS[self.job.task].target == "tokens":
-            check_language(self)
+        if TASKS[self.job.task].target != "label":
+            check_unlabelled(self)
         return self
 
     @model_validator(mode="after")
@@ -224,7 +225,7 @@ class Job(Section):
         augmentation, task = self.training.augmentation, TASKS[self.job.task]
         for modality in ("image", "text", "audio") if augmentation is not None else ():
             if getattr(augmentation, modality) and (
-                modality != task.modality or task.target == "tokens"
+                modality != task.modality or task.target != "label"
             ):
                 raise IllegalJob(
                     f"training.augmentation.{modality} means nothing for {self.job.task}",
@@ -232,7 +233,7 @@ class Job(Section):
                     if task.target == "label" and task.modality != "video"
                     else "there is none for clips"
                     if task.target == "label"
-                    else "leave it out: tokens that are predicted are not to be varied",
+                    else "leave it out: what is predicted is not to be varied",
                 )
         return self
 
@@ -348,10 +349,18 @@ class Job(Section):
         """What an evaluation of this job counts."""
         evaluation = self.evaluation
         groups = self.data.groups
-        tokens = self.data.max_length if TASKS[self.job.task].target == "tokens" else 0
+        target = TASKS[self.job.task].target
+        parts = {"label": 0, "tokens": self.data.max_length, "patches": PATCHES}[target]
         return Measures(
-            self.job.classes, evaluation.score_bins, groups, evaluation.min_group, tokens
+            self.job.classes, evaluation.score_bins, groups, evaluation.min_group, parts, target
         )
+
+    @property
+    def masked_share(self) -> float:
+        """The share of tokens or patches that is hidden where the task hides some."""
+        if self.data.masked is not None:
+            return self.data.masked
+        return 0.6 if TASKS[self.job.task].target == "patches" else 0.15
 
     def check_sites(self, sites: int) -> None:
         """Whether rounds can work with ``sites`` sites.

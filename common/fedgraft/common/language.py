@@ -1,43 +1,46 @@
-"""What a job must not ask for where tokens are predicted: there are no labels, and no own head."""
+"""What a job must not ask for where no label is predicted: that there are some, or an own head."""
 
 from typing import TYPE_CHECKING
 
 from fedgraft.common.section import IllegalJob
+from fedgraft.common.tasks import TASKS
 
 if TYPE_CHECKING:
     from fedgraft.common.job import Job
     from fedgraft.common.simulation import Simulation
 
-__all__ = ["check_language"]
+__all__ = ["check_unlabelled"]
 
 
-def check_language(job: "Job") -> None:
-    """Whether a job whose task predicts tokens means something.
+def check_unlabelled(job: "Job") -> None:
+    """Whether a job whose task predicts tokens or patches means something.
 
     Raises:
         IllegalJob: it asks for something that only labels have.
     """
-    task = job.job.task
+    task, target = job.job.task, TASKS[job.job.task].target
     if job.measures.size:
         raise IllegalJob(
-            f"{task} predicts tokens, which have neither scores nor groups",
+            f"{task} predicts {target}, which have neither scores nor groups",
             "leave evaluation.score_bins, data.group and data.groups out",
         )
     if job.job.heads:
         raise IllegalJob(f"{task} has no labels to divide into heads", "leave job.heads out")
-    if job.method.head != "frozen":
+    if target == "patches" and job.training.label_smoothing:
+        raise IllegalJob(f"{task} has no labels to smooth", "leave training.label_smoothing out")
+    if target == "tokens" and job.method.head != "frozen":
         raise IllegalJob(
             f"the head of {task} is the backbone's own, as large as its vocabulary",
             'method.kind = "lora" with method.head = "frozen"',
         )
-    if job.training.dropout:
+    if target == "tokens" and job.training.dropout:
         raise IllegalJob(
             f"training.dropout acts inside a head that trains, and that of {task} is frozen",
             "training.dropout = 0; method.dropout acts on the low-rank path",
         )
     if job.training.distillation is not None:
         raise IllegalJob(
-            f"a teacher's logits for every token of {task} would not fit on a site's disk",
+            f"what a teacher says of all {target} of {task} would not fit on a site's disk",
             "leave training.distillation out",
         )
     stopping = job.rounds.early_stopping

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from fedgraft.common.metrics import Tally
+    from fedgraft.common.tasks import Target
 
 __all__ = ["CALIBRATION_BINS", "Counts", "Measures"]
 
@@ -40,15 +41,16 @@ LOG_ODDS = 16.0  # beyond, 1 in 9 million, all scores are in the last bin
 class Measures:
     """What a job counts of ``classes`` classes: scores in ``bins`` (0: none), these ``groups``.
 
-    A group with fewer than ``fewest`` examples is not shown. Where it is tokens that are predicted,
-    an example has up to ``tokens`` of them (0: it has a label).
+    A group with fewer than ``fewest`` examples is not shown. Where the ``target`` is no label, an
+    example has up to ``parts`` tokens or patches (0: it has a label).
     """
 
     classes: int
     bins: int = 0
     groups: tuple[str, ...] = ()
     fewest: int = 1
-    tokens: int = 0
+    parts: int = 0
+    target: "Target" = "label"
 
     @cached_property
     def size(self) -> int:
@@ -116,10 +118,13 @@ class Measures:
     def figures(self, tally: "Tally") -> dict[str, Any]:
         """All that ``tally`` says of a model: fractions 0..1, the mean ``loss`` in nats.
 
-        Of tokens that is ``accuracy``, ``loss`` and ``perplexity``, e to the power of it.
+        Of tokens that is ``accuracy``, ``loss`` and ``perplexity``, e to the power of it; of
+        patches ``accuracy`` and ``loss``, the mean absolute error of pixels.
         """
-        if self.tokens:
+        if self.parts:
             loss = tally.mean_loss
+            if self.target == "patches":
+                return {"accuracy": tally.accuracy, "loss": loss}
             perplexity = math.exp(min(loss, LARGEST_EXPONENT)) if tally.examples else 0.0
             return {"accuracy": tally.accuracy, "perplexity": perplexity, "loss": loss}
         return {**tally.summary(), **self.summary(tally)}

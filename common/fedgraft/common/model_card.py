@@ -28,6 +28,7 @@ PIPELINES = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}  # as the
 USES = {
     "causal-lm": "continue texts",
     "masked-lm": "fill gaps in texts",
+    "masked-image-modeling": "paint hidden parts of an image",
     "seq2seq-lm": "write a text for each",
 }
 LIBRARIES = {"peft": "peft", "merged": "transformers", "onnx": "onnx"}

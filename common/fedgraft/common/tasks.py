@@ -7,7 +7,7 @@ from typing import Literal, get_args
 __all__ = ["METRICS", "TASKS", "Metric", "Modality", "Target", "Task", "TaskName"]
 
 Modality = Literal["text", "image", "audio", "video"]
-Target = Literal["label", "tokens"]
+Target = Literal["label", "tokens", "patches"]
 TaskName = Literal[
     "text-classification",
     "image-classification",
@@ -16,6 +16,7 @@ TaskName = Literal[
     "causal-lm",
     "masked-lm",
     "seq2seq-lm",
+    "masked-image-modeling",
 ]
 
 
@@ -49,6 +50,10 @@ METRICS: dict[Target, tuple[Metric, Metric]] = {
         Metric("perplexity", "perplexity", False),
         Metric("accuracy", "token accuracy", True),
     ),
+    "patches": (
+        Metric("loss", "reconstruction error", False),
+        Metric("accuracy", "close patches", True),
+    ),
 }
 """What is shown of a model, the headline first. ``accuracy`` is of all: figures are of it."""
 
@@ -59,7 +64,8 @@ class Task:
 
     ``auto_class`` of transformers loads its model, which reads ``modality``. It predicts one of the
     job's labels for an example, or the ``tokens`` of a text, of which each is right or wrong: all
-    in turn, or those that are hidden if it is ``masked``. A text has a second one beside it, its
+    in turn, or those that are hidden if it is ``masked``; or hidden ``patches`` of an image, each
+    close or not. A text has a second one beside it, its
     target, if it is ``paired``. ``peft`` is how PEFT calls it.
     """
 
@@ -84,5 +90,8 @@ TASKS: dict[TaskName, Task] = {
     "causal-lm": Task("AutoModelForCausalLM", "text", "tokens", peft="CAUSAL_LM"),
     "masked-lm": Task("AutoModelForMaskedLM", "text", "tokens", masked=True),
     "seq2seq-lm": Task("AutoModelForSeq2SeqLM", "text", "tokens", paired=True, peft="SEQ_2_SEQ_LM"),
+    "masked-image-modeling": Task(
+        "AutoModelForMaskedImageModeling", "image", "patches", masked=True
+    ),
 }
 assert set(TASKS) == set(get_args(TaskName))  # noqa: S101  # at import: none may be forgotten

@@ -62,7 +62,7 @@ def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Paramet
     bits = (((1 << 31) - 1) // parties + 1).bit_length()
     levels = (1 << (bits - 1)) - 1
     measures = job.measures
-    limit = TOKENS_LIMIT if measures.tokens else TALLY_LIMIT
+    limit = TOKENS_LIMIT if measures.parts else TALLY_LIMIT
     coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=limit)
     # What is not asked for is not named: older terms hold.
     beside = (f"bins {measures.bins}", *measures.groups) if measures.size else ()

@@ -68,7 +68,7 @@ def check_evaluation(
     """
     _check_origin(reply, expected)
     tally = Tally.from_vector(reply.tally, measures)
-    most = limits.max_examples * max(measures.tokens, 1)
+    most = limits.max_examples * max(measures.parts, 1)
     _raise_first({"bad-count": tally.examples > most, "bad-loss": tally.loss < 0.0})
     return tally
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from fedgraft.client.comparison import epochs_of
 from fedgraft.client.domain import has_labels
-from fedgraft.client.evaluation import Evaluation, TokenEvaluation, measure
+from fedgraft.client.evaluation import Evaluation, PartEvaluation, measure
 from fedgraft.client.evaluation import Measured as Judged
 from fedgraft.client.examples import Examples, concatenate
 from fedgraft.client.participant import Participant, open_participant
@@ -127,10 +127,11 @@ def _separate_models(results: list[tuple[Judged, dict[str, float]] | None]) -> M
 
 def _pool(evaluations: Sequence[Judged]) -> Judged:
     """All of them as one: its tally is the only one that ever exists."""
-    blocks = [one for one in evaluations if isinstance(one, TokenEvaluation)]
+    blocks = [one for one in evaluations if isinstance(one, PartEvaluation)]
     if blocks:
         columns = zip(*((one.losses, one.right, one.counted) for one in blocks), strict=True)
-        return TokenEvaluation(*(np.concatenate(column) for column in columns))
+        losses, right, counted = (np.concatenate(column) for column in columns)
+        return PartEvaluation(losses, right, counted, blocks[0].target)
     labelled = [one for one in evaluations if isinstance(one, Evaluation)]
     loss = reduce(add, (one.loss for one in labelled))  # sum() rounds differently from 3.12 on
     true = np.concatenate([one.true for one in labelled])

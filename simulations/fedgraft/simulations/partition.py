@@ -206,12 +206,12 @@ def _simulation(job: Job) -> Simulation:
     natural = simulation.partition.kind == "natural"
     if not natural and simulation.sites is None:
         raise JobError("simulation.sites is missing", hint="how many sites? sites = 10")
-    if simulation.shift == "image" and job.job.task != "image-classification":
+    if simulation.shift == "image" and TASKS[job.job.task].modality != "image":
         raise JobError('shift = "image" needs images', hint='set simulation.shift = "none"')
-    if simulation.train == DIGITS and (natural or job.job.task != "image-classification"):
+    if simulation.train == DIGITS and (natural or TASKS[job.job.task].modality != "image"):
         raise JobError(
             f"{DIGITS} are images of one source",
-            hint='task = "image-classification" and partition.kind "dirichlet" or "iid"',
+            hint='a task that reads images, and partition.kind "dirichlet" or "iid"',
         )
     return simulation
 
@@ -287,7 +287,7 @@ def _as_files(
     """The rows as a real site would have them: the job's column names, labels by name."""
     if TASKS[job.job.task].target == "tokens":
         return _as_texts(job, rows)
-    if job.job.task == "image-classification":
+    if TASKS[job.job.task].modality == "image":
         column, kind = job.data.image, datasets.Image()
         sources = rows["image"].to_pylist()
         contents = [{"bytes": _shifted(one, shift, generator), "path": None} for one in sources]
@@ -299,8 +299,9 @@ def _as_files(
     else:
         column, kind = job.data.text, datasets.Value("string")
         contents = rows["text"].to_pylist()
-    names = [job.job.labels[value] for value in rows["label"].to_pylist()]
-    words = {job.data.label: names}
+    words: dict[str, list[str | None]] = {}
+    if TASKS[job.job.task].target == "label":
+        words[job.data.label] = [job.job.labels[value] for value in rows["label"].to_pylist()]
     if job.data.group is not None:
         listed = rows["group"].to_pylist()
         words[job.data.group] = [job.data.groups[at] if at >= 0 else None for at in listed]

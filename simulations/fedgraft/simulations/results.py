@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.client.evaluation import Evaluation, TokenEvaluation
+from fedgraft.client.evaluation import Evaluation, PartEvaluation
 from fedgraft.client.judging import figures, judge, outcome_of
 from fedgraft.common.files import write_text
 from fedgraft.common.measures import Measures
@@ -77,7 +77,7 @@ def _site(
     judged = judge(own, seed, name=site.name)
     sentence, outcome = outcome_of(judged, missing=missing)
     if (tuned := own["federated_tuned"]) is not None and "local_only" in judged:
-        metric = METRICS["tokens" if measures.tokens else "label"][0]
+        metric = METRICS[measures.target][0]
         came = metric.text(measures.figures(tuned.tally)[metric.key])
         said = "" if metric.percent else f"{metric.name} "
         sentence += f" After a short fine-tune there: {said}{came}."
@@ -126,8 +126,11 @@ def load_measured(path: Path) -> Measured | None:
 
 
 def _to_json(one: Judged) -> dict[str, Any]:
-    if isinstance(one, TokenEvaluation):
-        return {key: value.tolist() for key, value in vars(one).items()}
+    if isinstance(one, PartEvaluation):
+        return {
+            key: value.tolist() if isinstance(value, np.ndarray) else value
+            for key, value in vars(one).items()
+        }
     arrays = {"true": one.true.tolist(), "predicted": one.predicted.tolist()}
     at = np.flatnonzero(one.more)  # most bins are empty
     return {**vars(one), **arrays, "more": [len(one.more), at.tolist(), one.more[at].tolist()]}
@@ -135,8 +138,9 @@ def _to_json(one: Judged) -> dict[str, Any]:
 
 def _from_json(value: Mapping[str, Any]) -> Judged:
     if "losses" in value:
-        whole = (np.array(value[key], np.int64) for key in ("right", "counted"))
-        return TokenEvaluation(np.array(value["losses"], np.float64), *whole)
+        right, counted = (np.array(value[key], np.int64) for key in ("right", "counted"))
+        losses = np.array(value["losses"], np.float64)
+        return PartEvaluation(losses, right, counted, value.get("target", "tokens"))
     true, predicted = (np.array(value[key], np.int64) for key in ("true", "predicted"))
     size, at, counts = value.get("more", (0, [], []))  # older runs have none
     more = np.zeros(size, np.int64)

@@ -201,7 +201,7 @@ class _Simulation:
     def _head_only(self, console: Console) -> Trial | None:
         """The same federation with only the head training; None if that is this one, or nothing."""
         job = head_only_job(self.job)
-        if job.method == self.job.method or self.job.measures.tokens:
+        if job.method == self.job.method or self.job.measures.parts:
             return None
         bench = open_workbench(job)
         plan = make_plan(job, bench, self.run.session, self.masking)
