@@ -97,6 +97,7 @@ BESIDE = {
     "dann": ("training.domain={kind='dann'}", "simulation.unlabelled=['site-01']"),
     "consolidation": ("training.consolidation={}",),
     "partial": ("method.kind=partial", "method.blocks=1"),
+    "fedsa": ("aggregation.rule=fedsa",),
 }
 
 
