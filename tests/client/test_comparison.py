@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from click.testing import Result
@@ -18,7 +19,8 @@ from fedgraft.client.results import find_result, keep_result
 from fedgraft.client.results_cli import results
 from fedgraft.client.site import dump_site, load_site
 from fedgraft.common.errors import BackboneError, FedgraftError, InputError
-from fedgraft.common.payloads import PastRound, ResultRequest
+from fedgraft.common.payloads import PastRound, ResultRequest, TrainRequest
+from fedgraft.common.starting import starting_point
 from fedgraft.common.workbench import open_workbench
 from fedgraft.server.rounds import make_plan
 from fedgraft.server.runs import Run
@@ -46,7 +48,7 @@ class Simulated:
         here = {"state": str(folder / "state"), "device": "cpu"}
         self.path.write_text(dump_site(load_site(config).model_copy(update=here)))
         bench = open_workbench(self.job)
-        plan = make_plan(self.job, bench, Run(self.run.folder).session)
+        plan = self.plan = make_plan(self.job, bench, Run(self.run.folder).session)
         state = self.run.latest(plan.exchanged)
         assert state is not None
         self.request = ResultRequest(
@@ -117,6 +119,25 @@ def test_what_the_coordinator_says_cannot_become_markup(
 ) -> None:
     write_report(tmp_path, {**report, "backbone": "<script>alert(1)</script>"})
     assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
+def test_its_own_model_goes_on_from_the_earlier_adapter_too(
+    simulated: Simulated, tmp_path: Path
+) -> None:
+    folder = simulated.run.folder / "adapter"
+    later = Simulated(tmp_path, f"start.adapter={folder}", "rounds.count=1")
+    result = find_result(later.at.state, "run-1")
+    missed = compare(later.at, result)  # it was not there in round 1
+    assert (missed["outcome"], missed["models"]["local_only"]) == ("unknown", None)
+    start = starting_point(later.job, open_workbench(later.job), later.plan.exchanged)
+    asked = TrainRequest(
+        result.session, 1, 0, later.request.job, later.request.names, np.asarray(start)
+    )
+    next(later.at.train(asked))  # what it is to train with; it has kept what that begins with
+    found = compare(later.at, result)
+    for name, value in later.expected["local_only"].items():
+        assert found["models"]["local_only"][name] == pytest.approx(value, abs=1e-4), name
+    assert found["comparisons"] == later.expected["comparisons"]
 
 
 def test_a_site_without_test_or_validation_examples_says_so(tmp_path: Path) -> None:

@@ -81,11 +81,20 @@ def test_the_head_may_start_anew(earlier: tuple[Path, Vector]) -> None:
 
 def test_a_run_goes_on_from_there(earlier: tuple[Path, Vector], tmp_path: Path) -> None:
     folder, adapter = earlier
-    one_step = ("rounds.count=1", "training.learning_rate=1e-7")
+    one_step = (
+        "rounds.count=1",
+        "training.learning_rate=1e-7",
+        "simulation.central.learning_rate=1e-7",
+        "simulation.baselines=['local_only', 'central']",
+    )
     run, summary = run_digits(tmp_path, f"start.adapter={folder}", *one_step)
     assert np.abs(adapter_of(run) - adapter[: len(adapter_of(run))]).max() < 1e-5
     assert str(folder.parent) not in summary["job_toml"] and "out" in summary["job_toml"]
-    assert run.job.for_sites().start is None
+    for site in summary["sites"]:  # what it is held against begins there too
+        accuracies = {site[name]["accuracy"] for name in ("federated", "local_only", "central")}
+        assert len(accuracies) == 1
+    told = run.job.for_sites().start
+    assert told is not None and told.adapter == "of an earlier run"
 
 
 @pytest.mark.parametrize(

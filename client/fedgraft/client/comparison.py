@@ -1,7 +1,8 @@
 """Was it worth it for this site: the federation's adapter beside what the site has without it.
 
     federated    the adapter that was kept (``results``)
-    local_only   trained here alone, for as many epochs as a site trains in the federation
+    local_only   trained here alone, for as many epochs as a site trains in the federation, from the
+                 earlier adapter if the job goes on from one
     zero_shot    the backbone with its own head, untouched (only if that head knows the labels)
 
 The same measurement as a simulation makes for every site, on the same examples: the site's own test
@@ -105,10 +106,15 @@ def _models(
     yield "federated", test(read_adapter(bench, result.folder / "adapter"))
     if not bench.fresh_head:
         yield "zero_shot", test(bench.initial)
+    start = bench.initial
+    if job.start is not None and (first := at.first_adapter(result.session)) is not None:
+        start = bench.layout.merged(start, (bench.layout.only(result.names), first))
+    elif job.start is not None:
+        return  # from the backbone alone it would be no fair comparison
     if not has_labels(train_on):
         return
     generator = torch_generator(job.job.seed, LOCAL, at.config.name)
-    task = Task(train_on, bench.initial, generator, at.store)
+    task = Task(train_on, start, generator, at.store)
     epochs = epochs_of(job, len(result.rounds), result.sites)
     (alone,) = train(stack, bench.layout, [task], settings=job.training.alone, epochs=epochs)
     yield "local_only", test(alone.vector) if isinstance(alone, Trained) else None

@@ -47,6 +47,7 @@ from fedgraft.common.workbench import (
 __all__ = ["Participant", "open_participant"]
 
 # The coordinator keeps two checkpoints: it may go back two rounds, to train from the head before.
+FIRST = "first.safetensors"  # in a session's folder
 KEPT_STATES = 3
 
 
@@ -150,6 +151,8 @@ class Participant:
         exchanged = bench.layout.only(request.names)
         trained = bench.layout.only((*exchanged.names, *bench.local.names))
         examples = self.splits(job).train
+        if job.start is not None and request.round == 1:
+            self._keep_first(request)
         start = self.start(bench, trained, request)
         rounds = job.rounds.count
         again = (request.attempt,) if request.attempt else ()
@@ -227,6 +230,14 @@ class Participant:
         )
         return vector if self.config.rank is None else cut_rank(trained, vector, self.config.rank)
 
+    def first_adapter(self, session: str) -> Vector | None:
+        """What round 1 began with, where the job goes on from an earlier adapter.
+
+        None where this site was not there.
+        """
+        path = self.state / session / FIRST
+        return load_file(path)["adapter"] if path.exists() else None
+
     def open(self, session: str, job: str, number: int = 1) -> tuple[Job, Workbench]:
         """The job that a request speaks of, and the workbench for it.
 
@@ -252,6 +263,11 @@ class Participant:
             raise SiteFailure("head-lost")
         return load_file(rounds[-1])["head"] if rounds else None
 
+    def _keep_first(self, request: TrainRequest) -> None:
+        path = self.state / request.session / FIRST
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(path, lambda temporary: save_file({"adapter": request.adapter}, temporary))
+
     def _keep_own(self, request: TrainRequest, head: Vector) -> None:
         if not head.size:
             return
@@ -262,7 +278,7 @@ class Participant:
             old.unlink()
 
     def _kept(self, session: str) -> list[Path]:
-        return sorted((self.state / session).glob("*.safetensors"))
+        return sorted((self.state / session).glob("[0-9]*.safetensors"))
 
 
 def open_participant(node_config: Mapping[str, object]) -> Participant:

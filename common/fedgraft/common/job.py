@@ -378,5 +378,11 @@ class Job(Section):
             self.privacy.secure_aggregation.plan(cohort)
 
     def for_sites(self) -> "Job":
-        """The job as sites get it: without the sections that name the coordinator's files."""
-        return self.model_copy(update={"simulation": None, "start": None})
+        """The job as sites get it: without what names the coordinator's files.
+
+        That it goes on from an earlier adapter they may know; which, they get in round 1.
+        """
+        start = None
+        if self.start is not None:
+            start = self.start.model_copy(update={"adapter": "of an earlier run"})
+        return self.model_copy(update={"simulation": None, "start": start})

@@ -7,7 +7,8 @@
     federated        the federation's adapter
     federated_tuned  the federation's adapter after a short fine-tune at each site
 
-Every model is tested on each site's own test set; the pooled test set is all of them together.
+Where the job goes on from an earlier adapter, ``local_only`` and ``central`` begin there too. Every
+model is tested on each site's own test set; the pooled test set is all of them together.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ from fedgraft.common.job import Job
 from fedgraft.common.methods import HeadMethod
 from fedgraft.common.payloads import EvaluateRequest
 from fedgraft.common.seeds import numpy_generator, torch_generator
+from fedgraft.common.starting import starting_point
 from fedgraft.common.training import Training
 from fedgraft.common.workbench import Workbench, open_workbench
 from fedgraft.simulations.grid import NodeConfig
@@ -160,6 +162,14 @@ class _Place:
         store, measures = self.participant.store, self.job.measures
         return measure(self.stack, self.layout, adapter, examples, measures=measures, store=store)
 
+    def begin(self, trial: Trial) -> Vector:
+        """What a model begins with, float32 [layout.size]: the earlier adapter, if there is one."""
+        if self.job.start is None:
+            return self.bench.initial
+        exchanged = self.layout.only(trial.names)
+        parts = exchanged, starting_point(self.job, self.bench, exchanged)
+        return self.layout.merged(self.bench.initial, parts)
+
     def task(self, start: Vector, purpose: str) -> Task:
         """Training on the site's own data."""
         generator = torch_generator(self.job.job.seed, purpose, self.participant.config.name)
@@ -235,13 +245,13 @@ def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Judged]:
 
 def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Judged, dict[str, float]] | None]:
     places = [_place(trial, site) for site in sites]
-    tasks = [place.task(place.bench.initial, "local-only") for place in places]
+    tasks = [place.task(place.begin(trial), "local-only") for place in places]
     trained = _train(places, tasks, trial.job.training, _budget(trial))
     if not why_absent(trial.job, len(trial.nodes)):
         exchanged = places[0].layout.only(trial.names)
         for place, adapter in zip(places, trained, strict=True):
             if adapter is not None:
-                moved = place.layout.part(adapter - place.bench.initial, exchanged)
+                moved = place.layout.part(adapter - place.begin(trial), exchanged)
                 keep_direction(place.participant.state, moved)
     return [
         None if adapter is None else _tried(trial, site, place, adapter)
@@ -273,7 +283,7 @@ def _central(trial: Trial) -> list[Judged | None]:
         settings = settings.model_copy(update=changes)
     parts = [other.splits.train for other in places]
     pool = concatenate([part for part in parts if has_labels(part)])
-    task = replace(place.task(place.bench.initial, "central"), examples=pool)
+    task = replace(place.task(place.begin(trial), "central"), examples=pool)
     (adapter,) = _train([place], [task], settings, _budget(trial))
     if adapter is None:
         return [None] * len(places)
