@@ -60,9 +60,9 @@ DATA = {
         EXAMPLES / "banking77.toml",
         "banking77/train.csv",
         "banking77/test.csv",
-        2500,
         1000,
-        (*TEXT, "rounds.count=8"),
+        1000,
+        TEXT,
     ),
     "sst2": Case(
         EXAMPLES / "trec.toml",
