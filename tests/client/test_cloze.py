@@ -13,10 +13,10 @@ from companies import Company
 from hypothesis import given
 from hypothesis import strategies as st
 from language_models import CHARACTERS, CLOZE, job_settings, save_language_model, save_tokenizer
-from trainings import noisy, settings
+from trainings import noisy, settings, trained
 
 from fedgraft.client.cloze import ClozeExamples, encode_cloze
-from fedgraft.client.evaluation import measure
+from fedgraft.client.evaluation import evaluate_parts, measure
 from fedgraft.client.examples import concatenate
 from fedgraft.client.objectives import IGNORED
 from fedgraft.client.stack import open_stack
@@ -159,6 +159,21 @@ def test_a_backbone_without_its_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="saved without the head that masked-lm") as caught:
         open_workbench(make_job(folder))
     assert caught.value.hint
+
+
+def test_every_epoch_is_another_and_evaluation_is_not(backbone: Path) -> None:
+    stack, examples = open_stack(make_job(backbone)), encoded(backbone, TEXTS * 3, masked=0.3)
+    losses = [
+        trained(stack, examples, settings(epochs=epochs, learning_rate=1e-9)).loss
+        for epochs in (1, 2, 2)
+    ]
+    assert losses[0] != pytest.approx(losses[1], abs=1e-4)  # of fixed gaps the mean is the same
+    assert losses[1] == losses[2]
+    layout = stack.bench.layout
+    one, other = (
+        evaluate_parts(stack, layout, stack.bench.initial, examples, None).losses for _ in range(2)
+    )
+    assert np.array_equal(one, other)
 
 
 def test_company_makes_no_difference(backbone: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client.evaluation import evaluate
+from fedgraft.client.participant import FIRST
 from fedgraft.common.adapters import Vector
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.measures import Measures
@@ -77,6 +78,13 @@ def test_a_head_that_is_no_longer_kept_is_not_replaced_by_a_fresh_one(private: P
         private.train(number)
     with pytest.raises(SiteFailure, match="head-lost"):
         private.train(2)
+
+
+def test_what_round_1_began_with_is_no_head(private: Place) -> None:
+    (private.state / SESSION).mkdir(parents=True)
+    (private.state / SESSION / FIRST).write_bytes(b"of a job that goes on from an earlier adapter")
+    private.train(1)
+    assert private.train(2).update.tobytes() == private.update(2, private.head(1)).tobytes()
 
 
 def test_evaluation_uses_the_head_of_its_round(private: Place) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.examples import Indices, Taught, TextExamples, concatenate
+from fedgraft.client.examples import Indices, TextExamples, Wrapped, concatenate
 from fedgraft.client.objectives import IGNORED
 from fedgraft.client.prefix import Inputs
 from fedgraft.client.stacked import Rows
 from fedgraft.client.store import Store
-from fedgraft.client.texts import digest_of, find_tokens, texts_digest
+from fedgraft.client.texts import as_examples, digest_of, find_tokens, texts_digest
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.job import Job
 from fedgraft.common.processors import TextProcessor
@@ -47,36 +47,12 @@ class Hiding:
 
 
 @dataclass(frozen=True)
-class ClozeExamples(Taught):
+class ClozeExamples(Wrapped):
     """Stretches of text; of the tokens of ``source.ids`` those are ``hidden``, bool [tokens]."""
 
     source: TextExamples
     hidden: NDArray[np.bool_]
     hiding: Hiding
-    groups: None = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def labels(self) -> Indices:
-        """Zeros: there are none."""
-        return self.source.labels
-
-    @property
-    def lengths(self) -> Indices:
-        """Tokens of each stretch."""
-        return self.source.lengths
-
-    @property
-    def longest(self) -> int:
-        """The most tokens that a stretch may have."""
-        return self.source.longest
-
-    @property
-    def pad_left(self) -> bool:
-        """Whether padding stands before the tokens."""
-        return self.source.pad_left
 
     @cached_property
     def _shown(self) -> TextExamples:
@@ -93,10 +69,6 @@ class ClozeExamples(Taught):
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.source.nbytes + self.source.ids.nbytes + self.hidden.nbytes
-
-    def width(self, index: Indices) -> int:
-        """The longest of the stretches at ``index``."""
-        return self.source.width(index)
 
     def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
         """Those at ``index``, int64 [b, width], as ``TextExamples`` has them."""
@@ -169,18 +141,8 @@ def encode_cloze(
 
     digest = digest_of(key, processor.identity, "stretches", most, texts_digest(texts))
     tokens = find_tokens(texts, tokenize, store, digest)
-    lengths = tokens["lengths"]
-    source = TextExamples(
-        labels=np.zeros(len(lengths), np.int64),
-        ids=tokens["input_ids"],
-        starts=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        types=tokens.get("token_type_ids"),
-        pad_id=processor.pad_id,
-        pad_left=processor.pad_left,
-        longest=most,
-        predicted=True,
-    )
+    labels = np.zeros(len(tokens["lengths"]), np.int64)
+    source = as_examples(tokens, labels, processor, most, predicted=True)
     return ClozeExamples(source, _hidden(source, hiding, job.job.seed), hiding)
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "Indices",
     "Taught",
     "TextExamples",
+    "Wrapped",
     "concatenate",
 ]
 
@@ -172,6 +173,45 @@ class TextExamples(Taught):
             groups=None if self.groups is None else self.groups[index],
             taught=None if self.taught is None else self.taught[index],
         )
+
+
+@dataclass(frozen=True)
+class Wrapped(Taught):
+    """Examples made of others, ``source``: what is predicted is in them, so there are no labels."""
+
+    source: "TextExamples | ImageExamples"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def labels(self) -> Indices:
+        """Zeros: there are none."""
+        return self.source.labels
+
+    @property
+    def groups(self) -> None:
+        """None: only labelled examples have groups."""
+        return None
+
+    @property
+    def lengths(self) -> Indices:
+        """Those of ``source``."""
+        return self.source.lengths
+
+    @property
+    def longest(self) -> int:
+        """That of ``source``."""
+        return self.source.longest
+
+    @property
+    def pad_left(self) -> bool:
+        """Where padding of ``source`` stands."""
+        return self.source.pad_left
+
+    def width(self, index: Indices) -> int:
+        """The longest of the examples at ``index``."""
+        return int(self.lengths[index].max(initial=0))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from fedgraft.client.stack import Stack
 from fedgraft.client.store import Store
 from fedgraft.common.adapters import Layout
 
-__all__ = ["Feed", "compute", "logits_of", "open_feed", "predict", "taught_of"]
+__all__ = ["Feed", "VaryFeed", "compute", "logits_of", "open_feed", "predict", "taught_of"]
 
 COMPUTED = 64  # examples in one pass through the frozen layers
-Vary = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
 WHOLE = 16  # tokens: sums over widths that are no multiple of a vector add in another order
+
+VaryFeed = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
 
 
 class Feed:
@@ -92,7 +93,7 @@ def predict(
     feeds: Sequence[Feed],
     indices: Sequence[Indices],
     width: int,
-    vary: Vary | None = None,
+    vary: VaryFeed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits as of ``logits_of``, only those of a row's own head, and what they should be.
 

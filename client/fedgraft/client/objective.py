@@ -10,8 +10,7 @@ from fedgraft.client.cloze import ClozeExamples
 from fedgraft.client.consolidation import Consolidation
 from fedgraft.client.domain import Alignment, Statistics, watch_features
 from fedgraft.client.examples import Examples, Indices
-from fedgraft.client.feed import Feed, predict, taught_of
-from fedgraft.client.feed import Vary as Varied
+from fedgraft.client.feed import Feed, VaryFeed, predict, taught_of
 from fedgraft.client.objectives import distances, losses, restrict
 from fedgraft.client.patches import PatchExamples
 from fedgraft.client.stack import Stack
@@ -121,7 +120,7 @@ class Objective:
         share = torch.tensor([1 / size for size in batch.sizes], device=each.device)
         return Value(summed, (summed * share).sum())
 
-    def _varied(self) -> Varied | None:
+    def _varied(self) -> VaryFeed | None:
         """What changes a batch of each site, of which the stack knows the real rows."""
         vary = self.vary
         if vary is None:

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fedgraft.client.examples import Indices, Taught, TextExamples, concatenate
+from fedgraft.client.examples import Indices, TextExamples, Wrapped, concatenate
 from fedgraft.client.objectives import IGNORED
 from fedgraft.client.texts import find_tokens
 from fedgraft.common.errors import BackboneError
@@ -23,31 +23,17 @@ __all__ = ["PairedExamples", "encode_pairs"]
 
 
 @dataclass(frozen=True)
-class PairedExamples(Taught):
+class PairedExamples(Wrapped):
     """``source`` is read, ``target`` is to be written after the token ``start``."""
 
     source: TextExamples
     target: TextExamples
     start: int
-    groups: None = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def labels(self) -> Indices:
-        """Zeros: there are none."""
-        return self.source.labels
 
     @cached_property
     def lengths(self) -> Indices:
         """Tokens of the longer text of each."""
         return np.maximum(self.source.lengths, self.target.lengths)
-
-    @property
-    def longest(self) -> int:
-        """The most tokens that a text may have."""
-        return self.source.longest
 
     @property
     def pad_left(self) -> bool:
@@ -63,10 +49,6 @@ class PairedExamples(Taught):
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.source.nbytes + self.target.nbytes
-
-    def width(self, index: Indices) -> int:
-        """The longest text of the examples at ``index``."""
-        return int(self.lengths[index].max(initial=0))
 
     def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
         """``input_ids``, ``attention_mask`` and ``decoder_input_ids``, int64 [b, width].

@@ -46,8 +46,8 @@ from fedgraft.common.workbench import (
 
 __all__ = ["Participant", "open_participant"]
 
-# The coordinator keeps two checkpoints: it may go back two rounds, to train from the head before.
 FIRST = "first.safetensors"  # in a session's folder
+# The coordinator keeps two checkpoints: it may go back two rounds, to train from what was before.
 KEPT_STATES = 3
 
 

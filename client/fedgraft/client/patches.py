@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.examples import ImageExamples, Indices, Taught, concatenate
+from fedgraft.client.examples import ImageExamples, Indices, Wrapped, concatenate
 from fedgraft.client.prefix import Inputs
 from fedgraft.client.stacked import Rows
 from fedgraft.common.adapters import Vector
@@ -28,56 +28,28 @@ UNSEEN = "bool_masked_pos"  # as models of transformers call what is hidden
 
 
 @dataclass(frozen=True)
-class PatchExamples(Taught):
-    """``images`` in patches of ``side`` x ``side`` pixels; ``hidden`` bool [n, patches]."""
+class PatchExamples(Wrapped):
+    """Images in patches of ``side`` x ``side`` pixels; ``hidden`` bool [n, patches]."""
 
-    images: ImageExamples
+    source: ImageExamples
     hidden: NDArray[np.bool_]
     side: int
-    groups: None = None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def labels(self) -> Indices:
-        """Zeros: there are none."""
-        return self.images.labels
-
-    @property
-    def lengths(self) -> Indices:
-        """Zeros: no sequences."""
-        return self.images.lengths
-
-    @property
-    def longest(self) -> int:
-        """0: no sequences."""
-        return 0
-
-    @property
-    def pad_left(self) -> bool:
-        """Nothing is padded."""
-        return False
 
     @property
     def digest(self) -> str:
         """SHA-256 over pixels and what of them is hidden."""
         hidden = hashlib.sha256(self.hidden.tobytes()).hexdigest()
-        return f"{self.images.digest}{hidden}{self.side}"
+        return f"{self.source.digest}{hidden}{self.side}"
 
     @property
     def nbytes(self) -> int:
         """Bytes in memory."""
-        return self.images.nbytes + self.hidden.nbytes
-
-    def width(self, index: Indices) -> int:
-        """None: there are no sequences."""
-        return 0
+        return self.source.nbytes + self.hidden.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
         """``pixel_values`` and ``bool_masked_pos``, bool [b, patches]."""
         hidden = torch.from_numpy(self.hidden[index])
-        return {**self.images.batch(index), UNSEEN: hidden}
+        return {**self.source.batch(index), UNSEEN: hidden}
 
     def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
         """Pixels of the hidden patches, float32 [b, patches, values], NaN in all others."""
@@ -86,14 +58,14 @@ class PatchExamples(Taught):
 
     def subset(self, index: Indices) -> "PatchExamples":
         """The images at ``index``, in that order; pixels are shared."""
-        return replace(self, images=self.images.subset(index), hidden=self.hidden[index])
+        return replace(self, source=self.source.subset(index), hidden=self.hidden[index])
 
     def joined(self, others: Sequence["PatchExamples"]) -> "PatchExamples":
         """These examples and those of ``others``, in order."""
         every = (self, *others)
-        images = concatenate([one.images for one in every])
+        images = concatenate([one.source for one in every])
         assert isinstance(images, ImageExamples)  # noqa: S101  # as their parts are
-        return replace(self, images=images, hidden=np.concatenate([one.hidden for one in every]))
+        return replace(self, source=images, hidden=np.concatenate([one.hidden for one in every]))
 
     def hide_anew(
         self, inputs: Inputs, targets: torch.Tensor, rows: Rows

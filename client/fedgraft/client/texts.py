@@ -14,6 +14,7 @@ from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.processors import TextProcessor
 
 __all__ = [
+    "as_examples",
     "check_length",
     "digest_of",
     "encode_texts",
@@ -56,6 +57,18 @@ def encode_texts(
     """
     digest = digest_of(key, processor.identity, max_length, texts_digest(texts))
     tokens = find_tokens(texts, lambda some: processor.tokenize(some, max_length), store, digest)
+    return as_examples(tokens, labels, processor, max_length)
+
+
+def as_examples(
+    tokens: Arrays,
+    labels: Indices,
+    processor: TextProcessor,
+    max_length: int,
+    *,
+    predicted: bool = False,
+) -> TextExamples:
+    """What ``find_tokens`` found, none longer than ``max_length``, as examples with ``labels``."""
     lengths = tokens["lengths"]
     return TextExamples(
         labels=labels,
@@ -66,6 +79,7 @@ def encode_texts(
         pad_id=processor.pad_id,
         pad_left=processor.pad_left,
         longest=max_length,
+        predicted=predicted,
     )
 
 

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from fedgraft.common.adapting import check_domain, check_plain_mean
 from fedgraft.common.data import Data
 from fedgraft.common.evaluating import Evaluation
-from fedgraft.common.language import check_unlabelled
 from fedgraft.common.measures import Measures
 from fedgraft.common.methods import Method
 from fedgraft.common.privacy import Privacy
@@ -19,6 +18,7 @@ from fedgraft.common.section import Duration, IllegalJob, Section
 from fedgraft.common.simulation import Simulation
 from fedgraft.common.tasks import TASKS, TaskName
 from fedgraft.common.training import Training
+from fedgraft.common.unlabelled import check_unlabelled
 
 __all__ = [
     "Aggregation",

@@ -65,8 +65,8 @@ class Task:
     ``auto_class`` of transformers loads its model, which reads ``modality``. It predicts one of the
     job's labels for an example, or the ``tokens`` of a text, of which each is right or wrong: all
     in turn, or those that are hidden if it is ``masked``; or hidden ``patches`` of an image, each
-    close or not. A text has a second one beside it, its
-    target, if it is ``paired``. ``peft`` is how PEFT calls it.
+    close or not. A text has a second one beside it, its target, if it is ``paired``. ``peft`` is
+    how PEFT calls it.
     """
 
     auto_class: str

@@ -162,14 +162,6 @@ class _Place:
         store, measures = self.participant.store, self.job.measures
         return measure(self.stack, self.layout, adapter, examples, measures=measures, store=store)
 
-    def begin(self, trial: Trial) -> Vector:
-        """What a model begins with, float32 [layout.size]: the earlier adapter, if there is one."""
-        if self.job.start is None:
-            return self.bench.initial
-        exchanged = self.layout.only(trial.names)
-        parts = exchanged, starting_point(self.job, self.bench, exchanged)
-        return self.layout.merged(self.bench.initial, parts)
-
     def task(self, start: Vector, purpose: str) -> Task:
         """Training on the site's own data."""
         generator = torch_generator(self.job.job.seed, purpose, self.participant.config.name)
@@ -188,6 +180,17 @@ def _place(trial: Trial, site: int) -> _Place:
     participant = open_participant(trial.nodes[site])
     bench, stack = open_workbench(trial.job), participant.stack(trial.job)
     return _Place(trial.job, participant, bench, stack, participant.splits(trial.job))
+
+
+def _begin(trial: Trial) -> Vector:
+    """What a model begins with, float32 [layout.size]: the earlier adapter, if there is one."""
+    bench = open_workbench(trial.job)
+    if trial.job.start is None:
+        return bench.initial
+    exchanged = bench.layout.only(trial.names)
+    return bench.layout.merged(
+        bench.initial, (exchanged, starting_point(trial.job, bench, exchanged))
+    )
 
 
 def _train(
@@ -244,14 +247,14 @@ def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Judged]:
 
 
 def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Judged, dict[str, float]] | None]:
-    places = [_place(trial, site) for site in sites]
-    tasks = [place.task(place.begin(trial), "local-only") for place in places]
+    places, begin = [_place(trial, site) for site in sites], _begin(trial)
+    tasks = [place.task(begin, "local-only") for place in places]
     trained = _train(places, tasks, trial.job.training, _budget(trial))
     if not why_absent(trial.job, len(trial.nodes)):
         exchanged = places[0].layout.only(trial.names)
         for place, adapter in zip(places, trained, strict=True):
             if adapter is not None:
-                moved = place.layout.part(adapter - place.begin(trial), exchanged)
+                moved = place.layout.part(adapter - begin, exchanged)
                 keep_direction(place.participant.state, moved)
     return [
         None if adapter is None else _tried(trial, site, place, adapter)
@@ -283,7 +286,7 @@ def _central(trial: Trial) -> list[Judged | None]:
         settings = settings.model_copy(update=changes)
     parts = [other.splits.train for other in places]
     pool = concatenate([part for part in parts if has_labels(part)])
-    task = replace(place.task(place.begin(trial), "central"), examples=pool)
+    task = replace(place.task(_begin(trial), "central"), examples=pool)
     (adapter,) = _train([place], [task], settings, _budget(trial))
     if adapter is None:
         return [None] * len(places)

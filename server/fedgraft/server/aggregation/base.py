@@ -1,5 +1,6 @@
 """The contract of a rule, and the running sum that every rule which needs only sums shares."""
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -7,7 +8,7 @@ from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout, Vector
 
-__all__ = ["Collector", "Rule", "RunningMean", "Tensors"]
+__all__ = ["Collector", "MeanRule", "Rule", "RunningMean", "Tensors"]
 
 Tensors = dict[str, NDArray[Any]]
 
@@ -97,3 +98,18 @@ class RunningMean:
         if not self.count:
             raise ZeroDivisionError("the mean of no updates")
         return self._sum / self.weight
+
+
+@dataclass(frozen=True)
+class MeanRule:
+    """What rules have in common whose step is the weighted mean of what travels."""
+
+    needs: Literal["sum", "individual"] = "sum"
+
+    def collect(self, size: int) -> RunningMean:
+        """The weighted mean."""
+        return RunningMean(size)
+
+    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The mean itself."""
+        return combined

@@ -10,29 +10,15 @@ mean(B A). The difference is the rule's aggregation error; ``ffa`` has none.
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout
-from fedgraft.server.aggregation.base import RunningMean
+from fedgraft.server.aggregation.base import MeanRule
 
 
 @dataclass(frozen=True)
-class FedAvg:
+class FedAvg(MeanRule):
     """Every tensor of the adapter trains and travels."""
-
-    needs: Literal["sum", "individual"] = "sum"
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
         """All of them."""
         return layout.names
-
-    def collect(self, size: int) -> RunningMean:
-        """The weighted mean."""
-        return RunningMean(size)
-
-    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The mean itself."""
-        return combined

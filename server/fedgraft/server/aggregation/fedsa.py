@@ -10,29 +10,15 @@ half of an adapter.
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout, is_factor_b
-from fedgraft.server.aggregation.base import RunningMean
+from fedgraft.server.aggregation.base import MeanRule
 
 
 @dataclass(frozen=True)
-class FedSa:
+class FedSa(MeanRule):
     """Everything but the factors B travels; those train and stay."""
-
-    needs: Literal["sum", "individual"] = "sum"
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
         """Factors A and the head."""
         return tuple(name for name in layout.names if not is_factor_b(name))
-
-    def collect(self, size: int) -> RunningMean:
-        """The weighted mean."""
-        return RunningMean(size)
-
-    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The mean itself."""
-        return combined

@@ -9,29 +9,15 @@ bytes. A comes from a seed hashed from the job's and is compared by hash before 
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fedgraft.common.adapters import Layout, is_factor_a
-from fedgraft.server.aggregation.base import RunningMean
+from fedgraft.server.aggregation.base import MeanRule
 
 
 @dataclass(frozen=True)
-class Ffa:
+class Ffa(MeanRule):
     """Everything but the factors A trains and travels."""
-
-    needs: Literal["sum", "individual"] = "sum"
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
         """Factors B and the head."""
         return tuple(name for name in layout.names if not is_factor_a(name))
-
-    def collect(self, size: int) -> RunningMean:
-        """The weighted mean."""
-        return RunningMean(size)
-
-    def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The mean itself."""
-        return combined
