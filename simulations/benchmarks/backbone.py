@@ -32,7 +32,7 @@ from typing import Any
 import psutil
 
 from benchmarks.backbone_front import make_certificates, start_nginx
-from fedgraft.common.blobs import BlobStore, Manifest, make_manifest
+from fedgraft.common.backbones.blob_store import BlobStore, Manifest, make_manifest
 from fedgraft.common.console import Console, print_error
 from fedgraft.common.errors import FedgraftError, InputError
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import grpc
 
-from fedgraft.client.backbone_client import fetch_backbone
-from fedgraft.common.blobs import BlobStore
-from fedgraft.common.channels import SERVER_OPTIONS, open_channel
+from fedgraft.client.membership.backbone_client import fetch_backbone
+from fedgraft.common.backbones.blob_store import BlobStore
+from fedgraft.common.messages.grpc_channel import SERVER_OPTIONS, open_channel
 from fedgraft.common.rpc.fedgraft_v1_pb2_grpc import add_BackbonesServicer_to_server
-from fedgraft.server.backbone_service import BackboneService
+from fedgraft.server.enrollment.backbone_service import BackboneService
 
 
 def serve(store: Path, socket: Path) -> None:

@@ -32,7 +32,7 @@ import itertools
 
 from e2e.partners import NGINX, Partners
 from e2e.superlink import free_ports
-from federations import digits_job, write_digits
+from support.federations import digits_job, write_digits
 
 from benchmarks.backbone import measure as measure_backbone
 from benchmarks.deployment_flower import Flower

@@ -77,9 +77,9 @@ def like_the_peer(job: Any, seq: int, initial: Path, *, pad: bool) -> None:
     import numpy as np
     import torch
 
-    from fedgraft.client import training
-    from fedgraft.client.examples import TextExamples
-    from fedgraft.common.workbench import open_workbench
+    from fedgraft.client.training import trainer as training
+    from fedgraft.common.adapters.model import open_workbench
+    from fedgraft.common.examples import TextExamples
 
     def in_order(examples: Any, generator: Any, epochs: int, settings: Any) -> Any:
         order = np.arange(len(examples))
@@ -121,11 +121,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Simulate in ``folder``; what it took."""
     from safetensors.numpy import load_file
 
+    from fedgraft.common.adapters.model import open_workbench
+    from fedgraft.common.config.jobfile import parse_job
     from fedgraft.common.console import Console
-    from fedgraft.common.jobfile import parse_job
-    from fedgraft.common.workbench import open_workbench
-    from fedgraft.server.runs import Run
-    from fedgraft.simulations.memory import PeakMemory
+    from fedgraft.server.runs.run_folder import Run
+    from fedgraft.simulations.grid.memory import PeakMemory
     from fedgraft.simulations.preparation import prepare
     from fedgraft.simulations.simulate import simulate
 

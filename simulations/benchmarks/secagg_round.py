@@ -21,14 +21,14 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from fedgraft.client.secagg import MaskingParty
+from fedgraft.client.secagg.masking_party import MaskingParty
 from fedgraft.common.console import Steps
 from fedgraft.common.errors import InputError
 from fedgraft.common.secagg.errors import SecAggError
 from fedgraft.common.secagg.keys import Identity
 from fedgraft.common.secagg.quantize import LANES, default_coding, encode_update, mean
 from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_adapter, hash_model
-from fedgraft.server.secagg import UnmaskingServer
+from fedgraft.server.protocol.unmasking_server import UnmaskingServer
 
 __all__ = ["Federation", "Meter", "Pass", "aes_rate", "federate", "play", "replay"]
 

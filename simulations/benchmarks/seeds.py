@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedgraft.simulations.over_seeds import spread
+from fedgraft.simulations.baselines.over_seeds import spread
 
 MODELS = ("federated", "central", "head_only", "zero_shot", "local_only")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
-from fedgraft.common.model_folder import PICKLES
+from fedgraft.common.backbones.folder import PICKLES
 
 LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks|h)\.(\d+)\.")
 

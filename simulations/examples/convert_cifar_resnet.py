@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fedgraft.common.cifar_resnet import (
+from fedgraft.common.backbones.cifar_resnet import (
     CifarResnetConfig,
     CifarResnetForImageClassification,
     converted,

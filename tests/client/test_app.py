@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from masked_federations import Consortium, make_job
-from masked_talk import Node as Seat
-from masked_talk import Talk
+from support.masked_federations import Consortium, make_job
+from support.masked_talk import Node as Seat
+from support.masked_talk import Talk
 
 from fedgraft.client.app import app
-from fedgraft.client.identity import FILE as IDENTITY
-from fedgraft.client.identity import make_identity
+from fedgraft.client.membership.identity import FILE as IDENTITY
+from fedgraft.client.membership.identity import make_identity
 from fedgraft.client.participant import Participant
-from fedgraft.common.federation import Federation, dump_federation
-from fedgraft.common.jobfile import parse_job
-from fedgraft.common.messages import Stage, decode, encode
-from fedgraft.common.payloads import (
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.federation.federation_file import Federation, dump_federation
+from fedgraft.common.messages.codec import Stage, decode, encode
+from fedgraft.common.messages.payloads import (
     EvaluateReply,
     EvaluateRequest,
     Payload,
@@ -31,10 +32,9 @@ from fedgraft.common.payloads import (
     TrainReply,
     TrainRequest,
 )
-from fedgraft.common.workbench import open_workbench
 from fedgraft.server.rounds import Plan, make_plan
 from fedgraft.simulations.demo import digits
-from fedgraft.simulations.identities import FILE
+from fedgraft.simulations.grid.identities import FILE
 
 SESSION = "0123456789abcdef" * 2
 SECRET = "patient Ada Lovelace"

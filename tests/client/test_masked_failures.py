@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from masked_federations import SESSION, Consortium, make_job, saying
-from masked_talk import Talk
+from support.masked_federations import SESSION, Consortium, make_job, saying
+from support.masked_talk import Talk
 
-from fedgraft.client import training
 from fedgraft.client.participant import Participant
+from fedgraft.client.training import trainer as training
 from fedgraft.common.errors import SiteFailure
-from fedgraft.common.metrics import Tally
-from fedgraft.common.payloads import Refusal, TrainRequest
+from fedgraft.common.messages.payloads import Refusal, TrainRequest
+from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.secagg.statements import MaskedInput
 
 SECRET = "patient Ada Lovelace"

@@ -6,20 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from places import SESSION, Place, make_job, wire, write_rows
+from support.places import SESSION, Place, make_job, wire, write_rows
 
-from fedgraft.client import splits as splits_module
-from fedgraft.client.data import read_split
-from fedgraft.client.evaluation import evaluate
-from fedgraft.client.examples import Examples
+from fedgraft.client.data import splits as splits_module
+from fedgraft.client.data.rows import read_split
+from fedgraft.client.data.splits import NOTHING, Splits
 from fedgraft.client.participant import Participant, open_participant
-from fedgraft.client.splits import NOTHING, Splits
-from fedgraft.client.training import train_together
-from fedgraft.common.adapters import cut_rank
+from fedgraft.client.training.evaluate import evaluate
+from fedgraft.client.training.trainer import train_together
+from fedgraft.common.adapters.attach import cut_rank
+from fedgraft.common.config.job import Job
 from fedgraft.common.errors import AdapterError, SiteFailure
-from fedgraft.common.job import Job
-from fedgraft.common.measures import Measures
-from fedgraft.common.payloads import EvaluateRequest, PlanRequest, TrainRequest
+from fedgraft.common.examples import Examples
+from fedgraft.common.messages.payloads import EvaluateRequest, PlanRequest, TrainRequest
+from fedgraft.common.metrics.measures import Measures
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgraft.client.features import Features
-from fedgraft.client.transferability import (
+from fedgraft.client.selection.features import Features
+from fedgraft.client.selection.transferability import (
     SiteSums,
     draw_shots,
     nearest,

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 from flwr.app import ConfigRecord, RecordDict
-from payload_samples import MEMORY, SAMPLES, assert_equal, over_the_wire
+from support.payload_samples import MEMORY, SAMPLES, assert_equal, over_the_wire
 
-from fedgraft.client.round_secrets import Memory
+from fedgraft.client.secagg.round_secrets import Memory
 from fedgraft.common.errors import MessageError
-from fedgraft.common.messages import recall, remember
+from fedgraft.common.messages.codec import recall, remember
 
 
 def test_a_memory_is_recalled_as_it_was() -> None:

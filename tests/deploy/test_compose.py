@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from programs import find, passes
+from support.programs import find, passes
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/compose"

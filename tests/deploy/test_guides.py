@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedgraft.client.policy import _rules, load_policy
-from fedgraft.client.site import load_site
-from fedgraft.server.provision import POLICY, load_plan
+from fedgraft.client.policy.policy_file import _rules, load_policy
+from fedgraft.client.site_config import load_site
+from fedgraft.server.enrollment.provision import POLICY, load_plan
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))

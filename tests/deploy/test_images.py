@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from programs import find, passes
+from support.programs import find, passes
 
 from fedgraft.common.cli import VERBS
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import yaml
-from programs import find, passes
+from support.programs import find, passes
 
-from fedgraft.client.policy import load_policy
-from fedgraft.client.site import load_site
+from fedgraft.client.policy.policy_file import load_policy
+from fedgraft.client.site_config import load_site
 
 FOLDER = Path(__file__).parents[2] / "deploy/kubernetes"
 FILES = ("coordinator.yaml", "site.yaml")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from programs import find, passes
+from support.programs import find, passes
 
 FOLDER = Path(__file__).parents[2] / "deploy/nginx"
 STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")

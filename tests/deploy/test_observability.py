@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from programs import find, passes
+from support.programs import find, passes
 
 FOLDER = Path(__file__).parents[2] / "deploy/observability"
 SOURCE = "Debian's package prometheus"

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from programs import find, passes, run
+from support.programs import find, passes, run
 
 FOLDER = Path(__file__).parents[2] / "deploy/systemd"
 UNITS = ("fedgraft-coordinator.service", "fedgraft-site.service")

@@ -25,13 +25,13 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supernode import node_auth_http_interceptor
 
-from fedgraft.client.agent import Agent
-from fedgraft.client.fleet import Task
+from fedgraft.client.agent.process import Agent
+from fedgraft.client.agent.startup import make_agent
+from fedgraft.client.agent.superlink_session import Task
 from fedgraft.client.participant import Participant
-from fedgraft.client.start import make_agent
-from fedgraft.common.messages import Stage, decode, encode
-from fedgraft.common.payloads import TrainReply
-from fedgraft.common.seals import seal
+from fedgraft.common.messages.codec import Stage, decode, encode
+from fedgraft.common.messages.payloads import TrainReply
+from fedgraft.common.messages.signatures import seal
 
 __all__ = ["ALTERED", "LATE", "SENT"]
 

@@ -27,19 +27,19 @@ import tomli_w
 from e2e.netlab import Network
 from e2e.superlink import die_with_parent, free_ports
 
-from fedgraft.client.agent import make_tls
-from fedgraft.client.site import load_site
-from fedgraft.common.backbones import find_backbone
-from fedgraft.common.blobs import make_manifest
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import dump_job
+from fedgraft.client.agent.process import make_tls
+from fedgraft.client.site_config import load_site
+from fedgraft.common.backbones.blob_store import make_manifest
+from fedgraft.common.backbones.load import find_backbone
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import dump_job
 from fedgraft.server.app import coordinate
-from fedgraft.server.jobs import OPEN
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import Transport
-from fedgraft.simulations.grid import LocalGrid
+from fedgraft.server.jobs.queue import OPEN
+from fedgraft.server.protocol.transport import Transport
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
 from fedgraft.simulations.preparation import prepare
-from fedgraft.simulations.workers import Workers
 
 __all__ = ["NGINX", "Partners"]
 

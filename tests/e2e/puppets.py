@@ -10,11 +10,11 @@ from typing import Self
 from e2e.partners import Partners
 from flwr.app import Message, RecordDict
 
-from fedgraft.client.agent import Agent
-from fedgraft.client.fleet import Fleet, Task
-from fedgraft.client.identity import load_identity
-from fedgraft.client.membership import load_tls_key
-from fedgraft.common.certificates import public_pem
+from fedgraft.client.agent.process import Agent
+from fedgraft.client.agent.superlink_session import Fleet, Task
+from fedgraft.client.membership.credentials import load_tls_key
+from fedgraft.client.membership.identity import load_identity
+from fedgraft.common.federation.certificates import public_pem
 
 __all__ = ["Puppet", "answering"]
 

@@ -35,8 +35,8 @@ from typing import Any, Self
 
 import tomli_w
 
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import dump_job
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import dump_job
 
 __all__ = ["Federation", "die_with_parent", "free_ports"]
 

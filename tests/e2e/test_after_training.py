@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federations import adapter_of
+from support.federations import adapter_of
 
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.jobfile import load_job
 from fedgraft.common.console import Console
-from fedgraft.common.jobfile import load_job
-from fedgraft.common.workbench import open_workbench
 from fedgraft.server.rounds import make_plan
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 
@@ -76,7 +76,7 @@ def test_a_real_encoder_runs_as_onnx_with_the_same_logits(
     runtime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
     import torch
 
-    from fedgraft.server.export_onnx import example_inputs, export_onnx
+    from fedgraft.server.export.onnx import example_inputs, export_onnx
 
     run, _ = run_example(
         "trec",

@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from commands import command
-from federations import write_digits
+from support.commands import command
+from support.federations import write_digits
 
-from fedgraft.common.backbones import BUILTIN
+from fedgraft.common.backbones.load import BUILTIN
 
 TEXT_JOB = """
 [job]

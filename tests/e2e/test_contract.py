@@ -22,10 +22,8 @@ from typing import Any
 
 import httpx
 import pytest
-from clinic import Authority
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from e2e.superlink import QUIET, _listens, die_with_parent, free_ports
-from federations import digits_job, write_digits
 from flwr.common.constant import (
     FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE,
     HEARTBEAT_DEFAULT_INTERVAL,
@@ -34,35 +32,43 @@ from flwr.common.constant import (
 )
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.superlink.grid import http_grid
+from support.clinic import Authority
+from support.federations import digits_job, write_digits
 
-from fedgraft.client import fleet
-from fedgraft.client.agent import Agent, Pace, make_tls
-from fedgraft.client.fleet import Fleet, Gone, StillThere
-from fedgraft.client.identity import make_identity
-from fedgraft.common.certificates import make_key, public_pem
+from fedgraft.client.agent import superlink_session as fleet
+from fedgraft.client.agent.process import Agent, Pace, make_tls
+from fedgraft.client.agent.superlink_session import Fleet, Gone, StillThere
+from fedgraft.client.membership.identity import make_identity
+from fedgraft.common.config.jobfile import dump_job
 from fedgraft.common.errors import FedgraftError
-from fedgraft.common.federation import Federation, dump_federation
+from fedgraft.common.federation.certificates import make_key, public_pem
+from fedgraft.common.federation.federation_file import Federation, dump_federation
 from fedgraft.common.files import write_private
-from fedgraft.common.jobfile import dump_job
-from fedgraft.common.messages import SMALL
-from fedgraft.common.objects import known_objects
-from fedgraft.server.front import BODY, Front, write_front
-from fedgraft.server.runs import Run
-from fedgraft.server.superlink import (
+from fedgraft.common.messages.codec import SMALL
+from fedgraft.common.messages.flower_objects import known_objects
+from fedgraft.server.coordinator.nginx import BODY, Front, write_front
+from fedgraft.server.coordinator.superlink import (
     FINISHED,
     Control,
     executor_command,
     save_requests,
     superlink_command,
 )
-from fedgraft.server.transport import FLOWER_ERRORS
+from fedgraft.server.protocol.transport import FLOWER_ERRORS
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 
-FLEET, SUPERLINK = "client/fedgraft/client/fleet.py", "server/fedgraft/server/superlink.py"
-AGENT, TRANSPORT = "client/fedgraft/client/agent.py", "server/fedgraft/server/transport.py"
-OBJECTS = "common/fedgraft/common/objects.py"
-COORDINATOR = "server/fedgraft/server/coordinator.py"
-FRONT = "server/fedgraft/server/front.py"
+FLEET, SUPERLINK = (
+    "client/fedgraft/client/agent/superlink_session.py",
+    "server/fedgraft/server/coordinator/superlink.py",
+)
+AGENT, TRANSPORT = (
+    "client/fedgraft/client/agent/process.py",
+    "server/fedgraft/server/protocol/transport.py",
+)
+OBJECTS = "common/fedgraft/common/messages/flower_objects.py"
+COORDINATOR = "server/fedgraft/server/coordinator/process.py"
+FRONT = "server/fedgraft/server/coordinator/nginx.py"
 PROTOBUF = {"content-type": "application/protobuf"}
 SECRET = "what a site's exception says"
 FLEET_PATHS = {

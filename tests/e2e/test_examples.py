@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fedgraft.common.jobfile import load_job
-from fedgraft.common.workbench import open_workbench
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.jobfile import load_job
 from fedgraft.simulations.preparation import prepare
 
 ROOT = Path(__file__).parents[2]

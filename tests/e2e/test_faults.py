@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federations import adapter_of, digits_job, run_digits, write_digits
+from support.federations import adapter_of, digits_job, run_digits, write_digits
 
-from fedgraft.common.adapters import Vector
+from fedgraft.common.adapters.attach import Vector
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
-from fedgraft.common.job import Job
-from fedgraft.common.workbench import open_workbench
 from fedgraft.server.rounds import make_plan
-from fedgraft.server.runs import Run
-from fedgraft.simulations.faults import choose_sites
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.faults.plan import choose_sites
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 

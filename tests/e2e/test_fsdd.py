@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.io import wavfile
 
+from fedgraft.common.config.jobfile import load_job
 from fedgraft.common.console import Console
-from fedgraft.common.jobfile import load_job
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federations import digits_job, write_digits
+from support.federations import digits_job, write_digits
 
-from fedgraft.common.adapters import Vector
-from fedgraft.common.job import Job
-from fedgraft.common.messages import Stage
+from fedgraft.common.adapters.attach import Vector
+from fedgraft.common.config.job import Job
+from fedgraft.common.messages.codec import Stage
 from fedgraft.server.app import coordinate
-from fedgraft.server.checkpoints import load_partial
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import Transport
-from fedgraft.simulations.engine import make_nodes
-from fedgraft.simulations.grid import LocalGrid
+from fedgraft.server.protocol.transport import Transport
+from fedgraft.server.runs.checkpoints import load_partial
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.grid.engine import make_nodes
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
 from fedgraft.simulations.preparation import prepare
-from fedgraft.simulations.workers import Workers
 
 
 class Crash(Exception):
@@ -107,7 +107,7 @@ def test_it_is_not_written_more_often_than_asked(tmp_path: Path) -> None:
 
 
 def _layout_of(job: Job) -> str:
-    from fedgraft.common.workbench import open_workbench
+    from fedgraft.common.adapters.model import open_workbench
     from fedgraft.server.rounds import make_plan
 
     return make_plan(job, open_workbench(job), "").exchanged.fingerprint

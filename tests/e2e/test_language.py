@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from federations import adapter_of
-from language_models import CHARACTERS, job_settings, save_language_model
 from peft import PeftModel
+from support.federations import adapter_of
+from support.language_models import CHARACTERS, job_settings, save_language_model
 
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.console import Console
 from fedgraft.common.errors import DataError
-from fedgraft.common.jobfile import parse_job
 from fedgraft.common.tasks import TASKS
-from fedgraft.common.workbench import open_workbench
-from fedgraft.server.export import export_merged
+from fedgraft.server.export.adapter import export_merged
 from fedgraft.server.rounds import make_plan
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federations import adapter_of
-from masked_federations import SESSION, Consortium, MaskedRun, make_job
-from masked_talk import Talk
+from support.federations import adapter_of
+from support.masked_federations import SESSION, Consortium, MaskedRun, make_job
+from support.masked_talk import Talk
 
 from fedgraft.common.secagg.quantize import error_bound, mean
-from fedgraft.server.masked import check_masked
+from fedgraft.server.protocol.masked import check_masked
 from fedgraft.server.rounds import check_clear
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import RoundRecord
 
 # The same as in clear

@@ -16,19 +16,19 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import RecordDict
-from masked_federations import NAMES, Consortium, MaskedRun, make_job, saying
-from masked_talk import SECRETS, Talk
 from numpy.typing import NDArray
-from payload_samples import saved
+from support.masked_federations import NAMES, Consortium, MaskedRun, make_job, saying
+from support.masked_talk import SECRETS, Talk
+from support.payload_samples import saved
 
 from fedgraft.client import app as client
-from fedgraft.client.masked import Kept
+from fedgraft.client.masked_participant import Kept
 from fedgraft.client.participant import Participant
-from fedgraft.client.round_secrets import Memory
-from fedgraft.client.training import Trained, Wanted
-from fedgraft.common.messages import decode, remember
-from fedgraft.common.metrics import Tally
-from fedgraft.common.payloads import EvaluateRequest, TrainReply, TrainRequest
+from fedgraft.client.secagg.round_secrets import Memory
+from fedgraft.client.training.trainer import Trained, Wanted
+from fedgraft.common.messages.codec import decode, remember
+from fedgraft.common.messages.payloads import EvaluateRequest, TrainReply, TrainRequest
+from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.secagg.quantize import packed_size
 from fedgraft.common.secagg.statements import MaskedInput
 

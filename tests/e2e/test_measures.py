@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federations import adapter_of, run_digits, write_digits
+from support.federations import adapter_of, run_digits, write_digits
 
-from fedgraft.common.jobfile import load_job
+from fedgraft.common.config.jobfile import load_job
 from fedgraft.common.section import IllegalJob
-from fedgraft.simulations import cli
+from fedgraft.simulations.cli import simulate as cli
 
 BINS = ("evaluation.score_bins=20", "rounds.count=2")
 

@@ -21,23 +21,23 @@ import httpx
 import pytest
 from e2e.partners import NGINX, Partners
 from e2e.puppets import Puppet, answering
-from federations import digits_job, write_digits
 from flwr.app import RecordDict
-from models import write_model
+from support.federations import digits_job, write_digits
+from support.models import write_model
 
-from fedgraft.client.fleet import Fleet, FleetError, Gone, Refused, Task
-from fedgraft.client.identity import load_identity
-from fedgraft.client.membership import load_tls_key, open_member_channel
-from fedgraft.common.audit import verify
-from fedgraft.common.blobs import BlobStore, make_manifest
-from fedgraft.common.certificates import make_csr
-from fedgraft.common.channels import open_channel
-from fedgraft.common.job import Job
-from fedgraft.common.messages import Stage
+from fedgraft.client.agent.superlink_session import Fleet, FleetError, Gone, Refused, Task
+from fedgraft.client.membership.credentials import load_tls_key, open_member_channel
+from fedgraft.client.membership.identity import load_identity
+from fedgraft.common.backbones.blob_store import BlobStore, make_manifest
+from fedgraft.common.config.job import Job
+from fedgraft.common.federation.audit_log import verify
+from fedgraft.common.federation.certificates import make_csr
+from fedgraft.common.messages.codec import Stage
+from fedgraft.common.messages.grpc_channel import open_channel
+from fedgraft.common.messages.signatures import seal
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
-from fedgraft.common.seals import seal
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 
 pytestmark = [
     pytest.mark.slow,

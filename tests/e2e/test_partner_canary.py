@@ -15,9 +15,9 @@ from e2e.partners import NGINX, Partners
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification
 
-from fedgraft.client.site import load_site
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import parse_job
+from fedgraft.client.site_config import load_site
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import parse_job
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from e2e.disks import filled, small_disk, why_not
 from e2e.partners import NGINX, Partners
-from federations import adapter_of, digits_job, write_digits
+from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.common.audit import read, verify
-from fedgraft.common.job import Job
-from fedgraft.server.runs import Run
+from fedgraft.common.config.job import Job
+from fedgraft.common.federation.audit_log import read, verify
+from fedgraft.server.runs.run_folder import Run
 
 pytestmark = [
     pytest.mark.slow,

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from e2e.partners import NGINX, Partners
-from federations import adapter_of, digits_job, write_digits
+from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.client.ledger import FILE
-from fedgraft.common.audit import verify
-from fedgraft.common.certificates import serial
-from fedgraft.common.job import Job
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import SILENT
+from fedgraft.client.policy.message_log import FILE
+from fedgraft.common.config.job import Job
+from fedgraft.common.federation.audit_log import verify
+from fedgraft.common.federation.certificates import serial
+from fedgraft.server.protocol.transport import SILENT
+from fedgraft.server.runs.run_folder import Run
 
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from e2e.faulty_site import ALTERED
 from e2e.partners import NGINX, Partners
-from federations import adapter_of, digits_job, write_digits
+from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.common.audit import read
-from fedgraft.common.job import Job
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import SILENT
+from fedgraft.common.config.job import Job
+from fedgraft.common.federation.audit_log import read
+from fedgraft.server.protocol.transport import SILENT
+from fedgraft.server.runs.run_folder import Run
 
 pytestmark = [
     pytest.mark.slow,

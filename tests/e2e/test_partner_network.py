@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from e2e.netlab import Network, Wire, why_not
 from e2e.partners import NGINX, Partners
-from federations import adapter_of, digits_job, write_digits
+from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.common.job import Job
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import SILENT
+from fedgraft.common.config.job import Job
+from fedgraft.server.protocol.transport import SILENT
+from fedgraft.server.runs.run_folder import Run
 
 pytestmark = [
     pytest.mark.slow,

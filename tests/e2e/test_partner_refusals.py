@@ -19,18 +19,18 @@ from zipfile import ZipFile
 import grpc
 import pytest
 from e2e.partners import NGINX, Partners
-from federations import digits_job, write_digits
 from flwr.app import ConfigRecord
-from models import flip
+from support.federations import digits_job, write_digits
+from support.models import flip
 
-from fedgraft.common.audit import verify
-from fedgraft.common.backbones import find_backbone
-from fedgraft.common.blobs import BlobStore, Manifest, make_manifest
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import dump_job
+from fedgraft.common.backbones.blob_store import BlobStore, Manifest, make_manifest
+from fedgraft.common.backbones.load import find_backbone
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import dump_job
+from fedgraft.common.federation.audit_log import verify
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 
 pytestmark = [
     pytest.mark.slow,

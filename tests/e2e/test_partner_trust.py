@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from e2e.partners import NGINX, Partners
-from federations import digits_job, write_digits
+from support.federations import digits_job, write_digits
 
-from fedgraft.common.certificates import issue_site, load_key, make_ca, make_key
+from fedgraft.common.federation.certificates import issue_site, load_key, make_ca, make_key
 
 pytestmark = [
     pytest.mark.slow,

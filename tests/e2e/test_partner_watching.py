@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import pytest
 from e2e.partners import NGINX, Partners
-from federations import digits_job, write_digits
-from report_runs import assert_sound
+from support.federations import digits_job, write_digits
+from support.report_runs import assert_sound
 
-from fedgraft.client.fleet import Fleet, StillThere
-from fedgraft.client.membership import load_tls_key, open_member_channel
-from fedgraft.common.audit import Audit, verify
-from fedgraft.common.job import Job
+from fedgraft.client.agent.superlink_session import Fleet, StillThere
+from fedgraft.client.membership.credentials import load_tls_key, open_member_channel
+from fedgraft.common.config.job import Job
+from fedgraft.common.federation.audit_log import Audit, verify
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from e2e.partners import NGINX, Partners
-from federations import adapter_of, digits_job, write_digits
+from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.common.audit import verify
-from fedgraft.common.backbones import find_backbone
-from fedgraft.common.blobs import BlobStore, make_manifest
-from fedgraft.common.job import Job
+from fedgraft.common.backbones.blob_store import BlobStore, make_manifest
+from fedgraft.common.backbones.load import find_backbone
+from fedgraft.common.config.job import Job
+from fedgraft.common.federation.audit_log import verify
 from fedgraft.server.app import coordinate
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import Transport
-from fedgraft.simulations.grid import LocalGrid
-from fedgraft.simulations.identities import found_federation
-from fedgraft.simulations.workers import Workers
+from fedgraft.server.protocol.transport import Transport
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.grid.identities import found_federation
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from e2e.partners import NGINX, Partners
 from e2e.test_partners import run_here
-from federations import adapter_of
+from support.federations import adapter_of
 
-from fedgraft.common.audit import verify
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import load_job
-from fedgraft.server.runs import Run
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import load_job
+from fedgraft.common.federation.audit_log import verify
+from fedgraft.server.runs.run_folder import Run
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("FEDGRAFT_DATA") or ROOT.parent / "shared")

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federations import SMALL, adapter_of, digits_job, run_digits, write_digits
+from support.federations import SMALL, adapter_of, digits_job, run_digits, write_digits
 
-from fedgraft.common.adapters import Vector
-from fedgraft.common.job import Job
-from fedgraft.server import runs as runs_module
+from fedgraft.common.adapters.attach import Vector
+from fedgraft.common.config.job import Job
 from fedgraft.server.app import coordinate
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import Transport
-from fedgraft.simulations import cli
-from fedgraft.simulations.engine import make_nodes
-from fedgraft.simulations.grid import LocalGrid
+from fedgraft.server.protocol.transport import Transport
+from fedgraft.server.runs import run_folder as runs_module
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.cli import simulate as cli
+from fedgraft.simulations.grid.engine import make_nodes
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
 from fedgraft.simulations.preparation import prepare
-from fedgraft.simulations.workers import Workers
 
 # Everything that changes the state of the disk on the way through the rounds.
 FILE_OPERATIONS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (runs_module, "_append"))

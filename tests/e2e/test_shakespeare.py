@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fedgraft.common.config.jobfile import load_job
 from fedgraft.common.console import Console
-from fedgraft.common.jobfile import load_job
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federations import SMALL, adapter_of, run_digits, write_digits
+from support.federations import SMALL, adapter_of, run_digits, write_digits
 
-from fedgraft.server.runs import Run
-from fedgraft.simulations import cli
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.cli import simulate as cli
 
 ROOT = Path(__file__).parents[2]
 

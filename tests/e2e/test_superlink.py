@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from e2e.superlink import Federation
-from federations import adapter_of, digits_job, write_digits
+from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.common.job import Job
+from fedgraft.common.config.job import Job
 from fedgraft.server.app import coordinate
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import SILENT, Transport
-from fedgraft.simulations.grid import LocalGrid
+from fedgraft.server.protocol.transport import SILENT, Transport
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
 from fedgraft.simulations.preparation import prepare
-from fedgraft.simulations.workers import Workers
 
 COMPLETED = "finished:completed"
 

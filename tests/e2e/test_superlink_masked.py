@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 from e2e.superlink import Federation
-from federations import adapter_of, digits_job, write_digits
+from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.client.site import dump_site, load_site
-from fedgraft.common.job import Job
+from fedgraft.client.site_config import dump_site, load_site
+from fedgraft.common.config.job import Job
 from fedgraft.server.app import coordinate
-from fedgraft.server.runs import Run
-from fedgraft.server.transport import SILENT, Transport
-from fedgraft.simulations.grid import LocalGrid
-from fedgraft.simulations.identities import FILE, found_federation
+from fedgraft.server.protocol.transport import SILENT, Transport
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.grid.identities import FILE, found_federation
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
 from fedgraft.simulations.preparation import prepare
-from fedgraft.simulations.workers import Workers
 
 MASKED = ("privacy.secure_aggregation.enabled=true", "rounds.count=1", "simulation.sites=4")
 

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import command
-from federations import SMALL, adapter_of, run_digits, write_digits
+from support.commands import command
+from support.federations import SMALL, adapter_of, run_digits, write_digits
 
 from fedgraft.common.console import Console
-from fedgraft.server.runs import Run, list_runs
-from fedgraft.simulations import cli, sweep
-from fedgraft.simulations.sweep_grid import make_cells, read_axes
+from fedgraft.server.runs.run_folder import Run, list_runs
+from fedgraft.simulations.cli import simulate as cli
+from fedgraft.simulations.sweep import run as sweep
+from fedgraft.simulations.sweep.grid import make_cells, read_axes
 
 RATES = "training.learning_rate=1e-3,1e-2"
 TINY = (*(one for one in SMALL if not one.startswith(("rounds", "simulation.sites"))),

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.client.secagg import MaskingParty
+from fedgraft.client.secagg.masking_party import MaskingParty
 from fedgraft.common.secagg.errors import SecAggError, StageError
 from fedgraft.common.secagg.keys import Entropy, Identity
 from fedgraft.common.secagg.quantize import Coding
 from fedgraft.common.secagg.statements import Aggregate, Stage, Survivors, UnmaskRequest
 from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_adapter, hash_model
-from fedgraft.server.secagg import UnmaskingServer
+from fedgraft.server.protocol.unmasking_server import UnmaskingServer
 
 STAGES = ("keys", "shares", "train", "confirm", "unmask")
 ADAPTER = hash_adapter(np.arange(3, dtype=np.float32))

@@ -25,10 +25,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("common", "client", "server", "simulations", "tests")
 PARTIES = (
-    "client/fedgraft/client/claims.py",
-    "client/fedgraft/client/round_secrets.py",
-    "client/fedgraft/client/secagg.py",
-    "server/fedgraft/server/secagg.py",
+    "client/fedgraft/client/secagg/stage_log.py",
+    "client/fedgraft/client/secagg/round_secrets.py",
+    "client/fedgraft/client/secagg/masking_party.py",
+    "server/fedgraft/server/protocol/unmasking_server.py",
 )
 TESTS = ("tests/common/secagg/test_*.py", "tests/secagg/test_*.py", "tests/client/test_claims*.py")
 CPU_SECONDS = 120  # the tests need 20; what takes so long hangs

@@ -20,8 +20,8 @@ from secagg.federation import (
     unsigned,
 )
 
-from fedgraft.client.round_secrets import State
-from fedgraft.client.secagg import MaskingParty
+from fedgraft.client.secagg.masking_party import MaskingParty
+from fedgraft.client.secagg.round_secrets import State
 from fedgraft.common.secagg.errors import (
     ParameterError,
     PolicyRefused,

@@ -28,7 +28,7 @@ from fedgraft.common.secagg.statements import (
     Stage,
 )
 from fedgraft.common.secagg.transcript import Frame, Policy, advertisement_body, sign
-from fedgraft.server.secagg import UnmaskingServer
+from fedgraft.server.protocol.unmasking_server import UnmaskingServer
 
 
 @pytest.fixture

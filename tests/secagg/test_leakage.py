@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from secagg.federation import MODEL, STAGES, Federation, refused
 
-from fedgraft.client.secagg import MaskingParty
+from fedgraft.client.secagg.masking_party import MaskingParty
 from fedgraft.common.secagg.errors import SecAggError, StageError
 from fedgraft.common.secagg.statements import Delivery, MaskedInput
 
@@ -221,7 +221,7 @@ def test_errors_show_no_content() -> None:
 
 
 def test_copies_of_secrets_are_wiped_while_sharing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedgraft.client import secagg
+    from fedgraft.client.secagg import masking_party as secagg
 
     wiped: list[int] = []
     from fedgraft.common.secagg.keys import wipe as plain

@@ -20,7 +20,7 @@ from secagg.federation import (
 )
 from secagg.replay import SURVIVORS, replay
 
-from fedgraft.client.round_secrets import State
+from fedgraft.client.secagg.round_secrets import State
 from fedgraft.common.secagg.errors import ParameterError, StageError, TooFewParties
 from fedgraft.common.secagg.graph import plan_graph
 from fedgraft.common.secagg.quantize import mean

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 import numpy as np
-from federations import adapter_of, digits_job, run_digits, write_digits
 from flwr.app import Context, RecordDict
+from support.federations import adapter_of, digits_job, run_digits, write_digits
 
-from fedgraft.common.jobfile import dump_job
+from fedgraft.common.config.jobfile import dump_job
 from fedgraft.server.app import app
-from fedgraft.server.runs import Run
-from fedgraft.simulations.engine import make_nodes
-from fedgraft.simulations.grid import LocalGrid
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.grid.engine import make_nodes
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
 from fedgraft.simulations.preparation import prepare
-from fedgraft.simulations.workers import Workers
 
 
 def test_the_server_app_comes_to_the_adapter_of_the_simulation(tmp_path: Path) -> None:

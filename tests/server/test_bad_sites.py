@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Error, RecordDict
-from rounds_in_memory import (
+from support.rounds_in_memory import (
     MemoryGrid,
     Said,
     Site,
@@ -20,12 +20,7 @@ from rounds_in_memory import (
     transport_to,
 )
 
-from fedgraft.common.payloads import (
-    EvaluateReply,
-    EvaluateRequest,
-    Refusal,
-    TrainRequest,
-)
+from fedgraft.common.messages.payloads import EvaluateReply, EvaluateRequest, Refusal, TrainRequest
 from fedgraft.server.rounds import run_job
 from fedgraft.server.state import Dropped, RoundRecord, State
 

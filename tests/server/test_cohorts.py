@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rounds_in_memory import Site, federate, make_job
+from support.rounds_in_memory import Site, federate, make_job
 
 from fedgraft.server.rounds import choose_cohort
 

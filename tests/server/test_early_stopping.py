@@ -5,13 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rounds_in_memory import SESSION, Outcome, Site, federate, make_job
+from support.rounds_in_memory import SESSION, Outcome, Site, federate, make_job
 
-from fedgraft.common.metrics import Tally
-from fedgraft.common.payloads import (
-    EvaluateReply,
-    EvaluateRequest,
-)
+from fedgraft.common.messages.payloads import EvaluateReply, EvaluateRequest
+from fedgraft.common.metrics.tally import Tally
 
 # Validation and early stopping
 

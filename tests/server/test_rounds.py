@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Error
-from rounds_in_memory import (
+from support.rounds_in_memory import (
     SESSION,
     MemoryGrid,
     Outcome,
@@ -20,16 +20,13 @@ from rounds_in_memory import (
     transport_to,
 )
 
-from fedgraft.common.adapters import Layout, is_factor_a, is_factor_b, is_head
+from fedgraft.common.adapters.attach import Layout, is_factor_a, is_factor_b, is_head
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import TooFewSites
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import parse_job
-from fedgraft.common.payloads import (
-    TrainReply,
-    TrainRequest,
-)
-from fedgraft.common.workbench import open_workbench
-from fedgraft.server.aggregation import optimizers
+from fedgraft.common.messages.payloads import TrainReply, TrainRequest
+from fedgraft.server import optimizers
 from fedgraft.server.rounds import Plan, make_plan, run_job, run_round
 from fedgraft.server.state import Moments, State
 

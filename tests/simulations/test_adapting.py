@@ -5,17 +5,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federations import adapter_of, digits_job, run_digits, write_digits
 from peft import PeftModel
+from support.federations import adapter_of, digits_job, run_digits, write_digits
 from transformers import AutoModelForImageClassification
 
-from fedgraft.client.data import read_split
-from fedgraft.client.objectives import IGNORED
-from fedgraft.common.adapters import DOMAIN
-from fedgraft.common.adapting import SCALE
+from fedgraft.client.data.rows import read_split
+from fedgraft.client.objectives.labels import IGNORED
+from fedgraft.common.adapters.attach import DOMAIN
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.adapting import SCALE
 from fedgraft.common.errors import DataError, InputError, JobError
-from fedgraft.common.workbench import open_workbench
-from fedgraft.server.export import export_adapter
+from fedgraft.server.export.adapter import export_adapter
 from fedgraft.server.rounds import make_plan
 from fedgraft.simulations.preparation import prepare
 

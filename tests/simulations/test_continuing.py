@@ -7,30 +7,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import adapter_of, digits_job, run_digits
-from language_models import job_settings, save_language_model
 from safetensors.numpy import load_file
-from trainings import book, digits, make_job, noisy, settings, task
+from support.federations import adapter_of, digits_job, run_digits
+from support.language_models import job_settings, save_language_model
+from support.trainings import book, digits, make_job, noisy, settings, task
 
-from fedgraft.client.consolidation import Consolidation
-from fedgraft.client.evaluation import evaluate
+from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.participant import open_participant
-from fedgraft.client.stack import open_stack
-from fedgraft.client.training import Trained, train
-from fedgraft.common.adapters import EWC, Vector
-from fedgraft.common.adapting import SCALE
+from fedgraft.client.training.evaluate import evaluate
+from fedgraft.client.training.ewc import Consolidation
+from fedgraft.client.training.trainer import Trained, train
+from fedgraft.common.adapters.attach import EWC, Vector
+from fedgraft.common.adapters.fisher import ANCHOR, NEW, OLD
+from fedgraft.common.adapters.initial import starting_point
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.console import Console
-from fedgraft.common.consolidation import ANCHOR, NEW, OLD
 from fedgraft.common.errors import InputError, JobError
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import parse_job
-from fedgraft.common.starting import starting_point
-from fedgraft.common.workbench import open_workbench
-from fedgraft.server.export import export_adapter
+from fedgraft.server.export.adapter import export_adapter
 from fedgraft.server.rounds import make_plan
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.demo import digits as demo
-from fedgraft.simulations.engine import make_nodes
+from fedgraft.simulations.grid.engine import make_nodes
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 

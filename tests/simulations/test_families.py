@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import FAMILIES, family_job
-from federations import adapter_of
 from peft import PeftModel
+from support.families import FAMILIES, family_job
+from support.federations import adapter_of
 
-from fedgraft.client.data import encode, read_split
-from fedgraft.client.examples import Examples
-from fedgraft.client.stack import check_stacking, open_stack
+from fedgraft.client.data.rows import encode, read_split
+from fedgraft.client.model.batched_model import check_stacking, open_stack
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
-from fedgraft.common.job import Job
+from fedgraft.common.examples import Examples
 from fedgraft.common.tasks import TASKS
-from fedgraft.common.workbench import open_workbench
-from fedgraft.server.export import export_adapter, export_merged
+from fedgraft.server.export.adapter import export_adapter, export_merged
 from fedgraft.server.rounds import make_plan
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federations import adapter_of, digits_job, run_digits, write_digits
 from safetensors.numpy import load_file
+from support.federations import adapter_of, digits_job, run_digits, write_digits
 
-from fedgraft.common.adapters import is_factor_a, is_factor_b, is_head
+from fedgraft.common.adapters.attach import is_factor_a, is_factor_b, is_head
+from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import JobError
-from fedgraft.common.workbench import open_workbench
 from fedgraft.server.rounds import make_plan
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
 
 FEDSA = ("aggregation.rule=fedsa", "rounds.count=3", "simulation.finetune_epochs=0")
 

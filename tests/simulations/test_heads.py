@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federations import digits_job, run_digits
+from support.federations import digits_job, run_digits
 
-from fedgraft.client.evaluation import evaluate
 from fedgraft.client.participant import open_participant
+from fedgraft.client.training.evaluate import evaluate
+from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import JobError
-from fedgraft.common.workbench import open_workbench
-from fedgraft.simulations.engine import make_nodes
+from fedgraft.simulations.grid.engine import make_nodes
 from fedgraft.simulations.preparation import prepare
 
 HEADS = "job.heads={even=['0','2','4','6','8'], odd=['1','3','5','7','9']}"

@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedgraft.client.masked import Kept, MaskedParticipant
+from fedgraft.client.masked_participant import Kept, MaskedParticipant
 from fedgraft.client.participant import Participant, open_participant
-from fedgraft.client.results import keep_result
-from fedgraft.client.training import Trained, Wanted, train_together
+from fedgraft.client.results.store import keep_result
+from fedgraft.client.training.trainer import Trained, Wanted, train_together
 from fedgraft.common.errors import DataError, FedgraftError, SiteFailure
-from fedgraft.common.messages import decode, encode, recall, remember
-from fedgraft.common.payloads import (
+from fedgraft.common.messages.codec import decode, encode, recall, remember
+from fedgraft.common.messages.payloads import (
     ConfirmAsk,
     EvaluateRequest,
     KeysAsk,

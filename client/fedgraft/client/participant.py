@@ -11,23 +11,23 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
 
-from fedgraft.client.evaluation import measure
-from fedgraft.client.guard import SESSION, Guard
-from fedgraft.client.identity import load_identity
-from fedgraft.client.leaving import what_leaves
-from fedgraft.client.provisions import ensure_backbone
-from fedgraft.client.site import SiteConfig, load_site
-from fedgraft.client.splits import Splits
-from fedgraft.client.stack import Stack, open_stack
-from fedgraft.client.store import Store, open_store
-from fedgraft.client.training import Span, Task, Trained, Wanted
-from fedgraft.common.adapters import Layout, Vector, cut_rank
+from fedgraft.client.data.cache import Store, open_store
+from fedgraft.client.data.splits import Splits
+from fedgraft.client.membership.backbone_fetch import ensure_backbone
+from fedgraft.client.membership.identity import load_identity
+from fedgraft.client.model.batched_model import Stack, open_stack
+from fedgraft.client.policy.disclosure import what_leaves
+from fedgraft.client.policy.guard import SESSION, Guard
+from fedgraft.client.site_config import SiteConfig, load_site
+from fedgraft.client.training.evaluate import measure
+from fedgraft.client.training.trainer import Span, Task, Trained, Wanted
+from fedgraft.common.adapters.attach import Layout, Vector, cut_rank
+from fedgraft.common.adapters.model import Workbench, cache_folder, choose_device, open_workbench
+from fedgraft.common.config.job import Job
 from fedgraft.common.errors import SiteFailure
-from fedgraft.common.federation import Federation, load_federation
+from fedgraft.common.federation.federation_file import Federation, load_federation
 from fedgraft.common.files import write_atomically
-from fedgraft.common.job import Job
-from fedgraft.common.metrics import Tally
-from fedgraft.common.payloads import (
+from fedgraft.common.messages.payloads import (
     EvaluateReply,
     EvaluateRequest,
     PlanReply,
@@ -35,14 +35,9 @@ from fedgraft.common.payloads import (
     TrainReply,
     TrainRequest,
 )
+from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.section import Cache
 from fedgraft.common.seeds import torch_generator
-from fedgraft.common.workbench import (
-    Workbench,
-    cache_folder,
-    choose_device,
-    open_workbench,
-)
 
 __all__ = ["Participant", "open_participant"]
 

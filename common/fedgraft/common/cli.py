@@ -20,34 +20,40 @@ VERBOSE = ("-v", "--verbose")  # before or after the verb
 
 # verb -> (where it lives, one line of help); a room left out of an install is simply not offered
 VERBS = {
-    "init": ("fedgraft.server.cli:init", "Write a commented job file to start from."),
-    "check": ("fedgraft.server.cli:check", "Validate a job and its data; say what it will cost."),
-    "simulate": ("fedgraft.simulations.cli:simulate", "Run a whole federation on this machine."),
-    "sweep": ("fedgraft.simulations.sweep_cli:sweep", "Simulate every setting of a grid; compare."),
-    "select": ("fedgraft.simulations.select_cli:select", "Rank backbones before any training."),
-    "runs": ("fedgraft.server.cli:runs", "List runs and what they came to."),
-    "report": ("fedgraft.server.cli:report", "Write a run's report.html again."),
-    "explain": ("fedgraft.server.explain_cli:explain", "What of an input a run's model looked at."),
-    "export": ("fedgraft.server.cli:export", "Write a run's adapter or merged model."),
+    "init": ("fedgraft.server.cli.jobs:init", "Write a commented job file to start from."),
+    "check": (
+        "fedgraft.server.cli.jobs:check",
+        "Validate a job and its data; say what it will cost.",
+    ),
+    "simulate": (
+        "fedgraft.simulations.cli.simulate:simulate",
+        "Run a whole federation on this machine.",
+    ),
+    "sweep": ("fedgraft.simulations.cli.sweep:sweep", "Simulate every setting of a grid; compare."),
+    "select": ("fedgraft.simulations.cli.select:select", "Rank backbones before any training."),
+    "runs": ("fedgraft.server.cli.jobs:runs", "List runs and what they came to."),
+    "report": ("fedgraft.server.cli.jobs:report", "Write a run's report.html again."),
+    "explain": ("fedgraft.server.cli.explain:explain", "What of an input a run's model looked at."),
+    "export": ("fedgraft.server.cli.jobs:export", "Write a run's adapter or merged model."),
     "provision kits": (
-        "fedgraft.server.provision_cli:kits",
+        "fedgraft.server.cli.provision:kits",
         "Found a federation, or add sites: one kit for each (`provision FILE` is short for it).",
     ),
-    "provision renew": ("fedgraft.server.provision_cli:renew", "Write a site's kit again."),
-    "provision revoke": ("fedgraft.server.provision_cli:revoke", "Shut a site out."),
-    "provision list": ("fedgraft.server.provision_cli:sites", "List the sites and their kits."),
-    "coordinator run": ("fedgraft.server.coordinator_cli:run", "Run the coordinator."),
-    "coordinator status": ("fedgraft.server.coordinator_cli:status", "Sites, runs, processes."),
-    "coordinator stop": ("fedgraft.server.coordinator_cli:stop", "Stop a run, or all of it."),
-    "submit": ("fedgraft.server.coordinator_cli:submit", "Give the coordinator a job."),
-    "site join": ("fedgraft.client.site_cli:join", "Join a federation with a kit."),
-    "site doctor": ("fedgraft.client.doctor_cli:doctor", "Try what taking part needs."),
-    "site run": ("fedgraft.client.site_cli:run", "Take part until stopped."),
-    "site admit": ("fedgraft.client.site_cli:admit", "Agree to a site that came later."),
-    "site approve": ("fedgraft.client.approve_cli:approve", "Approve jobs that wait for you."),
-    "site audit": ("fedgraft.client.audit_cli:audit", "What came and went; verify it; export it."),
-    "site results": ("fedgraft.client.results_cli:results", "What runs came to for this site."),
-    "fetch": ("fedgraft.client.fetch_cli:fetch", "Import a local backbone at a site."),
+    "provision renew": ("fedgraft.server.cli.provision:renew", "Write a site's kit again."),
+    "provision revoke": ("fedgraft.server.cli.provision:revoke", "Shut a site out."),
+    "provision list": ("fedgraft.server.cli.provision:sites", "List the sites and their kits."),
+    "coordinator run": ("fedgraft.server.cli.coordinator:run", "Run the coordinator."),
+    "coordinator status": ("fedgraft.server.cli.coordinator:status", "Sites, runs, processes."),
+    "coordinator stop": ("fedgraft.server.cli.coordinator:stop", "Stop a run, or all of it."),
+    "submit": ("fedgraft.server.cli.coordinator:submit", "Give the coordinator a job."),
+    "site join": ("fedgraft.client.cli.site:join", "Join a federation with a kit."),
+    "site doctor": ("fedgraft.client.cli.doctor:doctor", "Try what taking part needs."),
+    "site run": ("fedgraft.client.cli.site:run", "Take part until stopped."),
+    "site admit": ("fedgraft.client.cli.site:admit", "Agree to a site that came later."),
+    "site approve": ("fedgraft.client.cli.approve:approve", "Approve jobs that wait for you."),
+    "site audit": ("fedgraft.client.cli.audit:audit", "What came and went; verify it; export it."),
+    "site results": ("fedgraft.client.cli.results:results", "What runs came to for this site."),
+    "fetch": ("fedgraft.client.cli.fetch:fetch", "Import a local backbone at a site."),
 }
 GROUPS = {
     "provision": "Found a federation; kits for its sites.",
@@ -118,9 +124,9 @@ class LazyGroup(click.Group):
 
 
 def _room_is_there(place: str) -> bool:
-    """Whether the package of ``package.module:function`` is part of this install."""
-    room = place.partition(":")[0].rpartition(".")[0]
-    return not room or find_spec(room) is not None
+    """Whether the room of ``fedgraft.room.wing.module:function`` is part of this install."""
+    room = place.partition(":")[0].split(".")[:2]
+    return len(room) < 2 or find_spec(".".join(room)) is not None
 
 
 @click.group(cls=LazyGroup)

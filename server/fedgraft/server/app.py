@@ -15,24 +15,24 @@ from threading import Thread
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedgraft.common.adapters import Vector
+from fedgraft.common.adapters.attach import Vector
+from fedgraft.common.adapters.initial import starting_point
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, CheckpointError, InputError, TooFewSites
-from fedgraft.common.federation import Federation, load_federation
-from fedgraft.common.job import Job
-from fedgraft.common.jobfile import parse_job
-from fedgraft.common.starting import starting_point
-from fedgraft.common.workbench import open_workbench
-from fedgraft.server.export import export_adapter
-from fedgraft.server.gathering import Halfway
-from fedgraft.server.handing_over import hand_over
-from fedgraft.server.masked import Masking
-from fedgraft.server.report import write_report
+from fedgraft.common.federation.federation_file import Federation, load_federation
+from fedgraft.server.coordinator.superlink import save_requests
+from fedgraft.server.delivery import hand_over
+from fedgraft.server.export.adapter import export_adapter
+from fedgraft.server.protocol.clear import Halfway
+from fedgraft.server.protocol.masked import Masking
+from fedgraft.server.protocol.transport import Transport
+from fedgraft.server.report.page import write_report
 from fedgraft.server.rounds import make_plan, run_job
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.runs.summary import partner_facts, run_facts
 from fedgraft.server.state import RoundRecord, State
-from fedgraft.server.summary import partner_facts, run_facts
-from fedgraft.server.superlink import save_requests
-from fedgraft.server.transport import Transport
 
 __all__ = ["WAITING", "app", "coordinate", "finish"]
 

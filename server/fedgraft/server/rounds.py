@@ -11,25 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.common.adapters import Layout, Vector
+from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.aggregation import RULES
+from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError, MessageError, RoundAborted, TooFewSites
-from fedgraft.common.job import Job
-from fedgraft.common.messages import Stage
-from fedgraft.common.metrics import Tally
-from fedgraft.common.payloads import (
+from fedgraft.common.messages.codec import Stage
+from fedgraft.common.messages.payloads import (
     EvaluateReply,
     EvaluateRequest,
     PlanRequest,
     TrainRequest,
 )
+from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.seeds import derive_seed
-from fedgraft.common.workbench import Workbench
-from fedgraft.server.aggregation import RULES, optimizers
-from fedgraft.server.gathering import Gathering, Halfway
-from fedgraft.server.masked import Masking, check_masked, gather_masked
+from fedgraft.server import optimizers
+from fedgraft.server.protocol.clear import Gathering, Halfway
+from fedgraft.server.protocol.masked import Masking, check_masked, gather_masked
+from fedgraft.server.protocol.transport import SILENT, Reply, Transport
+from fedgraft.server.protocol.validation import Expected, InvalidReply, check_evaluation
 from fedgraft.server.state import Checked, Dropped, Gathered, RoundRecord, State, Traffic
-from fedgraft.server.transport import SILENT, Reply, Transport
-from fedgraft.server.validation import Expected, InvalidReply, check_evaluation
 
 __all__ = ["Plan", "make_plan", "run_job", "run_round"]
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.metrics import Tally
+from fedgraft.common.metrics.tally import Tally
 
 if TYPE_CHECKING:
-    from fedgraft.server.transport import Reply
+    from fedgraft.server.protocol.transport import Reply
 
 __all__ = [
     "Checked",

@@ -7,21 +7,26 @@ again by their hash, so that a second run of the same job begins at once.
 import hashlib
 from collections.abc import Sequence
 
-from fedgraft.client.augmentation import open_augmentation
+from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.participant import open_participant
-from fedgraft.client.stack import open_stack
+from fedgraft.client.training.augmentation import open_augmentation
+from fedgraft.common.adapters.initial import starting_point
+from fedgraft.common.adapters.model import (
+    cache_folder,
+    choose_device,
+    open_processor,
+    open_workbench,
+)
+from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_text
-from fedgraft.common.job import Job
-from fedgraft.common.starting import starting_point
-from fedgraft.common.workbench import cache_folder, choose_device, open_processor, open_workbench
 from fedgraft.server.rounds import make_plan
-from fedgraft.simulations.compare import head_only_job
-from fedgraft.simulations.engine import Nodes, choose_sites_per_pass, make_nodes
-from fedgraft.simulations.partition import PreparedSites, prepare_sites
-from fedgraft.simulations.ray import require_ray
-from fedgraft.simulations.workers import Workers
+from fedgraft.simulations.baselines.compare import head_only_job
+from fedgraft.simulations.data.partition import PreparedSites, prepare_sites
+from fedgraft.simulations.grid.engine import Nodes, choose_sites_per_pass, make_nodes
+from fedgraft.simulations.grid.ray import require_ray
+from fedgraft.simulations.grid.workers import Workers
 
 __all__ = ["inputs_of", "prepare"]
 

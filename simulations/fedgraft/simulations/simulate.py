@@ -11,35 +11,40 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from fedgraft.common.adapters import Vector
+from fedgraft.common.adapters.attach import Vector
+from fedgraft.common.adapters.model import choose_device, open_workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.simulation import Simulation as SimulationSettings
 from fedgraft.common.console import Console, Steps
-from fedgraft.common.job import Job
-from fedgraft.common.messages import Stage
-from fedgraft.common.simulation import Simulation as SimulationSettings
+from fedgraft.common.messages.codec import Stage
 from fedgraft.common.tasks import METRICS
-from fedgraft.common.workbench import choose_device, open_workbench
 from fedgraft.server.app import coordinate
-from fedgraft.server.export import export_adapter
-from fedgraft.server.masked import Masking
-from fedgraft.server.movement import moved_modules
-from fedgraft.server.report import write_report
+from fedgraft.server.export.adapter import export_adapter
+from fedgraft.server.protocol.masked import Masking
+from fedgraft.server.protocol.transport import Transport, Watch
+from fedgraft.server.report.page import write_report
 from fedgraft.server.rounds import Plan, make_plan, run_job
-from fedgraft.server.runs import Run
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.runs.summary import run_facts
+from fedgraft.server.runs.weight_changes import moved_modules
 from fedgraft.server.state import RoundRecord, State
-from fedgraft.server.summary import run_facts
-from fedgraft.server.transport import Transport, Watch
-from fedgraft.simulations.compare import Measured, Trial, head_only_job, start
-from fedgraft.simulations.engine import Nodes, choose_sites_per_pass, make_nodes
-from fedgraft.simulations.faults import Fates, Step
-from fedgraft.simulations.faulty_grid import FaultyGrid, Waited
-from fedgraft.simulations.grid import LocalGrid
-from fedgraft.simulations.identities import found_federation
-from fedgraft.simulations.memory import Pace, PeakMemory
-from fedgraft.simulations.partition import PreparedSites, SimulatedSite
-from fedgraft.simulations.ray import coordinate_on_ray
-from fedgraft.simulations.results import final_metrics, load_measured, save_measured, site_results
-from fedgraft.simulations.site_map import map_sites
-from fedgraft.simulations.workers import Workers
+from fedgraft.simulations.baselines.compare import Measured, Trial, head_only_job, start
+from fedgraft.simulations.baselines.results import (
+    final_metrics,
+    load_measured,
+    save_measured,
+    site_results,
+)
+from fedgraft.simulations.baselines.site_map import map_sites
+from fedgraft.simulations.data.partition import PreparedSites, SimulatedSite
+from fedgraft.simulations.faults.grid import FaultyGrid, Waited
+from fedgraft.simulations.faults.plan import Fates, Step
+from fedgraft.simulations.grid.engine import Nodes, choose_sites_per_pass, make_nodes
+from fedgraft.simulations.grid.identities import found_federation
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.memory import Pace, PeakMemory
+from fedgraft.simulations.grid.ray import coordinate_on_ray
+from fedgraft.simulations.grid.workers import Workers
 
 __all__ = ["simulate"]
 

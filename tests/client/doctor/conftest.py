@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clinic import Authority, Coordinator, Site
+from support.clinic import Authority, Coordinator, Site
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from clinic import CANARY, Site, look
+from support.clinic import CANARY, Site, look
 
-from fedgraft.client import doctor_device
-from fedgraft.client.doctor import CHECKS, examine
+from fedgraft.client.doctor import device as doctor_device
+from fedgraft.client.doctor.checklist import CHECKS, examine
 
 
 def test_a_gpu_that_is_not_there(site: Site) -> None:

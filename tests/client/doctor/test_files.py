@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from clinic import Authority, Site, look, states
+from support.clinic import Authority, Site, look, states
 
 from fedgraft import common
-from fedgraft.client.doctor_checks import Finding, _largest_backbone
-from fedgraft.common.audit import Audit
-from fedgraft.common.manifest import make_manifest
+from fedgraft.client.doctor.local import Finding, _largest_backbone
+from fedgraft.common.backbones.manifest import make_manifest
+from fedgraft.common.federation.audit_log import Audit
 
 BUILTIN = Path(common.__file__).parent / "builtin" / "glyph-vit"
 
@@ -84,9 +84,9 @@ def test_a_full_disk(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     found = look(site)
     assert states(found) == {"disk": "fail"}
     assert found["disk"].what == "0.4 GB free; a backbone needs 1.0 GB"
-    monkeypatch.setattr("fedgraft.client.doctor_checks._largest_backbone", lambda state: 3 * 10**8)
+    monkeypatch.setattr("fedgraft.client.doctor.local._largest_backbone", lambda state: 3 * 10**8)
     assert look(site)["disk"].state == "ok"  # once more what is here already
-    monkeypatch.setattr("fedgraft.client.doctor_checks._largest_backbone", lambda state: 5 * 10**8)
+    monkeypatch.setattr("fedgraft.client.doctor.local._largest_backbone", lambda state: 5 * 10**8)
     assert "another backbone of this size needs 0.5 GB" in look(site)["disk"].what
 
 

@@ -4,7 +4,7 @@ import socket
 
 import grpc
 import pytest
-from clinic import CANARY, NETWORK, Authority, Coordinator, Site, look, states
+from support.clinic import CANARY, NETWORK, Authority, Coordinator, Site, look, states
 
 
 def test_a_name_that_does_not_resolve(site: Site) -> None:
@@ -28,7 +28,7 @@ def test_a_port_that_speaks_no_tls(site: Site) -> None:
         plain.bind(("127.0.0.1", 0))
         plain.listen()
         site.endpoint(f"127.0.0.1:{plain.getsockname()[1]}")
-        import fedgraft.client.doctor_network as network
+        import fedgraft.client.doctor.network as network
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(network, "PATIENCE", 0.3)
@@ -115,6 +115,6 @@ def test_layers_that_a_proxy_hides_are_left_out(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr("fedgraft.client.doctor_network.PATIENCE", 1.0)
+    monkeypatch.setattr("fedgraft.client.doctor.network.PATIENCE", 1.0)
     found = look(site)
     assert [found[name].state for name in NETWORK[:4]] == [*["skipped"] * 3, "fail"]

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from clinic import CANARY, QUICK, Coordinator, Site, look, states
+from support.clinic import CANARY, QUICK, Coordinator, Site, look, states
 
-from fedgraft.client.doctor import CHECKS, Check, Finding, examine
+from fedgraft.client.doctor.checklist import CHECKS, Check, Finding, examine
 from fedgraft.common.cli import main
 
 

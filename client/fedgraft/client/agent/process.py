@@ -1,0 +1,207 @@
+"""The site as a process: ask the coordinator for work, let the installed code do it, reply.
+
+One process for as long as the site takes part, so that the model stays on its device between
+rounds. It runs the ``fedgraft`` that was installed here and nothing that came over the wire; the
+coordinator gets a reply, or the class of an error, never its text.
+"""
+
+import logging
+import secrets
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+
+from fedgraft.client.agent.superlink_session import (
+    Fleet,
+    FleetError,
+    Gone,
+    Over,
+    Refused,
+    StillThere,
+    Task,
+    Unreachable,
+)
+from fedgraft.client.app import app
+from fedgraft.common.messages.signatures import seal
+
+__all__ = ["Agent", "Chores", "Pace", "make_tls"]
+
+log = logging.getLogger("fedgraft.client")
+
+RUNS = 4  # whose state is kept in memory
+SOON, LATER = 1.0, 60.0  # seconds before the coordinator is tried again
+PATIENCE = 5  # times that a coordinator which has just started may know nobody
+STILL_THERE = 5.0  # seconds between tries while the last session of a killed site is alive
+PAUSES: dict[type[FleetError], float] = {StillThere: STILL_THERE, Gone: SOON, Refused: LATER}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds between two questions for work: ``brisk`` up to ``during`` after a message."""
+
+    brisk: float = 0.05
+    idle: float = 4.0  # with heartbeats less than one request every three seconds
+    during: float = 15.0
+
+    def pause(self, since: float) -> float:
+        """How long to wait when the last message was ``since`` seconds ago."""
+        return self.brisk if since < self.during else self.idle
+
+
+class Chores:
+    """What a site sees to beside its messages; none by default."""
+
+    def came(self) -> None:
+        """A message has come and is about to be answered."""
+
+    def answered(self) -> None:
+        """The reply has left."""
+
+    def idle(self) -> bool:
+        """There is no message; whether the certificate was renewed."""
+        return False
+
+    def close(self) -> None:
+        """The site stops."""
+
+
+@dataclass
+class Agent:
+    """What a site needs to work for a coordinator.
+
+    ``node_config`` is what ``participant.open_participant`` reads; ``sign`` is by the site's
+    identity; ``tls`` makes a context with the certificate as it is now. ``chores`` are seen to
+    between messages.
+    """
+
+    site: str
+    endpoint: str
+    key: EllipticCurvePrivateKey
+    sign: Callable[[bytes], bytes]
+    node_config: Mapping[str, str]
+    tls: Callable[[], ssl.SSLContext | None]
+    chores: Chores = field(default_factory=Chores)
+    pace: Pace = Pace()
+    contexts: dict[int, Context] = field(default_factory=dict)
+    stopping: bool = False
+
+    def run(self) -> None:
+        """Work until ``stopping``, whatever happens to the connection."""
+        try:
+            self._keep_working()
+        finally:
+            self.chores.close()
+
+    def _keep_working(self) -> None:
+        failures = 0
+        while not self.stopping:
+            try:
+                with Fleet(self.endpoint, self.tls(), self.key) as fleet:
+                    log.info("joined as %s", self.site)
+                    failures = 0
+                    self._work(fleet)
+            except FleetError as error:
+                failures += 1
+                self._wait(_explain(error, failures, self.endpoint))
+
+    def _work(self, fleet: Fleet) -> None:
+        """Take and answer messages; returns when the certificate was renewed, or on ``stopping``.
+
+        Raises:
+            FleetError: the connection is no longer what it was.
+        """
+        last = time.monotonic() - self.pace.during
+        while not self.stopping:
+            try:
+                if self._answer_next(fleet):
+                    last = time.monotonic()
+                    continue
+            except Over:
+                log.info("a message is not answered: its run was stopped, or it is not whole")
+            if self.chores.idle():
+                return
+            self._wait(self.pace.pause(time.monotonic() - last))
+
+    def _answer_next(self, fleet: Fleet) -> bool:
+        """Take and answer one message, if there is one."""
+        task = fleet.receive()
+        if task is None:
+            return False
+        self.chores.came()
+        started = time.monotonic()
+        fleet.reply(task, self.answer(task, fleet.node_id), time.monotonic() - started)
+        self.chores.answered()
+        return True
+
+    def answer(self, task: Task, node_id: int) -> Message:
+        """The site's reply to one message, sealed."""
+        message = task.message
+        try:
+            reply = app(message, self._context(task.run_id, node_id))
+            assert reply.has_content()  # noqa: S101  # our handlers answer, whatever happens
+            seal(reply.content, site=self.site, request=message.metadata.message_id, sign=self.sign)
+        except Exception as error:
+            log.error("a message failed: %s", type(error).__name__)
+            code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+            return Message(Error(code, type(error).__name__), reply_to=message)
+        return reply
+
+    def _context(self, run_id: int, node_id: int) -> Context:
+        if run_id not in self.contexts:
+            while len(self.contexts) >= RUNS:
+                self.contexts.pop(next(iter(self.contexts)))
+            self.contexts[run_id] = Context(
+                run_id=run_id,
+                node_id=node_id,
+                node_config=dict(self.node_config),
+                state=RecordDict(),
+                run_config={},
+            )
+        return self.contexts[run_id]
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self.stopping and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 0.5))
+
+
+def make_tls(ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
+    """TLS 1.2 or newer with the federation's CA alone, and this site's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_verify_locations(cafile=ca)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+def _explain(error: FleetError, failures: int, endpoint: str) -> float:
+    """Say in the site's log what went wrong and what mends it; seconds until the next try."""
+    if isinstance(error, StillThere):
+        log.warning(
+            "the coordinator has a session of this site that is still alive, or does not know its "
+            "key: a killed site is back within 90 s; a second process of this site never is"
+        )
+    elif isinstance(error, Refused):
+        log.error(
+            "refused by %s (%s): run `fedgraft site doctor`; an expired or revoked certificate "
+            "needs a new kit",
+            endpoint,
+            error,
+        )
+    elif isinstance(error, Gone) and failures > PATIENCE:
+        log.warning(
+            "%s knows no session of this site (%s): if this goes on, it was removed, or this clock "
+            "is wrong: run `fedgraft site doctor`",
+            endpoint,
+            error,
+        )
+    elif isinstance(error, Unreachable) and failures > 1:
+        log.warning("%s does not answer (%s): trying again", endpoint, error)
+    pause = PAUSES.get(type(error), min(SOON * 2 ** min(failures - 1, 4), 10.0))
+    return float(pause * (0.75 + secrets.randbelow(501) / 1000))  # sites must not come all at once

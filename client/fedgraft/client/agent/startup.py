@@ -1,0 +1,104 @@
+"""From a site's files to its agent: who it is, where it connects, what it does between messages."""
+
+import logging
+import os
+import time
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+from fedgraft.client.agent.idle_evaluation import SpareTime
+from fedgraft.client.agent.process import Agent, Chores, make_tls
+from fedgraft.client.membership.credentials import (
+    Membership,
+    load_membership,
+    load_tls_key,
+    renew,
+    renewal_due,
+)
+from fedgraft.client.membership.identity import load_identity
+from fedgraft.client.membership.roster import refresh_roster
+from fedgraft.client.policy.audit_reporter import HeadReporter
+from fedgraft.client.policy.policy_file import load_policy
+from fedgraft.client.site_config import load_site
+from fedgraft.common.errors import FedgraftError, InputError
+
+__all__ = ["make_agent"]
+
+log = logging.getLogger("fedgraft.client")
+
+EVERY = 60.0  # seconds between two looks at the certificate and the roster
+
+
+def make_agent(path: Path) -> Agent:
+    """The agent of the site whose ``site.toml`` is at ``path``.
+
+    Raises:
+        InputError: the site has not joined, or a file of it is wrong.
+    """
+    config = load_site(path)
+    state = Path(config.state)
+    member = load_membership(state)
+    if member.site != config.name:
+        raise InputError(
+            f"{path} says {config.name}, and the membership is of {member.site}",
+            hint="name the site as its kit does",
+        )
+    if config.policy is not None:
+        load_policy(Path(config.policy))  # a mistake in it would else refuse all, one by one
+    os.environ["FEDGRAFT_BACKBONES"] = str(state / "backbones")
+    return Agent(
+        site=member.site,
+        endpoint=member.endpoint,
+        key=load_tls_key(state),
+        sign=load_identity(state).sign,
+        node_config={"site": str(path.resolve())},
+        tls=partial(make_tls, state / "ca.pem", state / "certificate.pem", state / "tls.key"),
+        chores=_MemberChores(member, state, path.resolve()),
+    )
+
+
+class _MemberChores(Chores):
+    """What a member sees to: certificate and roster once a minute, audit and results."""
+
+    def __init__(self, member: Membership, state: Path, site: Path) -> None:
+        self.member, self.state = member, state
+        self._last = time.monotonic() - EVERY
+        self._heads = HeadReporter(member, state)
+        self._results = SpareTime(site, state)
+        self._heads.wake()  # what was not reported before it was killed
+
+    def came(self) -> None:
+        """The federation's work comes first."""
+        self._results.interrupt()
+
+    def answered(self) -> None:
+        """What was just written to the audit is reported."""
+        self._heads.wake()
+
+    def idle(self) -> bool:
+        """Measure results; once a minute see to certificate and roster; whether renewed."""
+        self._results.tend()
+        return self._upkeep()
+
+    def close(self) -> None:
+        """Report what is not reported yet."""
+        self._results.interrupt()
+        self._heads.close()
+
+    def _upkeep(self) -> bool:
+        """Renew the certificate and take keys of new sites, when it is time; whether renewed."""
+        if time.monotonic() - self._last < EVERY:
+            return False
+        self._last = time.monotonic()
+        try:
+            if renewal_due(self.state, datetime.now(UTC)):
+                renew(self.member, self.state)
+                log.info("the certificate was renewed")
+                return True
+            refresh_roster(self.state)
+        except FedgraftError as error:
+            log.warning("%s; %s", error, error.hint)
+        except OSError as error:  # a disk that is full must not end the site
+            log.warning("the certificate and the roster were not seen to: %s", error.strerror)
+        return False

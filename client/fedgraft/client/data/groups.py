@@ -1,0 +1,52 @@
+"""Whose examples a site has: the column of groups, for measuring how fair a model is to each.
+
+The groups are a fixed list in the job, so that what is counted of them has the same length at every
+site. A row without a group belongs to none; one that the list does not have is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.client.data.files import READERS, Table, find_sources, read_tables
+from fedgraft.common.config.data import Data
+from fedgraft.common.errors import DataError
+
+__all__ = ["NO_GROUP", "read_groups"]
+
+NO_GROUP = -1
+
+
+def read_groups(path: str, data: Data, columns: Mapping[str, str]) -> NDArray[np.int64]:
+    """The group of every row at ``path``: int64 [rows], an index into ``data.groups`` or -1.
+
+    ``columns`` maps the job's column to the site's, as for ``read_split``, which reads the same
+    rows in the same order.
+
+    Raises:
+        DataError: the files are no tables, have no such column, or a value that is not listed.
+    """
+    assert data.group is not None  # noqa: S101  # a job has both or neither
+    column, label = columns.get(data.group, data.group), columns.get(data.label, data.label)
+    for source in find_sources(path):
+        if source.suffix.lower() not in READERS:
+            raise DataError(
+                f"{source} is no table, and has no column {column!r} of groups",
+                hint=f"write the rows into one of {', '.join(READERS)}, or leave data.group out",
+            )
+    tables = read_tables(path, content=column, label=label, images=False)
+    places = [(table, row) for table in tables for row in range(len(table.contents))]
+    return np.array([_group(*place, data.groups) for place in places], np.int64)
+
+
+def _group(table: Table, row: int, groups: Sequence[str]) -> int:
+    value = table.contents[row]
+    if value is None or value == "":
+        return NO_GROUP
+    if str(value) not in groups:
+        raise DataError(
+            f"{table.place(row)}: its group is not one of data.groups",
+            hint=f"the job lists {', '.join(groups)}; leave the cell empty if it is none of them",
+        )
+    return groups.index(str(value))

@@ -1,0 +1,113 @@
+"""A site's examples for a job: what it trains on, holds out of that, and tests with."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgraft.client.data.cache import Store
+from fedgraft.client.data.rows import Examples, Rows, encode, read_split, split_validation
+from fedgraft.client.data.teacher import taught_by
+from fedgraft.client.site_config import SiteConfig
+from fedgraft.common.adapters.model import choose_device, open_processor
+from fedgraft.common.config.job import Job
+from fedgraft.common.errors import SiteFailure
+from fedgraft.common.methods import HeadMethod
+from fedgraft.common.seeds import numpy_generator
+
+__all__ = ["Splits"]
+
+NOTHING = np.empty(0, np.int64)
+OVERHEAD = 4096  # bytes of Python objects around the examples of a file
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A site's examples, each file read when it is first asked for; some splits may be empty.
+
+    They are held in the memory of ``store`` while that has room.
+    """
+
+    config: SiteConfig
+    job: Job
+    store: Store
+
+    @property
+    def train(self) -> Examples:
+        """What the site trains on."""
+        return self._of("train")[0]
+
+    @property
+    def validation(self) -> Examples:
+        """What it holds out of that, or has a file of its own for."""
+        return self._of("train")[1]
+
+    @property
+    def test(self) -> Examples:
+        """What no training sees."""
+        return self._of("test")[0]
+
+    def _of(self, file: str) -> "_Encoded":
+        # Only these shape examples: another method or number of rounds must not read them again.
+        shaping = self.job.model_copy(update={"method": HeadMethod(kind="head")})
+        reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
+        where = f"{file}\n{self.config.name}\n{self.config.data.model_dump_json()}"
+        if self.job.training.distillation is not None:
+            where += f"\n{self.config.teacher}"
+        found = self.store.examples.get(f"{where}\n{reading}")
+        if found is None:
+            found = self._read_train() if file == "train" else self._read_test()
+            self.store.examples.add(f"{where}\n{reading}", found)
+        assert isinstance(found, _Encoded)  # noqa: S101  # nothing else is held there
+        return found
+
+    def _read_train(self) -> "_Encoded":
+        train, own = self._taught(self.config.data.train), self.config.data.validation
+        if own:
+            return _Encoded((train, self._encoded(own)))
+        if not self.config.data.labelled:
+            return _Encoded((train, train.subset(NOTHING)))
+        draw = numpy_generator(self.job.job.seed, "validation", self.config.name)
+        parts = split_validation(train.labels, self.job.data.validation, draw)
+        return _Encoded(train.subset(part) for part in parts)
+
+    def _read_test(self) -> "_Encoded":
+        if self.config.data.test is None:
+            return _Encoded((self.train.subset(NOTHING),))
+        return _Encoded((self._encoded(self.config.data.test),))
+
+    def _encoded(self, path: str) -> Examples:
+        return self._encoded_rows(self._rows(path))
+
+    def _taught(self, path: str) -> Examples:
+        """The rows of ``path`` with what the site's teacher says of them, where the job has one."""
+        rows = self._rows(path, labelled=self.config.data.labelled)
+        examples = self._encoded_rows(rows)
+        if self.job.training.distillation is None:
+            return examples
+        if self.config.teacher is None:
+            raise SiteFailure("no-teacher")
+        device = choose_device(self.config.device)
+        logits = taught_by(
+            self.config.teacher, rows.dataset, self.job, store=self.store, device=device
+        )
+        return examples.with_teacher(logits)
+
+    def _rows(self, path: str, *, labelled: bool = True) -> Rows:
+        data = self.config.data
+        return read_split(
+            path, self.job, columns=data.columns, labels=data.labels, labelled=labelled
+        )
+
+    def _encoded_rows(self, rows: Rows) -> Examples:
+        backbone, processor = open_processor(self.job)
+        key = backbone.fingerprint
+        return encode(rows.dataset, processor, self.job, store=self.store, key=key)
+
+
+class _Encoded(tuple[Examples, ...]):
+    """Examples of one file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return OVERHEAD + sum(one.nbytes for one in self)

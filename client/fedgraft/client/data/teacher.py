@@ -1,0 +1,69 @@
+"""A teacher at the site: what a larger model, already trained for the labels, says of each example.
+
+Its logits are computed once and kept like everything that can be made again; the teacher is then
+let go of. It is the site's own: which one it is, and what it says, never leaves.
+"""
+
+import hashlib
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedgraft.client.data.cache import Store
+from fedgraft.client.data.rows import encode
+from fedgraft.common.backbones.load import find_backbone, load, read_config
+from fedgraft.common.config.job import Backbone, Job
+from fedgraft.common.errors import BackboneError
+from fedgraft.common.modalities import TextProcessor, load_processor
+from fedgraft.common.tasks import TASKS
+
+__all__ = ["taught_by"]
+
+BATCH = 64
+
+
+def taught_by(
+    source: str, dataset: datasets.Dataset, job: Job, *, store: Store, device: torch.device
+) -> NDArray[np.float32]:
+    """The logits of the teacher ``source`` (as ``backbone.source``), float32 [rows, classes].
+
+    ``dataset`` is as ``read_split`` gives it: the teacher has a tokenizer and image settings of its
+    own.
+
+    Raises:
+        BackboneError: there is no such model, or its head does not know the job's labels.
+    """
+    mine = job.model_copy(update={"backbone": Backbone(source=source)})
+    backbone = find_backbone(source)
+    processor = load_processor(backbone.folder, TASKS[job.job.task].modality, read_config(backbone))
+    examples = encode(dataset, processor, mine, store=store, key=backbone.fingerprint)
+
+    def make() -> dict[str, NDArray[Any]]:
+        loaded = load(backbone, mine)
+        if loaded.fresh_head:
+            raise BackboneError(
+                f"teacher {source}: its head does not know the job's labels",
+                hint="a model trained for exactly these, say an `export --format merged` of a run",
+            )
+        model: Any = loaded.model
+        if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last token
+            model.config.pad_token_id = processor.pad_id
+        return {"logits": _logits(model.to(device), examples, device)}
+
+    facts = ("teacher", backbone.fingerprint, examples.digest, device.type, torch.__version__,
+             *job.job.labels)  # fmt: skip
+    return store.get(hashlib.sha256("\n".join(facts).encode()).hexdigest(), make)["logits"]
+
+
+@torch.inference_mode()
+def _logits(model: Any, examples: Any, device: torch.device) -> NDArray[np.float32]:
+    order = np.argsort(np.asarray(examples.lengths), kind="stable")
+    found: list[NDArray[np.float32]] = []
+    for index in np.split(order, range(BATCH, len(order), BATCH)):
+        inputs = {key: value.to(device) for key, value in examples.batch(index).items()}
+        found.append(model(**inputs).logits.float().cpu().numpy())
+    logits: NDArray[np.float32] = np.concatenate(found)[np.argsort(order)]
+    return logits

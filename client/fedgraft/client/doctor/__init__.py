@@ -1,0 +1,1 @@
+"""The checks of ``fedgraft site doctor``: everything that taking part needs."""

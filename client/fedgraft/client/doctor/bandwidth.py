@@ -1,0 +1,90 @@
+"""The doctor's check of the line's rate: a part of a backbone is fetched and forgotten.
+
+What is fetched is what a job would have fetched anyway: a backbone that the policy allows. Only the
+way here is measured; on many lines the way out is slower.
+"""
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import grpc
+
+from fedgraft.client.doctor.local import OK, SKIPPED, Finding, Patient
+from fedgraft.client.membership.credentials import open_member_channel
+from fedgraft.common.backbones.manifest import Manifest
+from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
+from fedgraft.common.rpc.fedgraft_v1_pb2_grpc import BackbonesStub
+
+__all__ = ["rate"]
+
+ENOUGH = 16_000_000  # bytes
+PATIENCE = 10.0  # seconds
+
+
+def rate(patient: Patient) -> Finding:
+    """Bytes a second from the coordinator, and what a round takes at that rate."""
+    from fedgraft.client.policy.policy_file import load_policy
+
+    policy = load_policy(Path(str(patient.config.policy)))
+    digests = [one.removeprefix("sha256:") for one in policy.model.allowed_backbones.values()]
+    try:
+        with open_member_channel(patient.state, patient.member.endpoint) as channel:
+            came, seconds = _measured(BackbonesStub(channel), digests)
+    except grpc.RpcError as error:
+        return Finding("rate", SKIPPED, f"not measured ({error.code().name.lower()})")
+    if not came:
+        what = "not measured: the coordinator has no backbone yet that the policy allows"
+        return Finding("rate", SKIPPED, what)
+    speed = came / seconds  # bytes a second
+    leaves, about = _round(patient, policy.limits.max_bytes_out_per_round)
+    what = f"{speed / 1e6:.1f} MB/s from the coordinator ({came / 1e6:.1f} MB in {seconds:.1f} s)"
+    return Finding("rate", OK, f"{what}; {about}: {leaves / speed:.1f} s at this rate")
+
+
+def _measured(stub: BackbonesStub, digests: Iterable[str]) -> tuple[int, float]:
+    """Bytes that came of the first backbone that is offered, and the seconds; 0 without any."""
+    for digest in digests:
+        try:
+            reply = stub.GetManifest(pb.ManifestRequest(digest=digest), timeout=PATIENCE)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:
+                continue
+            raise
+        return _fetched(stub, digest, _first_chunks(Manifest.from_json(reply.manifest)))
+    return 0, 0.0
+
+
+def _first_chunks(manifest: Manifest) -> list[int]:
+    """Indexes of the first chunks, until they are enough."""
+    size, indexes = 0, []
+    for index, chunk in enumerate(manifest.chunks):
+        if size >= ENOUGH:
+            break
+        size += chunk.length
+        indexes.append(index)
+    return indexes
+
+
+def _fetched(stub: BackbonesStub, digest: str, indexes: list[int]) -> tuple[int, float]:
+    came, began = 0, time.perf_counter()
+    stream = stub.GetChunks(pb.ChunksRequest(digest=digest, indexes=indexes), timeout=PATIENCE)
+    try:
+        for piece in stream:
+            came += len(piece.data)
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or not came:
+            raise
+    return came, time.perf_counter() - began
+
+
+def _round(patient: Patient, most: int) -> tuple[int, str]:
+    """Bytes that leave in a round of the newest job, else the most that may; in words, too."""
+    from fedgraft.client.policy.approvals import Agreements
+    from fedgraft.client.policy.disclosure import Leaving
+
+    newest = Agreements(patient.state / "approvals").newest()
+    if newest is None:
+        return most, f"the most that may leave in a round, {most / 1e6:g} MB"
+    leaving = Leaving(**newest.leaving)
+    return leaving.bytes_per_round, f"in the newest job would leave {leaving.in_words()}"

@@ -1,0 +1,74 @@
+"""What a site can find out before it takes part: each check says what it saw and what mends it.
+
+The checks are in the order in which a round needs what they look at. One that fails or breaks
+never stops the others; one that needs another that failed is skipped. Nothing is changed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgraft.client.doctor import bandwidth as line
+from fedgraft.client.doctor import device, network
+from fedgraft.client.doctor import local as here
+from fedgraft.client.doctor.local import FAIL, SKIPPED, Finding, Patient
+from fedgraft.common.errors import FedgraftError
+
+__all__ = ["CHECKS", "Check", "Finding", "examine"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """``look`` is only called when none of ``needs`` failed."""
+
+    name: str
+    look: Callable[[Patient], Finding]
+    needs: tuple[str, ...] = ()
+
+
+CHECKS = (
+    Check("site.toml", here.site_file),
+    Check("policy", here.policy, ("site.toml",)),
+    Check("membership", here.membership, ("site.toml",)),
+    Check("certificate", here.certificate, ("membership",)),
+    Check("keys", here.keys, ("membership",)),
+    Check("disk", here.disk, ("site.toml",)),
+    Check("name", network.name, ("membership",)),
+    Check("tcp", network.tcp, ("name",)),
+    Check("tls", network.tls, ("tcp",)),
+    Check("coordinator", network.coordinator, ("tls", "certificate")),
+    Check("clock", network.clock, ("coordinator",)),
+    Check("latency", network.latency, ("coordinator",)),
+    Check("rate", line.rate, ("coordinator", "policy")),
+    Check("proxies", network.proxies),
+    Check("device", device.device, ("site.toml",)),
+    Check("training", device.training, ("device",)),
+    Check("data", here.data, ("site.toml",)),
+    Check("roster", here.roster, ("membership",)),
+    Check("rules", here.rules, ("policy",)),
+    Check("audit", here.audit, ("site.toml",)),
+)
+
+
+def examine(path: Path, checks: tuple[Check, ...] = CHECKS) -> Iterator[Finding]:
+    """The findings about the site whose ``site.toml`` is at ``path``, as they are made."""
+    patient, missing = Patient(path), set[str]()
+    for check in checks:
+        lacking = [need for need in check.needs if need in missing]
+        if lacking:
+            missing.add(check.name)
+            yield Finding(check.name, SKIPPED, f"needs {lacking[0]}")
+            continue
+        finding = _tried(check, patient)
+        if finding.state == FAIL:
+            missing.add(check.name)
+        yield finding
+
+
+def _tried(check: Check, patient: Patient) -> Finding:
+    try:
+        return check.look(patient)
+    except FedgraftError as error:
+        return Finding(check.name, FAIL, str(error), error.hint)
+    except Exception as error:  # its text may hold anything, so only its class is told
+        return Finding(check.name, FAIL, f"could not be checked ({type(error).__name__})")

@@ -1,0 +1,127 @@
+"""How much data is in a file, folder or pattern, without knowing any job: counts, no values.
+
+Names of columns are told only where two of those that a job could ask for are among them. In a CSV
+file without a header the first row would be taken for names; names of label folders and of files
+beside a missing one are not told either.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgraft.client.data.files import READERS, column_names, find_sources, images_in
+from fedgraft.common.errors import DataError
+
+__all__ = ["Survey", "survey"]
+
+# What a job calls its columns if it does not say.
+DEFAULTS = ("text", "image", "audio", "video", "label")
+MOST = 20  # names of columns that are told
+
+
+@dataclass(frozen=True)
+class Survey:
+    """``state`` is ok, warn or fail; ``what`` was seen; ``hint`` is empty where all is well."""
+
+    state: str
+    what: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Rows of one source; ``columns`` where they are sure to be names; rows that lack a value."""
+
+    rows: int
+    columns: tuple[str, ...] = ()
+    lacking: int = 0
+    nameless: bool = False
+
+
+def survey(place: str, columns: Mapping[str, str]) -> Survey:
+    """Read everything at ``place``, as ``data.train`` of ``site.toml`` names it.
+
+    ``columns`` maps the job's columns to this site's own, as ``data.columns`` does.
+    """
+    try:
+        try:
+            sources = find_sources(place)
+        except DataError:  # its hint lists what lies beside, which may be labels
+            return Survey("fail", "is not there", "no such file: mend the path in site.toml")
+        seen = [_look(source, columns) for source in sources]
+    except DataError as error:
+        return Survey("fail", "cannot be read", f"{error}: {error.hint}")
+    except OSError as error:  # a folder on the way may be closed to this user
+        return Survey("fail", "cannot be read", f"{error.strerror}: check owner and mode")
+    return _summed(seen)
+
+
+def _summed(seen: list[_Seen]) -> Survey:
+    what = f"{sum(one.rows for one in seen):,} rows"
+    names = dict.fromkeys(name for one in seen for name in one.columns)
+    if names:
+        what += f" ({_listed(list(names))})"
+    if lacking := sum(one.lacking for one in seen):
+        hint = "fill them in or remove those rows: a job stops at the first"
+        return Survey("warn", f"{what}, {lacking:,} of them empty in a column", hint)
+    if any(one.nameless for one in seen):
+        hint = "no two columns have names that a job asks for: is there a header? else map them"
+        return Survey("warn", what, f"{hint} in [data.columns]")
+    return Survey("ok", what)
+
+
+def _listed(names: list[str]) -> str:
+    """Names on one line; what a terminal would not show as it is, is escaped."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:MOST]]
+    return ", ".join(shown) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
+
+
+def _look(source: Path, columns: Mapping[str, str]) -> _Seen:
+    if source.is_dir():
+        return _images(images_in(source))
+    if source.suffix.lower() not in READERS:
+        return _images([source])
+    return _table(source, columns)
+
+
+def _images(paths: Iterable[Path]) -> _Seen:
+    """Count files that may be read; not whether they decode, which takes as long as a round."""
+    paths = list(paths)
+    closed = sum(not os.access(path, os.R_OK) for path in paths)
+    if not paths:
+        raise DataError("no files in label folders", hint="one folder per label of the job")
+    if closed:
+        raise DataError(f"{closed:,} of {len(paths):,} files", hint="check owner and mode")
+    return _Seen(len(paths))
+
+
+def _table(source: Path, columns: Mapping[str, str]) -> _Seen:
+    there = column_names(source)
+    gone = sorted(set(columns.values()) - set(there))
+    if gone:
+        raise DataError(
+            f"no column {gone[0]!r}, which [data.columns] maps", hint="mend [data.columns]"
+        )
+    wanted = {*columns.values(), *(set(DEFAULTS) - columns.keys())}
+    known = [name for name in there if name in wanted]
+    sure, counted = len(set(known)) > 1, Counter(there)
+    twice = [name for name in known if counted[name] > 1]
+    if sure and twice:
+        raise DataError(f"there are two columns {twice[0]!r}", hint="rename one of them")
+    single = [name for name in there if counted[name] == 1]
+    if not single:
+        raise DataError("no column has a name of its own", hint="is there a header?")
+    content, label = (known[0], known[1]) if sure else (single[0], single[0])
+    rows = lacking = 0
+    for _, one, other in READERS[source.suffix.lower()](source, content, label):
+        rows += 1
+        lacking += sure and any(_empty(value) for value in (one, other))
+    if not rows:
+        raise DataError("it has no rows", hint="put at least one row under the header")
+    return _Seen(rows, tuple(there) if sure else (), lacking, nameless=not sure)
+
+
+def _empty(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())

@@ -1,0 +1,201 @@
+"""The site's side of a masked round: what ``participant`` does, under the masks of ``secagg``.
+
+KEYS -> SHARES -> TRAIN or EVALUATE -> CONFIRM -> UNMASK. Whatever goes wrong wipes the round, and
+the coordinator is told that this site abstains, or whose fault it is, and nothing else: a reason
+could say something about the data. The reason is in the site's own log.
+"""
+
+import logging
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedgraft.client.membership.identity import load_identity
+from fedgraft.client.participant import Participant
+from fedgraft.client.secagg.masking_party import MaskingParty
+from fedgraft.client.secagg.round_secrets import Memory
+from fedgraft.client.secagg.stage_log import Claims, Pledges
+from fedgraft.client.training.trainer import Trained, Wanted
+from fedgraft.common.config.job import Job
+from fedgraft.common.errors import SiteFailure
+from fedgraft.common.messages.masked_terms import (
+    describe,
+    evaluation_terms,
+    floor_for,
+    hash_work,
+    training_terms,
+)
+from fedgraft.common.messages.payloads import (
+    ConfirmAsk,
+    EvaluateRequest,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
+    SharesAsk,
+    TrainRequest,
+    UnmaskAsk,
+)
+from fedgraft.common.secagg.errors import ParameterError, PolicyRefused, SecAggError
+from fedgraft.common.secagg.keys import same
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Confirmation,
+    MaskedInput,
+    Opening,
+    SealedShares,
+)
+from fedgraft.common.secagg.transcript import Parameters, Policy
+from fedgraft.common.seeds import numpy_generator
+
+__all__ = ["Kept", "MaskedParticipant"]
+
+log = logging.getLogger("fedgraft.client")
+
+STAGES = ("train", "evaluate")
+LIFETIME = 86400.0  # seconds that a round may take; a simulation on one machine takes its time
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a site keeps of round ``round`` between two messages, and ``until`` when (Unix time)."""
+
+    round: int
+    until: float
+    memory: Memory
+
+
+class MaskedParticipant:
+    """One site in a masked round; ``kept`` is what it must be given back at the next stage."""
+
+    def __init__(self, participant: Participant, kept: Kept | None) -> None:
+        self.participant = participant
+        self.kept = kept
+
+    def keys(self, ask: KeysAsk) -> Advertisement:
+        """Begin a round: check the terms, and advertise fresh keys."""
+        with self._abstaining():
+            work, at = ask.work, self.participant
+            job, bench = at.open(ask.session, work.job, work.round)
+            if work.stage not in STAGES or not job.privacy.secure_aggregation.enabled:
+                raise PolicyRefused("the coordinator asks for something else than was agreed")
+            if not same(hash_work(work), ask.request.model):
+                raise PolicyRefused("the hash of the work is of other work")
+            if work.stage == "train":
+                exchanged = bench.layout.only(work.names)
+                parameters = training_terms(job, ask.session, ask.cohort, exchanged)
+            else:
+                parameters = evaluation_terms(job, ask.session, ask.cohort)
+            policy = floor_for(at.federation().policy, parameters, work.stage)
+            until = time.time() + LIFETIME
+            with self._party(parameters, policy, None, (work.round, until)) as party:
+                return party.advertise(ask.request)
+
+    def shares(self, ask: SharesAsk) -> SealedShares:
+        """Check everyone's keys; share secrets with neighbours."""
+        with self._abstaining(), self._resumed(ask.session) as party:
+            return party.share(ask.request)
+
+    def train(self, request: MaskedTrain) -> Generator[Wanted, Trained, MaskedInput]:
+        """Train, and mask the update, the number of examples and the loss."""
+        with self._abstaining(), self._resumed(request.session) as party:
+            party.accept(request.delivery, _hash(request.train))
+            trained = yield from self.participant.train(request.train)
+            job = Job.model_validate_json(request.train.job)
+            coding = party.parameters.coding
+            weight = trained.examples if job.aggregation.weights == "examples" else 1
+            clipped = float(np.mean(np.abs(trained.update) > coding.clip))
+            metrics = (trained.loss * weight / coding.max_weight, clipped)
+            draw = numpy_generator(
+                job.job.seed, "rounding", request.train.round, self.participant.config.name
+            )
+            return party.mask(trained.update, weight, metrics, draw)
+
+    def evaluate(self, request: MaskedEvaluate) -> MaskedInput:
+        """Evaluate, and mask what was counted; a site without examples counts none."""
+        with self._abstaining(), self._resumed(request.session) as party:
+            party.accept(request.delivery, _hash(request.evaluate))
+            tally = self.participant.tally(request.evaluate)
+            counts = tally.counts.astype(np.float64)
+            if counts.max(initial=0.0) > party.parameters.coding.clip:
+                raise SiteFailure("too-many-examples")
+            return party.mask(counts, 1, (tally.loss,), None)  # whole numbers: nothing to round
+
+    def confirm(self, ask: ConfirmAsk) -> Confirmation:
+        """Sign who is in the sum."""
+        with self._abstaining(), self._resumed(ask.session) as party:
+            return party.confirm(ask.survivors)
+
+    def unmask(self, ask: UnmaskAsk) -> Opening:
+        """Reveal one share of each neighbour and forget the round."""
+        with self._abstaining(), self._resumed(ask.session) as party:
+            return party.unmask(ask.request)
+
+    @contextmanager
+    def _resumed(self, session: str) -> Iterator[MaskingParty]:
+        kept = self.kept
+        if kept is None or kept.memory.parameters.session.hex() != session:
+            raise SiteFailure("abstained", "no round is under way")
+        if time.time() > kept.until:
+            raise SiteFailure("abstained", "the round began too long ago")
+        policy, memory = self.participant.federation().policy, kept.memory
+        mark = kept.round, kept.until
+        with self._party(memory.parameters, policy, memory, mark) as party:
+            yield party
+
+    @contextmanager
+    def _party(
+        self,
+        parameters: Parameters,
+        policy: Policy,
+        memory: Memory | None,
+        mark: tuple[int, float],
+    ) -> Iterator[MaskingParty]:
+        """The site's masking party; what it must remember afterwards is kept, with its ``mark``."""
+        at = self.participant
+        federation = at.federation()
+        party = MaskingParty(
+            site=federation.ids.get(at.config.name, -1),
+            identity=load_identity(at.state),
+            roster=federation.roster,
+            policy=policy,
+            parameters=parameters,
+            claim=Claims(at.state / parameters.session.hex() / "claims"),
+            pledge=Pledges(at.state / "sums"),
+            memory=memory,
+            threads=torch.get_num_threads(),  # as training does; one in a simulation
+        )
+        self.kept = None
+        try:
+            yield party
+        except BaseException:
+            party.abort()
+            raise
+        left = party.remember()
+        self.kept = Kept(*mark, left) if left else None
+
+    @contextmanager
+    def _abstaining(self) -> Iterator[None]:
+        """Turn every failure into a code that says nothing about the data."""
+        try:
+            yield
+        except Exception as error:
+            self.kept = None
+            what = f": {error}" if isinstance(error, SecAggError | SiteFailure) else ""
+            log.warning("abstained from a masked round: %s%s", type(error).__name__, what)
+            raise SiteFailure(_code(error)) from None
+
+
+def _code(error: Exception) -> str:
+    if isinstance(error, SecAggError) and error.culprits:
+        return f"blames-{error.culprits[0]}"
+    return "terms-refused" if isinstance(error, PolicyRefused | ParameterError) else "abstained"
+
+
+def _hash(request: TrainRequest | EvaluateRequest) -> bytes:
+    if request.adapter.dtype != np.float32:  # others could differ where their hashes do not
+        raise SiteFailure("abstained", "the adapter is not float32")
+    return hash_work(describe(request))

@@ -1,0 +1,1 @@
+"""One frozen backbone and the adapters of several sites in one pass."""

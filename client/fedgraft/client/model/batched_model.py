@@ -1,0 +1,247 @@
+"""One frozen backbone with the adapters of several sites: one pass trains all of them.
+
+A stack is the twin of a peft model: it shares the frozen tensors, and only the modules that peft
+put in are replaced by ones that hold K values of each parameter, one a site. A batch is
+[K x R, ...]: R rows of each site, site after site. Frozen layers see one large batch, a low-rank
+path is a batched matrix product. The code of the backbone is untouched. With K = 1 it is what a
+site runs.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedgraft.client.model.batched_modules import (
+    MAGNITUDE,
+    Draws,
+    SiteDropout,
+    Stacked,
+    stacked_module,
+)
+from fedgraft.client.model.quantization import quantized_layers
+from fedgraft.common.adapters.attach import OUTER, Layout, Vector, is_head
+from fedgraft.common.adapters.model import Workbench, close_workbenches, open_workbench, shaping_of
+from fedgraft.common.backbones.load import body_names
+from fedgraft.common.config.job import Job
+from fedgraft.common.errors import InputError
+from fedgraft.common.modalities.patches import predicted
+
+if TYPE_CHECKING:
+    from fedgraft.client.model.frozen_prefix import Prefix
+
+__all__ = ["Stack", "check_stacking", "close_stacks", "open_stack"]
+
+BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Where another attention than the model's own choice is faster (docs/results.md): on a CPU the
+# backward pass of fused attention takes half of a bf16 step.
+ATTENTION = {("cpu", "bf16"): "eager"}
+AGREEMENT = 1e-3  # of logits around 1; rows that mix between sites differ by far more
+
+
+@dataclass
+class Stack:
+    """``model`` computes with whatever adapters were ``put`` last; ``bench`` is what it twins.
+
+    Frozen linear layers have ``bits`` (0: as they were).
+    """
+
+    bench: Workbench
+    model: nn.Module
+    device: torch.device
+    draws: Draws
+    modules: dict[str, tuple[Stacked, str]]
+    fixed: dict[str, torch.Tensor]
+    bits: int = 0
+    prefixes: "dict[tuple[str, ...], Prefix | None]" = field(default_factory=dict)
+
+    def put(self, trained: Layout, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Compute with ``flat``, float32 [sites, trained.size]; all other tensors are initial.
+
+        Nothing is copied: the modules hold views, which are returned in the order of ``trained``.
+        """
+        sites = len(flat)
+        self.draws.sites = sites
+        views: dict[str, torch.Tensor] = {}
+        for name, (module, attribute) in self.modules.items():
+            where = trained.slices.get(name)
+            if where is None:
+                initial = self.fixed[name]
+                module.values[attribute] = initial.expand(sites, *initial.shape[1:])
+                continue
+            value = flat[:, where].view(sites, *self.fixed[name].shape[1:])
+            views[name] = module.values[attribute] = value
+        for name, shape in zip(trained.names, trained.shapes, strict=True):
+            if name not in views:  # what travels beside the adapter: no module computes with it
+                views[name] = flat[:, trained.slices[name]].view(sites, *shape)
+        return [views[name] for name in trained.names]
+
+    def put_one(self, trained: Layout, vector: Vector) -> None:
+        """Compute with one adapter, float32 [trained.size]."""
+        self.put(trained, torch.from_numpy(np.ascontiguousarray(vector))[None].to(self.device))
+
+    def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits, float32 [sites x rows, classes], or whatever else the model predicts."""
+        return predicted(self.model(**self.ready(inputs)), self.model)
+
+    def ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``inputs`` on the device, and what is not an index in the backbone's dtype."""
+        return {
+            key: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for key, value in inputs.items()
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen backbone computes in."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+
+def open_stack(job: Job, *, device: str = "cpu") -> Stack:
+    """The stack for ``job`` on ``device``; the same object for the same backbone and method.
+
+    Raises:
+        FedgraftError: as ``open_workbench``.
+    """
+    return _open(shaping_of(job), job.training.precision, device)
+
+
+@lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
+def _open(shaping: str, precision: str, device: str) -> Stack:
+    job = Job.model_validate_json(shaping)
+    return _build(open_workbench(job), torch.device(device), precision, job.backbone.bits)
+
+
+def close_stacks() -> None:
+    """Let go of all stacks and workbenches, where another backbone needs their memory."""
+    _open.cache_clear()
+    close_workbenches()
+
+
+def _build(bench: Workbench, device: torch.device, precision: str, bits: int) -> Stack:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model = _twin(bench.model.get_base_model(), device, dtype, bits)
+    if attention := ATTENTION.get((device.type, precision)):
+        model.set_attn_implementation(attention)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # of keys and values, for generation: here each row is whole
+    draws = Draws()
+    modules = _replace_adapters(model, bench.layout.of_model, draws)
+    _seed_head_dropout(model, draws)
+    model.requires_grad_(False).eval()
+    values = torch.from_numpy(bench.initial).to(device)
+    fixed = {
+        name: values[where].view(1, *shape)
+        for (name, where), shape in zip(
+            bench.layout.slices.items(), bench.layout.shapes, strict=True
+        )
+    }
+    stack = Stack(bench, model, device, draws, modules, fixed, bits)
+    stack.put_one(bench.layout, bench.initial)
+    return stack
+
+
+def _twin(model: Any, device: torch.device, dtype: torch.dtype, bits: int) -> Any:
+    """A copy of the module tree on the same tensors, or on converted or quantised ones.
+
+    Batch norm stays in float32, for its running statistics are.
+    """
+    exact = {
+        id(tensor)
+        for module in model.modules()
+        if isinstance(module, BATCH_NORM)
+        for tensor in module.parameters(recurse=False)
+    }
+    # deepcopy puts what it finds here in the place of what has that id.
+    memo: dict[int, Any] = dict(quantized_layers(model, bits, device, dtype)) if bits else {}
+    replaced = {id(p) for m in model.modules() if id(m) in memo for p in m.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) in replaced:
+            continue
+        wanted = torch.float32 if id(parameter) in exact else dtype
+        values = parameter.detach().to(device, wanted)
+        memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to(device)
+    return copy.deepcopy(model, memo)
+
+
+def _replace_adapters(
+    model: nn.Module, layout: Layout, draws: Draws
+) -> dict[str, tuple[Stacked, str]]:
+    """Put stacked modules in the place of peft's; which holds each tensor of ``layout``."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in layout.names:
+        path = name.removeprefix(OUTER)
+        for factor in ("lora_A", "lora_B", MAGNITUDE):
+            if f".{factor}." in path:
+                found[name] = (path.partition(f".{factor}.")[0], factor)
+        if name not in found:
+            path, _, attribute = path.replace(".modules_to_save.default", "").rpartition(".")
+            found[name] = (path, attribute)
+    _unwrap_heads(model)
+    heads = {found[name][0] for name in layout.names if is_head(name)}
+    made: dict[str, Stacked] = {}
+    paths = dict.fromkeys(path for path, _ in found.values())
+    for path in sorted(paths, key=lambda path: -path.count(".")):  # what is inside others first
+        made[path] = stacked_module(model.get_submodule(path), draws, head=path in heads)
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made[path])
+    return {name: (made[path], attribute) for name, (path, attribute) in found.items()}
+
+
+def _unwrap_heads(model: nn.Module) -> None:
+    """Put the trainable copy of each head in the place of peft's wrapper around it."""
+    for name, child in list(model.named_modules()):
+        if (copies := getattr(child, "modules_to_save", None)) is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, copies["default"])
+
+
+def _seed_head_dropout(model: Any, draws: Draws) -> None:
+    """Put seeded dropout in the place of every dropout of the head: all outside the body."""
+    bodies = tuple(f"{name}." for name in body_names(model))
+    for name, module in list(model.named_modules()):
+        inside = f"{name}.".startswith(bodies)
+        if isinstance(module, nn.Dropout) and not inside:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, SiteDropout(draws, None))
+
+
+def check_stacking(stack: Stack, inputs: dict[str, torch.Tensor]) -> None:
+    """Check that rows of one site never meet another's: two sites stacked, and each alone.
+
+    ``inputs`` are a few rows. A backbone that adapts something without a batch dimension, such as
+    a table of positions, cannot be stacked.
+
+    Raises:
+        InputError: the backbone mixes sites.
+    """
+    rows = len(next(iter(inputs.values())))
+    generator = np.random.default_rng(0)
+    layout = stack.bench.layout
+    drawn = generator.normal(0, 0.05, (2, layout.size)).astype(np.float32)
+    adapters: NDArray[np.float32] = stack.bench.initial + drawn
+    twice = {key: torch.cat([value, value.flip(0)]) for key, value in inputs.items()}
+    alone = []
+    with torch.inference_mode():
+        for site in range(2):
+            stack.put_one(layout, adapters[site])
+            half = slice(site * rows, (site + 1) * rows)
+            alone.append(stack.logits({key: value[half] for key, value in twice.items()}))
+        stack.put(layout, torch.from_numpy(adapters).to(stack.device))
+        try:
+            together = stack.logits(twice)
+        except RuntimeError:  # what has no batch dimension can seldom be cut into sites at all
+            together = torch.full_like(torch.cat(alone), torch.nan)
+    difference = (together - torch.cat(alone)).abs().max() / (1 + together.abs().max())
+    if not float(difference) < (0.1 if stack.dtype == torch.bfloat16 else AGREEMENT):
+        raise InputError(
+            "this backbone cannot be trained for several sites in one pass: its rows would mix",
+            hint="simulation.sites_per_pass = 1",
+        )

@@ -1,0 +1,210 @@
+"""From examples to logits of a stack, through activations that are kept where there are any."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedgraft.client.data.cache import Store
+from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.frozen_prefix import FEWEST, Inputs, Prefix, find_prefix
+from fedgraft.client.objectives.labels import restrict
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.examples import Examples, Indices
+
+__all__ = ["Feed", "VaryFeed", "compute", "logits_of", "open_feed", "predict", "taught_of"]
+
+COMPUTED = 64  # examples in one pass through the frozen layers
+WHOLE = 16  # tokens: sums over widths that are no multiple of a vector add in another order
+
+VaryFeed = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
+
+
+class Feed:
+    """One site's examples as they go into a stack.
+
+    ``kept`` are the activations of all of them that enter the first trained layer, as ``compute``
+    gives them; None where they are computed when they are wanted.
+    """
+
+    def __init__(
+        self, stack: Stack, examples: Examples, prefix: Prefix | None, kept: torch.Tensor | None
+    ) -> None:
+        self.stack, self.examples, self.prefix, self.kept = stack, examples, prefix, kept
+        self._starts = _starts(np.asarray(examples.lengths))
+
+    @property
+    def left(self) -> bool:
+        """Whether padding stands before the tokens."""
+        return self.examples.pad_left
+
+    def width(self, index: Indices) -> int:
+        """Tokens that the longest of the examples at ``index`` needs; 0 for images."""
+        return self.examples.width(index)
+
+    def hidden(self, prefix: Prefix, index: Indices, width: int) -> torch.Tensor:
+        """What enters the first trained layer: [rows, (width,) ...], padded with zeros."""
+        lengths = np.asarray(self.examples.lengths)[index]
+        if self.kept is None:
+            units = int(lengths.sum()) if prefix.by_token else len(index)
+            flat, starts = prefix.unit.new_empty(units, *prefix.unit.shape[1:]), _starts(lengths)
+            compute(prefix, self.examples, index, flat)
+        else:
+            flat, starts = self.kept, self._starts[index]
+        if not prefix.by_token:
+            return flat if self.kept is None else flat[torch.from_numpy(index)]
+        within = np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)
+        source = torch.from_numpy(within + np.repeat(starts, lengths))
+        rows = torch.from_numpy(np.repeat(np.arange(len(index)), lengths))
+        before = np.repeat(width - lengths, lengths) if self.left else 0
+        hidden = flat.new_zeros(len(index), width, *flat.shape[1:])
+        hidden[rows, torch.from_numpy(within + before)] = flat[source]
+        return hidden
+
+
+def logits_of(
+    feeds: Sequence[Feed],
+    indices: Sequence[Indices],
+    width: int,
+    given: Sequence[Inputs] | None = None,
+) -> torch.Tensor:
+    """Logits of the examples at ``indices`` of each feed, float32 [feeds x rows, classes].
+
+    Every feed gives as many rows, padded to ``width`` tokens. Where feeds keep nothing, other
+    inputs than the examples' own may be ``given``.
+    """
+    stack, prefix = feeds[0].stack, feeds[0].prefix
+    pairs = list(zip(feeds, indices, strict=True))
+    inputs: Inputs = {}
+    if prefix is None or prefix.whole:
+        parts = given or [feed.examples.batch(index, width) for feed, index in pairs]
+        inputs = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    if prefix is None:
+        return stack.logits(inputs)
+    hidden = torch.cat([feed.hidden(prefix, index, width) for feed, index in pairs])
+    return prefix.resume(inputs, hidden.to(stack.device))
+
+
+def predict(
+    feeds: Sequence[Feed],
+    indices: Sequence[Indices],
+    width: int,
+    vary: VaryFeed | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits as of ``logits_of``, only those of a row's own head, and what they should be.
+
+    The latter is int64 [feeds x rows (, width)]. ``vary`` changes inputs and targets of the feed
+    with a number, where feeds keep nothing.
+    """
+    pairs = list(zip(feeds, indices, strict=True))
+    found = [feed.examples.targets(index, width) for feed, index in pairs]
+    given: list[Inputs] | None = None
+    if vary is not None:
+        batches = [feed.examples.batch(index, width) for feed, index in pairs]
+        varied = [vary(n, *pair) for n, pair in enumerate(zip(batches, found, strict=True))]
+        given, found = [inputs for inputs, _ in varied], [targets for _, targets in varied]
+    logits = logits_of(feeds, indices, width, given)
+    targets = torch.cat(found).to(logits.device)
+    return restrict(logits, targets, feeds[0].stack.bench.heads), targets
+
+
+def taught_of(feeds: Sequence[Feed], indices: Sequence[Indices]) -> torch.Tensor | None:
+    """What the teacher says of those examples, float32 [feeds x rows, classes]; None without."""
+    found = [(feed.examples.taught, index) for feed, index in zip(feeds, indices, strict=True)]
+    parts = [torch.from_numpy(taught[index]) for taught, index in found if taught is not None]
+    return torch.cat(parts) if len(parts) == len(feeds) else None
+
+
+def open_feed(
+    stack: Stack,
+    trained: Layout,
+    examples: Examples,
+    store: Store | None,
+    *,
+    varied: bool = False,
+) -> Feed:
+    """The feed of ``examples``, with activations from ``store`` where that has room for them.
+
+    Of examples that are ``varied`` nothing can be kept.
+    """
+    prefix = None if varied else _prefix(stack, trained, examples)
+    if prefix is None:
+        return Feed(stack, examples, None, None)
+    units = int(np.sum(examples.lengths)) if prefix.by_token else len(examples)
+    kept = _kept(store, prefix, examples, (units, *prefix.unit.shape[1:])) if store else None
+    return Feed(stack, examples, prefix, kept)
+
+
+def _kept(
+    store: Store, prefix: Prefix, examples: Examples, shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    """The activations of all examples from ``store``; None where it has no room for them."""
+    dtype = prefix.unit.dtype
+    carrier = {2: np.int16, 4: np.int32}[dtype.itemsize]  # the same bits in what numpy has
+    key = hashlib.sha256(f"{prefix.identity}\n{examples.digest}".encode()).hexdigest()
+    every = np.arange(len(examples))
+
+    def fill(array: NDArray[Any]) -> None:
+        compute(prefix, examples, every, torch.from_numpy(array).view(dtype))
+
+    def make() -> dict[str, NDArray[Any]]:
+        array = np.empty(shape, carrier)
+        fill(array)
+        return {"hidden": array}
+
+    if store.fits(int(np.prod(shape)) * dtype.itemsize):
+        return torch.from_numpy(store.get(key, make)["hidden"]).view(dtype)
+    mapped = store.files.mapped(key, shape, carrier, fill)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it cannot be written to; nobody does
+        return None if mapped is None else torch.from_numpy(mapped).view(dtype)
+
+
+def _prefix(stack: Stack, trained: Layout, examples: Examples) -> Prefix | None:
+    """The stack's prefix below ``trained``, sought once, with the first examples that come."""
+    if trained.names not in stack.prefixes:
+        if not len(examples):
+            return None
+        some = np.resize(np.arange(len(examples)), FEWEST)
+        inputs = examples.batch(some, int(_widths(examples)[some].max()))
+        # With a decoder beside the encoder two sequences would have to be kept, of two lengths.
+        paired = "decoder_input_ids" in inputs
+        stack.prefixes[trained.names] = None if paired else find_prefix(stack, trained, inputs)
+    return stack.prefixes[trained.names]
+
+
+def compute(prefix: Prefix, examples: Examples, index: Indices, out: torch.Tensor) -> None:
+    """Write into ``out`` what enters the first trained layer, for the examples at ``index``.
+
+    [tokens, ...] of one example after the other, or [examples, ...], on the CPU. Always in the same
+    way, whether it is then kept or not: an example's width depends on itself alone.
+    """
+    lengths = np.asarray(examples.lengths)[index]
+    starts, widths = _starts(lengths), _widths(examples)[index]
+    for width in np.unique(widths):
+        places = np.flatnonzero(widths == width)
+        for some in np.split(places, range(COMPUTED, len(places), COMPUTED)):
+            rows = np.resize(some, max(len(some), FEWEST))
+            inputs = examples.batch(index[rows], int(width))
+            hidden = prefix.stop(inputs)[: len(some)].cpu()
+            if not prefix.by_token:
+                out[torch.from_numpy(some)] = hidden
+                continue
+            into = np.concatenate([np.arange(starts[at], starts[at] + lengths[at]) for at in some])
+            out[torch.from_numpy(into)] = hidden[inputs["attention_mask"][: len(some)].bool()]
+
+
+def _widths(examples: Examples) -> Indices:
+    """The width at which each example's frozen layers are computed: whole vectors."""
+    lengths = np.asarray(examples.lengths)
+    widths: Indices = np.minimum(-(-lengths // WHOLE) * WHOLE, examples.longest)
+    return widths
+
+
+def _starts(lengths: Indices) -> Indices:
+    starts: Indices = np.cumsum(lengths) - lengths
+    return starts

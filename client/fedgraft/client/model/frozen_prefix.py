@@ -1,0 +1,264 @@
+"""The frozen layers below the first one that trains: computed once for an example, then kept.
+
+A frozen layer in eval mode gives the same activations every epoch and round (docs/decisions/0006),
+so what enters the first trained layer can be kept and the layers below be passed over. Where only
+the head trains, what enters the head is kept and the whole body is passed over.
+
+Nothing here knows an architecture. A repeated-layer container (``nn.ModuleList``, ``Sequential``)
+is cut where its first trained layer stands, or the chain of modules that makes logits out of the
+body's output is found by following tensors through one forward pass. Then it is proved: going on
+from the cut must give the same bits as the whole model, and an example's activations must be the
+same bits in any company, or there is no prefix.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedgraft.client.model.batched_model import Stack
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.backbones.load import body_names
+
+__all__ = ["FEWEST", "Inputs", "Prefix", "find_prefix", "identity_of"]
+
+Inputs = dict[str, torch.Tensor]
+FEWEST = 8  # rows in a pass: kernels for fewer may add in another order
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """How to stop before the first trained layer and how to go on from there.
+
+    ``identity`` is a hash over the frozen model, its precision and device, and the place of the
+    cut; only with ``whole`` does going on need the inputs. ``by_token`` says that activations are
+    [rows, tokens, ...], and ``unit`` is empty, of the shape and dtype of one token's (one row's).
+    """
+
+    identity: str
+    whole: bool
+    by_token: bool
+    unit: torch.Tensor
+    stop: Callable[[Inputs], torch.Tensor]
+    resume: Callable[[Inputs, torch.Tensor], torch.Tensor]
+
+
+class _Reached(Exception):  # no error: how a forward pass is left half-way
+    """The cut was reached."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def find_prefix(stack: Stack, trained: Layout, inputs: Inputs) -> Prefix | None:
+    """The longest prefix below what ``trained`` names; None if there is none that can be proved.
+
+    ``inputs`` are ``FEWEST`` rows or more.
+    """
+    stack.put_one(stack.bench.layout, stack.bench.initial)
+    modules = {id(stack.modules[name][0]) for name in trained.of_model.names}
+    order, chain = _follow(stack, inputs)
+    found: list[tuple[str, _Stop, _Resume]] = []
+    if chain and modules <= {id(m) for link in chain for m in link.modules()}:
+        found.append(("head", *_cut_before_head(stack, chain)))
+    if cut := _widest_cut(stack, modules, order):
+        found.append((f"{cut[0]}.{cut[2]}", *_cut_in_container(stack, cut[1], cut[2])))
+    for place, stop, resume in found:
+        proved = _proved(stack, stop, resume, inputs)
+        if proved is not None:
+            whole = place != "head"
+            return Prefix(identity_of(stack, place), whole, *proved, stop, resume)
+    return None
+
+
+_Stop = Callable[[Inputs], torch.Tensor]
+_Resume = Callable[[Inputs, torch.Tensor], torch.Tensor]
+
+
+def identity_of(stack: Stack, place: str) -> str:
+    """All that decides the bits of an activation, but for the example."""
+    import transformers  # here: it replaces itself in sys.modules while it is first imported
+
+    bench = stack.bench
+    parts = (
+        bench.backbone.fingerprint,
+        bench.drawn,
+        place,
+        str(stack.dtype),
+        f"{stack.bits} bits" + (version("bitsandbytes") if stack.bits else ""),
+        stack.device.type,
+        torch.__version__,
+        transformers.__version__,
+        torch.backends.cpu.get_cpu_capability() if stack.device.type == "cpu" else "",
+        str(torch.get_num_threads()),
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Module]]:
+    """When each module is first entered, and the chain of modules from the body to the logits.
+
+    The chain is empty where something else than the output of one module goes into the next.
+    """
+    bodies = body_names(stack.model)
+    heads = {id(child) for name, child in stack.model.named_children() if name not in bodies}
+    order: dict[int, int] = {}
+    links: list[tuple[nn.Module, Any, Any]] = []
+
+    def entered(module: nn.Module, args: Any) -> None:
+        order.setdefault(id(module), len(order))
+
+    def left(module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) in heads:
+            links.append((module, args[0] if args else None, output))
+
+    handles = [m.register_forward_pre_hook(entered) for m in stack.model.modules()]
+    handles += [m.register_forward_hook(left) for m in stack.model.children()]
+    try:
+        with torch.no_grad():
+            ready = stack.ready(inputs)
+            output: Any = stack.model(**ready)
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole = links and links[-1][2] is getattr(output, "logits", None)
+    linked = all(one[2] is other[1] for one, other in pairwise(links))
+    return order, [module for module, _, _ in links] if whole and linked else []
+
+
+def _widest_cut(
+    stack: Stack, trained: set[int], order: dict[int, int]
+) -> tuple[str, nn.Module, int] | None:
+    """The container and the index in it below which most parameters are passed over."""
+    first = min((order[one] for one in trained if one in order), default=0)
+    found: list[tuple[int, str, nn.Module, int]] = []
+    outside: list[str] = []
+    for path, module in stack.model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or path.startswith(tuple(outside)):
+            continue
+        outside.append(f"{path}.")  # what is inside a container is cut with it
+        layers = list(module)
+        holds = [any(id(m) in trained for m in layer.modules()) for layer in layers]
+        cut = holds.index(True) if True in holds else len(layers)
+        if cut and order.get(id(layers[0]), first) < first:
+            size = sum(p.numel() for layer in layers[:cut] for p in layer.parameters())
+            found.append((size, path, module, cut))
+    return max(found, key=lambda one: one[0])[1:] if found else None
+
+
+def _cut_before_head(stack: Stack, chain: Sequence[nn.Module]) -> tuple[_Stop, _Resume]:
+    def stop(inputs: Inputs) -> torch.Tensor:
+        return _until(stack, chain[0], inputs, before=True)
+
+    def resume(inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
+        for link in chain:
+            hidden = link(hidden)
+        return hidden.float()
+
+    return stop, resume
+
+
+def _cut_in_container(stack: Stack, container: Any, cut: int) -> tuple[_Stop, _Resume]:
+    layers = list(container)
+
+    def stop(inputs: Inputs) -> torch.Tensor:
+        last = cut == len(layers)
+        return _until(stack, layers[cut - last], inputs, before=not last)
+
+    def resume(inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
+        with _passing_over(container, layers[:cut], hidden):
+            return stack.logits(inputs)
+
+    return stop, resume
+
+
+@torch.no_grad()
+def _until(stack: Stack, module: nn.Module, inputs: Inputs, *, before: bool) -> torch.Tensor:
+    """What enters (or leaves) ``module``, without computing what comes after."""
+
+    def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    def leaving(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = (
+        module.register_forward_pre_hook(entering, with_kwargs=True)
+        if before
+        else module.register_forward_hook(leaving)
+    )
+    try:
+        stack.logits(inputs)
+    except _Reached as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise RuntimeError("the cut was not reached")
+
+
+class _PassedOver(nn.Module):
+    """In the place of a frozen layer: gives what is kept, or what it was given."""
+
+    def __init__(self, layer: nn.Module, hidden: torch.Tensor | None) -> None:
+        super().__init__()
+        self.hidden = hidden
+        for name, value in vars(layer).items():  # such as the kind of attention of this layer
+            if isinstance(value, str | int) and not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states if self.hidden is None else self.hidden
+
+
+@contextmanager
+def _passing_over(
+    container: Any, below: Sequence[nn.Module], hidden: torch.Tensor
+) -> Iterator[None]:
+    """Have the layers ``below`` give ``hidden`` instead of computing it."""
+    last = len(below) - 1
+    for index, layer in enumerate(below):
+        container[index] = _PassedOver(layer, hidden if index == last else None)
+    try:
+        yield
+    finally:
+        for index, layer in enumerate(below):
+            container[index] = layer
+
+
+def _proved(
+    stack: Stack, stop: _Stop, resume: _Resume, inputs: Inputs
+) -> tuple[bool, torch.Tensor] | None:
+    """None unless resuming gives the very bits; then ``Prefix.by_token`` and ``Prefix.unit``."""
+    with torch.no_grad():
+        try:
+            hidden = stop(inputs)
+            same = _same(resume(inputs, hidden), stack.logits(inputs))
+            again = {key: torch.cat([value, value.flip(0)]) for key, value in inputs.items()}
+            others = stop(again)
+        except Exception:  # a model that is put together in another way: then nothing is kept
+            return None
+    mask = inputs.get("attention_mask")
+    by_token = mask is not None and hidden.ndim > 2 and hidden.shape[:2] == mask.shape
+    real = torch.ones_like(hidden[..., :1])
+    if by_token and mask is not None:
+        real = mask.to(hidden)[(...,) + (None,) * (hidden.ndim - 2)]
+    same = same and _same(hidden * real, others[: len(hidden)] * real)
+    same = same and _same(hidden * real, others[len(hidden) :].flip(0) * real)
+    with torch.no_grad():  # padding is not kept: nothing may depend on it
+        same = same and _same(resume(inputs, hidden * real), stack.logits(inputs))
+    unit = hidden.new_empty(0, *hidden.shape[2 if by_token else 1 :])
+    return (by_token, unit.cpu()) if same else None
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether all values are equal; what is not a number in one must not be in the other."""
+    return torch.equal(one.isnan(), other.isnan()) and torch.equal(
+        one.nan_to_num(0.0, torch.inf, -torch.inf), other.nan_to_num(0.0, torch.inf, -torch.inf)
+    )

@@ -1,0 +1,78 @@
+"""Frozen linear layers in 8 or 4 bits, by bitsandbytes: less memory where a site computes.
+
+8 bits are LLM.int8 (Dettmers et al. 2022): rows of weights and of activations are scaled and
+multiplied as integers. 4 bits are NF4 (Dettmers et al. 2023, "QLoRA"), made whole again for each
+product. What trains stays in float32 beside it. The heads, embeddings, norms and convolutions are
+not touched, nor is a layer whose inputs are no multiple of NF4's block: its blocks would straddle
+rows, which the CPU kernel of bitsandbytes 0.50 computes wrongly.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedgraft.common.backbones.load import head_names
+from fedgraft.common.errors import BackboneError, InputError
+
+__all__ = ["quantized_layers"]
+
+BLOCK = 64  # weights that share a scale
+APART = (".lora_", ".modules_to_save.", ".original_module.")  # peft's own layers
+
+
+def quantized_layers(
+    model: nn.Module, bits: int, device: torch.device, dtype: torch.dtype
+) -> dict[int, nn.Module]:
+    """What takes the place of each frozen linear layer of ``model``, by the layer's ``id``.
+
+    ``model`` is one of transformers with what peft put into it; ``dtype`` is what products are in.
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+        BackboneError: the model has no such layer.
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise InputError(
+            "backbone.quantize needs bitsandbytes", hint='pip install "fedgraft[quantize]"'
+        ) from None
+    heads = tuple(f"{name}." for name in head_names(model))
+    found = {}
+    for name, module in model.named_modules():
+        path = f"{name}."
+        if (
+            isinstance(module, nn.Linear)
+            and not (heads and path.startswith(heads))
+            and not any(part in path for part in APART)
+            and module.in_features % BLOCK == 0
+        ):
+            found[id(module)] = _quantized(module, bits, device, dtype, bitsandbytes.nn)
+    if not found:
+        raise BackboneError(
+            "backbone.quantize: no linear layer of this backbone can be quantised",
+            hint=f"it takes layers whose inputs are a multiple of {BLOCK}, outside the head",
+        )
+    return found
+
+
+def _quantized(
+    layer: nn.Linear, bits: int, device: torch.device, dtype: torch.dtype, kinds: Any
+) -> nn.Module:
+    made: Any
+    sizes, has_bias = (layer.in_features, layer.out_features), layer.bias is not None
+    weight = layer.weight.detach().to(torch.float32 if device.type == "cpu" else dtype)
+    if bits == 4:
+        made = kinds.Linear4bit(*sizes, bias=has_bias, compute_dtype=dtype, quant_type="nf4")
+        made.weight = kinds.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+        # Or it would put the weights in order for a kernel in bfloat16 that has no backward pass,
+        # at the first pass in eval mode on a processor that has it.
+        made.support_avx512bf16_for_cpu = False
+    else:
+        made = kinds.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)
+        made.weight = kinds.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    if has_bias:
+        made.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    moved: nn.Module = made.to(device)
+    return moved

@@ -1,0 +1,1 @@
+"""What is minimised and counted for each kind of target."""

@@ -1,0 +1,1 @@
+"""What a site allows, what its people approved, and the record of what left."""

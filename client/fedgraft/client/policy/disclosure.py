@@ -1,0 +1,43 @@
+"""What would leave a site in one round of a job, counted before anything does."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.config.job import Job
+from fedgraft.common.messages.codec import encode, wire_bytes
+from fedgraft.common.messages.dry_run import blank_replies
+from fedgraft.common.privacy import FEWEST
+
+__all__ = ["Leaving", "what_leaves"]
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """``tensors`` by name with ``parameters`` values in all; bytes of a round with evaluation."""
+
+    tensors: tuple[str, ...]
+    parameters: int
+    bytes_per_round: int
+    rounds: int
+    masked: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self) | {"tensors": list(self.tensors)}
+
+    def in_words(self) -> str:
+        """One sentence."""
+        how = "masked, so that only sums over sites can be read" if self.masked else "in clear"
+        return (
+            f"{len(self.tensors)} tensors with {self.parameters:,} values, "
+            f"{self.bytes_per_round / 1e6:.2f} MB a round in {self.rounds} rounds, {how}"
+        )
+
+
+def what_leaves(job: Job, exchanged: Layout, sites: int) -> Leaving:
+    """What one of ``sites`` sites sends in one round that trains ``exchanged`` and evaluates."""
+    masking = job.privacy.secure_aggregation
+    cohort = min(max(job.rounds.cohort_size(sites), FEWEST), masking.max_sites)
+    size = sum(wire_bytes(encode(reply)) for reply in blank_replies(job, exchanged, cohort))
+    return Leaving(exchanged.names, exchanged.size, size, job.rounds.count, masking.enabled)

@@ -1,0 +1,238 @@
+"""What stands at the door of a site that has a policy: nothing enters or leaves unseen.
+
+``admit`` records a request and holds it against the policy and against what was agreed; ``consent``
+agrees to a job, or has a person asked; ``release`` holds a reply against the policy and records it.
+What cannot be recorded does not leave. All that is refused here is refused for reasons that say
+nothing about the data, but for the number of examples of a job in clear, whose replies tell it.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fedgraft.client.policy.approvals import Agreement, Agreements, hash_plan
+from fedgraft.client.policy.disclosure import Leaving
+from fedgraft.client.policy.message_log import Ledger, Occasion
+from fedgraft.client.policy.policy_file import METRICS, Policy, RoundFacts, check_plan, load_policy
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.errors import FedgraftError, SiteFailure
+from fedgraft.common.messages.codec import RecordDict, encode, wire_bytes
+from fedgraft.common.messages.payloads import (
+    ConfirmAsk,
+    EvaluateReply,
+    EvaluateRequest,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
+    PlanReply,
+    PlanRequest,
+    Refusal,
+    Reply,
+    Request,
+    ResultReply,
+    ResultRequest,
+    TrainReply,
+    TrainRequest,
+    Work,
+)
+
+__all__ = ["SESSION", "Guard"]
+
+log = logging.getLogger("fedgraft.client")
+
+SESSION = re.compile(r"[0-9a-f]{32}")  # it names files here
+
+
+class Guard:
+    """The door, for one message: ``policy`` is the path of the policy, ``now`` local time."""
+
+    def __init__(
+        self, policy: Path, state: Path, *, now: Callable[[], datetime] = datetime.now
+    ) -> None:
+        self._path, self._state, self._now = policy, state, now
+        self.agreements = Agreements(state / "approvals")
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The policy as it is on disk.
+
+        Raises:
+            JobError: there is none that can be read.
+        """
+        return load_policy(self._path)
+
+    def admit(self, stage: str, request: Request, content: RecordDict, under_way: int) -> None:
+        """Record a request, then check it; ``under_way`` is the round that a masked stage is of.
+
+        Raises:
+            SiteFailure: ``audit-failed``, ``disk-full``, ``bad-session``, ``not-agreed``, or a code
+                of ``check_plan``.
+            JobError: the policy cannot be read.
+        """
+        try:
+            self._ledger.received(self._occasion(stage, request, under_way), request, content)
+        except Exception as error:
+            log.error("%s cannot be recorded: %s", stage, type(error).__name__)
+            raise SiteFailure("audit-failed") from None
+        if not SESSION.fullmatch(request.session):
+            raise SiteFailure("bad-session")
+        if isinstance(request, PlanRequest):
+            job = Job.model_validate_json(request.job)
+            facts = RoundFacts(job, self._now(), digests=frozenset({request.backbone}))
+        else:
+            facts = self._facts(request, under_way)
+        check_plan(self.policy, facts)
+        if isinstance(request, TrainRequest | KeysAsk):  # before there is any work
+            self._check_room()
+
+    def _check_room(self) -> None:
+        """Room for what may leave in a round, which is kept here, and for a head of this site."""
+        room = 2 * self.policy.limits.max_bytes_out_per_round
+        if shutil.disk_usage(self._state).free < room:
+            log.error("less than %.0f MB free where %s is", room / 1e6, self._state)
+            raise SiteFailure("disk-full")
+
+    def _facts(self, request: Request, under_way: int) -> RoundFacts:
+        """What is known at a stage after PLAN, whose job must be the one agreed to."""
+        work = _work(request)
+        plan = None if work is None else hash_plan(work.job, work.names)
+        agreement = self._agreement(request.session)
+        if not agreement.binds(plan, ask=self.policy.approval.mode == "ask"):
+            raise SiteFailure("not-agreed")
+        return RoundFacts(
+            Job.model_validate_json(agreement.job),
+            self._now(),
+            round=_round(request, under_way),
+            works=not isinstance(request, ResultRequest),
+            cohort=len(request.cohort) if isinstance(request, KeysAsk) else None,
+            survivors=len(request.survivors.masked) if isinstance(request, ConfirmAsk) else None,
+        )
+
+    def _agreement(self, session: str) -> Agreement:
+        agreement = self.agreements.find(session)
+        if agreement is None:
+            raise SiteFailure("not-agreed")
+        return agreement
+
+    def consent(self, request: PlanRequest, job: Job, leaving: Leaving, examples: int) -> None:
+        """Agree to a job that this site can do, or have a person asked.
+
+        Raises:
+            SiteFailure: ``approval-pending``, ``approval-denied``, or a code of ``check_plan``;
+                where updates are masked, ``not-eligible`` if it is about the examples.
+        """
+        facts = RoundFacts(job, self._now(), bytes_out=leaving.bytes_per_round)
+        check_plan(self.policy, facts)
+        try:
+            check_plan(self.policy, replace(facts, examples=examples))
+        except SiteFailure:
+            if job.privacy.secure_aggregation.enabled:
+                raise SiteFailure("not-eligible") from None
+            raise
+        ask = self.policy.approval.mode == "ask"
+        self.agreements.propose(
+            request.session, request.job, request.names, leaving.to_json(), ask=ask
+        )
+
+    def release(
+        self, stage: str, request: Request | None, reply: Reply, under_way: int
+    ) -> tuple[Reply, RecordDict]:
+        """The reply that may leave and its content, recorded; a refusal if it may not.
+
+        ``request`` is None where none could be read.
+        """
+        session = "" if request is None else request.session
+        occasion = self._occasion(stage, request, under_way)
+        try:
+            return self._recorded(occasion, request, self._checked(occasion, reply))
+        except SiteFailure as error:
+            log.warning("%s: the reply stays here: %s", stage, error.code)
+            refusal = Refusal(session, error.code)
+        except Exception as error:
+            log.error("%s: the reply stays here: %s", stage, type(error).__name__)
+            refusal = Refusal(session, "audit-failed")
+        try:
+            return self._recorded(occasion, request, refusal)
+        except Exception as error:
+            log.error("%s: nothing can be recorded: %s", stage, type(error).__name__)
+            return Refusal(session, "audit-failed"), encode(Refusal(session, "audit-failed"))
+
+    def _checked(self, occasion: Occasion, reply: Reply) -> Reply:
+        """The reply as it may leave: what it reveals is allowed, and rounded."""
+        if isinstance(reply, TrainReply):
+            self._check_metrics({"loss"})
+            return replace(reply, loss=round(reply.loss, self.policy.metrics.round_to))
+        if isinstance(reply, EvaluateReply):
+            self._check_metrics(set(METRICS))
+            examples = max(reply.tally[1:].sum(), 1.0)
+            tally = reply.tally.copy()  # of which the loss is a sum, and its mean is what is known
+            tally[0] = np.round(tally[0] / examples, self.policy.metrics.round_to) * examples
+            return replace(reply, tally=tally)
+        return reply
+
+    def _check_metrics(self, revealed: set[str]) -> None:
+        if not revealed <= set(self.policy.metrics.allowed):
+            raise SiteFailure("policy-metrics")
+
+    def _recorded(
+        self, occasion: Occasion, request: Request | None, reply: Reply
+    ) -> tuple[Reply, RecordDict]:
+        content = encode(reply)
+        if not isinstance(reply, Refusal | PlanReply | ResultReply):
+            most = self.policy.limits.max_bytes_out_per_round
+            size = wire_bytes(content)
+            self.agreements.spend(occasion.run, occasion.round, size, most=most)
+        self._ledger.sent(occasion, reply, content, _layout(request, reply))
+        return reply, content
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self._state, keep=self._policy_if_any.limits.keep_sent)
+
+    @cached_property
+    def _policy_if_any(self) -> Policy:
+        """For the record: a policy that cannot be read allows nothing, as the default does."""
+        try:
+            return self.policy
+        except FedgraftError:
+            return Policy()
+
+    def _occasion(self, stage: str, request: Request | None, under_way: int) -> Occasion:
+        session = "" if request is None else request.session
+        run = session if SESSION.fullmatch(session) else ""
+        number = 0 if request is None else _round(request, under_way)
+        return Occasion(run, number, stage, self._policy_if_any.hash)
+
+
+def _work(request: Request) -> TrainRequest | EvaluateRequest | ResultRequest | Work | None:
+    """The part of a request that names job, tensors and round, if it has one."""
+    if isinstance(request, TrainRequest | EvaluateRequest | ResultRequest):
+        return request
+    if isinstance(request, KeysAsk):
+        return request.work
+    if isinstance(request, MaskedTrain):
+        return request.train
+    return request.evaluate if isinstance(request, MaskedEvaluate) else None
+
+
+def _round(request: Request, under_way: int) -> int:
+    if isinstance(request, PlanRequest):
+        return 0
+    work = _work(request)
+    return under_way if work is None else work.round
+
+
+def _layout(request: Request | None, reply: Reply) -> Layout | None:
+    """Of a clear update: which tensor lies where."""
+    if not isinstance(request, TrainRequest) or not isinstance(reply, TrainReply):
+        return None
+    return open_workbench(Job.model_validate_json(request.job)).layout.only(request.names)

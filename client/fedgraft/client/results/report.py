@@ -1,0 +1,109 @@
+"""A site's own report of a run: ``report.json`` for machines, ``report.md`` and ``report.html``.
+
+The page stands alone (no script, font or image from outside), and the same report gives the same
+bytes. What comes from the coordinator passes autoescaping as everything else does.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from fedgraft.common.files import write_text
+from fedgraft.common.metrics.label_outcome import as_points
+from fedgraft.common.tasks import TASKS, Metric
+
+__all__ = ["read_report", "write_report"]
+
+NAMES = {
+    "federated": "Federated",
+    "local_only": "On its own data alone",
+    "zero_shot": "Backbone untouched",
+}
+MISSING = "not measured"
+WIDTH, HEIGHT = 600, 120  # of the curve, in units of its own
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write ``report`` (as ``comparison.compare`` makes it) into ``folder`` in all three forms."""
+    rounds = [{**line, **_known(line)} for line in report["rounds"]]
+    report = report | {"rounds": rounds}
+    metrics = TASKS[report["task"]].metrics
+    share = next(one for one in metrics if one.percent)  # what bars and the curve are of
+    facts = {
+        "report": report,
+        "names": NAMES,
+        "points": _curve(rounds),
+        "metrics": metrics,
+        "share": share,
+    }
+    for name in ("report.md", "report.html"):
+        text = _templates().get_template(f"{name}.j2").render(facts)
+        write_text(folder / name, text.encode("utf-8", "replace").decode())
+    write_text(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report in ``folder``; None while it has not been made."""
+    path = folder / "report.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+@cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "percent": _percent,
+        "metric": _metric,
+        "interval": _interval,
+        "points": as_points,
+    }
+    environment.filters.update(filters)
+    return environment
+
+
+def _known(line: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of a round, None for one that there is not: JSON has no NaN."""
+    return {
+        key: float(line[key]) if line[key] is not None and math.isfinite(line[key]) else None
+        for key in ("accuracy", "loss")
+    }
+
+
+def _curve(rounds: list[dict[str, Any]]) -> str:
+    """Accuracy over rounds as the points of an SVG polyline, 0 % to 100 % from bottom to top."""
+    known = [(line["round"], line["accuracy"]) for line in rounds if line["accuracy"] is not None]
+    if len(known) < 2:
+        return ""
+    first, span = known[0][0], max(known[-1][0] - known[0][0], 1)
+    return " ".join(
+        f"{WIDTH * (number - first) / span:.1f},{HEIGHT * (1 - min(max(share, 0.0), 1.0)):.1f}"
+        for number, share in known
+    )
+
+
+def _percent(share: float | None) -> str:
+    return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def _metric(model: dict[str, Any], metric: Metric) -> str:
+    return metric.text(model[metric.key])
+
+
+def _interval(model: dict[str, Any], metric: Metric) -> str:
+    """Of perplexity with one block of text there is none."""
+    ends = model.get(f"{metric.key}_interval")
+    if ends is None:
+        return MISSING
+    return f"{metric.text(ends[0], unit='')} to {metric.text(ends[1])}"

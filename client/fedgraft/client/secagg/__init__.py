@@ -1,0 +1,1 @@
+"""The masking party of secure aggregation."""

@@ -1,0 +1,1 @@
+"""Statistics by which backbones are ranked before any training."""

@@ -1,0 +1,126 @@
+"""Features of examples: what a frozen backbone makes of them before any head.
+
+Of a text the mean of its tokens' last hidden states, as sentence encoders are trained (Reimers &
+Gurevych, "Sentence-BERT", 2019) and as every text model has them; of other examples what enters the
+head, averaged over positions. Where the backbone has a head of its own, also what that predicts.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedgraft.client.data.cache import Store
+from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.frozen_prefix import Inputs, identity_of
+from fedgraft.common.backbones.load import head_names
+from fedgraft.common.errors import BackboneError
+from fedgraft.common.examples import Examples, Indices
+
+__all__ = ["Features", "blocks_of", "features_of"]
+
+BATCH = 64
+BLOCK = 4096  # examples whose features are held at once
+
+
+@dataclass(frozen=True)
+class Features:
+    """Of n examples: ``labels`` int64 [n], ``values`` float32 [n, d].
+
+    ``probabilities``, float32 [n, z], are those of the source labels; z is 0 without a source head.
+    """
+
+    labels: Indices
+    values: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+
+
+def blocks_of(stack: Stack, examples: Examples, store: Store) -> Iterator[Features]:
+    """The features of all examples, at most ``BLOCK`` at a time, kept in files of ``store``.
+
+    Raises:
+        BackboneError: the backbone's features cannot be found, or are not finite.
+    """
+    for start in range(0, len(examples), BLOCK):
+        some = examples.subset(np.arange(start, min(start + BLOCK, len(examples))))
+        key = f"{identity_of(stack, 'features')}\n{stack.bench.fresh_head}\n{some.digest}"
+
+        def make(some: Examples = some) -> dict[str, NDArray[Any]]:
+            found = features_of(stack, some)
+            return {"values": found.values, "probabilities": found.probabilities}
+
+        kept = store.get(hashlib.sha256(key.encode()).hexdigest(), make)
+        yield Features(some.labels, kept["values"], kept["probabilities"])
+
+
+def features_of(stack: Stack, examples: Examples) -> Features:
+    """The features of ``examples``, which are batched by length.
+
+    Raises:
+        BackboneError: as ``blocks_of``.
+    """
+    stack.put_one(stack.bench.layout, stack.bench.initial)
+    order = np.argsort(np.asarray(examples.lengths), kind="stable")
+    values: list[torch.Tensor] = []
+    predicted: list[torch.Tensor] = []
+    for index in np.split(order, range(BATCH, len(order), BATCH)):
+        one, logits = _forward(stack, examples.batch(index, examples.width(index)))
+        values.append(one)
+        predicted.append(logits.softmax(-1)[:, : 0 if stack.bench.fresh_head else None])
+    back = torch.from_numpy(np.argsort(order))
+    found = torch.cat(values)[back].numpy()
+    if not np.isfinite(found).all():
+        raise BackboneError(
+            f"{stack.bench.backbone.source}: some of its features are not finite",
+            hint='its weights are damaged, or training.precision = "fp32"',
+        )
+    return Features(examples.labels, found, torch.cat(predicted)[back].numpy())
+
+
+@torch.inference_mode()
+def _forward(stack: Stack, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [b, d] and logits [b, z] of one batch, float32 on the CPU."""
+    caught: list[torch.Tensor] = []
+    mask = inputs.get("attention_mask")
+    text = "input_ids" in inputs and mask is not None
+
+    def leaving(module: nn.Module, args: Any, output: Any) -> None:
+        hidden = getattr(output, "last_hidden_state", None)
+        caught.append(output[0] if hidden is None else hidden)
+
+    def entering(module: nn.Module, args: Any) -> None:
+        caught.extend(args[:1])
+
+    model = stack.model
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if text and isinstance(body, nn.Module):
+        handles = [body.register_forward_hook(leaving)]
+    else:
+        heads = head_names(model) if not text else ()
+        handles = [model.get_submodule(n).register_forward_pre_hook(entering) for n in heads]
+    try:
+        logits = stack.logits(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not caught or (text and mask is not None and caught[0].shape[:2] != mask.shape):
+        raise BackboneError(
+            f"{stack.bench.backbone.source}: no features were found in this architecture",
+            hint="a model of transformers with one body and one head on top of it",
+        )
+    return _pooled(caught[0].float(), mask if text else None).cpu(), logits.cpu()
+
+
+def _pooled(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[b, d]: the mean over the tokens of ``mask``, over positions [b, p, d] or [b, d, h, w]."""
+    if mask is not None:
+        weights = mask.to(hidden)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1)
+    if hidden.ndim == 3:
+        return hidden.mean(1)
+    return hidden.flatten(2).mean(2) if hidden.ndim > 3 else hidden

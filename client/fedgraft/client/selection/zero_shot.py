@@ -1,0 +1,82 @@
+"""Zero-shot answers of a dual encoder: the label whose name, as a sentence, is nearest to an image.
+
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP):
+both encoders end in one space, and the answer is the largest cosine. The whole model is loaded for
+it: as a backbone only its vision tower is used.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from fedgraft.common.errors import BackboneError
+from fedgraft.common.examples import Examples, Indices
+
+__all__ = ["DualEncoder", "is_dual", "open_dual_encoder"]
+
+BATCH = 64
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+def is_dual(config: Any) -> bool:
+    """Whether a configuration of transformers is of two encoders that share a space."""
+    return all(hasattr(config, one) for one in ("text_config", "vision_config", "projection_dim"))
+
+
+@dataclass(frozen=True)
+class DualEncoder:
+    """``prompts`` are unit embeddings of the labels' sentences, float32 [c, d]."""
+
+    model: Any
+    prompts: torch.Tensor
+
+    @torch.inference_mode()
+    def answers(self, examples: Examples) -> Indices:
+        """For each example the label whose sentence is nearest, int64 [n]."""
+        found = [np.empty(0, np.int64)]
+        every = np.arange(len(examples))
+        for index in np.split(every, range(BATCH, len(every), BATCH)):
+            inputs = examples.batch(index)
+            embedded = _embedding(self.model.get_image_features(**inputs))
+            found.append((embedded @ self.prompts.T).argmax(1).numpy())
+        answers: Indices = np.concatenate(found)
+        return answers
+
+
+@lru_cache(maxsize=1)
+def open_dual_encoder(folder: Path, labels: tuple[str, ...], prompt: str) -> DualEncoder:
+    """The model in ``folder`` with its embeddings of ``prompt``, whose ``{}`` is a label's name.
+
+    Raises:
+        BackboneError: the folder has no tokenizer, or cannot be loaded.
+    """
+    import transformers
+
+    try:
+        # Without any, transformers 5 makes an empty one that knows no word.
+        if not any((folder / name).exists() for name in VOCABULARIES):
+            raise FileNotFoundError
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        ).eval()
+    except Exception as error:  # loaders of torn files raise almost anything
+        raise BackboneError(
+            f"{folder.name}: its text encoder cannot be loaded ({type(error).__name__})",
+            hint="zero-shot needs the whole dual encoder, with its tokenizer",
+        ) from None
+    sentences = [prompt.format(label.replace("_", " ").replace("-", " ")) for label in labels]
+    read = tokenizer(sentences, padding=True, return_tensors="pt")
+    inputs = {name: read[name] for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode():
+        return DualEncoder(model, _embedding(model.get_text_features(**inputs)))
+
+
+def _embedding(output: Any) -> torch.Tensor:
+    """Unit rows; transformers wraps what is projected as the pooled output."""
+    return functional.normalize(getattr(output, "pooler_output", output).float(), dim=-1)

@@ -1,0 +1,116 @@
+"""Training examples varied anew each time they are seen, from the site's own generator.
+
+Images by kornia, whose draws come from PyTorch's default generator: it is seeded for the moment
+from the site's. Only a site's real rows are varied, so that it draws the same numbers whoever is
+in the pass with it. Of texts and recordings what is varied is a line each; the libraries there are
+draw from generators of their own kind, or are no longer kept (nlpaug).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fedgraft.client.model.batched_modules import Rows
+from fedgraft.client.model.frozen_prefix import Inputs
+from fedgraft.common.config.augmentation import (
+    AudioAugmentation,
+    Augmentation,
+    ImageAugmentation,
+    TextAugmentation,
+)
+from fedgraft.common.errors import InputError
+
+__all__ = ["Vary", "open_augmentation"]
+
+Vary = Callable[[Inputs, torch.Tensor, Rows], tuple[Inputs, torch.Tensor]]
+
+
+def open_augmentation(settings: Augmentation) -> Vary:
+    """What varies inputs, not targets, of one site; ``Rows.count`` come first and are real.
+
+    Raises:
+        InputError: kornia is not installed, and images are to be varied.
+    """
+    images = _open_images(settings.image) if settings.image is not None else None
+
+    def vary(inputs: Inputs, targets: torch.Tensor, rows: Rows) -> tuple[Inputs, torch.Tensor]:
+        return varied(inputs, rows), targets
+
+    def varied(inputs: Inputs, rows: Rows) -> Inputs:
+        if not rows.count:  # of a batch that others in the pass have more of: nothing is drawn
+            return inputs
+        if images is not None and "pixel_values" in inputs:
+            return {**inputs, "pixel_values": images(inputs["pixel_values"], rows)}
+        if settings.text is not None and "input_ids" in inputs:
+            return _vary_texts(settings.text, inputs, rows)
+        if settings.audio is not None:
+            return _vary_audio(settings.audio, inputs, rows)
+        return inputs
+
+    return vary
+
+
+def _open_images(settings: ImageAugmentation) -> Callable[[torch.Tensor, Rows], torch.Tensor]:
+    try:
+        import kornia.augmentation as kornia
+    except ImportError:
+        raise InputError(
+            "training.augmentation.image needs kornia", hint='pip install "fedgraft[augment]"'
+        ) from None
+    steps: list[Any] = []
+    if settings.flip:
+        steps.append(kornia.RandomHorizontalFlip(p=0.5))
+    if settings.shift or settings.rotate or settings.zoom:
+        zoom = (1 - settings.zoom, 1 + settings.zoom)
+        shift = (settings.shift, settings.shift)
+        steps.append(kornia.RandomAffine(settings.rotate, shift, zoom, p=1.0))
+    if settings.erase:
+        steps.append(kornia.RandomErasing(scale=(0.02, 0.2), p=settings.erase))
+    if settings.noise:
+        steps.append(kornia.RandomGaussianNoise(std=settings.noise, p=1.0))
+
+    def vary(pixels: torch.Tensor, rows: Rows) -> torch.Tensor:
+        seed = int(torch.randint(2**62, (), generator=rows.generator))
+        varied = pixels[: rows.count]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(seed)
+            for step in steps:
+                varied = step(varied)
+        return torch.cat([varied.to(pixels.dtype), pixels[rows.count :]])
+
+    return vary
+
+
+def _vary_texts(settings: TextAugmentation, inputs: Inputs, rows: Rows) -> Inputs:
+    """Ids and mask of each text, of which the first and the last token stay as they are."""
+    ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
+    for row in range(rows.count):
+        places = mask[row].nonzero().flatten()[1:-1]
+        if settings.swap and len(places) > 1:
+            left, right = places[0 : len(places) - 1 : 2], places[1::2]
+            chosen = torch.rand(len(left), generator=rows.generator) < settings.swap
+            one, other = left[chosen], right[chosen]
+            ids[row, one], ids[row, other] = ids[row, other].clone(), ids[row, one].clone()
+        if settings.hide:
+            hidden = torch.rand(len(places), generator=rows.generator) < settings.hide
+            mask[row, places[hidden]] = 0
+    return {**inputs, "input_ids": ids, "attention_mask": mask}
+
+
+def _vary_audio(settings: AudioAugmentation, inputs: Inputs, rows: Rows) -> Inputs:
+    """Samples [b, samples] or a spectrogram [b, bands, frames]; what is padding may move too."""
+    name = "input_values" if "input_values" in inputs else "input_features"
+    sound, draw = inputs[name].clone(), rows.generator
+    for row in range(rows.count):
+        own = sound[row]
+        if settings.gain and own.ndim == 1:
+            decibels = settings.gain * (2 * torch.rand((), generator=draw) - 1)
+            own = own * 10 ** (decibels / 20)
+        if settings.delay:
+            most = int(settings.delay * own.shape[-1])
+            own = own.roll(int(torch.randint(-most, most + 1, (), generator=draw)), dims=-1)
+        if settings.noise:
+            own = own + settings.noise * torch.randn(own.shape, generator=draw)
+        sound[row] = own
+    return {**inputs, name: sound}

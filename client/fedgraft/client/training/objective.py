@@ -1,0 +1,143 @@
+"""What a pass minimises for each site: what labels, a teacher and other domains say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.forward import Feed, VaryFeed, predict, taught_of
+from fedgraft.client.objectives.labels import distances, losses, restrict
+from fedgraft.client.training.augmentation import Vary, open_augmentation
+from fedgraft.client.training.domain_adaptation import Alignment, Statistics, watch_features
+from fedgraft.client.training.ewc import Consolidation
+from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.config.training import Training
+from fedgraft.common.errors import SiteFailure
+from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.tasks.masked_image_modeling import PatchExamples
+from fedgraft.common.tasks.masked_lm import ClozeExamples
+
+__all__ = ["Batch", "Objective", "Value"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of every site, padded to ``width`` tokens.
+
+    ``padded`` are equally many rows of each feed, of which ``real`` come first; the rest weigh
+    nothing. ``sizes`` are the rows of whole batches, ``progress`` (0 to 1) how far each site is.
+    """
+
+    feeds: Sequence[Feed]
+    padded: Sequence[Indices]
+    real: Sequence[Indices]
+    sizes: Sequence[int]
+    width: int
+    progress: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Value:
+    """``summed`` [sites]: the loss of the real rows; ``minimised``: what gradients are taken of.
+
+    ``statistics`` are for ``Objective.take``, once gradients are there.
+    """
+
+    summed: torch.Tensor
+    minimised: torch.Tensor
+    statistics: Sequence[Statistics] = ()
+
+
+class Objective:
+    """The objective of a pass over sites with these ``examples``, starting from ``flat``."""
+
+    def __init__(
+        self,
+        stack: Stack,
+        trained: Layout,
+        settings: Training,
+        examples: Sequence[Examples],
+        flat: torch.Tensor,
+    ) -> None:
+        self.stack, self.settings = stack, settings
+        self.alignment: Alignment | None = None
+        self.consolidation: Consolidation | None = None
+        if settings.consolidation is not None:
+            epochs = [len(one) for one in examples]
+            self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
+        self.vary: Vary | None = None  # what is seen anew each time
+        if isinstance(examples[0], ClozeExamples | PatchExamples):
+            self.vary = examples[0].hide_anew
+        elif settings.augmentation is not None:
+            self.vary = open_augmentation(settings.augmentation)
+        self.anchor = flat.clone() if settings.proximal else None
+        if settings.domain is not None:
+            self.alignment = Alignment(settings.domain, trained, examples, flat, stack.bench.seed)
+
+    def of(self, batch: Batch, views: Sequence[torch.Tensor]) -> Value:
+        """Its value for ``batch``, computed with the tensors ``views`` [sites, ...]."""
+        if self.alignment is None:
+            return self._labelled(batch)
+        with watch_features(self.stack) as seen:
+            value = self._labelled(batch)
+        terms, statistics = self.alignment.losses(
+            seen[0], batch.feeds, batch.real, views, batch.progress
+        )
+        total = value.minimised
+        for term, real, size in zip(terms, batch.real, batch.sizes, strict=True):
+            total = total + term * (len(real) / size)
+        return Value(value.summed, total, statistics)
+
+    def take(self, value: Value, batch: Batch) -> None:
+        """Note what was computed: memory sufficed for its gradients."""
+        if self.alignment is not None:
+            self.alignment.take(value.statistics, [len(real) for real in batch.real])
+
+    def pull(self, gradient: torch.Tensor, flat: torch.Tensor, sizes: Sequence[int]) -> None:
+        """Add to the ``gradient`` of whole batches what holds values back, both [active, values].
+
+        FedProx (Li et al. 2020): mu/2 |x - x0|^2, where x0 is what training started from.
+        """
+        if self.consolidation is not None:
+            self.consolidation.take(gradient, sizes)
+            self.consolidation.pull(gradient, flat)
+        if self.anchor is not None:
+            gradient.add_(flat - self.anchor[: len(flat)], alpha=self.settings.proximal)
+
+    def finish(self, number: int, vector: Vector) -> None:
+        """Put what a site tells beside its adapter into its ``vector``."""
+        if self.alignment is not None:
+            self.alignment.write(number, vector)
+        if self.consolidation is not None:
+            self.consolidation.write(number, vector)
+
+    def _labelled(self, batch: Batch) -> Value:
+        each = self._each(batch)
+        rows = len(batch.padded[0])
+        weights = torch.tensor([[float(n < len(i)) for n in range(rows)] for i in batch.real])
+        summed = (each.view(len(batch.feeds), rows) * weights.to(each.device)).sum(1)
+        share = torch.tensor([1 / size for size in batch.sizes], device=each.device)
+        return Value(summed, (summed * share).sum())
+
+    def _varied(self) -> VaryFeed | None:
+        """What changes a batch of each site, of which the stack knows the real rows."""
+        vary = self.vary
+        if vary is None:
+            return None
+        rows = self.stack.draws.rows
+        return lambda number, inputs, targets: vary(inputs, targets, rows[number])
+
+    def _each(self, batch: Batch) -> torch.Tensor:
+        """Of every row, float32 [sites x rows]."""
+        logits, targets = predict(batch.feeds, batch.padded, batch.width, self._varied())
+        each = losses(logits, targets, smoothing=self.settings.label_smoothing)
+        distillation = self.settings.distillation
+        if distillation is None:
+            return each
+        taught = taught_of(batch.feeds, batch.padded)
+        if taught is None:
+            raise SiteFailure("no-teacher")
+        taught = restrict(taught.to(logits.device), targets, self.stack.bench.heads)
+        far = distances(logits, taught, distillation.temperature)
+        return (1 - distillation.weight) * each + distillation.weight * far

@@ -1,0 +1,235 @@
+"""A backbone with its adapter attached, loaded once per process and reused by whoever works there.
+
+A coordinator reads the initial adapter from it and exports with it. What computes at a site is a
+``client.stack`` on the same frozen tensors.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from fedgraft.common.adapters.attach import (
+    Layout,
+    Vector,
+    adapter_layout,
+    attach,
+    is_factor_b,
+    is_head,
+    read,
+    write,
+)
+from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size
+from fedgraft.common.adapters.fisher import consolidation_tensors
+from fedgraft.common.backbones.load import (
+    Backbone,
+    LoadedBackbone,
+    find_backbone,
+    head_names,
+    load,
+    read_config,
+)
+from fedgraft.common.config.job import Job
+from fedgraft.common.errors import InputError
+from fedgraft.common.messages.codec import array_hash
+from fedgraft.common.modalities import Processor, TextProcessor, load_processor
+from fedgraft.common.tasks import TASKS
+
+__all__ = [
+    "Workbench",
+    "cache_folder",
+    "choose_device",
+    "close_workbenches",
+    "open_processor",
+    "open_workbench",
+    "shaping_of",
+]
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """One job's model in this process.
+
+    ``own`` names the tensors that stay at a site: a head whose policy is ``local``, the factors B
+    of the rule ``fedsa``. ``heads`` names each label's head where a job has several
+    (``General.head_of``); ``seed`` is the job's.
+
+    ``layout`` names every adapter tensor, ``initial`` (float32 [layout.size]) is what they start
+    from; ``fresh_head`` says that the head has no pre-training, so zero-shot means nothing.
+    ``drawn`` is the SHA-256 over frozen parameters that came from a seed instead of the backbone's
+    folder, empty if there are none: such a model cannot be rebuilt from folder and adapter alone.
+    """
+
+    own: tuple[str, ...]
+    heads: tuple[int, ...]
+    seed: int
+    backbone: Backbone
+    model: PeftModel
+    processor: Processor
+    layout: Layout
+    initial: Vector
+    fresh_head: bool
+    drawn: str
+    backbone_parameters: int
+
+    @property
+    def local(self) -> Layout:
+        """The tensors that stay at a site."""
+        return self.layout.only(self.own)
+
+    @property
+    def carried(self) -> Layout:
+        """The tensors of the adapter that sites exchange."""
+        return _carried(self.layout, self.own)
+
+    def initial_of(self, layout: Layout) -> Vector:
+        """The initial values of the tensors in ``layout``, float32 [layout.size]."""
+        return self.layout.part(self.initial, layout)
+
+    def put(self, *parts: tuple[Layout, Vector]) -> None:
+        """Reset the adapter to ``initial``, then write ``parts`` over it in order."""
+        for layout, vector in ((self.layout, self.initial), *parts):
+            write(self.model, layout, vector)
+
+    def fixed_hash(self, trained: Iterable[str]) -> str:
+        """SHA-256 over what was drawn from a seed and neither trains nor travels.
+
+        That is adapter tensors not in ``trained``, and drawn parameters of the backbone.
+        Coordinator and sites compare it: another version of a library might have drawn others.
+        """
+        rest = self.layout.only(set(self.layout.names) - set(trained))
+        parts = [self.initial[self.layout.slices[name]] for name in rest.names]
+        drawn = [np.frombuffer(self.drawn.encode(), np.uint8)] if self.drawn else []
+        return array_hash(*parts, *drawn)
+
+
+def _carried(layout: Layout, own: Iterable[str]) -> Layout:
+    return layout.only(set(layout.of_model.names) - set(own))
+
+
+def _own(layout: Layout, job: Job) -> tuple[str, ...]:
+    heads, factors = job.method.head == "local", job.aggregation.rule == "fedsa"
+    return tuple(
+        name
+        for name in layout.names
+        if (heads and is_head(name)) or (factors and is_factor_b(name))
+    )
+
+
+def open_workbench(job: Job) -> Workbench:
+    """The workbench for ``job``, on the CPU; the same object for the same backbone and method.
+
+    Raises:
+        BackboneError: the backbone cannot be found or loaded.
+        AdapterError: the method's targets match nothing.
+    """
+    # Only these sections shape the model: rounds or training settings must not load it again.
+    return _open(shaping_of(job))
+
+
+def shaping_of(job: Job) -> str:
+    """The sections of a job, as JSON, that its model and its layout follow from."""
+    shaping: dict[str, Any] = dict.fromkeys(("job", "backbone", "method"), True)
+    if job.aggregation.rule == "fedsa":  # of the rules this one says what stays at a site
+        shaping["aggregation"] = {"rule"}
+    return job.model_dump_json(include={**shaping, "training": {"domain", "consolidation"}})
+
+
+@lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
+def _open(shaping: str) -> Workbench:
+    job = Job.model_validate_json(shaping)
+    backbone, processor = open_processor(job)
+    loaded = load(backbone, job)
+    drawn = _drawn_hash(loaded, head_trains=job.method.head != "frozen")
+    if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last real token
+        config: Any = loaded.model.config
+        config.pad_token_id = processor.pad_id
+    size = feature_size(loaded.model) if job.training.domain is not None else 0
+    model = attach(loaded.model, job)
+    layout = adapter_layout(model)
+    own = _own(layout, job)
+    initial = read(model, layout)
+    if job.training.domain is not None:
+        beside, values = domain_tensors(job.training.domain, size, job.job.seed)
+        layout, initial = layout.joined(beside), np.concatenate([initial, values])
+    if job.training.consolidation is not None:
+        carried = _carried(layout, own)
+        beside, values = consolidation_tensors(job.training.consolidation, carried)
+        layout, initial = layout.joined(beside), np.concatenate([initial, values])
+    return Workbench(
+        own=own,
+        heads=job.job.head_of,
+        seed=job.job.seed,
+        backbone=backbone,
+        model=model,
+        processor=processor,
+        layout=layout,
+        initial=initial,
+        fresh_head=loaded.fresh_head,
+        drawn=drawn,
+        backbone_parameters=loaded.parameters,
+    )
+
+
+def close_workbenches() -> None:
+    """Let go of all workbenches and processors; what still uses one keeps it."""
+    _open.cache_clear()
+    _open_processor.cache_clear()
+
+
+def open_processor(job: Job) -> tuple[Backbone, Processor]:
+    """The job's backbone, checked but not loaded, and what prepares inputs for it.
+
+    Raises:
+        BackboneError: the backbone cannot be found, or has no tokenizer or image settings.
+    """
+    return _open_processor(job.backbone.source, job.backbone.weights, TASKS[job.job.task].modality)
+
+
+@lru_cache(maxsize=2)
+def _open_processor(source: str, weights: str, modality: str) -> tuple[Backbone, Processor]:
+    backbone = find_backbone(source, weights=weights)
+    return backbone, load_processor(backbone.folder, modality, read_config(backbone))
+
+
+def _drawn_hash(loaded: LoadedBackbone, *, head_trains: bool) -> str:
+    """SHA-256 over the drawn parameters that stay frozen; empty if there are none."""
+    heads = tuple(f"{name}." for name in head_names(loaded.model)) if head_trains else ()
+    frozen = [name for name in loaded.drawn if not (heads and name.startswith(heads))]
+    parameters = dict(loaded.model.named_parameters())
+    return array_hash(*(parameters[name].numpy() for name in frozen)) if frozen else ""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """``auto`` takes cuda, else mps, else cpu; a device that is not there is an error.
+
+    Raises:
+        InputError: the wanted device is not available on this machine.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        return torch.device(next(name for name, present in there.items() if present))
+    if not there[wanted]:
+        present = ", ".join(name for name in there if there[name])
+        raise InputError(f"device {wanted} is not available here", hint=f"there is: {present}")
+    return torch.device(wanted)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``FEDGRAFT_CACHE``, else ~/.cache/fedgraft.
+
+    For this user alone: it holds sites' examples, encoded.
+    """
+    folder = Path(os.environ.get("FEDGRAFT_CACHE") or Path.home() / ".cache" / "fedgraft")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder

@@ -1,0 +1,155 @@
+"""The model card of an export: what it is, where it comes from, how good it is, what it is not for.
+
+After Mitchell et al. 2019, "Model Cards for Model Reporting" (arXiv:1810.03993), with a statement
+on the data after Bender and Friedman 2018, "Data Statements for Natural Language Processing"
+(TACL 6), as far as a federation can know. It names no site. The metadata is that of the Hugging
+Face hub.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.backbones.load import public_source
+from fedgraft.common.backbones.manifest import licence_of
+from fedgraft.common.config.job import Job
+from fedgraft.common.tasks import TASKS, Metric
+
+__all__ = ["Form", "Origin", "backbone_name", "model_card"]
+
+Form = Literal["peft", "merged", "onnx"]
+PIPELINES = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}  # as the hub says it
+USES = {
+    "causal-lm": "continue texts",
+    "masked-lm": "fill gaps in texts",
+    "masked-image-modeling": "paint hidden parts of an image",
+    "seq2seq-lm": "write a text for each",
+}
+LIBRARIES = {"peft": "peft", "merged": "transformers", "onnx": "onnx"}
+# Keys of a model's metrics, the name of each on the hub, and what people call it.
+METRICS = (
+    ("perplexity", "perplexity", "perplexity"),
+    ("accuracy", "accuracy", "accuracy"),
+    ("macro_f1", "f1", "macro F1"),
+    ("weighted_f1", "f1", "weighted F1"),
+    ("balanced_accuracy", "accuracy", "balanced accuracy"),
+    ("auroc", "roc_auc", "AUROC"),
+    ("calibration_error", "expected_calibration_error", "calibration error"),
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: the run, its ``rounds`` and ``sites`` (0: not known).
+
+    ``final`` is what a summary says of the models on the pooled test set, ``validation`` what the
+    last round's federated validation came to; ``outcomes`` counts the sites that federating helped
+    or hurt, ``examples`` (0: not known) trained it. ``own_parts`` is whether what stayed at its
+    site, a head or factors, is in the folder.
+    """
+
+    run: str
+    created: str
+    rounds: int
+    sites: int = 0
+    final: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    outcomes: Mapping[str, int] = field(default_factory=dict)
+    examples: int = 0
+    own_parts: bool = False
+
+
+def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str:
+    """The model card, Markdown with the metadata that model hubs read."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        autoescape=False,  # noqa: S701  # Markdown, and every value is ours or the job's
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _cell
+    source, licence = public_source(bench.backbone.source), licence_of(bench.backbone.folder)
+    federated = origin.final.get("federated") or origin.validation
+    return environment.get_template("model_card.md.j2").render(
+        metadata=_metadata(job, source, licence, federated, form).to_yaml(),
+        origin=origin,
+        job=job,
+        bench=bench,
+        source=source,
+        licence=licence,
+        base=backbone_name(bench),
+        base_code=_base_code(source),
+        auto=TASKS[job.job.task].auto_class,
+        form=form,
+        uses=USES,
+        shown=_shown(federated, origin.final),
+        names={key: name for key, _, name in METRICS},
+        groups=federated.get("groups") or {},
+        gap=federated.get("accuracy_gap"),
+    )
+
+
+def backbone_name(bench: Workbench) -> str:
+    """The backbone's name without this machine's folders."""
+    kind, _, name = public_source(bench.backbone.source).partition(":")
+    return name.partition("@")[0] if kind == "hf" else name
+
+
+def _metadata(
+    job: Job, source: str, licence: str, federated: Mapping[str, Any], form: Form
+) -> ModelCardData:
+    """The front matter; a licence only where the backbone's card names one that hubs know."""
+    kind, _, name = source.partition(":")
+    pipeline = PIPELINES.get(job.job.task, job.job.task)
+    tags = ["federated-learning", "fedgraft", *([job.method.kind] if form == "peft" else [])]
+    return ModelCardData(
+        base_model=name.partition("@")[0] if kind == "hf" else None,
+        license=licence if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else None,
+        library_name=LIBRARIES[form],
+        pipeline_tag=pipeline,
+        tags=tags,
+        model_name=job.job.name,
+        eval_results=list(_results(pipeline, federated)) or None,
+    )
+
+
+def _results(pipeline: str, federated: Mapping[str, Any]) -> Iterator[EvalResult]:
+    for key, kind, name in METRICS:
+        if federated.get(key) is not None:
+            yield EvalResult(
+                task_type=pipeline,
+                dataset_type="private",
+                dataset_name="examples of the federation's sites",
+                metric_type=kind,
+                metric_name=name,
+                metric_value=round(federated[key], 4),
+            )
+
+
+def _shown(federated: Mapping[str, Any], final: Mapping[str, Any]) -> list[str]:
+    """The metrics that have a column, those of any model."""
+    models = [federated, *(one for one in final.values() if one)]
+    return [key for key, _, _ in METRICS if any(one.get(key) is not None for one in models)]
+
+
+def _cell(metrics: Mapping[str, Any], key: str) -> str:
+    """A metric, in percent unless it is perplexity, with its interval where there is one."""
+    metric, ends = Metric(key, key, key != "perplexity"), metrics.get(f"{key}_interval")
+    span = " (" + " to ".join(metric.text(end, unit="") for end in ends) + ")" if ends else ""
+    return metric.text(metrics.get(key)) + span
+
+
+def _base_code(source: str) -> str:
+    """The first argument of ``from_pretrained`` for this backbone, as Python."""
+    kind, _, name = source.partition(":")
+    if kind != "hf":
+        return repr(f"FOLDER_OF/{name}")
+    repository, _, revision = name.partition("@")
+    return repr(repository) + (f", revision={revision!r}" if revision else "")

@@ -1,0 +1,24 @@
+"""FedAvg over adapters: factors and shared heads are averaged element by element.
+
+McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data";
+for LoRA: Zhang et al. 2023, "Towards Building the Federated GPT" (FedIT).
+
+    x <- x + sum_i p_i (x_i - x),   p_i = n_i / sum_j n_j  or  1/n
+
+The average of the factors is not the factors of the average: mean(B) mean(A) differs from
+mean(B A). The difference is the rule's aggregation error; ``ffa`` has none.
+"""
+
+from dataclasses import dataclass
+
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.aggregation.base import MeanRule
+
+
+@dataclass(frozen=True)
+class FedAvg(MeanRule):
+    """Every tensor of the adapter trains and travels."""
+
+    def exchanges(self, layout: Layout) -> tuple[str, ...]:
+        """All of them."""
+        return layout.names

@@ -1,0 +1,1 @@
+"""Pre-trained models: found, refused, loaded and stored."""

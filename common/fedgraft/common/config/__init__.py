@@ -1,0 +1,1 @@
+"""The job file: its sections, how it is read, and which settings go together."""

@@ -1,0 +1,1 @@
+"""Who takes part: roster, kits, certificates and the audit log."""

@@ -1,0 +1,103 @@
+"""The terms of a masked round: what coordinator and sites compute alike from job and cohort.
+
+A masked round trains, or it evaluates. A site derives the terms from the job, its own model and
+its own federation file; the coordinator's word counts for the cohort alone, and whoever computes
+other terms has another context, so that no signature fits.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.config.job import Job
+from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest, Work
+from fedgraft.common.secagg.quantize import Coding
+from fedgraft.common.secagg.transcript import (
+    Parameters,
+    Policy,
+    digest,
+    encode,
+    hash_adapter,
+    hash_model,
+)
+
+__all__ = [
+    "TALLY_LIMIT",
+    "describe",
+    "evaluation_terms",
+    "floor_for",
+    "hash_work",
+    "training_terms",
+]
+
+TALLY_LIMIT = 131072.0  # nats: the largest sum of losses over one site's validation examples
+TOKENS_LIMIT = 2.0**24  # the same over its tokens, of which an example has hundreds
+
+
+def training_terms(
+    job: Job, session: str, cohort: tuple[int, ...], exchanged: Layout
+) -> Parameters:
+    """Terms of a round that trains ``exchanged``; ``cohort`` are ids, ascending.
+
+    Raises:
+        ParameterError: the cohort is too small, too large or malformed.
+    """
+    by_examples = job.aggregation.weights == "examples"
+    coding = job.privacy.secure_aggregation.coding(by_examples=by_examples)
+    layout = bytes.fromhex(exchanged.fingerprint)
+    return _terms(job, session, cohort, layout, exchanged.size, coding)
+
+
+def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Parameters:
+    """Terms of a round that evaluates: a vector of ``Tally.counts``, summed exactly.
+
+    With ``clip`` equal to the number of levels, a weight of 1 and no random rounding, quantising
+    leaves an integer as it is.
+
+    Raises:
+        ParameterError: as ``training_terms``.
+    """
+    parties = job.privacy.secure_aggregation.max_sites
+    bits = (((1 << 31) - 1) // parties + 1).bit_length()
+    levels = (1 << (bits - 1)) - 1
+    measures = job.measures
+    limit = TOKENS_LIMIT if measures.parts else TALLY_LIMIT
+    coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=limit)
+    # What is not asked for is not named: older terms hold.
+    beside = (f"bins {measures.bins}", *measures.groups) if measures.size else ()
+    layout = digest("tally", *job.job.labels, *beside)
+    length = measures.classes**2 + measures.size
+    return _terms(job, session, cohort, layout, length, coding)
+
+
+def _terms(
+    job: Job, session: str, cohort: tuple[int, ...], layout: bytes, length: int, coding: Coding
+) -> Parameters:
+    colluders, dropouts = job.privacy.secure_aggregation.numbers(len(cohort))
+    return Parameters(bytes.fromhex(session), cohort, layout, length, colluders, dropouts, coding)
+
+
+def floor_for(policy: Policy, parameters: Parameters, stage: str) -> Policy:
+    """The floor for a round: the ceiling of ``clip`` is one for updates, not for counts."""
+    return policy if stage == "train" else replace(policy, max_clip=parameters.coding.clip)
+
+
+def describe(request: TrainRequest | EvaluateRequest) -> Work:
+    """The work that a request asks for, its adapter by hash alone."""
+    trains = isinstance(request, TrainRequest)
+    return Work(
+        stage="train" if trains else "evaluate",
+        round=request.round,
+        attempt=request.attempt if isinstance(request, TrainRequest) else 0,
+        split="train" if isinstance(request, TrainRequest) else request.split,
+        job=request.job,
+        names=request.names,
+        adapter=hash_adapter(np.asarray(request.adapter)),
+    )
+
+
+def hash_work(work: Work) -> bytes:
+    """What all sites of a round must be asked alike; the same in every session."""
+    settings = encode(work.stage, work.round, work.attempt, work.split, work.job, *work.names)
+    return hash_model(work.adapter, settings)

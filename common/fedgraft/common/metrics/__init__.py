@@ -1,0 +1,1 @@
+"""Figures of a model as sums, with intervals and verdicts."""

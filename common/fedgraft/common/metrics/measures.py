@@ -1,0 +1,215 @@
+"""What is counted beside the confusion matrix, as whole numbers that add up over sites.
+
+Ranking and calibration need scores, which must not leave a site one by one. What leaves is how
+many scores fell into each of a fixed number of bins, and how many examples of each group were
+right: a vector whose length follows from the job alone, so that it goes through a secure sum.
+
+    scores[c, s, b]   examples of class c (s = 0) or of another (s = 1) whose log-odds of class c
+                      are in bin b; log-odds, because ranks need resolution near 0 and 1
+    sure[s, b]        predictions that were right (s = 0) or wrong (s = 1), by the probability of
+                      the predicted class, in bins of equal width over 0..1
+    groups[g, s]      examples of group g that were predicted right (s = 0) or wrong (s = 1)
+
+AUROC is exact but for pairs whose scores share a bin: each counts 1/2 where the truth is between 0
+and 1, so it is off by at most half the share of such pairs (``auroc_error``). The calibration error
+(Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI) takes a
+bin's middle for the probabilities in it, and is off by at most half a bin, ``1 / (2 bins)``.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fedgraft.common.metrics.tally import Tally
+    from fedgraft.common.tasks import Target
+
+__all__ = ["CALIBRATION_BINS", "Counts", "Measures"]
+
+Counts = NDArray[np.int64]
+
+CALIBRATION_BINS = 10  # of the calibration error; ``bins`` is a multiple, so that edges are shared
+LARGEST_EXPONENT = 700.0  # of e: beyond is no float, and JSON has no infinity
+LOG_ODDS = 16.0  # beyond, 1 in 9 million, all scores are in the last bin
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What a job counts of ``classes`` classes: scores in ``bins`` (0: none), these ``groups``.
+
+    A group with fewer than ``fewest`` examples is not shown. Where the ``target`` is no label, an
+    example has up to ``parts`` tokens or patches (0: it has a label).
+    """
+
+    classes: int
+    bins: int = 0
+    groups: tuple[str, ...] = ()
+    fewest: int = 1
+    parts: int = 0
+    target: "Target" = "label"
+
+    @cached_property
+    def size(self) -> int:
+        """How many counts there are beside the confusion matrix."""
+        return (
+            2 * ((self.classes + 1) * self.bins + len(self.groups))
+            if self.bins
+            else (2 * len(self.groups))
+        )
+
+    def count_scores(self, logits: NDArray[np.floating[Any]], true: Counts) -> Counts:
+        """Count a batch of predictions: [size], zero where ``count_groups`` counts.
+
+        Args:
+            logits: float [examples, classes].
+            true: int64 [examples].
+        """
+        counts = np.zeros(self.size, np.int64)
+        if not self.bins or not len(true):
+            return counts
+        scores, sure, _ = self._parts(counts)
+        shares = _softmax(logits)
+        rows = np.arange(len(true))
+        with np.errstate(divide="ignore"):
+            odds = np.log(shares) - np.log(_others(shares))
+        at = _binned((odds + LOG_ODDS) / (2 * LOG_ODDS), self.bins)
+        other = np.ones(at.shape, np.int64)
+        other[rows, true] = 0
+        classes = np.broadcast_to(np.arange(self.classes), at.shape)
+        np.add.at(scores, (classes, other, at), 1)
+        predicted = np.asarray(logits).argmax(1)
+        confidence = _binned(shares[rows, predicted], self.bins)
+        np.add.at(sure, ((predicted != true).astype(np.int64), confidence), 1)
+        return counts
+
+    def count_groups(self, groups: Counts, correct: NDArray[np.bool_]) -> Counts:
+        """Count examples by group, int64 [examples] (-1: of none): [size], zero elsewhere."""
+        counts = np.zeros(self.size, np.int64)
+        known = groups >= 0
+        wrong = (~correct).astype(np.int64)
+        np.add.at(self._parts(counts)[2], (groups[known], wrong[known]), 1)
+        return counts
+
+    def without_few(self, counts: Counts) -> Counts:
+        """``counts`` with zeros for every group that has fewer than ``fewest`` examples."""
+        kept = counts.copy()
+        groups = self._parts(kept)[2]
+        groups[groups.sum(1) < self.fewest] = 0
+        return kept
+
+    def fits(self, tally: "Tally") -> bool:
+        """Whether the counts of ``tally`` can belong to its confusion matrix."""
+        if tally.more.shape != (self.size,) or (tally.more < 0).any():
+            return False
+        scores, sure, groups = self._parts(tally.more)
+        support, right = tally.confusion.sum(1), tally.correct
+        of_class = np.stack([support, tally.examples - support], axis=1)
+        by_outcome = np.array([right, tally.examples - right])
+        return bool(
+            (not self.bins or np.array_equal(scores.sum(2), of_class))
+            and (not self.bins or np.array_equal(sure.sum(1), by_outcome))
+            and (groups.sum(0) <= by_outcome).all()
+        )
+
+    def figures(self, tally: "Tally") -> dict[str, Any]:
+        """All that ``tally`` says of a model: fractions 0..1, the mean ``loss`` in nats.
+
+        Of tokens that is ``accuracy``, ``loss`` and ``perplexity``, e to the power of it; of
+        patches ``accuracy`` and ``loss``, the mean absolute error of pixels.
+        """
+        if self.parts:
+            loss = tally.mean_loss
+            if self.target == "patches":
+                return {"accuracy": tally.accuracy, "loss": loss}
+            perplexity = math.exp(min(loss, LARGEST_EXPONENT)) if tally.examples else 0.0
+            return {"accuracy": tally.accuracy, "perplexity": perplexity, "loss": loss}
+        return {**tally.summary(), **self.summary(tally)}
+
+    def summary(self, tally: "Tally") -> dict[str, Any]:
+        """What the counts of ``tally`` come to; {} if nothing beside the confusion matrix is asked.
+
+        ``auroc`` (one class against the others, mean over the classes for which there are both)
+        with ``auroc_error``, ``calibration_error`` with ``calibration_error_bound``; of ``groups``
+        the ``examples`` and ``accuracy`` each (None for one with too few), and ``accuracy_gap``,
+        the largest difference between two that are shown. None where nothing can be said.
+        """
+        scores, sure, groups = self._parts(tally.more)
+        found: dict[str, Any] = {}
+        if self.bins:
+            ranked, error = _auroc(scores)
+            found |= {
+                "auroc": ranked,
+                "auroc_error": error,
+                "calibration_error": _calibration_error(sure) if tally.examples else None,
+                "calibration_error_bound": 0.5 / self.bins,
+            }
+        if self.groups:
+            found |= self._by_group(groups)
+        return found
+
+    def _by_group(self, groups: Counts) -> dict[str, Any]:
+        shown = {
+            name: {"examples": int(sum(row)), "accuracy": int(row[0]) / int(sum(row))}
+            if sum(row) >= max(self.fewest, 1)
+            else None
+            for name, row in zip(self.groups, groups, strict=True)
+        }
+        known = [one["accuracy"] for one in shown.values() if one is not None]
+        gap = max(known) - min(known) if len(known) > 1 else None
+        return {"groups": shown, "accuracy_gap": gap}
+
+    def _parts(self, counts: Counts) -> tuple[Counts, Counts, Counts]:
+        """Views of ``scores``, ``sure`` and ``groups`` into ``counts``."""
+        first = 2 * self.classes * self.bins
+        second = first + 2 * self.bins
+        return (
+            counts[:first].reshape(self.classes, 2, self.bins),
+            counts[first:second].reshape(2, self.bins),
+            counts[second:].reshape(len(self.groups), 2),
+        )
+
+
+def _softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Probabilities in double precision: near 1, single precision has no log-odds left."""
+    shifted = np.asarray(logits, np.float64)
+    shares = np.exp(shifted - shifted.max(1, keepdims=True))
+    total: NDArray[np.float64] = shares / shares.sum(1, keepdims=True)
+    return total
+
+
+def _others(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 - p, not below 0."""
+    return np.maximum(1 - shares, 0.0)
+
+
+def _binned(values: NDArray[np.float64], bins: int) -> Counts:
+    """The bin of each value of 0..1; what is outside is in the first or last."""
+    # Not floor(x * bins): an edge such as 0.3 must be where 3 / 10 is, as others have it.
+    edges = np.arange(1, bins) / bins
+    return np.searchsorted(edges, values, side="right").astype(np.int64)
+
+
+def _auroc(scores: Counts) -> tuple[float | None, float | None]:
+    """Mean over classes with both kinds of examples, and how far it may be off."""
+    areas, errors = [], []
+    for own, other in scores.astype(np.float64):
+        pairs = own.sum() * other.sum()
+        if pairs:
+            below = np.cumsum(other) - other
+            tied = float((own * other).sum() / pairs)
+            areas.append(float((own * below).sum() / pairs) + tied / 2)
+            errors.append(tied / 2)
+    return (float(np.mean(areas)), float(np.mean(errors))) if areas else (None, None)
+
+
+def _calibration_error(sure: Counts) -> float:
+    """Mean distance of a bin's accuracy from its confidence, bins weighed by their examples."""
+    bins = sure.shape[1]
+    middles = (np.arange(bins) + 0.5) / bins
+    coarse = sure.reshape(2, CALIBRATION_BINS, -1)
+    confident = (sure.sum(0) * middles).reshape(CALIBRATION_BINS, -1).sum(1)
+    return float(np.abs(coarse[0].sum(1) - confident).sum() / sure.sum())

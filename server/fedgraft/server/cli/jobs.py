@@ -1,0 +1,222 @@
+"""The coordinator's verbs: write a job, check it, look at runs, give their adapters away."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from fedgraft.server.runs.run_folder import Run
+
+__all__ = ["check", "export", "init", "report", "runs"]
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. rounds.count=5."),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.toml"),
+    template: Annotated[str, typer.Option(help="text, vision, audio or language.")] = "text",
+    as_json: Json = False,
+) -> None:
+    """Write a commented job file to start from."""
+    known = sorted(file.stem for file in TEMPLATES.glob("*.toml"))
+    if template not in known:
+        raise InputError(f"no template {template}", hint=f"there is: {', '.join(known)}")
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write((TEMPLATES / f"{template}.toml").read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise InputError(f"{path} exists already", hint="name another file") from None
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written: {error.strerror}", hint="check the folder"
+        ) from None
+    console = Console(as_json=as_json)
+    console.json({"job": str(path), "template": template})
+    console.text(f"wrote {path}\nnext: edit it, then fedgraft check {path}")
+
+
+def check(
+    job: Annotated[Path, typer.Argument(help="Job file.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Validate a job, its backbone and its data without training; say what it will cost."""
+    from fedgraft.common.adapters.model import open_workbench
+    from fedgraft.common.config.jobfile import load_job
+    from fedgraft.server.rounds import make_plan
+    from fedgraft.server.runs.costs import estimate_costs
+    from fedgraft.server.runs.protection import protection_facts
+
+    console = Console(as_json=as_json)
+    loaded = load_job(job, tuple(overrides or ()))
+    bench = open_workbench(loaded)
+    costs = estimate_costs(make_plan(loaded, bench, session=""), bench)
+    facts: dict[str, Any] = {
+        "job": loaded.job.name,
+        "backbone": loaded.backbone.source,
+        "fingerprint": bench.backbone.fingerprint,
+        "trained_parameters": costs.trained_parameters,
+        "exchanged_parameters": costs.exchanged_parameters,
+        "total_parameters": costs.total_parameters,
+        "bytes_up_per_site_round": costs.bytes_up,
+        "bytes_down_per_site_round": costs.bytes_down,
+        "estimated_memory_mb": round(costs.memory_mb),
+        "zero_shot": not bench.fresh_head,
+        "protection": protection_facts(loaded, []),
+        "sites": [],
+        "skipped_files": 0,
+    }
+    if loaded.simulation is not None:
+        facts.update(_simulated_sites(loaded))
+    console.json(facts)
+    _show_check(console, facts, loaded.rounds.count)
+
+
+def _simulated_sites(job: Any) -> dict[str, Any]:
+    """The sites a simulation of the job would have; reads and validates all of its data."""
+    from importlib import import_module  # simulations stand above the server, and may be absent
+
+    try:
+        simulation = import_module("fedgraft.simulations.preparation")
+    except ModuleNotFoundError:
+        return {}
+    prepared = simulation.prepare(job)
+    sites = [
+        {"name": site.name, "examples": site.examples, "test_examples": site.test_examples}
+        for site in prepared.sites
+    ]
+    return {"sites": sites, "skipped_files": prepared.skipped}
+
+
+def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
+    share = 100 * facts["trained_parameters"] / facts["total_parameters"]
+    up, down = facts["bytes_up_per_site_round"], facts["bytes_down_per_site_round"]
+    rows = [
+        ["backbone", f"{facts['backbone']}, {facts['total_parameters']:,} parameters"],
+        ["trained", f"{facts['trained_parameters']:,} parameters ({share:.2f} %)"],
+        ["sent by a site", f"{up:,} bytes a round, {up * rounds / 1e6:,.1f} MB in all"],
+        ["sent to a site", f"{down:,} bytes a round, {down * rounds / 1e6:,.1f} MB in all"],
+        ["memory at a site", f"about {facts['estimated_memory_mb']:,} MB"],
+        ["protection", _protection(facts["protection"])],
+        ["zero-shot", "yes: the head knows these labels" if facts["zero_shot"] else "no"],
+    ]
+    if facts["sites"]:
+        counts = sorted(site["examples"] for site in facts["sites"])
+        text = f"{len(counts)} sites with {counts[0]:,} to {counts[-1]:,} training examples"
+        if facts["skipped_files"]:
+            text += f"; {facts['skipped_files']:,} files do not decode and are left out"
+        rows.append(["simulation", text])
+    console.table(f"{facts['job']}: valid", ["what", "how much"], rows)
+
+
+def _protection(facts: dict[str, Any]) -> str:
+    if facts["protocol"] == "none":
+        return "none: the coordinator sees each site's update"
+    return (
+        f"secure aggregation: the coordinator sees sums ({facts['ring_bits']}-bit ring, "
+        f"clip {facts['clip']:g})"
+    )
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Folder with run folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs and what they came to."""
+    from fedgraft.server.runs.run_folder import list_runs
+
+    console = Console(as_json=as_json)
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}", hint="`fedgraft simulate` makes one")
+    found = [_run_line(run) for run in list_runs(folder)]
+    console.json({"runs": found})
+    rows = [
+        [
+            line["run"],
+            line["created"][:16].replace("T", " "),
+            f"{line['rounds']}/{line['of_rounds']}",
+            "-" if line["accuracy"] is None else f"{100 * line['accuracy']:.1f} %",
+            line["status"],
+        ]
+        for line in found
+    ]
+    console.table(f"Runs in {folder}", ["run", "started", "rounds", "accuracy", "status"], rows)
+
+
+def _run_line(run: "Run") -> dict[str, Any]:
+    summary = run.summary()
+    final = (summary or {}).get("final", {}).get("federated")
+    return {
+        "run": run.name,
+        "folder": str(run.folder),
+        "created": run.created,
+        "rounds": len(run.history()),
+        "of_rounds": run.job.rounds.count,
+        "accuracy": final and final["accuracy"],
+        "status": "finished" if summary else "not finished",
+    }
+
+
+def report(run: RunFolder, as_json: Json = False) -> None:
+    """Write a run's report.html again."""
+    from fedgraft.server.report.page import write_report
+    from fedgraft.server.runs.run_folder import Run
+
+    opened = Run(run)
+    summary = opened.summary()
+    if summary is None:
+        go_on = (
+            f"continue it: fedgraft simulate --resume {run}"
+            if opened.job.simulation
+            else "the coordinator goes on with it: fedgraft coordinator status"
+        )
+        raise RunError(f"{run} has not finished", hint=go_on)
+    path = write_report(opened.folder, summary, opened.history())
+    console = Console(as_json=as_json)
+    console.json({"run": opened.name, "report": str(path)})
+    console.text(f"wrote {path}")
+
+
+def export(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; RUN/export-FORMAT if absent.")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", help="peft or onnx.")] = "peft",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the backbone.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's adapter as a PEFT folder, or the whole model with it merged in.
+
+    --format onnx is the merged model as an ONNX graph, checked against PyTorch.
+    """
+    if form not in ("peft", "onnx"):
+        raise InputError(f"no format {form}", hint="--format peft or onnx, or --merge")
+    from fedgraft.server.export.adapter import export_adapter, export_merged
+    from fedgraft.server.runs.reopen import reopen
+
+    opened = reopen(run)
+    if form == "onnx":
+        from fedgraft.server.export.onnx import export_onnx
+
+        write, name, merge = export_onnx, "onnx", True
+    else:
+        write, name = (export_merged, "merged") if merge else (export_adapter, "peft")
+    folder = out or opened.run.folder / f"export-{name}"
+    write(opened.run, opened.bench, opened.exchanged, opened.adapter, folder)
+    console = Console(as_json=as_json)
+    console.json({"run": opened.run.name, "folder": str(folder), "merged": merge, "format": form})
+    console.text(f"wrote {folder}")

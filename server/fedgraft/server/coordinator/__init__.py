@@ -1,0 +1,1 @@
+"""The processes of a coordinator: supervisor, SuperLink, nginx, gRPC services."""

@@ -1,0 +1,90 @@
+"""The last message of a run: every site gets the final adapter and what the rounds came to.
+
+A site has seen adapters of rounds it was asked in, and cannot know which of them was the last or
+the best. So it is told, once, when the run is over. A site that is away is waited for as long as
+one that was killed needs to come back; the event ``handed-over`` names who has it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fedgraft.common.adapters.attach import Vector
+from fedgraft.common.messages.codec import Stage
+from fedgraft.common.messages.payloads import PastRound, ResultRequest
+from fedgraft.server.protocol.transport import SILENT, Transport
+from fedgraft.server.rounds import Plan
+from fedgraft.server.runs.run_folder import Run
+
+__all__ = ["hand_over"]
+
+PATIENCE = 120.0  # seconds; a killed site is back within 90
+PAUSE = 5.0  # seconds between two looks at who has come back
+
+
+def hand_over(
+    plan: Plan,
+    transport: Transport,
+    run: Run,
+    final: Vector,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    pause: Callable[[float], None] = time.sleep,
+) -> dict[str, Any]:
+    """Send ``final``, the exchanged adapter, float32, to every site: which ``sites`` have it.
+
+    Those that are known to lack it are ``missing``, with the reason. Returns when as many have
+    answered as were asked in the last round, or after ``PATIENCE``.
+    """
+    history = run.history()
+    wanted = history[-1]["asked"] if history else 0
+    until = clock() + min(PATIENCE, plan.job.rounds.deadline)
+    answers: dict[str, str] = {}  # of sites that are done: why not, empty if they have it
+    again, sent = False, 0
+    while True:
+        # Also who is there already: a coordinator that was restarted knows no site yet.
+        list(transport.invite(plan.request, max(until - clock(), PAUSE), again=again))
+        left = [site for site in transport.sites if site not in answers]
+        request = _result(plan, run, final, history, max(wanted, len(transport.sites)))
+        for reply in transport.ask(left, Stage.RESULT, request, max(until - clock(), PAUSE)):
+            sent += reply.bytes_down
+            if reply.failure not in SILENT:
+                answers[reply.site] = reply.failure
+        if len(answers) >= wanted or clock() + PAUSE > until:
+            break
+        again = True
+        pause(PAUSE)
+    silent = dict.fromkeys(set(transport.sites) - set(answers), "silent")
+    missing = {site: why for site, why in {**answers, **silent}.items() if why}
+    facts = {
+        "sites": sorted(site for site, why in answers.items() if not why),
+        "missing": [{"site": site, "reason": missing[site]} for site in sorted(missing)],
+    }
+    run.event("handed-over", bytes_down=sent, **facts)
+    return facts
+
+
+def _result(
+    plan: Plan, run: Run, final: Vector, history: list[dict[str, Any]], sites: int
+) -> ResultRequest:
+    return ResultRequest(
+        session=plan.session,
+        round=max((line["round"] for line in history), default=1),
+        run=run.name,
+        job=plan.request.job,
+        names=plan.exchanged.names,
+        sites=sites,
+        rounds=tuple(_past(line) for line in history),
+        adapter=final,
+    )
+
+
+def _past(line: dict[str, Any]) -> PastRound:
+    validation = line["validation"] or {}
+    return PastRound(
+        round=line["round"],
+        sites=line["sites"],
+        loss=float(line["train_loss"]),
+        accuracy=float(validation.get("accuracy", math.nan)),
+    )

@@ -1,0 +1,1 @@
+"""How sites become members: provisioning, registry, enrolment and backbone services."""

@@ -1,0 +1,268 @@
+"""Found a federation: its CA, the coordinator's certificate, and one signed kit for each site.
+
+No private key of a site is made here: who holds all keys can act as any site. A site makes its own
+when it joins, and the kit's token lets it in once.
+"""
+
+import os
+import secrets
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from fedgraft.common.config.jobfile import read_text
+from fedgraft.common.errors import InputError
+from fedgraft.common.federation.certificates import (
+    fingerprint,
+    issue_server,
+    key_to_pem,
+    load_key,
+    make_ca,
+    make_key,
+)
+from fedgraft.common.federation.federation_file import Floor, SiteName
+from fedgraft.common.federation.kit import Endpoint, Kit, write_kit
+from fedgraft.common.files import write_private, write_text
+from fedgraft.common.section import Duration, Section
+from fedgraft.server.enrollment.registry import Registry, Site, hash_token
+
+__all__ = ["Founded", "Plan", "found", "load_plan", "renew_kit", "revoke"]
+
+POLICY = """\
+# What this site allows. All that is not allowed here is refused.
+
+[model]
+# allowed_backbones = { "all-MiniLM-L6-v2" = "sha256:..." }   # none unless named here
+allowed_methods = ["lora", "head"]
+max_rank = 16
+
+[privacy]
+secure_aggregation = "required"   # or "allowed": then a job may have updates sent in clear
+min_cohort = 3                    # fewest sites in a sum
+max_colluding = 1                 # sites that may help the coordinator without opening it
+min_examples = 200
+min_local_steps = 4
+
+[limits]
+max_rounds = 50
+max_bytes_out_per_round = "20MB"
+# hours = "20:00-06:00"           # when work is taken up
+keep_sent = 3                     # rounds whose sent bytes stay here to be looked at
+
+[metrics]                         # of replies in clear
+allowed = ["loss", "accuracy", "f1"]
+round_to = 3
+
+[approval]
+mode = "ask"                      # or "auto": whatever is within this policy
+"""
+
+
+class About(Section):
+    """``[federation]``: its name, where sites connect, and who they are."""
+
+    name: str = Field(min_length=1, max_length=60)
+    endpoint: Endpoint
+    sites: tuple[SiteName, ...] = Field(min_length=1)
+    kit_lifetime: Duration = 14 * 86400.0
+    certificate_lifetime: Duration = 7 * 86400.0
+
+
+class Plan(Section):
+    """``federation.toml`` as the coordinator writes it."""
+
+    federation: About
+    secure_aggregation: Floor = Floor()
+
+    @property
+    def host(self) -> str:
+        """The host that sites connect to."""
+        return self.federation.endpoint.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """The port that sites connect to."""
+        return int(self.federation.endpoint.rpartition(":")[2])
+
+
+def load_plan(path: Path) -> Plan:
+    """Load ``federation.toml``.
+
+    Raises:
+        InputError: it is missing or does not describe a federation.
+    """
+    if not path.exists():
+        raise InputError(f"no file {path}", hint="it holds [federation] name, endpoint and sites")
+    try:
+        plan = Plan.model_validate(tomllib.loads(read_text(path)))
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}", hint="mend that line") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{path}: {where}: {message}", hint=f"mend {where}") from None
+    _check_names(plan.federation.sites, str(path))
+    if not 0 < plan.port < 65536:
+        raise InputError(f"{path}: the endpoint's port is none", hint='for example "host:8443"')
+    return plan
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Whether no two names are alike; nginx, which looks sites up, takes a and A for the same."""
+    seen = set[str]()
+    for name in names:
+        if name.lower() in seen:
+            hint = "give each a name of its own; upper and lower case do not tell them apart"
+            raise InputError(f"{where}: a site is named twice ({name})", hint=hint)
+        seen.add(name.lower())
+
+
+@dataclass(frozen=True)
+class Founded:
+    """What came of it: the CA's fingerprint, the new kits, and sites that the file names no more.
+
+    Those go on as members: only ``revoke`` shuts a site out.
+    """
+
+    fingerprint: str
+    kits: tuple[Path, ...]
+    left: tuple[str, ...]
+
+
+def found(source: Path, home: Path, kits: Path) -> Founded:
+    """Found the federation of ``source`` in the folder ``home``, or add the sites that are new.
+
+    One kit for each new site goes into the folder ``kits``. The CA is made once and never again.
+
+    Raises:
+        InputError: ``source`` is wrong, changes what sites were promised, or a folder cannot be
+            written.
+    """
+    plan, text = load_plan(source), read_text(source)
+    try:
+        for folder in (home, kits):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.chmod(home, 0o700)  # also where it was there before
+        with Registry(home).lock():
+            if not (home / "ca.pem").exists():
+                _make_ca(plan, home)
+            _keep_name_and_floor(plan, home)
+            there = Registry(home).sites()  # who left the file is still a member
+            _check_names(tuple(dict.fromkeys((*there, *plan.federation.sites))), str(source))
+            _make_server(plan, home)
+            write_text(home / "federation.toml", text)
+        with Registry(home).change() as sites:
+            new = [name for name in plan.federation.sites if name not in sites]
+            written = [_invite(plan, home, kits, name, sites) for name in new]
+            left = tuple(name for name in sites if name not in plan.federation.sites)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename} cannot be written: {error.strerror}", hint="check the folder"
+        ) from None
+    return Founded(fingerprint((home / "ca.pem").read_bytes()), tuple(written), left)
+
+
+def renew_kit(home: Path, site: str, kits: Path) -> Path:
+    """A new kit for a site that may not have joined, or that must join again; the old one is void.
+
+    Raises:
+        InputError: there is no such site.
+    """
+    _known(Registry(home).sites(), site)
+    plan = load_plan(home / "federation.toml")
+    kits.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with Registry(home).change() as sites:
+        # Certificates of before are revoked: the site makes keys anew, or another machine does.
+        return _invite(plan, home, kits, site, sites)
+
+
+def revoke(home: Path, site: str) -> None:
+    """Shut a site out, open sessions included once the running coordinator sees it.
+
+    Raises:
+        InputError: there is no such site.
+    """
+    with Registry(home).change() as sites:
+        _known(sites, site)
+        sites[site] = replace(_without_certificates(sites[site]), state="revoked")
+
+
+def _known(sites: dict[str, Site], site: str) -> None:
+    if site not in sites:
+        raise InputError(f"no site {site}", hint=f"there is: {', '.join(sites)}")
+
+
+def _without_certificates(site: Site) -> Site:
+    """The site, and what it has of certificates revoked."""
+    return replace(site, certificates=(), dead=(*site.dead, *site.certificates))
+
+
+def _invite(plan: Plan, home: Path, kits: Path, name: str, sites: dict[str, Site]) -> Path:
+    token, now = secrets.token_urlsafe(32), datetime.now(UTC)
+    expires = now + timedelta(seconds=plan.federation.kit_lifetime)
+    before = _without_certificates(sites.get(name, Site()))
+    sites[name] = replace(
+        before, state="invited", token=hash_token(token), kit_expires=expires.isoformat()
+    )
+    named = dict.fromkeys((*plan.federation.sites, name))  # it may be in the registry alone
+    kit = Kit(
+        federation=plan.federation.name,
+        site=name,
+        endpoint=plan.federation.endpoint,
+        ca=(home / "ca.pem").read_text(),
+        token=token,
+        sites=tuple(named),
+        floor=plan.secure_aggregation,
+        policy=POLICY,
+        issued=now,
+        expires=expires,
+    )
+    path = kits / f"{name}.kit"
+    write_kit(kit, load_key((home / "ca.key").read_bytes()), path)
+    return path
+
+
+def _make_ca(plan: Plan, home: Path) -> None:
+    key = make_key()
+    write_private(home / "secret", secrets.token_bytes(32))
+    write_private(home / "ca.key", key_to_pem(key))
+    write_text(home / "sites.json", '{"sites": {}}\n')
+    write_text(home / "floor.json", plan.secure_aggregation.model_dump_json())
+    ca = make_ca(plan.federation.name, key, datetime.now(UTC))
+    (home / "crl.pem").unlink(missing_ok=True)  # of a CA that was half made
+    write_text(home / "ca.pem", ca.decode())  # last: with it the folder is founded
+
+
+def _keep_name_and_floor(plan: Plan, home: Path) -> None:
+    """Sites keep to the name and the floor of their kits, and would refuse others."""
+    path = home / "federation.toml"
+    before = load_plan(path) if path.exists() else plan
+    floor = Floor.model_validate_json((home / "floor.json").read_bytes())
+    for what, same in (
+        ("name", before.federation.name == plan.federation.name),
+        ("[secure_aggregation]", floor == plan.secure_aggregation),
+    ):
+        if not same:
+            raise InputError(
+                f"{what} is not what the sites' kits say",
+                hint="put it back, or found another federation with --home",
+            )
+
+
+def _make_server(plan: Plan, home: Path) -> None:
+    """The server certificate: made anew each time, so that the endpoint may change.
+
+    Its key is made once: a coordinator that runs never finds a certificate with another key.
+    """
+    if not (home / "server.key").exists():
+        write_private(home / "server.key", key_to_pem(make_key()))
+    ca, public = (home / "ca.pem").read_bytes(), load_key((home / "server.key").read_bytes())
+    ca_key = load_key((home / "ca.key").read_bytes())
+    now = datetime.now(UTC)
+    server = issue_server(ca, ca_key, public.public_key(), host=plan.host, now=now)
+    write_text(home / "server.pem", server.decode())

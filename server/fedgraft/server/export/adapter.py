@@ -1,0 +1,71 @@
+"""Give a run's adapter away: a standard PEFT folder, or the backbone with it merged in.
+
+Either carries a model card that says where the numbers come from and what they do not show.
+"""
+
+import copy
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.adapters.model_card import Origin, model_card
+from fedgraft.common.adapters.peft_folder import folder_facts, replace_folder, save_adapter
+from fedgraft.server.runs.run_folder import Run
+
+__all__ = ["export_adapter", "export_merged", "origin_of"]
+
+NOT_COPIED = (".safetensors", ".md")
+REWRITTEN = ("config.json", "model.safetensors.index.json")
+
+
+def export_adapter(
+    run: Run, bench: Workbench, exchanged: Layout, adapter: Vector, folder: Path
+) -> None:
+    """Write ``adapter`` as a PEFT folder that ``PeftModel.from_pretrained`` loads.
+
+    Raises:
+        InputError: ``folder`` exists and is not an earlier export, or cannot be written.
+    """
+    save_adapter(bench, run.job, origin_of(run), folder, (exchanged, adapter))
+
+
+def export_merged(
+    run: Run, bench: Workbench, exchanged: Layout, adapter: Vector, folder: Path
+) -> None:
+    """Write the backbone with ``adapter`` merged in, as a plain transformers folder.
+
+    Raises:
+        InputError: ``folder`` exists and is not an earlier export, or cannot be written.
+    """
+    bench.put((exchanged, adapter))
+    model = copy.deepcopy(bench.model).merge_and_unload()
+    origin = origin_of(run)
+    card = model_card(bench, run.job, origin, form="merged")
+
+    def write(target: Path) -> None:
+        model.save_pretrained(target)
+        for file in bench.backbone.folder.iterdir():
+            if file.is_file() and file.suffix not in NOT_COPIED and file.name not in REWRITTEN:
+                shutil.copyfile(file, target / file.name)
+        (target / "README.md").write_text(card, encoding="utf-8")
+
+    replace_folder(folder, folder_facts(bench, run.job, origin), write)
+
+
+def origin_of(run: Run) -> Origin:
+    """What the card says of ``run``: how many sites took part, and no site's name."""
+    summary, history = run.summary() or {}, run.history()
+    sites = summary.get("sites", [])
+    validated = [line["validation"] for line in history if line["validation"]]
+    return Origin(
+        run=run.name,
+        created=run.created,
+        rounds=len(history),
+        sites=len(sites) or max((line["asked"] for line in history), default=0),
+        final=summary.get("final", {}),
+        validation=validated[-1] if validated else {},
+        outcomes=Counter(site["outcome"] for site in sites),
+        examples=sum(site["examples"] for site in sites),
+    )

@@ -1,0 +1,186 @@
+"""The merged model as an ONNX graph for runtimes without PyTorch, checked before it is given away.
+
+The graph is traced by ``torch.export`` (``dynamo=True``), with the number of examples and of tokens
+left open. The older exporter by TorchScript is not used: from transformers' attention masks and
+from batch normalisation it can make graphs that run and compute something else. So the file is
+written only if onnxruntime comes to the same logits as PyTorch, also for other sizes than the
+traced ones.
+"""
+
+import copy
+import logging
+import shutil
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.adapters.model_card import model_card
+from fedgraft.common.adapters.peft_folder import folder_facts, replace_folder
+from fedgraft.common.config.job import Job
+from fedgraft.common.errors import BackboneError, InputError
+from fedgraft.common.modalities import ImageProcessor, TextProcessor
+from fedgraft.server.export.adapter import origin_of
+from fedgraft.server.runs.run_folder import Run
+
+__all__ = ["example_inputs", "export_onnx", "largest_difference"]
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FILE = "model.onnx"
+OPSET = 18  # the oldest that torch.export writes: runs on the most runtimes
+CLOSE = 1e-3  # times the largest logit: float32 kernels differ, a wrong graph is far off
+TRACED = (2, 12)  # examples and tokens
+TRIED = (TRACED, (1, 7), (5, 16))
+ONE_FILE = 1 << 30  # bytes of weights; protobuf cannot hold more than two of these
+
+Inputs = dict[str, torch.Tensor]
+
+
+class _Logits(nn.Module):
+    """The model as a function of its inputs in order, to its logits."""
+
+    def __init__(self, model: Any, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
+
+
+def export_onnx(
+    run: Run, bench: Workbench, exchanged: Layout, adapter: Vector, folder: Path
+) -> None:
+    """Write the backbone with ``adapter`` merged in as ``model.onnx``, with what prepares inputs.
+
+    Raises:
+        InputError: the extra ``onnx`` is not installed, ``folder`` is not ours to replace, or the
+            job reads what there are no example inputs for.
+        BackboneError: the model cannot be traced, or its graph computes something else.
+    """
+    _require_packages()
+    inputs = example_inputs(bench, run.job, *TRACED)
+    bench.put((exchanged, adapter))
+    merged = copy.deepcopy(bench.model).merge_and_unload()
+    merged.config.use_cache = False  # one pass: what was computed for earlier tokens is no output
+    model = _Logits(merged.eval(), tuple(inputs))
+    origin = origin_of(run)
+    card = model_card(bench, run.job, origin, form="onnx")
+
+    def write(target: Path) -> None:
+        _trace(model, inputs, target / FILE)
+        off = largest_difference(target / FILE, model, bench, run.job)
+        if not off <= CLOSE:
+            raise BackboneError(
+                f"the ONNX graph of {bench.backbone.source} computes other logits than PyTorch "
+                f"(off by {off:.2g} of the largest)",
+                hint="export with --merge instead, and report the architecture",
+            )
+        merged.config.save_pretrained(target)
+        for file in bench.backbone.folder.glob("*.json"):  # tokenizer, image settings
+            if file.name not in ("config.json", "model.safetensors.index.json"):
+                shutil.copyfile(file, target / file.name)
+        (target / "README.md").write_text(card, encoding="utf-8")
+
+    replace_folder(folder, folder_facts(bench, run.job, origin), write)
+
+
+def example_inputs(bench: Workbench, job: Job, examples: int, tokens: int) -> Inputs:
+    """Inputs of the right names, shapes and types; what they say is of no matter.
+
+    Raises:
+        InputError: the job reads neither texts nor images.
+    """
+    draw = np.random.default_rng(examples)
+    processor = bench.processor
+    if isinstance(processor, ImageProcessor):
+        shape = (examples, processor.channels, *processor.size)
+        return {"pixel_values": torch.from_numpy(draw.normal(size=shape).astype(np.float32))}
+    if isinstance(processor, TextProcessor):
+        width = min(tokens, job.data.max_length, processor.limit or tokens)
+        ids = draw.integers(0, _vocabulary(bench), (examples, width))
+        mask = np.ones_like(ids)
+        if examples > 1:  # one is shorter than the others
+            short = slice(0, width // 2) if processor.pad_left else slice(width - width // 2, width)
+            ids[-1, short], mask[-1, short] = processor.pad_id, 0
+        found = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+        if "token_type_ids" in processor.tokenize(["a"], job.data.max_length):
+            found["token_type_ids"] = torch.zeros_like(found["input_ids"])
+        return found
+    raise InputError(f"no ONNX export for {job.job.task}", hint="--format peft, or --merge")
+
+
+def _vocabulary(bench: Workbench) -> int:
+    config: Any = bench.model.config
+    return int(config.vocab_size)
+
+
+def _require_packages() -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"--format onnx needs {', '.join(missing)}", hint="pip install 'fedgraft[onnx]'"
+        )
+
+
+def _trace(model: _Logits, inputs: Inputs, path: Path) -> None:
+    every = torch.export.Dim.DYNAMIC
+    # Images have one size; of texts the second axis is the tokens.
+    open_axes = tuple(
+        dict.fromkeys((0,) if name == "pixel_values" else (0, 1), every) for name in inputs
+    )
+    size = sum(weight.nbytes for weight in model.parameters())
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of transformers' tracing, nothing to act on
+        try:
+            torch.onnx.export(
+                model,
+                tuple(inputs.values()),
+                path,
+                input_names=list(inputs),
+                output_names=["logits"],
+                opset_version=OPSET,
+                dynamic_shapes=(open_axes,),
+                dynamo=True,
+                external_data=size > ONE_FILE,
+                verbose=False,
+            )
+        except Exception as error:  # the exporter raises many kinds over what it cannot trace
+            raise BackboneError(
+                f"this architecture cannot be traced for ONNX ({type(error).__name__})",
+                hint="export with --merge instead",
+            ) from None
+
+
+def largest_difference(path: Path, model: nn.Module, bench: Workbench, job: Job) -> float:
+    """How far onnxruntime's logits are from PyTorch's at most, over the largest of them.
+
+    For batches of several sizes and lengths; infinite where the graph does not run with one.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    asked = {one.name for one in session.get_inputs()}
+    worst = 0.0
+    for examples, tokens in TRIED:
+        inputs = example_inputs(bench, job, examples, tokens)
+        with torch.inference_mode():
+            wanted: NDArray[np.float32] = model(*inputs.values()).numpy()
+        feed = {name: value.numpy() for name, value in inputs.items() if name in asked}
+        try:
+            (found,) = session.run(["logits"], feed)
+        except Exception:  # of onnxruntime's own, which have no common parent
+            return float("inf")
+        if found.shape != wanted.shape:
+            return float("inf")
+        off = float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-9))
+        worst = max(worst, off)
+    return worst

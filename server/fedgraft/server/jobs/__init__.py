@@ -1,0 +1,1 @@
+"""Submitted jobs: the queue and how far each one is."""

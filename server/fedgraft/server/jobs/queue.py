@@ -1,0 +1,76 @@
+"""The jobs that were submitted, in small files, so that a restart knows what to go on with.
+
+``jobs/NAME.json`` holds the state of one: ``waiting``, ``running``, ``finished``, ``failed`` or
+``stopped``, and why. Its run is the folder ``runs/NAME``; the rounds that are committed there, not
+anything here, say how far it is.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import dump_job
+from fedgraft.common.errors import InputError
+from fedgraft.common.files import write_text
+
+__all__ = ["OPEN", "Jobs", "Submitted"]
+
+OPEN = ("waiting", "running")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """One job: its ``name`` is that of its run's folder; ``tries`` counts starts."""
+
+    name: str
+    state: str = "waiting"
+    why: str = ""
+    tries: int = 0
+
+
+class Jobs:
+    """The submitted jobs in ``folder``, in the order in which they came."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True, mode=0o700)
+
+    def submit(self, name: str, job: Job) -> Submitted:
+        """Add a job; it is durable when this returns."""
+        write_text(self.folder / f"{name}.toml", dump_job(job))
+        return self.put(Submitted(name))
+
+    def put(self, one: Submitted) -> Submitted:
+        """Write down the state of a job."""
+        write_text(self.folder / f"{one.name}.json", json.dumps(asdict(one)))
+        return one
+
+    def set(self, name: str, state: str, why: str = "") -> Submitted:
+        """Change a job's state.
+
+        Raises:
+            InputError: there is no such job.
+        """
+        found = next((one for one in self.all() if one.name == name), None)
+        if found is None:
+            raise InputError(f"no run {name}", hint="`fedgraft coordinator status` lists them")
+        tries = found.tries + (state == "running")
+        return self.put(replace(found, state=state, why=why, tries=tries))
+
+    def text(self, name: str) -> str:
+        """The job file of a submitted job."""
+        return (self.folder / f"{name}.toml").read_text(encoding="utf-8")
+
+    def all(self) -> list[Submitted]:
+        """Every job, oldest first: names begin with the time of submission."""
+        paths = sorted(self.folder.glob("*.json"))
+        return [Submitted(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+    def next(self, after: str = "") -> Submitted | None:
+        """The job to run now: the oldest that is not at its end.
+
+        Of those that came later than ``after``, if there is one: that job lacks sites.
+        """
+        found = [one for one in self.all() if one.state in OPEN]
+        return next((one for one in found if one.name > after), found[0] if found else None)

@@ -1,0 +1,1 @@
+"""One stage of a round: requests, replies, validation, and the sums, clear or masked."""

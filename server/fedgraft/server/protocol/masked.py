@@ -1,0 +1,259 @@
+"""The coordinator's side of a masked round: five questions, one sum, nothing about one site.
+
+KEYS -> SHARES -> TRAIN or EVALUATE -> CONFIRM -> UNMASK, over the same ``Transport.ask`` as
+everything else; ``secagg.UnmaskingServer`` decides what counts. A site that does not answer one
+stage is not asked at the next, and no request is sent twice: a site answers each once.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.config.job import Job
+from fedgraft.common.errors import MessageError, RoundAborted, TooFewSites
+from fedgraft.common.federation.federation_file import Federation
+from fedgraft.common.messages.codec import Stage
+from fedgraft.common.messages.masked_terms import (
+    describe,
+    evaluation_terms,
+    floor_for,
+    hash_work,
+    training_terms,
+)
+from fedgraft.common.messages.payloads import (
+    ConfirmAsk,
+    EvaluateRequest,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
+    Request,
+    SharesAsk,
+    TrainRequest,
+    UnmaskAsk,
+)
+from fedgraft.common.metrics.tally import Tally
+from fedgraft.common.secagg.errors import (
+    ParameterError,
+    SecAggError,
+    StatementError,
+    TooFewParties,
+)
+from fedgraft.common.secagg.quantize import error_bound, mean
+from fedgraft.common.secagg.statements import Aggregate
+from fedgraft.common.secagg.transcript import Parameters
+from fedgraft.server.protocol.transport import Transport
+from fedgraft.server.protocol.unmasking_server import UnmaskingServer
+from fedgraft.server.state import Checked, Gathered, Traffic
+
+__all__ = ["Masking", "check_masked", "gather_masked"]
+
+PROMPT = 120.0  # seconds for a stage that only computes keys or signatures
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Who may be in a masked round; ``next_number`` grows with each, also after a crash."""
+
+    federation: Federation
+    next_number: Callable[[], int]
+
+
+def gather_masked(
+    masking: Masking,
+    job: Job,
+    transport: Transport,
+    cohort: Sequence[str],
+    request: TrainRequest,
+    exchanged: Layout,
+) -> Gathered:
+    """Have the cohort train; the weighted mean of its updates, from the masked sum.
+
+    Raises:
+        RoundAborted: no sum was opened; TooFewSites if sites were missing.
+    """
+
+    def terms(ids: tuple[int, ...]) -> Parameters:
+        return training_terms(job, request.session, ids, exchanged)
+
+    talk = _Conversation(masking, job, transport, cohort)
+    parameters, total = talk.hold(request, terms, job.rounds.min_sites)
+    coding, count = parameters.coding, len(total.survivors)
+    update = mean(total.sums, total.weight, coding).astype(np.float64)
+    if not float(np.linalg.norm(update)) <= job.aggregation.max_update_norm:
+        raise RoundAborted(
+            f"round {request.round}: the mean update is larger than max_update_norm",
+            hint="a site may have sent nonsense; if not, raise aggregation.max_update_norm",
+        )
+    loss, clipped = total.metrics
+    by_examples = job.aggregation.weights == "examples"
+    return Gathered(
+        update=update,
+        count=count,
+        examples=total.weight if by_examples else None,
+        loss=loss * coding.max_weight / total.weight,
+        traffic=talk.traffic,
+        masked={
+            **_protection(parameters, total),
+            "clipped": min(max(clipped / count, 0.0), 1.0),
+            "error_bound": error_bound(count, total.weight, coding),
+        },
+    )
+
+
+def check_masked(
+    masking: Masking,
+    job: Job,
+    transport: Transport,
+    cohort: Sequence[str],
+    request: EvaluateRequest,
+) -> Checked:
+    """Have the cohort evaluate; the sum of its tallies. None of it, if no sum can be opened."""
+
+    def terms(ids: tuple[int, ...]) -> Parameters:
+        return evaluation_terms(job, request.session, ids)
+
+    talk = _Conversation(masking, job, transport, cohort)
+    try:
+        _, total = talk.hold(request, terms, job.rounds.min_sites)
+    except RoundAborted as error:
+        talk.traffic.drop("all sites", f"evaluation: {error}")
+        return Checked(Tally.empty(job.measures), talk.traffic)
+    counts = total.sums.astype(np.int64)
+    try:
+        tally = Tally.of_counts(max(total.metrics[0], 0.0), counts, job.measures)
+    except MessageError as error:
+        talk.traffic.drop("all sites", f"evaluation: {error}")
+        tally = Tally.empty(job.measures)
+    return Checked(tally, talk.traffic)
+
+
+@dataclass
+class _Conversation:
+    """One masked round with a cohort, and what it cost."""
+
+    masking: Masking
+    job: Job
+    transport: Transport
+    cohort: Sequence[str]
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def hold(
+        self,
+        request: TrainRequest | EvaluateRequest,
+        terms: Callable[[tuple[int, ...]], Parameters],
+        min_sites: int,
+    ) -> tuple[Parameters, Aggregate]:
+        """The terms and the opened sum.
+
+        Raises:
+            RoundAborted: no sum was opened; TooFewSites if sites were missing.
+        """
+        ids = self.masking.federation.ids
+        try:
+            parameters = terms(tuple(sorted(ids[site] for site in self.cohort)))
+            return parameters, self._ask_all(parameters, request, min_sites)
+        except (TooFewParties, ParameterError) as error:
+            raise TooFewSites(
+                f"round {request.round}: {error}{self._reasons()}",
+                hint="look at the sites named, raise rounds.deadline, or wait for more sites",
+            ) from None
+        except SecAggError as error:
+            names = ", ".join(self.masking.federation.names[site] for site in error.culprits)
+            raise RoundAborted(
+                f"round {request.round}: {error}" + (f" (look at {names})" if names else ""),
+                hint=error.hint,
+            ) from None
+
+    def _ask_all(
+        self, parameters: Parameters, request: TrainRequest | EvaluateRequest, min_sites: int
+    ) -> Aggregate:
+        """The five stages, in order."""
+        session, work, federation = request.session, describe(request), self.masking.federation
+        server = UnmaskingServer(
+            roster=federation.roster,
+            policy=floor_for(federation.policy, parameters, work.stage),
+            parameters=parameters,
+            round_number=self.masking.next_number(),
+            model=hash_work(work),
+            threads=os.cpu_count() or 1,  # the sum is the same on any number
+        )
+        begin = KeysAsk(session, work, parameters.cohort, server.keys_request())
+        asks = dict.fromkeys(parameters.cohort, begin)
+        sites = self._ask(Stage.KEYS, asks, server.add_advertisement)
+        share = SharesAsk(session, server.close_keys())
+        self._ask(Stage.SHARES, dict.fromkeys(sites, share), server.add_shares)
+        deliveries = server.close_shares()
+        tasks = {
+            site: MaskedTrain(request, delivery)
+            if isinstance(request, TrainRequest)
+            else MaskedEvaluate(request, delivery)
+            for site, delivery in deliveries.items()
+        }
+        self._ask(Stage(work.stage), tasks, server.add_masked)
+        survivors = server.close_training()
+        if len(survivors.masked) < min_sites:
+            raise TooFewParties(f"only {len(survivors.masked)} sites, min_sites is {min_sites}")
+        confirm = ConfirmAsk(session, survivors)
+        sites = self._ask(
+            Stage.CONFIRM, dict.fromkeys(survivors.masked, confirm), server.add_confirmation
+        )
+        unmask = UnmaskAsk(session, server.close_confirm())
+        self._ask(Stage.UNMASK, dict.fromkeys(sites, unmask), server.add_opening)
+        return server.finish()
+
+    def _ask(
+        self, stage: Stage, requests: Mapping[int, Request], add: Callable[[Any], None]
+    ) -> list[int]:
+        """Ask sites by id; those whose reply ``add`` took."""
+        names, deadline = self.masking.federation.names, self.job.rounds.deadline
+        working = stage in (Stage.TRAIN, Stage.EVALUATE)
+        by_name = {names[site]: request for site, request in requests.items()}
+        taken = []
+        for reply in self.transport.ask(
+            by_name, stage, by_name, deadline if working else min(deadline, PROMPT)
+        ):
+            self.traffic.count(reply)
+            site = self.masking.federation.ids[reply.site]
+            if reply.payload is None:
+                self.traffic.drop(reply.site, self._named(reply.failure))
+            elif getattr(reply.payload, "site", None) != site:
+                self.traffic.drop(reply.site, "another-sites-id")
+            else:
+                try:
+                    add(reply.payload)
+                    taken.append(site)
+                except StatementError:
+                    self.traffic.drop(reply.site, f"bad-{stage.name.lower()}")
+        return taken
+
+    def _named(self, failure: str) -> str:
+        """A failure code for people: whom a site blames, by name."""
+        names, (kind, _, site) = self.masking.federation.names, failure.partition("-")
+        if kind == "blames" and site.isdecimal() and int(site) < len(names):
+            return f"blames {names[int(site)]}"
+        return failure
+
+    def _reasons(self) -> str:
+        listed = ", ".join(f"{drop.site}: {drop.reason}" for drop in self.traffic.dropped[:5])
+        return f" ({listed})" if listed else ""
+
+
+def _protection(parameters: Parameters, total: Aggregate) -> dict[str, Any]:
+    """How this round was protected, for the record."""
+    plan, coding = parameters.plan, parameters.coding
+    return {
+        "cohort": plan.parties,
+        "survivors": len(total.survivors),
+        "colluders": plan.colluders,
+        "dropouts": plan.dropouts,
+        "degree": plan.degree,
+        "share_threshold": plan.share_threshold,
+        "sign_threshold": plan.sign_threshold,
+        "ring_bits": coding.ring_bits,
+        "value_bits": coding.value_bits,
+        "clip": coding.clip,
+    }

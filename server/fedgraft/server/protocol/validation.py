@@ -1,0 +1,88 @@
+"""What a site's reply must be before anything else sees it.
+
+A reply that fails costs its site this round's update and nobody else anything.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgraft.common.adapters.attach import Layout
+from fedgraft.common.config.job import Aggregation
+from fedgraft.common.errors import FedgraftError
+from fedgraft.common.messages.payloads import EvaluateReply, TrainReply
+from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.tally import Tally
+
+__all__ = ["Expected", "InvalidReply", "check_evaluation", "check_update"]
+
+
+LARGEST_LOSS = 1e6  # nats; no cross entropy of finite logits comes near, and sums stay finite
+
+
+class InvalidReply(FedgraftError):
+    """A reply that is dropped; the message is a reason code."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What every reply of this stage must carry."""
+
+    session: str
+    round: int
+    layout: Layout
+
+
+def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> None:
+    """Accept a site's update.
+
+    Raises:
+        InvalidReply: ``wrong-session``, ``wrong-round``, ``wrong-layout``, ``wrong-dtype``,
+            ``wrong-shape``, ``not-finite``, ``norm-too-large``, ``bad-count`` or ``bad-loss``.
+    """
+    update = reply.update
+    _check_origin(reply, expected)
+    problems = {
+        "wrong-layout": reply.layout != expected.layout.fingerprint,
+        "wrong-dtype": update.dtype != np.float32,
+        "wrong-shape": update.shape != (expected.layout.size,),
+        "bad-count": not 1 <= reply.examples <= limits.max_examples,
+        "bad-loss": not 0.0 <= reply.loss <= LARGEST_LOSS,
+    }
+    _raise_first(problems)
+    # A float64 norm: squares of large float32 values would overflow to infinity.
+    norm = float(np.linalg.norm(update.astype(np.float64)))
+    _raise_first(
+        {"not-finite": not np.isfinite(norm), "norm-too-large": norm > limits.max_update_norm}
+    )
+
+
+def check_evaluation(
+    reply: EvaluateReply, expected: Expected, limits: Aggregation, measures: Measures
+) -> Tally:
+    """The tally of a site's evaluation.
+
+    Raises:
+        InvalidReply: ``wrong-session``, ``wrong-round``, ``bad-count`` or ``bad-loss``.
+        MessageError: the vector is no tally of what ``measures`` counts.
+    """
+    _check_origin(reply, expected)
+    tally = Tally.from_vector(reply.tally, measures)
+    most = limits.max_examples * max(measures.parts, 1)
+    _raise_first({"bad-count": tally.examples > most, "bad-loss": tally.loss < 0.0})
+    return tally
+
+
+def _check_origin(reply: TrainReply | EvaluateReply, expected: Expected) -> None:
+    _raise_first(
+        {
+            "wrong-session": reply.session != expected.session,
+            "wrong-round": reply.round != expected.round,
+        }
+    )
+
+
+def _raise_first(problems: dict[str, bool]) -> None:
+    for code, present in problems.items():
+        if present:
+            raise InvalidReply(code)

@@ -1,0 +1,169 @@
+"""What people look at after a run: one HTML file that says first whether federating was worth it.
+
+The file stands alone (no script, font or image from outside) so that it can be mailed and still be
+read in ten years; the same input gives the same bytes, so that two runs can be compared with diff.
+Everything that comes from data passes Jinja's autoescaping. A value that a run did not record is
+shown as missing, never guessed: a report must come out of every run, also of one that went wrong.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from fedgraft.common.errors import RunError
+from fedgraft.common.files import write_atomically
+from fedgraft.common.tasks import Metric
+from fedgraft.server.report.figures import POOLED, curve_pictures, pooled_picture, site_picture
+from fedgraft.server.report.insights import map_facts, movement_facts
+from fedgraft.server.report.measures import measure_facts
+from fedgraft.server.report.plots import MODELS
+from fedgraft.server.report.site_overview import headline
+from fedgraft.server.report.tables import drop_tables, round_table, site_tables, total_traffic
+from fedgraft.server.report.values import (
+    MISSING,
+    Record,
+    as_count,
+    as_decimal,
+    as_duration,
+    as_interval,
+    as_metric,
+    as_metric_interval,
+    as_percent,
+    as_points,
+    as_share,
+    as_size,
+    natural_order,
+    read_estimate,
+    read_metrics,
+    read_record,
+    read_records,
+)
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: Path, summary: dict[str, Any], history: list[dict[str, Any]]) -> Path:
+    """Write ``report.html`` into the run's folder, replacing an older one as a whole.
+
+    Args:
+        folder: the run's folder; it must exist.
+        summary: the run's summary; metrics are fractions 0..1, traffic is in bytes.
+        history: one record per round, in order.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    page = _render(summary, history)
+    path = folder / "report.html"
+    content = page.encode("utf-8", "replace")  # a lone surrogate in a label must not lose it all
+    try:
+        write_atomically(path, lambda partial: partial.write_bytes(content))
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}", hint="make room or fix its permissions"
+        ) from error
+    return path
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "count": as_count, "decimal": as_decimal, "duration": as_duration, "interval": as_interval,
+        "metric": as_metric, "metric_interval": as_metric_interval, "percent": as_percent,
+        "points": as_points, "share": as_share, "size": as_size,
+    }  # fmt: skip
+    environment.filters.update(filters)
+    environment.globals.update(record=read_record, records=read_records)
+    return environment.get_template("page.html.j2")
+
+
+def _render(summary: Record, history: Sequence[Record]) -> str:
+    job, final = read_record(summary, "job"), read_record(summary, "final")
+    labels = job.get("labels")
+    sites = sorted(
+        read_records(summary, "sites"), key=lambda site: natural_order(str(site.get("name")))
+    )
+    rounds = [entry for entry in history if isinstance(entry, Mapping)]
+    metrics = read_metrics(summary)
+    share = next(one for one in metrics if one.percent)  # what figures are drawn of
+    return _template().render(
+        summary=summary,
+        job=job,
+        labels=labels if isinstance(labels, list) else [],
+        environment=sorted(read_record(summary, "environment").items()),
+        models=MODELS,
+        final={model: read_record(final, model) for model in POOLED},
+        metrics=metrics,
+        headline=_partners_headline(summary, metrics[0]) or headline(sites),
+        pooled_sentence=_pooled_sentence(final, metrics[0]),
+        pooled_picture=pooled_picture(final, share),
+        rounds=rounds,
+        round_table=round_table(rounds),
+        curve_pictures=curve_pictures(rounds, share),
+        drops=drop_tables(rounds),
+        traffic=total_traffic(summary, rounds),
+        site_picture=site_picture(sites, share),
+        **site_tables(sites, metrics[0].key),
+        **measure_facts(final, sites),
+        **movement_facts(summary),
+        **map_facts(summary),
+    )
+
+
+def _partners_headline(summary: Record, metric: Metric) -> str:
+    """What the coordinator of partner sites can say; empty for a simulation, which knows more."""
+    partners = read_record(summary, "partners")
+    if not partners:
+        return ""
+    value = read_estimate(read_record(partners, "validation"), metric.key).value
+    said = f"Right for {_figure(metric, value)} of" if metric.percent else ""
+    said = said or f"{metric.title} {_figure(metric, value)} on"
+    reached = "" if value is None else f"{said} what sites hold out. "
+    return f"{reached}Whether it was worth it, each site knows for itself."
+
+
+def _pooled_sentence(final: Record, metric: Metric) -> str:
+    """Federated beside the two references a reader has in mind, on the pooled test set."""
+
+    def of(model: str) -> float | None:
+        return read_estimate(read_record(final, model), metric.key).value
+
+    federated = of("federated")
+    if federated is None:
+        return ""
+    said = "is right for" if metric.percent else f"has {metric.name}"
+    parts = [f"On the pooled test set the federated model {said} {_figure(metric, federated)}"]
+    for model, who in (
+        ("local_only", "the sites' own models, on average,"),
+        ("central", "one model trained on all data in one place"),
+    ):
+        other = of(model)
+        if other is not None:
+            words = f"{who} for" if metric.percent else who
+            gap = _gap(metric, other - federated)
+            parts.append(f"{words} {_figure(metric, other)} ({gap})")
+    return "; ".join(parts) + "."
+
+
+def _figure(metric: Metric, value: float | None) -> str:
+    return metric.text(value, MISSING, "\u00a0%")
+
+
+def _gap(metric: Metric, difference: float) -> str:
+    size = f"{100 * abs(difference):.1f} points" if metric.percent else f"{abs(difference):.2f}"
+    same = not any(digit in size for digit in "123456789")
+    return "the same" if same else f"{size} {'more' if difference > 0 else 'less'}"

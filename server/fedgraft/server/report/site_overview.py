@@ -1,0 +1,105 @@
+"""What a run's sites came to in one sentence, seven quantiles and a few names.
+
+Ten sites are read one by one, thousands are not: the report and the terminal then show how the
+models' accuracies are spread and which sites federating moved most.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from fedgraft.server.report.values import Record, outcome_of, read_estimate, read_record
+
+__all__ = ["MANY_SITES", "QUANTILES", "Spread", "headline", "most_moved", "spread"]
+
+MANY_SITES = 100  # above, nobody reads one row a site
+QUANTILES = {
+    "min": 0.0,
+    "5 %": 0.05,
+    "25 %": 0.25,
+    "median": 0.5,
+    "75 %": 0.75,
+    "95 %": 0.95,
+    "max": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure of one model over ``sites`` sites; ``quantiles`` as in ``QUANTILES``."""
+
+    sites: int
+    quantiles: tuple[float, ...]
+    mean: float
+
+
+def spread(sites: Sequence[Record], model: str, key: str = "accuracy") -> Spread | None:
+    """How the model's figure ``key`` on the sites' own test sets is spread; None if nowhere known.
+
+    Every site counts as one, however many test examples it has. Between two sites a quantile is
+    interpolated linearly, as numpy does by default.
+    """
+    found = (read_estimate(read_record(site, model), key).value for site in sites)
+    values = sorted(value for value in found if value is not None)
+    if not values:
+        return None
+    quantiles = tuple(_quantile(values, share) for share in QUANTILES.values())
+    return Spread(len(values), quantiles, fmean(values))
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    at, rest = divmod(share * (len(values) - 1), 1)
+    low, high = values[int(at)], values[min(int(at) + 1, len(values) - 1)]
+    return low + rest * (high - low)
+
+
+def most_moved(sites: Sequence[Record], count: int) -> tuple[list[Record], list[Record]]:
+    """Up to ``count`` sites that gained most by federating and as many that lost most.
+
+    By accuracy on the site's own test set, federated minus local only. Sites whose verdict is clear
+    go before the others: with one test example chance alone moves a site by 100 points.
+    """
+    known = [(gain, site) for site in sites if (gain := _gain(site)) is not None]
+    gained = [(outcome_of(site) != "helped", -gain, site) for gain, site in known if gain > 0]
+    lost = [(outcome_of(site) != "hurt", gain, site) for gain, site in known if gain < 0]
+    most = [sorted(moved, key=lambda one: one[:2])[:count] for moved in (gained, lost)]
+    return [one[2] for one in most[0]], [one[2] for one in most[1]]
+
+
+def _gain(site: Record) -> float | None:
+    ours, alone = (
+        read_estimate(read_record(site, model)).value for model in ("federated", "local_only")
+    )
+    return None if ours is None or alone is None else ours - alone
+
+
+def headline(sites: Sequence[Record]) -> str:
+    """Was it worth it, in one sentence counted from the sites' verdicts."""
+    tally = Counter(outcome_of(site) for site in sites)
+    compared = len(sites) - tally["unknown"]
+    if not compared:
+        return (
+            "Whether federating was worth it is not known: no site's federated model was compared "
+            "with a model of its own."
+        )
+    helped, hurt, unclear = tally["helped"], tally["hurt"], tally["unclear"]
+    if len(sites) == 1:
+        return {
+            "helped": "Federating helped the one site of this run.",
+            "hurt": "Federating hurt the one site of this run.",
+        }.get(
+            outcome_of(sites[0]),
+            "The test examples of the one site cannot tell if federating helped.",
+        )
+    if not helped and not hurt:
+        return (
+            f"The test examples of {compared:,} sites cannot tell if federating helped any of them."
+        )
+    lost = f"{hurt:,}" if hurt else "none"
+    parts = [f"Federating helped {helped:,} of {len(sites):,} sites and hurt {lost}"]
+    if unclear:
+        parts.append(f"for {unclear:,} the test examples cannot tell")
+    if tally["unknown"]:
+        parts.append(f"{tally['unknown']:,} could not be compared")
+    return "; ".join(parts) + "."

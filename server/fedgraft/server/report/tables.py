@@ -1,0 +1,110 @@
+"""The report's tables: all rows where a person would read them, else a selection that says so.
+
+A report of ten thousand sites over hundreds of rounds stays a file that can be mailed; what is
+left out of it is in ``summary.json`` and ``metrics.jsonl`` beside it.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from statistics import fmean
+
+from fedgraft.server.report.plots import MODELS
+from fedgraft.server.report.site_overview import MANY_SITES, QUANTILES, most_moved, spread
+from fedgraft.server.report.values import (
+    OUTCOMES,
+    Record,
+    each_drop,
+    outcome_of,
+    read_column,
+    read_estimate,
+    read_number,
+    read_record,
+)
+
+__all__ = ["drop_tables", "round_table", "site_tables", "total_traffic"]
+
+SITE_MODELS = ("federated", "federated_tuned", "local_only", "zero_shot", "head_only", "central")
+LISTED_SITES = 8
+MOVED_SITES = 20  # each way
+MANY_ROUNDS = 100
+LAST_DROPS = 100
+LISTED_REASONS = 20
+
+
+def site_tables(sites: Sequence[Record], key: str) -> dict[str, object]:
+    """The rows and columns of the site table, means of the figure ``key``, who was helped or hurt.
+
+    Of more than ``MANY_SITES`` sites the table has those that moved most, in two ``site_parts``;
+    the ``spreads`` by model, which are empty for fewer, stand for the rest.
+    """
+    means = {}
+    for model in SITE_MODELS:
+        found = [read_estimate(read_record(site, model), key).value for site in sites]
+        if known := [value for value in found if value is not None]:
+            means[model] = fmean(known)
+    many = len(sites) > MANY_SITES
+    gained, lost = most_moved(sites, MOVED_SITES) if many else ([], [])
+    parts = [("Gained most", gained), ("Lost most", lost)] if many else [("", sites)]
+    groups = {one: [site for site in sites if outcome_of(site) == one] for one in OUTCOMES}
+    hurt = most_moved(groups["hurt"], LISTED_SITES)[1] if many else groups["hurt"][:LISTED_SITES]
+    return {
+        "sites": _rows(sites),
+        "site_parts": [(heading, _rows(chosen)) for heading, chosen in parts if chosen],
+        "sites_left_out": len(sites) - len(gained) - len(lost) if many else 0,
+        "spreads": {model: spread(sites, model, key) for model in means} if many else {},
+        "quantiles": list(QUANTILES),
+        "site_absent": [MODELS[model].name for model in SITE_MODELS if model not in means],
+        "site_means": means,
+        "site_shifts": any(site.get("shift") for site in sites),
+        "groups": {one: _rows(group) for one, group in groups.items()},
+        "hurt": _rows(hurt),
+        "listed": LISTED_SITES,
+    }
+
+
+def _rows(sites: Sequence[Record]) -> list[dict[str, object]]:
+    return [
+        {"site": site, "name": str(site.get("name")), "outcome": outcome_of(site)} for site in sites
+    ]
+
+
+def round_table(rounds: Sequence[Record]) -> dict[str, object]:
+    """Rounds by their place from 1, every ``step``-th and the last of many."""
+    step = math.ceil(len(rounds) / MANY_ROUNDS)
+    rows = [
+        (at, entry) for at, entry in enumerate(rounds, 1) if at % step == 0 or at == len(rounds)
+    ]
+    return {"step": step, "rows": rows}
+
+
+def drop_tables(rounds: Sequence[Record]) -> dict[str, object]:
+    """The last replies that were not used; where that is not all of them, counts by reason.
+
+    ``reasons`` has (reason, replies) for the ``LISTED_REASONS`` most frequent, ``others`` the
+    replies with any other reason.
+    """
+    reasons: Counter[str] = Counter()
+    last: deque[tuple[int, str, str]] = deque(maxlen=LAST_DROPS)
+    for drop in each_drop(rounds):
+        reasons[drop[2]] += 1
+        last.append(drop)
+    total = reasons.total()
+    table = reasons.most_common(LISTED_REASONS) if total > LAST_DROPS else []
+    others = total - sum(count for _, count in table) if table else 0
+    return {"total": total, "last": list(last), "reasons": table, "others": others}
+
+
+def total_traffic(summary: Record, rounds: Sequence[Record]) -> dict[str, float | None]:
+    """Totals over the rounds on record, and what training adds to or changes in the model."""
+    totals = {}
+    for key in ("bytes_up", "bytes_down"):
+        known = [number for number in read_column(rounds, key) if number is not None]
+        totals[key] = sum(known) if known else None
+    trained = read_number(summary.get("trained_parameters"))
+    total = read_number(summary.get("total_parameters"))
+    return {
+        **totals,
+        "share": trained / total if trained is not None and total else None,
+        "whole_model": 4 * total if total else None,  # float32
+    }

@@ -1,0 +1,185 @@
+"""Read a run's records, of which any part may be missing, and write numbers as people read them.
+
+Whatever is absent, null, of a wrong type or not finite is None or empty, and shown as missing.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fedgraft.common.tasks import METRICS, TASKS, Metric
+from fedgraft.server.report.plots import Estimate
+
+__all__ = [
+    "MISSING",
+    "OUTCOMES",
+    "Record",
+    "as_count",
+    "as_decimal",
+    "as_duration",
+    "as_interval",
+    "as_metric",
+    "as_metric_interval",
+    "as_percent",
+    "as_points",
+    "as_share",
+    "as_size",
+    "each_drop",
+    "natural_order",
+    "outcome_of",
+    "read_column",
+    "read_estimate",
+    "read_metrics",
+    "read_number",
+    "read_record",
+    "read_records",
+    "round_numbers",
+]
+
+Record = Mapping[str, Any]
+
+MISSING = "–"  # noqa: RUF001 - an en dash, as tables are set
+OUTCOMES = ("helped", "hurt", "unclear", "unknown")
+
+
+def read_record(parent: Record, key: str) -> Record:
+    """The object below ``key``, or an empty one."""
+    found = parent.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def read_records(parent: Record, key: str) -> list[Record]:
+    """The objects in the list below ``key``; what is no object is left out."""
+    found = parent.get(key)
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
+
+
+def read_number(value: object) -> float | None:
+    """``value`` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def read_column(records: Sequence[Record], key: str) -> list[float | None]:
+    """The number below ``key`` in each record."""
+    return [read_number(record.get(key)) for record in records]
+
+
+def read_estimate(metrics: Record, key: str = "accuracy") -> Estimate:
+    """A metric, a fraction 0..1, with its interval."""
+    ends = metrics.get(f"{key}_interval")
+    pair = ends if isinstance(ends, list | tuple) and len(ends) == 2 else (None, None)
+    low, high = read_number(pair[0]), read_number(pair[1])
+    interval = None if low is None or high is None else (low, high)
+    return Estimate(read_number(metrics.get(key)), interval)
+
+
+def natural_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort key under which site-2 comes before site-10."""
+    parts = re.findall(r"[0-9]{1,18}|[^0-9]+", name)
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
+
+
+def read_metrics(summary: Record) -> tuple[Metric, Metric]:
+    """What is shown of a model of the run's task, the headline first."""
+    name = read_record(summary, "job").get("task")
+    return next((task.metrics for known, task in TASKS.items() if known == name), METRICS["label"])
+
+
+def outcome_of(site: Record) -> str:
+    """One of ``OUTCOMES``."""
+    found = site.get("outcome")
+    return found if isinstance(found, str) and found in OUTCOMES else "unknown"
+
+
+def round_numbers(rounds: Sequence[Record]) -> list[int]:
+    """Each round's number; its place where it has none."""
+    found = enumerate(read_column(rounds, "round"), 1)
+    return [at if number is None else int(number) for at, number in found]
+
+
+def each_drop(rounds: Sequence[Record]) -> Iterator[tuple[int, str, str]]:
+    """(round, site, reason) of every reply that was not used, in order."""
+    for at, entry in zip(round_numbers(rounds), rounds, strict=True):
+        for drop in read_records(entry, "dropped"):
+            yield at, str(drop.get("site")), str(drop.get("reason") or "not recorded")
+
+
+# --- writing numbers
+
+
+def as_share(value: object) -> str:
+    """A fraction as percent."""
+    number = read_number(value)
+    return MISSING if number is None else f"{100 * number:.1f}\u00a0%"
+
+
+def as_points(value: object) -> str:
+    """A difference of fractions as signed percentage points; what rounds to zero has no sign."""
+    number = read_number(value)
+    if number is None:
+        return MISSING
+    text = f"{100 * number:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text
+
+
+def as_percent(metrics: Record, key: str = "accuracy") -> str:
+    """A metric as percent."""
+    return as_share(read_estimate(metrics, key).value)
+
+
+def as_interval(metrics: Record, key: str = "accuracy") -> str:
+    """A metric's interval in percent."""
+    found = read_estimate(metrics, key).interval
+    return MISSING if found is None else f"{100 * found[0]:.1f} to {100 * found[1]:.1f}"
+
+
+def as_metric(metrics: Record, metric: Metric) -> str:
+    """A metric as its kind is written."""
+    return metric.text(read_estimate(metrics, metric.key).value, MISSING, "\u00a0%")
+
+
+def as_metric_interval(metrics: Record, metric: Metric) -> str:
+    """A metric's interval as its kind is written."""
+    found = read_estimate(metrics, metric.key).interval
+    return MISSING if found is None else " to ".join(metric.text(end, unit="") for end in found)
+
+
+def as_count(value: object) -> str:
+    """A whole number with its thousands apart."""
+    number = read_number(value)
+    return MISSING if number is None else f"{number:,.0f}"
+
+
+def as_decimal(value: object) -> str:
+    """A number in about three digits."""
+    number = read_number(value)
+    if number is None:
+        return MISSING
+    return f"{number:.3f}" if 0.01 <= abs(number) < 10_000 else f"{number:.3g}"
+
+
+def as_size(value: object) -> str:
+    """Bytes in the decimal units of network operators."""
+    number = read_number(value)
+    if number is None:
+        return MISSING
+    units = ("kB", "MB", "GB", "TB", "PB")
+    if abs(number) < 1000:
+        return f"{number:.0f} B"
+    power = min(int(math.log10(abs(number)) // 3), len(units))
+    return f"{number / 1000**power:.1f} {units[power - 1]}"
+
+
+def as_duration(value: object) -> str:
+    """Seconds in the units that people would use."""
+    seconds = read_number(value)
+    if seconds is None or seconds < 0:
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

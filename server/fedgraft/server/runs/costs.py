@@ -1,0 +1,164 @@
+"""What a job will cost before anything trains: parameters, bytes on the wire, memory."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.messages.codec import encode, wire_bytes
+from fedgraft.common.messages.dry_run import blank_replies
+from fedgraft.common.messages.masked_terms import describe
+from fedgraft.common.messages.payloads import (
+    ConfirmAsk,
+    EvaluateRequest,
+    KeysAsk,
+    MaskedEvaluate,
+    MaskedTrain,
+    Request,
+    SharesAsk,
+    TrainRequest,
+    UnmaskAsk,
+)
+from fedgraft.common.modalities import ImageProcessor
+from fedgraft.common.modalities.audio import AudioProcessor
+from fedgraft.common.modalities.video import VideoProcessor
+from fedgraft.common.privacy import FEWEST
+from fedgraft.common.secagg.statements import (
+    Advertisement,
+    Confirmation,
+    Delivery,
+    Envelope,
+    KeysRequest,
+    SharesRequest,
+    Survivors,
+    UnmaskRequest,
+)
+from fedgraft.server.rounds import Plan
+
+__all__ = ["Costs", "estimate_costs"]
+
+VECTORS = 6  # adapter, gradient, two moments, received adapter, update
+OVERHEAD_MB = 350  # Python with torch and transformers loaded, measured
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One site's costs; bytes are of one round with its evaluation, memory is an estimate in MB.
+
+    ``activations_mb`` is what a backward pass over one micro-batch keeps, counted on one example
+    of full length.
+    """
+
+    trained_parameters: int
+    exchanged_parameters: int
+    total_parameters: int
+    bytes_up: int
+    bytes_down: int
+    weights_mb: float
+    activations_mb: float
+
+    @property
+    def memory_mb(self) -> float:
+        """Estimated memory of a site's process."""
+        values = max(self.trained_parameters, self.exchanged_parameters)
+        vectors = VECTORS * 4 * values / 2**20
+        return OVERHEAD_MB + self.weights_mb + vectors + self.activations_mb
+
+
+def estimate_costs(plan: Plan, bench: Workbench) -> Costs:
+    """Costs of the plan at one site: messages are built and counted, one example is passed."""
+    job, size = plan.job, plan.exchanged.size
+    up = blank_replies(job, plan.exchanged, _cohort(job))
+    return Costs(
+        trained_parameters=plan.exchanged.of_model.size + bench.local.size,
+        exchanged_parameters=size,
+        total_parameters=bench.backbone_parameters,
+        bytes_up=sum(wire_bytes(encode(message)) for message in up),
+        bytes_down=sum(wire_bytes(encode(message)) for message in _messages_down(plan)),
+        weights_mb=4 * bench.backbone_parameters / 2**20,
+        activations_mb=_activations_mb(job, bench),
+    )
+
+
+def _requests(plan: Plan) -> list[TrainRequest | EvaluateRequest]:
+    """What a round asks: to train and, where there is validation, to evaluate."""
+    adapter = np.zeros(plan.exchanged.size, np.float32)
+    session, job, names = plan.session, plan.request.job, plan.exchanged.names
+    asked: list[TrainRequest | EvaluateRequest]
+    asked = [TrainRequest(session, 1, 0, job, names, adapter)]
+    if plan.job.data.validation:
+        asked.append(EvaluateRequest(session, 1, job, names, "validation", adapter))
+    return asked
+
+
+def _messages_down(plan: Plan) -> list[Request]:
+    """What one site gets in a round."""
+    works = _requests(plan)
+    if not plan.job.privacy.secure_aggregation.enabled:
+        return list(works)
+    return [message for work in works for message in _masked_stages(plan, work)]
+
+
+def _masked_stages(plan: Plan, work: TrainRequest | EvaluateRequest) -> list[Request]:
+    job, session, digest = plan.job, plan.session, bytes(32)
+    cohort = tuple(range(_cohort(job)))
+    numbers = job.privacy.secure_aggregation.plan(len(cohort))
+    keys = KeysRequest(1, digest, digest)
+    advertised = tuple(Advertisement(s, digest, digest, digest, bytes(64)) for s in cohort)
+    delivery = Delivery(
+        tuple(Envelope(0, other, bytes(80)) for other in cohort[1 : numbers.degree + 1])
+    )
+    signed = tuple(Confirmation(site, bytes(64)) for site in cohort)
+    if isinstance(work, TrainRequest):
+        task: Request = MaskedTrain(work, delivery)
+    else:
+        task = MaskedEvaluate(work, delivery)
+    return [
+        KeysAsk(session, describe(work), cohort, keys),
+        SharesAsk(session, SharesRequest(advertised)),
+        task,
+        ConfirmAsk(session, Survivors(cohort, cohort, tuple(said.signature for said in signed))),
+        UnmaskAsk(session, UnmaskRequest(signed[: numbers.sign_threshold])),
+    ]
+
+
+def _cohort(job: Job) -> int:
+    """Sites of a round as far as the job says; else the fewest that it accepts."""
+    if job.rounds.cohort is not None:
+        return job.rounds.cohort
+    if job.simulation is not None and job.simulation.sites is not None:
+        return job.rounds.cohort_size(job.simulation.sites)
+    return max(job.rounds.min_sites, FEWEST)
+
+
+def _activations_mb(job: Job, bench: Workbench) -> float:
+    """Bytes that autograd keeps for one example, times the micro-batch."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    processor = bench.processor
+    if isinstance(processor, ImageProcessor):
+        height, width = processor.size
+        inputs = {"pixel_values": torch.zeros(1, processor.channels, height, width)}
+    elif isinstance(processor, VideoProcessor):
+        inputs = {"pixel_values": torch.zeros(1, *processor.shape)}
+    elif isinstance(processor, AudioProcessor):
+        inputs = {processor.name: torch.zeros(1, *processor.shape(job.data.seconds))}
+    else:
+        length = min(job.data.max_length, processor.limit or job.data.max_length)
+        ids = torch.full((1, length), processor.pad_id)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    parameters = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
+    bench.model.requires_grad_(False)
+    for name, parameter in bench.model.named_parameters():
+        parameter.requires_grad_(name in bench.layout.slices)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        bench.model(**inputs)
+    size = sum(count for pointer, count in kept.items() if pointer not in parameters)
+    return size * (job.training.batch_size // job.training.accumulation) / 2**20

@@ -1,0 +1,36 @@
+"""How a run's updates were protected, from what its rounds recorded: for summary, report, card."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedgraft.common.config.job import Job
+from fedgraft.common.secagg.transcript import PROTOCOL
+
+__all__ = ["protection_facts"]
+
+RANGES = ("cohort", "survivors", "colluders", "degree", "share_threshold", "sign_threshold")
+
+
+def protection_facts(job: Job, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Protocol, thresholds and coding; numbers that differ between rounds as [least, most].
+
+    ``error_bound`` is the largest of any round: how far a coordinate of the mean update can be
+    from the exact one. ``clipped`` is the largest mean share of coordinates that were clipped.
+    """
+    if not job.privacy.secure_aggregation.enabled:
+        return {"protocol": "none"}
+    rounds = [line["masked"] for line in history if isinstance(line.get("masked"), Mapping)]
+    coding = job.privacy.secure_aggregation.coding(by_examples=True)
+    facts: dict[str, Any] = {
+        "protocol": PROTOCOL,
+        "rounds": len(rounds),
+        "ring_bits": coding.ring_bits,
+        "value_bits": coding.value_bits,
+        "clip": coding.clip,
+        "clipped": max((line["clipped"] for line in rounds), default=None),
+        "error_bound": max((line["error_bound"] for line in rounds), default=None),
+    }
+    for name in RANGES:
+        values = [line[name] for line in rounds]
+        facts[name] = [min(values), max(values)] if values else None
+    return facts

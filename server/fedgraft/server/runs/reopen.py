@@ -1,0 +1,55 @@
+"""A run opened again, to give its adapter away or to ask its model something."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.adapters.model import Workbench, open_workbench
+from fedgraft.common.backbones.blob_store import PLACE, set_store
+from fedgraft.common.errors import RunError
+from fedgraft.server.rounds import make_plan
+from fedgraft.server.runs.run_folder import Run
+
+__all__ = ["Reopened", "reopen"]
+
+
+@dataclass(frozen=True)
+class Reopened:
+    """A run with its final ``adapter``, float32 [exchanged.size]."""
+
+    run: Run
+    bench: Workbench
+    exchanged: Layout
+    adapter: Vector
+
+    @contextmanager
+    def adapted(self) -> Iterator[Workbench]:
+        """The workbench with the adapter in it, for as long as that is needed."""
+        self.bench.put((self.exchanged, self.adapter))
+        try:
+            yield self.bench
+        finally:
+            self.bench.put()
+
+
+def reopen(folder: Path) -> Reopened:
+    """Open the run in ``folder`` with what its last round came to.
+
+    Raises:
+        RunError: it is none, or has no finished round.
+        BackboneError: its backbone is not here any more.
+    """
+    opened = Run(folder)
+    # A run of a coordinator has its backbone in the coordinator's store, beside the runs.
+    store = folder.resolve().parent.parent / "backbones"
+    if PLACE not in os.environ and store.is_dir():
+        set_store(store)
+    bench = open_workbench(opened.job)
+    plan = make_plan(opened.job, bench, opened.session)
+    state = opened.latest(plan.exchanged)
+    if state is None:
+        raise RunError(f"{folder} has no finished round", hint="run it first")
+    return Reopened(opened, bench, plan.exchanged, state.final)

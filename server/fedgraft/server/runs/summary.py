@@ -1,0 +1,99 @@
+"""What can be said of a run from its folder alone: parameters, bytes, settings."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.backbones.load import public_source
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import dump_job
+from fedgraft.server.rounds import Plan
+from fedgraft.server.runs.protection import protection_facts
+from fedgraft.server.runs.run_folder import Run
+
+__all__ = ["bytes_per_site_round", "partner_facts", "run_facts"]
+
+
+def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
+    """The part of a summary that does not depend on where the sites were."""
+    job, history = plan.job, run.history()
+    up, down = bytes_per_site_round(history)
+    return {
+        "run": run.name,
+        "folder": str(run.folder),
+        "status": "finished",
+        "job": {
+            "name": job.job.name,
+            "task": job.job.task,
+            "labels": list(job.job.labels),
+            "method": job.method.kind,
+            "rule": job.aggregation.rule,
+            "backbone": public_source(job.backbone.source),
+        },
+        "job_toml": dump_job(_without_folders(job)),
+        "environment": run.environment(),
+        "rounds": len(history),
+        "trained_parameters": plan.exchanged.of_model.size + bench.local.size,
+        "total_parameters": bench.backbone_parameters,
+        "bytes_up_per_site_round": up,
+        "bytes_down_per_site_round": down,
+        "protection": protection_facts(job, history),
+    }
+
+
+def partner_facts(run: Run, handed: Mapping[str, Any]) -> dict[str, Any]:
+    """What the coordinator of partner sites knows beside: who has the result, how good it is.
+
+    ``handed`` is what ``hand_over`` said. Sites measure at home, and do not tell.
+    """
+    history, stopping = run.history(), run.job.rounds.early_stopping
+    final, best = None, -math.inf
+    for one in (line["validation"] for line in history if line["validation"]):
+        score = math.inf  # the last counts
+        if stopping:  # the best does, by the rule of ``rounds``
+            score = -one["loss"] if stopping.metric == "loss" else one[stopping.metric]
+            score -= stopping.min_delta if final else 0.0
+        if score > best or not stopping:
+            final, best = one, score + (stopping.min_delta if stopping and final else 0.0)
+    return {
+        "seconds": sum(line["seconds"] for line in history),
+        "partners": {**handed, "validation": final},
+    }
+
+
+def _without_folders(job: Job) -> Job:
+    """The job for readers elsewhere: files by name, for a report is made to be passed on."""
+    changes: dict[str, Any] = {
+        "backbone": job.backbone.model_copy(update={"source": _named(job.backbone.source)})
+    }
+    if job.start is not None:
+        named = {"adapter": _named(job.start.adapter)}
+        changes["start"] = job.start.model_copy(update=named)
+    if job.simulation is not None:
+        test = job.simulation.test
+        teacher = job.simulation.teacher
+        paths = {
+            "train": _named(job.simulation.train),
+            "test": test and _named(test),
+            "teacher": teacher and _named(teacher),
+        }
+        changes["simulation"] = job.simulation.model_copy(update=paths)
+    return job.model_copy(update=changes)
+
+
+def _named(source: str) -> str:
+    """``path:FOLDER/NAME`` or a path as its last part; names that are no paths as they are."""
+    if source.startswith(("hf:", "builtin:", "manifest:")):
+        return source
+    kind = "path:" if source.startswith("path:") else ""
+    return kind + Path(source).name
+
+
+def bytes_per_site_round(history: list[dict[str, Any]]) -> tuple[int, int]:
+    """Mean bytes (up, down) of one site in one round, evaluation included, as measured."""
+    asked = sum(line["asked"] for line in history)
+    up = sum(line["bytes_up"] for line in history)
+    down = sum(line["bytes_down"] for line in history)
+    return round(up / max(asked, 1)), round(down / max(asked, 1))

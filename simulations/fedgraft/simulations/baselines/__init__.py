@@ -1,0 +1,1 @@
+"""What a federation is compared with: local, central and zero-shot models."""

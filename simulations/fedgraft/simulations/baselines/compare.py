@@ -1,0 +1,301 @@
+"""What federating is held against, measured with the sites' own code on the sites' own data.
+
+    zero_shot        the backbone with its own head, untouched (only if that head knows the labels)
+    head_only        the same federation, but only the head trains
+    local_only       each site alone, for as many epochs as a site trains in the federation
+    central          one model on all sites' data pooled, as many epochs: if data could be shared
+    federated        the federation's adapter
+    federated_tuned  the federation's adapter after a short fine-tune at each site
+
+Where the job goes on from an earlier adapter, ``local_only`` and ``central`` begin there too. Every
+model is tested on each site's own test set; the pooled test set is all of them together.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+
+from fedgraft.client.data.splits import Splits
+from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.results.compare import epochs_of
+from fedgraft.client.training.domain_adaptation import has_labels
+from fedgraft.client.training.evaluate import Evaluation, PartEvaluation, measure
+from fedgraft.client.training.evaluate import Measured as Judged
+from fedgraft.client.training.trainer import Task, Trained, train
+from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.adapters.initial import starting_point
+from fedgraft.common.adapters.model import Workbench, open_workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.training import Training
+from fedgraft.common.examples import Examples, concatenate
+from fedgraft.common.messages.payloads import EvaluateRequest
+from fedgraft.common.methods import HeadMethod
+from fedgraft.common.seeds import numpy_generator, torch_generator
+from fedgraft.simulations.baselines.site_map import keep_direction, why_absent
+from fedgraft.simulations.grid.local_grid import NodeConfig
+from fedgraft.simulations.grid.workers import Workers, cores
+
+__all__ = ["Judged", "Measured", "Started", "Trial", "head_only_job", "start"]
+
+MOST_OTHERS = 50
+TESTED = 64  # sites tested in one task: a task carries the adapter and the names of all sites
+TUNED_RATE = 0.3  # of the federation's peak: the adapter is close to its optimum already
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model, or one model a site: on each site's own test set, and on all of them pooled.
+
+    ``own`` has None for a site whose model could not be trained. ``models`` is None for one model,
+    whose pooled result is the sum of ``own``; where every site has its own, it has the
+    ``Tally.summary`` of each model on the pooled test set (of many sites, on a sample of it).
+    """
+
+    own: tuple[Judged | None, ...]
+    models: tuple[dict[str, float], ...] | None = None
+
+    def pooled(self) -> Judged | None:
+        """``own`` one after the other; None if no site has a result."""
+        known = [evaluation for evaluation in self.own if evaluation is not None]
+        return _pool(known) if known else None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished federation to compare with: the final adapter and the round it comes from.
+
+    ``together`` sites are trained in one pass.
+    """
+
+    job: Job
+    nodes: Sequence[NodeConfig]
+    session: str
+    names: tuple[str, ...]
+    adapter: Vector
+    round: int
+    together: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """A comparison under way on the workers."""
+
+    tasks: "list[Future[list[Any]]]"
+    finish: Callable[[list[Any]], Measured]
+
+    def result(self) -> Measured:
+        """Wait for it."""
+        return self.finish([result for task in self.tasks for result in task.result()])
+
+
+def head_only_job(job: Job) -> Job:
+    """The same federation with the backbone as feature extractor."""
+    aggregation = job.aggregation.model_copy(update={"rule": "fedavg"})
+    changes = {"method": HeadMethod(kind="head"), "aggregation": aggregation}
+    return job.model_copy(update={**changes, "training": job.training.alone, "start": None})
+
+
+def start(name: str, trial: Trial, workers: Workers) -> Started | None:
+    """Start the comparison ``name``; None if it means nothing for this job."""
+    sites = range(len(trial.nodes))
+    if name == "central":
+        return Started([workers.submit(_central, trial)], _one_model)
+    if name == "zero_shot" and open_workbench(trial.job).fresh_head:
+        return None
+    task = TASKS[name]
+    finish = _separate_models if name == "local_only" else _one_model
+    # A site that is only tested is tested by itself: the size of its group changes nothing.
+    trains = name in ("local_only", "federated_tuned")
+    size = trial.together if trains else max(1, min(TESTED, len(sites) // (4 * cores())))
+    groups = [sites[at : at + size] for at in range(0, len(sites), size)]
+    return Started([workers.submit(task, trial, group) for group in groups], finish)
+
+
+def _one_model(own: list[Judged | None]) -> Measured:
+    return Measured(tuple(own))
+
+
+def _separate_models(results: list[tuple[Judged, dict[str, float]] | None]) -> Measured:
+    own = tuple(None if result is None else result[0] for result in results)
+    # Without a test example a model would count as one that is never right.
+    return Measured(own, tuple(result[1] for result in results if result is not None and result[1]))
+
+
+def _pool(evaluations: Sequence[Judged]) -> Judged:
+    """All of them as one: its tally is the only one that ever exists."""
+    blocks = [one for one in evaluations if isinstance(one, PartEvaluation)]
+    if blocks:
+        columns = zip(*((one.losses, one.right, one.counted) for one in blocks), strict=True)
+        losses, right, counted = (np.concatenate(column) for column in columns)
+        return PartEvaluation(losses, right, counted, blocks[0].target)
+    labelled = [one for one in evaluations if isinstance(one, Evaluation)]
+    loss = reduce(add, (one.loss for one in labelled))  # sum() rounds differently from 3.12 on
+    true = np.concatenate([one.true for one in labelled])
+    predicted = np.concatenate([one.predicted for one in labelled])
+    more = reduce(add, (one.more for one in labelled))
+    return Evaluation(loss, true, predicted, labelled[0].classes, more)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A task's own view of one site."""
+
+    job: Job
+    participant: Participant
+    bench: Workbench
+    stack: Stack
+    splits: Splits
+
+    @property
+    def layout(self) -> Layout:
+        """All that trains at a site."""
+        return self.bench.layout
+
+    def test(self, adapter: Vector, examples: Examples) -> Judged:
+        """``adapter``, float32 [layout.size], on ``examples``."""
+        store, measures = self.participant.store, self.job.measures
+        return measure(self.stack, self.layout, adapter, examples, measures=measures, store=store)
+
+    def task(self, start: Vector, purpose: str) -> Task:
+        """Training on the site's own data."""
+        generator = torch_generator(self.job.job.seed, purpose, self.participant.config.name)
+        return Task(self.splits.train, start, generator, self.participant.store)
+
+    def federated(self, trial: Trial) -> Vector:
+        """The trial's adapter, and the site's own head where heads are local."""
+        names, number = trial.names, trial.round
+        request = EvaluateRequest(trial.session, number, "", names, "test", trial.adapter)
+        trained = self.layout.only((*names, *self.bench.local.names))
+        known = self.participant.start(self.bench, trained, request)
+        return self.layout.merged(self.bench.initial, (trained, known))
+
+
+def _place(trial: Trial, site: int) -> _Place:
+    participant = open_participant(trial.nodes[site])
+    bench, stack = open_workbench(trial.job), participant.stack(trial.job)
+    return _Place(trial.job, participant, bench, stack, participant.splits(trial.job))
+
+
+def _begin(trial: Trial) -> Vector:
+    """What a model begins with, float32 [layout.size]: the earlier adapter, if there is one."""
+    bench = open_workbench(trial.job)
+    if trial.job.start is None:
+        return bench.initial
+    exchanged = bench.layout.only(trial.names)
+    return bench.layout.merged(
+        bench.initial, (exchanged, starting_point(trial.job, bench, exchanged))
+    )
+
+
+def _train(
+    places: Sequence[_Place], tasks: Sequence[Task], settings: Training, epochs: int
+) -> list[Vector | None]:
+    """What training came to at each place; None if its loss was not finite, or without labels.
+
+    That must not end a comparison. Nobody adapts to anyone here.
+    """
+    stack, layout = places[0].stack, places[0].layout
+    known = [n for n, task in enumerate(tasks) if has_labels(task.examples)]
+    few, settings = [tasks[n] for n in known], settings.alone
+    results = train(stack, layout, few, settings=settings, epochs=epochs)
+    came = dict(zip(known, results, strict=True))
+    each = (came.get(number) for number in range(len(tasks)))
+    return [one.vector if isinstance(one, Trained) else None for one in each]
+
+
+def _budget(trial: Trial) -> int:
+    """Epochs that a site took part in, on average: only some may have been asked in a round."""
+    return epochs_of(trial.job, trial.round, len(trial.nodes))
+
+
+def _sample(trial: Trial, site: int) -> list[int]:
+    """Sites other than ``site`` on whose test sets its own model is tried."""
+    others = [other for other in range(len(trial.nodes)) if other != site]
+    if len(others) <= MOST_OTHERS:
+        return others
+    draw = numpy_generator(trial.job.job.seed, "elsewhere", site)
+    return sorted(draw.choice(others, MOST_OTHERS, replace=False).tolist())
+
+
+def _federated(trial: Trial, sites: Sequence[int]) -> list[Judged]:
+    places = (_place(trial, site) for site in sites)
+    return [place.test(place.federated(trial), place.splits.test) for place in places]
+
+
+def _tuned(trial: Trial, sites: Sequence[int]) -> list[Judged | None]:
+    places = [_place(trial, site) for site in sites]
+    settings = trial.job.training
+    settings = settings.model_copy(update={"learning_rate": settings.learning_rate * TUNED_RATE})
+    epochs = trial.job.simulation.finetune_epochs if trial.job.simulation else 1
+    tasks = [place.task(place.federated(trial), "finetune") for place in places]
+    return [
+        None if adapter is None else place.test(adapter, place.splits.test)
+        for place, adapter in zip(places, _train(places, tasks, settings, epochs), strict=True)
+    ]
+
+
+def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Judged]:
+    places = (_place(trial, site) for site in sites)
+    # Factors B start at zero: this is the backbone itself.
+    return [place.test(place.bench.initial, place.splits.test) for place in places]
+
+
+def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Judged, dict[str, float]] | None]:
+    places, begin = [_place(trial, site) for site in sites], _begin(trial)
+    tasks = [place.task(begin, "local-only") for place in places]
+    trained = _train(places, tasks, trial.job.training, _budget(trial))
+    if not why_absent(trial.job, len(trial.nodes)):
+        exchanged = places[0].layout.only(trial.names)
+        for place, adapter in zip(places, trained, strict=True):
+            if adapter is not None:
+                moved = place.layout.part(adapter - begin, exchanged)
+                keep_direction(place.participant.state, moved)
+    return [
+        None if adapter is None else _tried(trial, site, place, adapter)
+        for site, place, adapter in zip(sites, places, trained, strict=True)
+    ]
+
+
+def _tried(
+    trial: Trial, site: int, place: _Place, adapter: Vector
+) -> tuple[Judged, dict[str, float]]:
+    """Its own test set, and ``Tally.summary`` of that and others'; {} if they have no example."""
+    own = place.test(adapter, place.splits.test)
+    # Of thousands of sites a sample will do: all of them would be a million evaluations.
+    others = (_place(trial, other).splits.test for other in _sample(trial, site))
+    pooled = _pool([own, *(place.test(adapter, test) for test in others)]).tally
+    if not pooled.examples:
+        return own, {}
+    found = trial.job.measures.figures(pooled)
+    # A mean over models means nothing for what some of them lack, or for groups.
+    return own, {key: value for key, value in found.items() if isinstance(value, float)}
+
+
+def _central(trial: Trial) -> list[Judged | None]:
+    places = [_place(trial, site) for site in range(len(trial.nodes))]
+    place = places[0]
+    settings = trial.job.training
+    if trial.job.simulation:
+        changes = trial.job.simulation.central.model_dump(exclude_none=True)
+        settings = settings.model_copy(update=changes)
+    parts = [other.splits.train for other in places]
+    pool = concatenate([part for part in parts if has_labels(part)])
+    task = replace(place.task(_begin(trial), "central"), examples=pool)
+    (adapter,) = _train([place], [task], settings, _budget(trial))
+    if adapter is None:
+        return [None] * len(places)
+    return [place.test(adapter, other.splits.test) for other in places]
+
+
+TASKS: dict[str, Callable[[Trial, Sequence[int]], list[Any]]] = {
+    "federated": _federated,
+    "federated_tuned": _tuned,
+    "local_only": _local,
+    "zero_shot": _zero_shot,
+}

@@ -1,0 +1,1 @@
+"""How one data set becomes the files of many sites."""

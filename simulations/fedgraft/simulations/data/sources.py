@@ -1,0 +1,258 @@
+"""Where a simulation's rows come from: read, hashed, and named by site where the data has sites.
+
+Whether site folders can be used again is decided by the rows and not by paths or dates: the hash is
+over every text and every image file, read without decoding it.
+"""
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from fedgraft.client.data.files import read_tables
+from fedgraft.client.data.groups import read_groups
+from fedgraft.client.data.rows import read_split, split_validation
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.simulation import Simulation
+from fedgraft.common.errors import JobError
+from fedgraft.common.examples import Indices
+from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.tasks import TASKS, Task
+from fedgraft.simulations.demo import digits
+
+__all__ = [
+    "DIGITS",
+    "TEST_SHARE",
+    "Pool",
+    "Share",
+    "hold_out",
+    "labels_of",
+    "load_pool",
+    "rows_digest",
+]
+
+FORMAT = 2
+"""Part of every digest: raise it when the sites or shifts made of the same rows change."""
+
+DIGITS = "builtin:digits"
+TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of one site: int64 indices into the train rows and into the test rows.
+
+    Where the data set has no test rows, ``test`` indexes the train rows too, held out of ``train``.
+    """
+
+    train: Indices
+    test: Indices
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All rows, as ``read_split`` gives them, and the shares where the data itself has sites.
+
+    ``skipped`` files did not decode and were left out, as the job allows.
+    """
+
+    train: datasets.Dataset
+    test: datasets.Dataset | None
+    natural: Mapping[str, Share] | None = None
+    skipped: int = 0
+
+
+def load_pool(job: Job, simulation: Simulation) -> Pool:
+    """Read the rows of ``simulation``.
+
+    Raises:
+        JobError: patterns that name no sites, a site without enough rows, labels the digits lack.
+        DataError: the data files do not match the job's schema.
+    """
+    if simulation.partition.kind == "natural":
+        return _load_natural(job, simulation)
+    if simulation.train == DIGITS:
+        train, test = (_as_split(rows, job) for rows in digits.load())
+        own = simulation.test in (None, DIGITS)
+        return Pool(train, test if own else read_split(str(simulation.test), job).dataset)
+    read = [read_split(path, job) for path in (simulation.train, simulation.test) if path]
+    rest = read[1].dataset if simulation.test else None
+    return Pool(read[0].dataset, rest, skipped=sum(rows.skipped for rows in read))
+
+
+def _as_split(rows: datasets.Dataset, job: Job) -> datasets.Dataset:
+    """The digits as ``read_split`` would give them: their labels are the job's, by name."""
+    if job.data.groups:
+        raise JobError(f"{DIGITS} has no groups", hint="leave data.group and data.groups out")
+    if TASKS[job.job.task].target != "label":
+        return rows.remove_columns("label").add_column("label", [0] * len(rows))
+    names = rows.features["label"].names
+    unknown = [name for name in names if name not in job.job.labels]
+    if unknown:
+        raise JobError(
+            f"{DIGITS} has label {unknown[0]!r}, the job has not",
+            hint='labels = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]',
+        )
+    labels = [job.job.labels.index(names[value]) for value in rows[:]["label"]]
+    return rows.remove_columns("label").add_column("label", labels)
+
+
+def _load_natural(job: Job, simulation: Simulation) -> Pool:
+    trains, tests = _natural_sources(simulation)
+    read = [read_split(path, job) for path in (*trains.values(), *tests.values())]
+    train = [rows.dataset for rows in read[: len(trains)]]
+    test = [rows.dataset for rows in read[len(trains) :]]
+    whole = datasets.concatenate_datasets(train)
+    if test:
+        pairs = zip(_ranges(train), _ranges(test), strict=True)
+        shares = {name: Share(*pair) for name, pair in zip(trains, pairs, strict=True)}
+    else:
+        labels, seed = labels_of(whole), job.job.seed
+        shares = {
+            name: hold_out(rows, labels, numpy_generator(seed, "simulation", "test", name))
+            for name, rows in zip(trains, _ranges(train), strict=True)
+        }
+    for name, share in shares.items():
+        if len(share.train) < simulation.partition.min_examples:
+            raise JobError(
+                f"{trains[name]} leaves site {name} {len(share.train)} examples to train on",
+                hint="lower simulation.partition.min_examples, or take it out of the pattern",
+            )
+    skipped = sum(rows.skipped for rows in read)
+    return Pool(whole, datasets.concatenate_datasets(test) if test else None, shares, skipped)
+
+
+def _natural_sources(simulation: Simulation) -> tuple[dict[str, str], dict[str, str]]:
+    """Train and test source by site name, both in the same order; no test sources without test."""
+    trains = _named_matches(simulation.train, "simulation.train")
+    if simulation.sites is not None and simulation.sites != len(trains):
+        raise JobError(
+            f"{simulation.train} matches {len(trains)} sites, simulation.sites says "
+            f"{simulation.sites}",
+            hint="leave simulation.sites out: a natural partition counts them",
+        )
+    if simulation.test is None:
+        return trains, {}
+    tests = _named_matches(simulation.test, "simulation.test")
+    if lonely := sorted(trains.keys() - tests.keys()):
+        raise JobError(
+            f"no test data for site {lonely[0]} matches {simulation.test}",
+            hint=f"test sets were found for: {', '.join(list(tests)[:10])}",
+        )
+    return trains, {name: tests[name] for name in trains}
+
+
+def _named_matches(pattern: str, key: str) -> dict[str, str]:
+    """Every match of a glob by its name: what stands in the place of the wildcards."""
+    if not glob.has_magic(pattern) or "**" in pattern:
+        raise JobError(
+            f"{key} = {pattern!r} does not say where the sites' names are",
+            hint='a natural partition needs one * per name, as in "data/*/train.jsonl"',
+        )
+    # An escaped pattern has \* and \? for the wildcards; other magic stays unnamed.
+    regex = re.escape(pattern).replace(r"\*", "([^/]*)").replace(r"\?", "([^/])")
+    named: dict[str, str] = {}
+    for match in sorted(glob.glob(pattern)):
+        found = re.fullmatch(regex, match)
+        raw = "-".join(found.groups()) if found else Path(match).stem
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", raw).strip("-._")[:64]
+        if not name or name in named:
+            raise JobError(
+                f"{match} has no site name of its own ({name!r})",
+                hint="rename its folder, or put the * where the names differ",
+            )
+        named[name] = match
+    if not named:
+        raise JobError(f"{key}: nothing matches {pattern}", hint="check the pattern")
+    return named
+
+
+def _ranges(parts: list[datasets.Dataset]) -> Iterator[Indices]:
+    """The row numbers of each part in the concatenation of all."""
+    start = 0
+    for part in parts:
+        yield np.arange(start, start + len(part), dtype=np.int64)
+        start += len(part)
+
+
+def hold_out(rows: Indices, labels: Indices, generator: np.random.Generator) -> Share:
+    """Split ``rows`` (indices into ``labels``) into train and a stratified fifth as test."""
+    train, test = split_validation(labels[rows], TEST_SHARE, generator)
+    return Share(rows[train], rows[test])
+
+
+def labels_of(rows: datasets.Dataset) -> Indices:
+    """The label column of ``rows``, int64 [n]."""
+    return np.asarray(rows.with_format("numpy")["label"][:], dtype=np.int64)
+
+
+def rows_digest(job: Job, simulation: Simulation) -> str:
+    """A hash over the rows as they are in the files and the settings that shape the sites."""
+    task = TASKS[job.job.task]
+    kind = task.modality
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "seed": job.job.seed,
+        "task": job.job.task,
+        "labels": job.job.labels,
+        "data": job.data.model_dump(include=_deciding(task)),
+        "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
+    }
+    if job.data.groups:
+        settings["groups"] = (job.data.group, job.data.groups)
+    if simulation.faults.poisons_labels:  # else absent: older digests hold
+        settings["poisoned"] = simulation.faults.poisoned
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    natural = simulation.partition.kind == "natural"
+    beside = job.data.beside(task)
+    for pattern in (simulation.train, simulation.test):
+        # The digits are files of this program: their name and FORMAT identify them.
+        sources = {"": pattern} if pattern else {}
+        if natural and pattern:
+            sources = _named_matches(pattern, "simulation")
+        for name, path in sources.items():
+            _feed(digest, "source", name)
+            if path == DIGITS:
+                _feed(digest, DIGITS)
+                continue
+            content, files = job.data.column(kind), kind != "text"
+            for table in read_tables(path, content=content, label=beside, images=files):
+                _feed(digest, "table", str(table.typed))
+                for one, label in zip(table.contents, table.labels, strict=True):
+                    _feed(digest, _content_bytes(one), repr(label))
+            if job.data.groups:
+                _feed(digest, "groups", read_groups(path, job.data, {}).tobytes())
+        _feed(digest, "end")
+    return digest.hexdigest()[:32]
+
+
+def _deciding(task: Task) -> set[str]:
+    """The settings of ``[data]`` that decide which rows there are; of some tasks others besides."""
+    own = (
+        {task.modality, f"on_bad_{task.modality}"} if task.modality in ("audio", "video") else set()
+    )
+    target = {"target"} if task.paired else set()
+    return {"text", "image", "label", "on_bad_image"} | own | target
+
+
+def _feed(digest: Any, *parts: str | bytes) -> None:
+    for part in parts:
+        data = part if isinstance(part, bytes) else part.encode(errors="backslashreplace")
+        digest.update(len(data).to_bytes(8, "big") + data)
+
+
+def _content_bytes(content: Any) -> str | bytes:
+    """What to hash of a text or an image; one that is missing is for ``read_split`` to refuse."""
+    if not isinstance(content, dict):
+        return repr(content)
+    if content["bytes"] is not None:
+        return bytes(content["bytes"])
+    path = Path(content["path"])
+    return path.read_bytes() if path.is_file() else "missing"

@@ -1,0 +1,1 @@
+"""Sites that vanish, are late or lie, in a simulation."""

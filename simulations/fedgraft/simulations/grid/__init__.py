@@ -1,0 +1,1 @@
+"""Flower's grid in this process: simulated sites, workers, and the Ray engine."""

@@ -1,0 +1,218 @@
+"""A Flower ``Grid`` on this machine: the unmodified coordinator and client code, no network.
+
+Replies come back in the order the messages went out, whatever worker was faster, so that sums of
+floating-point numbers, and with them every byte of a run, are the same each time. Messages that ask
+to train are answered in groups of a fixed size: sites that share one pass over the backbone.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from flwr.app import DEFAULT_TTL, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgraft.simulations.grid.workers import Workers
+
+__all__ = ["LocalGrid", "NodeConfig"]
+
+NodeConfig = Mapping[str, str]
+CLIENT_APP = "fedgraft.client.app:app"
+TRAIN = "train"  # Flower's message type
+SERVER = 1
+WAIT = 0.02  # seconds one pull waits for a worker
+
+
+@dataclass
+class _Group:
+    """Messages that are answered together: not started, then a future, then pulled one by one."""
+
+    waiting: deque[tuple[str, Message]] = field(default_factory=deque)
+    future: "Future[list[_Answer]] | None" = None
+
+
+_Answer = tuple[Message, RecordDict]  # a reply, and the node's state after it
+
+
+class LocalGrid(Grid):
+    """Nodes with these configurations, each running the ClientApp at ``app`` on ``workers``.
+
+    ``app`` is ``"module:attribute"``, as in a Flower app's configuration. ``together`` messages
+    that ask to train go to the app's ``train_all`` (beside ``app``) in one call, where it is more
+    than one.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[NodeConfig],
+        workers: Workers,
+        *,
+        app: str = CLIENT_APP,
+        together: int = 1,
+    ) -> None:
+        self._app, self._together = app, together
+        _load(app)  # before workers are forked: each would import it for itself
+        self._nodes = nodes
+        self._states: dict[int, RecordDict] = {}
+        self._workers = workers
+        self._run = Run.create_empty(1)
+        self._groups: deque[_Group] = deque()
+        self._count = itertools.count()
+        # Flower stamps every message with the process's task; there is only this one here.
+        TaskIdentity.run_id = self._run.run_id
+        TaskIdentity.node_id = SERVER
+        TaskIdentity.task_id = 1
+
+    def set_run(self, run: Run) -> None:
+        """Take ``run`` as the run messages belong to."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run messages belong to."""
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """Build a message from the coordinator to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Every node's id."""
+        return list(range(SERVER + 1, SERVER + 1 + len(self._nodes)))
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        """Every node's id, as Flower describes nodes."""
+        return [NodeInfo(node_id=node) for node in self.get_node_ids()]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; their ids in the same order."""
+        identifiers = []
+        group: _Group | None = None
+        for message in messages:
+            identifier = f"local-{next(self._count)}"
+            message.metadata.__dict__["_message_id"] = identifier
+            message.metadata.ttl = DEFAULT_TTL  # waiting for a worker here is not being late
+            if (
+                group is None
+                or len(group.waiting) == self._together
+                or message.metadata.message_type != TRAIN
+                or group.waiting[0][1].metadata.message_type != TRAIN
+            ):
+                group = _Group()
+                self._groups.append(group)
+            group.waiting.append((identifier, message))
+            identifiers.append(identifier)
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to ``message_ids`` that are due: the oldest unanswered message's comes first.
+
+        Works at most two groups a worker ahead, so that replies do not pile up.
+        """
+        replies = []
+        for identifier in message_ids:
+            self._start_some()
+            if not self._groups or self._groups[0].waiting[0][0] != identifier:
+                continue
+            group = self._groups[0]
+            assert group.future is not None  # noqa: S101  # the oldest was started above
+            try:
+                answers = group.future.result(WAIT)
+            except TimeoutError:
+                continue
+            _, message = group.waiting.popleft()
+            reply, state = answers.pop(0)
+            self._remember(message.metadata.dst_node_id, state)
+            replies.append(reply)
+            if not group.waiting:
+                self._groups.popleft()
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Push ``messages`` and wait for every reply; nodes here always answer."""
+        waiting = list(self.push_messages(messages))
+        replies: list[Message] = []
+        while len(replies) < len(waiting):
+            replies.extend(self.pull_messages(waiting))
+        return replies
+
+    def _start_some(self) -> None:
+        ahead = 2 * max(self._workers.count, 1)
+        for group in itertools.islice(self._groups, ahead):
+            if group.future is None:
+                asked = [self._asked(message) for _, message in group.waiting]
+                group.future = self._workers.submit(_answer, self._app, asked)
+
+    def _asked(self, message: Message) -> "_Asked":
+        node = message.metadata.dst_node_id
+        config = dict(self._nodes[node - SERVER - 1])
+        return message, node, config, self._states.get(node) or RecordDict()
+
+    def _remember(self, node: int, state: RecordDict) -> None:
+        """Keep a node's state only while there is one: of thousands of nodes few have any."""
+        if state:
+            self._states[node] = state
+        else:
+            self._states.pop(node, None)
+
+
+_Asked = tuple[Message, int, dict[str, str], RecordDict]  # with the node, its config and state
+
+
+@cache
+def _load(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _answer(app: str, asked: Sequence[_Asked]) -> list[_Answer]:
+    """What nodes do with a message each, and their states after it, for any worker to go on with.
+
+    An exception becomes Flower's error code, as there.
+    """
+    pairs = [
+        (
+            Message(RecordDict(dict(message.content)), metadata=message.metadata),
+            Context(
+                run_id=message.metadata.run_id,
+                node_id=node,
+                node_config=dict(config),
+                state=state,
+                run_config={},
+            ),
+        )
+        for message, node, config, state in asked
+    ]
+    try:
+        if len(pairs) == 1:
+            client: ClientApp = _load(app)
+            replies = [client(*pairs[0])]
+        else:
+            replies = _load(f"{app.partition(':')[0]}:train_all")(pairs)
+    except Exception as error:
+        code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        replies = [
+            Message(Error(code, type(error).__name__), reply_to=message) for message, _ in pairs
+        ]
+    for reply, (message, _) in zip(replies, pairs, strict=True):
+        reply.metadata.__dict__["_message_id"] = f"{message.metadata.message_id}-reply"
+    return [(reply, context.state) for reply, (_, context) in zip(replies, pairs, strict=True)]

@@ -1,0 +1,1 @@
+"""Ranks backbones over a simulated federation."""

@@ -1,0 +1,311 @@
+"""Which backbone, before any training: candidates scored on a simulation's sites, one at a time.
+
+Every site makes features of its own examples with the frozen candidate and adds to sums
+(``client.transferability``); what is scored are the sums over all sites. One that does not fit the
+job costs nobody else the answer.
+"""
+
+import gc
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import datasets
+
+from fedgraft.client.data.rows import encode
+from fedgraft.client.model.batched_model import Stack, close_stacks, open_stack
+from fedgraft.client.participant import open_participant
+from fedgraft.client.selection.features import blocks_of, features_of
+from fedgraft.client.selection.transferability import (
+    Answers,
+    Matrix,
+    Prototypes,
+    SiteSums,
+    site_answers,
+    site_sums,
+    unit,
+)
+from fedgraft.client.selection.zero_shot import DualEncoder, is_dual, open_dual_encoder
+from fedgraft.common.adapters.model import cache_folder, choose_device, open_processor
+from fedgraft.common.backbones.load import find_backbone, own_labels, read_config
+from fedgraft.common.config.job import Job
+from fedgraft.common.console import Console
+from fedgraft.common.errors import InputError, JobError
+from fedgraft.common.metrics.label_outcome import wilson_interval
+from fedgraft.common.metrics.transferability import conditional, h_score, logme, nce
+from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.tasks import TASKS
+from fedgraft.simulations.baselines.compare import head_only_job
+from fedgraft.simulations.data.partition import PreparedSites, prepare_sites
+from fedgraft.simulations.grid.engine import Nodes, make_nodes
+from fedgraft.simulations.grid.memory import Pace, PeakMemory
+from fedgraft.simulations.grid.workers import Workers
+
+__all__ = ["Failed", "Scored", "Selection", "select"]
+
+S = TypeVar("S", SiteSums, Answers)
+GROUP = 8  # sites whose sums are added where they are made
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of one candidate; scores in nats (``h_score`` has no unit), higher is better.
+
+    ``leep`` and ``nce`` are None for a backbone without a head of its own. ``accuracy[k]`` is the
+    share of the pooled test examples that ``k`` shots know and ``interval[k]`` its 95 % interval;
+    None where 0 shots mean nothing.
+    """
+
+    backbone: str
+    logme: float
+    h_score: float
+    leep: float | None
+    nce: float | None
+    features: int
+    parameters: int
+    examples: int
+    tested: int
+    accuracy: dict[int, float | None]
+    interval: dict[int, tuple[float, float] | None]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A candidate that does not fit the job, and why."""
+
+    backbone: str
+    error: str
+    hint: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """``scored`` candidates, the best LogME first, and those that ``failed``."""
+
+    sites: int
+    scored: tuple[Scored, ...]
+    failed: tuple[Failed, ...]
+    peak_memory_mb: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON object."""
+        return {
+            "sites": self.sites,
+            "backbones": [vars(one) for one in self.scored],
+            "failed": [vars(one) for one in self.failed],
+            "peak_memory_mb": round(self.peak_memory_mb, 1),
+        }
+
+
+def select(
+    job: Job,
+    candidates: dict[str, Callable[[], Job]],
+    *,
+    shots: Sequence[int] = (),
+    console: Console,
+) -> Selection:
+    """Score ``candidates``: by name, what makes ``job`` with that backbone.
+
+    Raises:
+        InputError: the job has no labels, or its sites cannot be made.
+    """
+    if TASKS[job.job.task].target != "label":
+        raise JobError(
+            f"{job.job.task} has no labels to score a backbone by",
+            hint="a classification job; or compare runs with `fedgraft sweep`",
+        )
+    prepared = prepare_sites(job, cache_folder() / "sites")
+    if any(shots) and not any(site.test_examples for site in prepared.sites):
+        raise JobError("no site has test examples", hint="simulation.test = ..., or no --shots")
+    scored: list[Scored] = []
+    failed: list[Failed] = []
+    with PeakMemory() as memory, console.steps("backbone", len(candidates)) as steps:
+        pace = Pace(memory, len(candidates))
+        for name, make in candidates.items():
+            began = time.monotonic()
+
+            def within(done: int, total: int, pace: Pace = pace, name: str = name) -> None:
+                steps.within(done / total, f"{name}  {pace.within(done)}")
+
+            try:
+                scored.append(_score(name, make(), prepared, shots, within))
+                told = f"LogME {scored[-1].logme:.4f}"
+            except InputError as error:
+                failed.append(Failed(name, str(error), error.hint))
+                told = "does not fit"
+            _let_go()
+            left = pace.after(len(prepared.sites), time.monotonic() - began)
+            steps.done(f"{name}  {told}  {left}")
+    scored.sort(key=lambda one: -one.logme)
+    return Selection(len(prepared.sites), tuple(scored), tuple(failed), memory.megabytes)
+
+
+def _let_go() -> None:
+    """One backbone at a time: nothing of this one stays."""
+    close_stacks()
+    gc.unfreeze()  # what was frozen for the workers' sake
+    gc.collect()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a task needs: ``job`` has the candidate, ``source`` is it with the head's own labels."""
+
+    job: Job
+    source: Job
+    device: str
+    nodes: Nodes
+    shots: tuple[int, ...]
+
+    @property
+    def dual(self) -> DualEncoder | None:
+        """The candidate's two encoders, where zero-shot is asked for and images have sentences."""
+        backbone = open_processor(self.job)[0]
+        image = TASKS[self.job.job.task].modality == "image"
+        if 0 not in self.shots or not image or not is_dual(read_config(backbone)):
+            return None
+        labels, prompt = self.job.job.labels, self.job.evaluation.prompt
+        return open_dual_encoder(backbone.folder, labels, prompt)
+
+    @property
+    def stack(self) -> Stack:
+        """The frozen candidate, with its own head if it has one."""
+        return open_stack(self.source, device=self.device)
+
+
+def _score(
+    name: str,
+    job: Job,
+    prepared: PreparedSites,
+    shots: Sequence[int],
+    within: Callable[[int, int], None],
+) -> Scored:
+    began = time.monotonic()
+    job = head_only_job(job)
+    device = str(choose_device(prepared.settings.device))
+    nodes = make_nodes(job, prepared, states="", device=device)
+    place = _Place(job, _source_job(job), device, nodes, tuple(shots))
+    with Workers(prepared.settings.workers, device=device) as workers:
+        stack = place.stack  # here, so that forked workers share it
+        has_head = not stack.bench.fresh_head
+        total = len(nodes) * (2 if shots or has_head else 1)
+        sums = _summed(workers, _first_pass, (place,), lambda done: within(done, total))
+        answers = Answers(0.0, 0, {})
+        if shots or has_head:
+            second = (place, conditional(sums.soft), _prototypes(place, sums))
+            before = len(nodes)
+            answers = _summed(workers, _second_pass, second, lambda n: within(before + n, total))
+    examples = int(sums.moments.examples)
+    shares = {k: answers.right.get(k) for k in shots}
+    return Scored(
+        backbone=name,
+        logme=logme(sums.moments),
+        h_score=h_score(sums.moments),
+        leep=answers.leep / examples if has_head else None,
+        nce=nce(sums.hard) if has_head else None,
+        features=sums.moments.sums.shape[1],
+        parameters=stack.bench.backbone_parameters,
+        examples=examples,
+        tested=answers.tested,
+        accuracy={k: None if n is None else n / answers.tested for k, n in shares.items()},
+        interval={
+            k: None if n is None else wilson_interval(n, answers.tested) for k, n in shares.items()
+        },
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def _source_job(job: Job) -> Job:
+    """``job`` with the labels that the backbone's own head was trained for, if its folder says."""
+    found = find_backbone(job.backbone.source, weights=job.backbone.weights)
+    names = tuple(str(name) for name in own_labels(found))
+    if job.backbone.weights == "random" or len(names) < 2 or len(set(names)) < len(names):
+        return job
+    return job.model_copy(update={"job": job.job.model_copy(update={"labels": names})})
+
+
+def _summed(
+    workers: Workers,
+    task: Callable[..., S | None],
+    arguments: tuple[_Place, Any, Any] | tuple[_Place],
+    told: Callable[[int], None],
+) -> S:
+    """The sum of ``task`` over all sites, whose groups do not depend on how many workers there are.
+
+    Few sums exist at a time: each is added to the others, in order, when it is there.
+    """
+    nodes = arguments[0].nodes
+    groups = [range(at, min(at + GROUP, len(nodes))) for at in range(0, len(nodes), GROUP)]
+    waiting = deque(workers.submit(_group, task, arguments, group) for group in groups)
+    total: S | None = None
+    for group in groups:
+        found: S | None = waiting.popleft().result()
+        if found is not None:
+            total = found if total is None else total + found
+        told(group.stop)
+    if total is None:
+        raise JobError("no site has training examples", hint="look at [simulation]")
+    return total
+
+
+def _group(
+    task: Callable[..., S | None], arguments: tuple[Any, ...], sites: Sequence[int]
+) -> S | None:
+    total: S | None = None
+    for site in sites:
+        found = task(site, *arguments)
+        if found is not None:
+            total = found if total is None else total + found
+    return total
+
+
+def _first_pass(site: int, place: _Place) -> SiteSums | None:
+    participant = open_participant(place.nodes[site])
+    train = participant.splits(place.job).train
+    return site_sums(
+        blocks_of(place.stack, train, participant.store),
+        train.labels,
+        place.job.job.classes,
+        shots=place.shots,
+        generator=numpy_generator(place.job.job.seed, "shots", participant.config.name),
+    )
+
+
+def _second_pass(site: int, place: _Place, given: Matrix, prototypes: Prototypes) -> Answers:
+    participant, stack = open_participant(place.nodes[site]), place.stack
+    splits = participant.splits(place.job)
+    has_head = not stack.bench.fresh_head
+    train = blocks_of(stack, splits.train, participant.store) if has_head else iter(())
+    test = blocks_of(stack, splits.test, participant.store) if place.shots else iter(())
+    knows = 0 in place.shots and _knows_labels(place)
+    found = site_answers(train, test, given, prototypes, knows_labels=knows)
+    if place.dual and not knows:
+        right = place.dual.answers(splits.test) == splits.test.labels
+        found.right[0] = int(right.sum())
+    return found
+
+
+def _knows_labels(place: _Place) -> bool:
+    """Whether the candidate's own head predicts the job's labels."""
+    return not place.stack.bench.fresh_head and place.source.job.labels == place.job.job.labels
+
+
+def _prototypes(place: _Place, sums: SiteSums) -> dict[int, Matrix]:
+    """The prototypes of each number of shots; those of 0 are the names of the labels, of texts."""
+    found = dict(sums.shots)
+    text = TASKS[place.job.job.task].modality == "text"
+    if 0 in place.shots and text and not _knows_labels(place):
+        found[0] = _named(place)
+    return found
+
+
+def _named(place: _Place) -> Matrix:
+    """Unit features of the labels' names, float64 [c, d]: ``card_arrival`` is "card arrival"."""
+    names = [name.replace("_", " ").replace("-", " ") for name in place.job.job.labels]
+    rows = datasets.Dataset.from_dict({"text": names, "label": list(range(len(names)))})
+    backbone, processor = open_processor(place.job)
+    examples = encode(rows, processor, place.job, store=None, key=backbone.fingerprint)
+    return unit(features_of(place.stack, examples).values)

@@ -1,0 +1,1 @@
+"""Simulates every combination of settings and compares them."""

@@ -1,0 +1,186 @@
+"""The table of a sweep, for a terminal, as Markdown and, with the plot, as one HTML file."""
+
+import base64
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+from fedgraft.common.console import Console
+from fedgraft.common.files import write_atomically, write_text
+from fedgraft.simulations.baselines.over_seeds import Spread, spread
+from fedgraft.simulations.sweep.grid import short_names
+from fedgraft.simulations.sweep.results import Results, Row
+
+__all__ = ["show", "table", "write_page", "write_table"]
+
+NONE = "-"
+# heading, metric, how its mean and interval are written
+COLUMNS: tuple[tuple[str, str, Callable[[Spread], str]], ...] = (
+    ("valid. %", "validation_accuracy", lambda found: found.text(scale=100)),
+    ("test %", "test_accuracy", lambda found: found.text(scale=100)),
+    ("macro F1 %", "macro_f1", lambda found: found.text(scale=100)),
+    ("loss", "loss", lambda found: found.text(digits=3)),
+    ("rounds", "rounds", lambda found: f"{found.mean:.1f}".removesuffix(".0")),
+    ("kB up", "bytes_up_per_site_round", lambda found: f"{found.mean / 1000:.0f}"),
+    ("s", "seconds", lambda found: f"{found.mean:.0f}"),
+    ("MB", "peak_memory_mb", lambda found: f"{found.mean:.0f}"),
+)
+ROOMY = {"macro_f1", "loss"}
+_NAMES = {"validation_accuracy": "federated validation", "test_accuracy": "pooled test"}
+
+
+def table(results: Results, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Headings and a line a combination; columns that no cell has a value for are left out.
+
+    ``narrow`` leaves out what a terminal has no room for.
+    """
+    columns = [
+        column
+        for column in COLUMNS
+        if any(row.values(column[1]) for row in results.rows)
+        and not (narrow and column[1] in ROOMY)
+    ]
+    names = short_names([axis.key for axis in results.swept])
+    lines = []
+    for at, row in enumerate(results.rows):
+        means = [(row.spread(metric), write) for _, metric, write in columns]
+        numbers = [NONE if found is None else write(found) for found, write in means]
+        settings = list(row.settings.values()) or [row.label]
+        lines.append([*settings, *numbers, "best" if at == results.best else _state(row)])
+    return [*(names.values() or ["job"]), *(name for name, _, _ in columns), ""], lines
+
+
+def _state(row: Row) -> str:
+    states = [cell.status for cell in row.cells]
+    counts = {state: states.count(state) for state in ("failed", "not finished")}
+    return ", ".join(f"{n} of {len(states)} {state}" for state, n in counts.items() if n)
+
+
+def headline(results: Results) -> str:
+    """What was chosen, and by how much the next one is behind on the same seeds, as a sentence."""
+    if results.best is None or results.chosen_by is None:
+        return "No best setting: there is nothing to choose between."
+    metric, best = results.chosen_by, results.rows[results.best]
+    mean = spread(best.values(metric)).text(scale=100)
+    text = f"Best by {_NAMES[metric]} accuracy: {best.label}, {mean} %"
+    gaps = [
+        (_gap(best, row, metric), row) for row in results.rows if row.complete and row is not best
+    ]
+    if not gaps:
+        return f"{text}."
+    gap, row = min(gaps, key=lambda found: found[0].mean)
+    text += f"; the next, {row.label}, is {gap.text(scale=100)} points behind"
+    unsure = gap.half is not None and gap.half >= gap.mean
+    return text + (f", which {len(results.seeds)} seeds cannot tell from 0." if unsure else ".")
+
+
+def _gap(best: Row, row: Row, metric: str) -> Spread:
+    """Seed by seed, for a seed deals both rows the same split: chance in that cancels out."""
+    pairs = zip(best.values(metric), row.values(metric), strict=True)
+    return spread([ours - theirs for ours, theirs in pairs])
+
+
+def footnotes(results: Results) -> list[str]:
+    """What a reader must know to read the table rightly."""
+    count, seeds = len(results.rows), len(results.seeds)
+    notes = [
+        f"± is half a 95 % t-interval over {seeds} seeds, which draw split, head, factors and "
+        "batches anew."
+        if seeds > 1
+        else "One seed: no interval, and a difference may be chance. --seeds 3 tells more."
+    ]
+    if results.chosen_by == "validation_accuracy":
+        notes.append(
+            "Choose by the validation column: federated validation, on examples that the sites "
+            "held out of training. The best of many cells by the test column would look better "
+            "than it is on new data."
+        )
+    elif results.best is not None:
+        notes.append(
+            f"There is no federated validation, so the best was picked on the test set: the best "
+            f"of {count} there is optimistic. data.validation = 0.1 gives examples to choose by."
+        )
+    notes.append(
+        "Test columns are of the federated model on the pooled test set. kB up: what a site sent a "
+        "round; s and MB: a cell's time and the peak of the whole sweep's processes meanwhile."
+    )
+    return notes
+
+
+def failures(results: Results) -> list[str]:
+    """Each failed cell with what it said."""
+    return [f"{cell.label}: {cell.error}" for cell in results.failed]
+
+
+def show(console: Console, results: Results) -> None:
+    """The table on the console, and where everything is."""
+    console.table(f"Sweep of {results.job}", *table(results, narrow=True))
+    for line in (headline(results), *footnotes(results)):
+        console.text(line)
+    for line in failures(results):
+        console.text(f"failed: {line}")
+    console.text("")
+    console.text(f"sweep: {results.folder}  more: table.md, sweep.html and results.json in it")
+    if results.best is not None:
+        run = results.rows[results.best].cells[0].run
+        console.text(f"next: fedgraft export {results.folder}/runs/{run}")
+
+
+def write_table(results: Results) -> None:
+    """Write ``table.md`` into the sweep's folder."""
+    columns, lines = table(results)
+    keys = max(1, len(results.swept))
+    marks = [*["---"] * keys, *["--:"] * (len(columns) - keys - 1), "---"]
+    grid = [_markdown(line) for line in (columns, marks, *lines)]
+    failed = [f"- failed: {_inline(line)}" for line in failures(results)]
+    parts = [f"# Sweep of {results.job}", headline(results), "\n".join(grid), "\n".join(failed)]
+    parts += footnotes(results)
+    write_text(results.folder / "table.md", "\n\n".join(part for part in parts if part) + "\n")
+
+
+def _markdown(cells: list[str]) -> str:
+    return f"| {' | '.join(_inline(cell) for cell in cells)} |"
+
+
+def _inline(text: str) -> str:
+    """Text that breaks no table: a value may hold a bar, an error several lines."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def write_page(results: Results) -> None:
+    """Write ``sweep.png``, if there is anything to draw, and ``sweep.html`` with it inside."""
+    from fedgraft.simulations.sweep.plots import draw  # matplotlib, only when something is drawn
+
+    drawn = any(row.values("test_accuracy") or row.values("validation_accuracy")
+                for row in results.rows)  # fmt: skip
+    picture = draw(results) if drawn else None
+    if picture is not None:
+        png = picture
+        write_atomically(results.folder / "sweep.png", lambda path: path.write_bytes(png))
+    columns, lines = table(results)
+    page = _template().render(
+        results=results,
+        headline=headline(results),
+        columns=columns,
+        lines=lines,
+        footnotes=footnotes(results),
+        failures=failures(results),
+        picture=base64.b64encode(picture).decode() if picture else "",
+    )
+    content = page.encode("utf-8", "replace")
+    write_atomically(results.folder / "sweep.html", lambda path: path.write_bytes(content))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("page.html.j2")

@@ -1,0 +1,216 @@
+"""What the cells of a sweep came to: one row a combination, means over seeds, and which is best.
+
+The best row has the highest mean federated validation accuracy, on examples that sites held out of
+training. Only where a job holds none out is it chosen by test accuracy, and that says so: the best
+of many on a test set looks better there than it is.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fedgraft.common.config.job import EarlyStopping
+from fedgraft.common.files import write_text
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.simulations.baselines.over_seeds import Spread, spread
+from fedgraft.simulations.sweep.grid import Axis, Cell, short_names
+
+__all__ = [
+    "METRICS",
+    "CellResult",
+    "Results",
+    "Row",
+    "cell_result",
+    "gather",
+    "kept_validation",
+    "write_results",
+]
+
+METRICS = (
+    "validation_accuracy", "test_accuracy", "macro_f1", "loss", "rounds",
+    "bytes_up_per_site_round", "seconds", "peak_memory_mb",
+)  # fmt: skip
+ChosenBy = Literal["validation_accuracy", "test_accuracy"]
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One cell: its run's folder below ``runs/`` and ``metrics`` by the names of ``METRICS``.
+
+    Accuracies and macro F1 are fractions of the final federated adapter, None where not measured;
+    ``error`` says why a failed cell failed.
+    """
+
+    cell: int
+    label: str
+    settings: Mapping[str, str]
+    seed: int
+    status: Literal["finished", "failed", "not finished"]
+    run: str | None
+    error: str | None
+    metrics: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One combination over its seeds."""
+
+    label: str
+    settings: Mapping[str, str]
+    cells: tuple[CellResult, ...]
+
+    def values(self, metric: str) -> list[float]:
+        """One value for each cell that has one."""
+        found = (cell.metrics.get(metric) for cell in self.cells)
+        return [value for value in found if value is not None]
+
+    def spread(self, metric: str) -> Spread | None:
+        """Mean and interval over seeds; None without a value."""
+        values = self.values(metric)
+        return spread(values) if values else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every seed finished; a setting that fails now and then is nobody's best."""
+        return all(cell.status == "finished" for cell in self.cells)
+
+
+@dataclass(frozen=True)
+class Results:
+    """A sweep so far. ``best`` is the index of a row, ``chosen_by`` the metric that says so."""
+
+    folder: Path
+    job: str
+    axes: tuple[Axis, ...]
+    cells: tuple[CellResult, ...]
+    rows: tuple[Row, ...]
+    chosen_by: ChosenBy | None
+    best: int | None
+
+    @property
+    def swept(self) -> tuple[Axis, ...]:
+        """The axes with several values, in the order asked for, seeds apart."""
+        keys = self.cells[0].settings
+        return tuple(axis for axis in self.axes if axis.key in keys)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, in order."""
+        return tuple(dict.fromkeys(cell.seed for cell in self.cells))
+
+    @property
+    def failed(self) -> tuple[CellResult, ...]:
+        """The cells that failed."""
+        return tuple(cell for cell in self.cells if cell.status == "failed")
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; ``half`` is half the width of the 95 % interval over seeds."""
+        return {
+            "sweep": self.folder.name,
+            "folder": str(self.folder),
+            "job": self.job,
+            "swept": {axis.key: list(axis.values) for axis in self.swept},
+            "fixed": {a.key: a.values[0] for a in self.axes if len(a.values) == 1},
+            "seeds": list(self.seeds),
+            "chosen_by": self.chosen_by,
+            "best": self.best,
+            "rows": [self._row_json(row) for row in self.rows],
+            "cells": [asdict(cell) for cell in self.cells],
+        }
+
+    def _row_json(self, row: Row) -> dict[str, Any]:
+        means = {metric: row.spread(metric) for metric in METRICS}
+        return {
+            "label": row.label,
+            "settings": dict(row.settings),
+            "cells": [cell.cell for cell in row.cells],
+            "complete": row.complete,
+            **{metric: found and asdict(found) for metric, found in means.items()},
+        }
+
+
+def cell_result(cell: Cell, run: Run | None, error: str | None = None) -> CellResult:
+    """What ``cell`` came to, read from its run's folder."""
+    summary = run.summary() if run else None
+    metrics: dict[str, float | None] = {}
+    if run and summary:
+        final = summary["final"].get("federated") or {}
+        kept = kept_validation(run.history(), run.job.rounds.early_stopping)
+        metrics = {
+            "validation_accuracy": kept["accuracy"] if kept else None,
+            "test_accuracy": final.get("accuracy"),
+            **{metric: final.get(metric) for metric in ("macro_f1", "loss")},
+            **{metric: summary[metric] for metric in METRICS[4:]},
+        }
+    failed = error is not None
+    return CellResult(
+        cell=cell.number,
+        label=cell.label,
+        settings=cell.settings,
+        seed=cell.seed,
+        status="finished" if summary else "failed" if failed else "not finished",
+        run=run.name if run else None,
+        error=error,
+        metrics={metric: metrics.get(metric) for metric in METRICS},
+    )
+
+
+def kept_validation(
+    history: Sequence[Mapping[str, Any]], stopping: EarlyStopping | None
+) -> Mapping[str, float] | None:
+    """Federated validation of the adapter that a run kept: the last, or early stopping's best."""
+    if stopping is None:
+        return history[-1]["validation"] if history else None
+    kept, best = None, None
+    for line in history:
+        if (found := line["validation"]) is None:
+            continue
+        score = -found["loss"] if stopping.metric == "loss" else found[stopping.metric]
+        if best is None or score > best + stopping.min_delta:
+            kept, best = found, score
+    return kept
+
+
+def gather(folder: Path, job: str, axes: tuple[Axis, ...], cells: Sequence[CellResult]) -> Results:
+    """Rows in the order of the grid, and the best of those whose seeds all finished."""
+    names = short_names(list(cells[0].settings))
+    together: dict[tuple[str, ...], list[CellResult]] = {}
+    for cell in cells:
+        together.setdefault(tuple(cell.settings.values()), []).append(cell)
+    rows = tuple(
+        Row(_row_label(names, group[0].settings, job), group[0].settings, tuple(group))
+        for group in together.values()
+    )
+    chosen_by = _chosen_by(rows)
+    best = _best(rows, chosen_by) if chosen_by and len(rows) > 1 else None
+    return Results(folder, job, axes, tuple(cells), rows, chosen_by, best)
+
+
+def _row_label(names: Mapping[str, str], settings: Mapping[str, str], job: str) -> str:
+    return " ".join(f"{names[key]}={value}" for key, value in settings.items()) or job
+
+
+def _chosen_by(rows: Sequence[Row]) -> ChosenBy | None:
+    """Validation if each finished cell has it, for both kinds in one ranking would be unfair."""
+    metrics: tuple[ChosenBy, ...] = ("validation_accuracy", "test_accuracy")
+    done = [cell for row in rows for cell in row.cells if cell.status == "finished"]
+    for metric in metrics:
+        if done and all(cell.metrics[metric] is not None for cell in done):
+            return metric
+    return None
+
+
+def _best(rows: Sequence[Row], metric: ChosenBy) -> int | None:
+    means = {
+        at: found.mean
+        for at, row in enumerate(rows)
+        if row.complete and (found := row.spread(metric))
+    }
+    return max(means, key=lambda at: means[at]) if means else None
+
+
+def write_results(results: Results) -> None:
+    """Write ``results.json`` into the sweep's folder, replacing an older one as a whole."""
+    write_text(results.folder / "results.json", json.dumps(results.to_json(), indent=1) + "\n")

@@ -1,0 +1,232 @@
+"""A sweep is a folder: the grid, an ordinary run for each cell, and the table over them.
+
+    sweep.json      axes, seeds and each cell's resolved job      written once
+    runs/           a run folder for each cell that was begun
+    results.json    rows and cells                                after each cell
+    table.md        the same to read                              after each cell
+    sweep.png       the plot                                      at the end
+    sweep.html      table and plot in one file                    at the end
+
+A cell finds its run again by its job, which is the only one of its kind in the grid. Nothing else
+is remembered: a finished cell is its run's summary, and whatever has none is run or run on.
+"""
+
+import json
+import secrets
+import statistics
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from fedgraft.common.config.jobfile import dump_job, parse_job
+from fedgraft.common.console import Console
+from fedgraft.common.errors import FedgraftError, InputError, RunError
+from fedgraft.common.files import write_text
+from fedgraft.common.locks import lock_folder
+from fedgraft.server.runs.run_folder import Run, list_runs
+from fedgraft.simulations.preparation import inputs_of, prepare
+from fedgraft.simulations.simulate import simulate
+from fedgraft.simulations.sweep.grid import Axis, Cell
+from fedgraft.simulations.sweep.page import write_page, write_table
+from fedgraft.simulations.sweep.results import (
+    CellResult,
+    Results,
+    cell_result,
+    gather,
+    write_results,
+)
+
+__all__ = ["Sweep", "check_cells", "run_sweep"]
+
+ENGINE = "local"
+Inputs = Mapping[str, str]
+
+
+class Sweep:
+    """One sweep's folder. Use as a context manager: it locks the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            facts = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+            self.job = str(facts["job"])
+            self.axes = tuple(Axis(a["key"], tuple(a["values"])) for a in facts["axes"])
+            self.inputs: list[Inputs] = [dict(cell["inputs"]) for cell in facts["cells"]]
+            self.cells = tuple(_read_cell(number, c) for number, c in enumerate(facts["cells"], 1))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{folder} is not the folder of a sweep", hint="name a folder below sweeps/"
+            ) from None
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def create(
+        cls, parent: Path, axes: Sequence[Axis], cells: Sequence[Cell], inputs: Sequence[Inputs]
+    ) -> Self:
+        """A new sweep over ``cells`` in a new folder below ``parent``.
+
+        ``inputs`` identify what each cell reads: when the sweep is resumed it must be the same.
+
+        Raises:
+            InputError: nothing can be written there.
+        """
+        now, name = datetime.now(UTC), cells[0].job.job.name
+        folder = parent / f"{name}-{now.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        facts = {
+            "sweep": folder.name,
+            "created": now.isoformat(timespec="seconds"),
+            "job": name,
+            "axes": [{"key": axis.key, "values": list(axis.values)} for axis in axes],
+            "seeds": list(dict.fromkeys(cell.seed for cell in cells)),
+            "cells": [
+                {
+                    "label": cell.label,
+                    "settings": cell.settings,
+                    "inputs": dict(reads),
+                    "job": dump_job(cell.job),
+                }
+                for cell, reads in zip(cells, inputs, strict=True)
+            ],
+        }
+        try:
+            (folder / "runs").mkdir(parents=True)
+            # Last: a folder with a sweep.json is complete.
+            write_text(folder / "sweep.json", json.dumps(facts, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"cannot write a sweep to {folder}: {error.strerror}",
+                hint="choose another folder with --sweeps DIR",
+            ) from None
+        return cls(folder)
+
+    def __enter__(self) -> Self:
+        self._lock = lock_folder(self.folder)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def runs(self) -> dict[int, Run]:
+        """The runs that were begun, by the number of their cell."""
+        begun = {dump_job(run.job): run for run in list_runs(self.folder / "runs")}
+        jobs = {cell.number: dump_job(cell.job) for cell in self.cells}
+        return {number: begun[job] for number, job in jobs.items() if job in begun}
+
+    def unfinished(self) -> tuple[Cell, ...]:
+        """The cells that have not come to a result."""
+        runs = self.runs()
+        return tuple(
+            cell
+            for cell in self.cells
+            if cell.number not in runs or runs[cell.number].summary() is None
+        )
+
+    def expect(self, inputs: Mapping[int, Inputs]) -> None:
+        """Refuse to put results on other data or another backbone beside those that are there.
+
+        Raises:
+            RunError: a cell's input is not what it was when the sweep began.
+        """
+        for number, found in inputs.items():
+            began = self.inputs[number - 1]
+            changed = [name for name, value in found.items() if began.get(name) != value]
+            if changed:
+                raise RunError(
+                    f"since {self.folder} began, its {' and '.join(changed)} changed",
+                    hint="bring back what it began with, or start a new sweep",
+                )
+
+
+def _read_cell(number: int, facts: Mapping[str, Any]) -> Cell:
+    job = parse_job(tomllib.loads(facts["job"]), where=f"cell {number}")
+    return Cell(number, dict(facts["settings"]), str(facts["label"]), job)
+
+
+def check_cells(cells: Sequence[Cell], console: Console) -> dict[int, Inputs]:
+    """Find all that can be wrong with any cell; what each will read, by its number.
+
+    Raises:
+        InputError: what is wrong, and with which cell.
+    """
+    inputs: dict[int, Inputs] = {}
+    with console.steps("checking", len(cells)) as steps:
+        for cell in cells:
+            try:
+                inputs[cell.number] = inputs_of(cell.job, prepare(cell.job, ENGINE), ENGINE)
+            except InputError as error:
+                raise InputError(f"cell {cell.label}: {error}", hint=error.hint) from error
+            steps.done(cell.label)
+    return inputs
+
+
+def run_sweep(sweep: Sweep, console: Console) -> Results:
+    """Run every cell that is not finished, one after the other, in this process.
+
+    A cell that fails is written down as failed, and the next one begins.
+    """
+    runs = sweep.runs()
+    found = {cell.number: cell_result(cell, runs.get(cell.number)) for cell in sweep.cells}
+    todo = [cell for cell in sweep.cells if found[cell.number].status != "finished"]
+    results = _written(sweep, found)
+    for left, cell in zip(range(len(todo) - 1, -1, -1), todo, strict=True):
+        console.note(f"cell {cell.number}/{len(sweep.cells)}  {cell.label}")
+        run, failure = runs.get(cell.number), None
+        try:
+            run = _run_cell(sweep, cell, run, console)
+        except FedgraftError as error:
+            failure = str(error)
+            run = sweep.runs().get(cell.number)
+        found[cell.number] = cell_result(cell, run, failure)
+        results = _written(sweep, found)
+        console.note(_cell_line(found[cell.number], len(sweep.cells), left, results.cells))
+    write_page(results)
+    return results
+
+
+def _run_cell(sweep: Sweep, cell: Cell, run: Run | None, console: Console) -> Run:
+    """Start or continue one cell's run; the finished run."""
+    prepared = prepare(cell.job, ENGINE)  # again, for caches keep only the last few models
+    inputs = inputs_of(cell.job, prepared, ENGINE)
+    with run or Run.create(sweep.folder / "runs", cell.job, inputs) as opened:
+        opened.expect(inputs)
+        simulate(prepared, opened, console, engine=ENGINE)
+        return opened
+
+
+def _written(sweep: Sweep, found: Mapping[int, CellResult]) -> Results:
+    """The results so far, and on disk: a long sweep can be looked at while it runs."""
+    results = gather(sweep.folder, sweep.job, sweep.axes, tuple(found.values()))
+    write_results(results)
+    write_table(results)
+    return results
+
+
+def _cell_line(done: CellResult, count: int, left: int, cells: Sequence[CellResult]) -> str:
+    """What a cell came to and how long the rest may take, by the mean of the finished cells."""
+    if done.status == "failed":
+        said = f"failed: {done.error}"
+    else:
+        shown = (("valid.", "validation_accuracy"), ("test", "test_accuracy"))
+        parts = [f"{name} {100 * value:.1f} %" for name, metric in shown
+                 if (value := done.metrics[metric]) is not None]  # fmt: skip
+        said = "  ".join(["done", *parts])
+    took = [seconds for cell in cells if (seconds := cell.metrics["seconds"]) is not None]
+    if left and took:
+        said += f"  about {_duration(left * statistics.fmean(took))} left"
+    return f"cell {done.cell}/{count}  {said}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"

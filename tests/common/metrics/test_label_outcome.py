@@ -1,0 +1,370 @@
+"""Known answers from the literature, and what must hold for any pair of models."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import binom, binomtest
+from sklearn.metrics import f1_score
+
+from fedgraft.common.metrics.label_outcome import (
+    macro_f1_difference,
+    macro_f1_interval,
+    verdict,
+    wilson_interval,
+)
+from fedgraft.common.metrics.tally import Tally
+
+Bools = NDArray[np.bool_]
+COUNTS = st.integers(0, 40)
+
+
+def paired(both: int, only_federated: int, only_local: int, neither: int) -> tuple[Bools, Bools]:
+    """Two boolean vectors with these cells."""
+    cells = (both, only_federated, only_local, neither)
+    federated = np.repeat([True, True, False, False], cells)
+    local = np.repeat([True, False, True, False], cells)
+    return federated, local
+
+
+# --- Wilson
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [  # Newcombe 1998, "Two-sided confidence intervals for the single proportion", method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_gives_the_published_values(
+    correct: int, total: int, low: float, high: float
+) -> None:
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_agrees_with_scipy_and_holds_the_share(pair: tuple[int, int]) -> None:
+    correct, total = pair
+    low, high = wilson_interval(correct, total)
+    expected = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert 0 <= low <= correct / total <= high <= 1
+    mirrored = wilson_interval(total - correct, total)
+    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=1e-9)
+
+
+def test_wilson_without_examples_knows_nothing() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(-1, 3), (4, 3), (0, -1)])
+def test_wilson_refuses_impossible_counts(correct: int, total: int) -> None:
+    with pytest.raises(ValueError, match="correct"):
+        wilson_interval(correct, total)
+
+
+# --- verdict
+
+
+def test_interval_gives_the_published_values() -> None:
+    # Newcombe 1998 (paired data), method 10, cells 36, 12, 2, 0.
+    found = verdict(*paired(36, 12, 2, 0), name="s")
+    assert found.difference == pytest.approx(0.2)
+    assert found.interval == pytest.approx((0.0569, 0.3404), abs=5e-5)
+    # Airway hyper-responsiveness (Bentur 2009) in Fagerland, Lydersen, Laake 2014.
+    found = verdict(*paired(1, 1, 7, 12), name="s")
+    assert found.interval == pytest.approx((-0.507, -0.026), abs=5e-4)
+    assert found.p_value == pytest.approx(0.0703, abs=5e-5)
+
+
+@given(COUNTS, COUNTS, COUNTS, COUNTS)
+@settings(max_examples=200, deadline=None)
+def test_a_verdict_is_consistent_and_antisymmetric(
+    both: int, only_federated: int, only_local: int, neither: int
+) -> None:
+    federated, local = paired(both, only_federated, only_local, neither)
+    found = verdict(federated, local, name="s")
+    low, high = found.interval
+    assert -1 <= low <= found.difference <= high <= 1
+    assert 0 < found.p_value <= 1
+    expected = 2 * binom.cdf(min(only_federated, only_local), only_federated + only_local, 0.5)
+    assert found.p_value == pytest.approx(min(1.0, expected), rel=1e-9)
+    if found.outcome == "helped":
+        assert low > 0 and found.p_value < 0.05
+    if found.outcome == "hurt":
+        assert high < 0 and found.p_value < 0.05
+
+    swapped = verdict(local, federated, name="s")
+    assert swapped.difference == -found.difference
+    assert swapped.interval == pytest.approx((-high, -low), abs=1e-12)
+    opposite = {"helped": "hurt", "hurt": "helped"}
+    assert swapped.outcome == opposite.get(found.outcome, found.outcome)
+
+
+def test_the_order_of_examples_does_not_matter() -> None:
+    federated, local = paired(30, 12, 3, 5)
+    order = np.random.default_rng(0).permutation(len(local))
+    assert verdict(federated[order], local[order], name="s") == verdict(federated, local, name="s")
+
+
+def test_a_clear_gain_is_told_in_numbers() -> None:
+    found = verdict(*paired(380, 70, 12, 38), name="site-03")
+    assert found.outcome == "helped"
+    assert found.sentence == (
+        "Federating helped site-03: 90.0 % right instead of 78.4 % on its own "
+        "(difference +11.6 points, 95 % interval +8.2 to +15.1)."
+    )
+
+
+def test_a_clear_loss_is_told_as_plainly() -> None:
+    found = verdict(*paired(380, 12, 70, 38), name="site-03")
+    assert found.outcome == "hurt"
+    assert found.sentence.startswith("Federating hurt site-03: 78.4 % right instead of 90.0 %")
+    assert "difference -11.6 points, 95 % interval -15.1 to -8.2" in found.sentence
+
+
+def test_too_few_examples_are_said_to_be_too_few() -> None:
+    found = verdict(*paired(4, 2, 1, 1), name="site-03")
+    assert found.outcome == "unclear"
+    assert "8 test examples cannot tell which is better" in found.sentence
+    assert "p = 1.00" in found.sentence
+
+
+def test_one_example_is_singular() -> None:
+    found = verdict(np.array([True]), np.array([False]), name="s")
+    assert found.outcome == "unclear"
+    assert "and 1 test example cannot tell" in found.sentence
+
+
+def test_equal_models_have_no_sign_and_no_evidence() -> None:
+    found = verdict(*paired(50, 0, 0, 10), name="s")
+    assert (found.outcome, found.difference, found.p_value) == ("unclear", 0.0, 1.0)
+    assert "difference 0.0 points" in found.sentence
+
+
+def test_a_significant_interval_alone_is_no_verdict() -> None:
+    # Newcombe's interval excludes 0 here, the exact test (p = 0.0703) does not.
+    found = verdict(*paired(1, 1, 7, 12), name="s")
+    assert found.interval[1] < 0
+    assert found.outcome == "unclear"
+    assert "p = 0.07" in found.sentence
+
+
+def test_no_test_examples_is_unknown() -> None:
+    found = verdict(np.zeros(0, bool), np.zeros(0, bool), name="site-03")
+    assert found.outcome == "unknown"
+    assert found.interval == (-1.0, 1.0)
+    assert "site-03" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("federated", "local"),
+    [
+        (np.ones(3, bool), np.ones(4, bool)),
+        (np.ones((2, 2), bool), np.ones((2, 2), bool)),
+        (np.ones(3, int), np.ones(3, bool)),
+    ],
+)
+def test_vectors_that_are_no_pair_are_refused(federated: Bools, local: Bools) -> None:
+    with pytest.raises(ValueError, match="vectors"):
+        verdict(federated, local, name="s")
+
+
+# --- macro F1
+
+
+def matrices(largest: int = 30) -> st.SearchStrategy[NDArray[np.int64]]:
+    """Square confusion matrices of 1 to 5 classes."""
+    return st.integers(1, 5).flatmap(
+        lambda c: st.lists(st.integers(0, largest), min_size=c * c, max_size=c * c).map(
+            lambda cells: np.array(cells).reshape(c, c)
+        )
+    )
+
+
+@given(matrices())
+@settings(max_examples=100, deadline=None)
+def test_macro_f1_agrees_with_resampling_one_by_one(confusion: NDArray[np.int64]) -> None:
+    low, high = macro_f1_interval(confusion, np.random.default_rng(7), draws=50)
+    assert 0 <= low <= high <= 1
+    if confusion.sum() == 0:
+        assert (low, high) == (0.0, 1.0)
+        return
+    true, predicted = np.nonzero(confusion)
+    share = confusion[true, predicted] / confusion.sum()
+    draws = np.random.default_rng(7).multinomial(confusion.sum(), share, size=50)
+    scores = []
+    for draw in draws:
+        again = np.zeros_like(confusion)
+        again[true, predicted] = draw
+        scores.append(Tally(0.0, again).macro_f1)
+    assert (low, high) == pytest.approx(tuple(np.quantile(scores, [0.025, 0.975])))
+
+
+def slow_interval(confusion: NDArray[np.int64], seed: int) -> tuple[float, float]:
+    """All draws at once, sums over whole columns of classes: what every earlier run was given."""
+    true, predicted = np.nonzero(confusion)
+    total = int(confusion.sum())
+    shares = confusion[true, predicted] / total
+    samples = np.random.default_rng(seed).multinomial(total, shares, size=500)
+    dense = np.zeros((500, *confusion.shape), np.int64)
+    dense[:, true, predicted] = samples
+    support, guesses = dense.sum(2), dense.sum(1)
+    f1 = 2 * np.diagonal(dense, axis1=1, axis2=2) / np.maximum(support + guesses, 1)
+    scores = f1.sum(axis=1, where=support > 0) / (support > 0).sum(axis=1)
+    low, high = np.quantile(scores, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 3000, 7])
+@pytest.mark.parametrize(("classes", "examples"), [(2, 20), (6, 20), (6, 3000), (40, 60)])
+def test_a_quicker_macro_f1_interval_is_the_same_to_the_last_bit(
+    classes: int, examples: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedgraft.common.metrics.label_outcome.DRAWN_AT_ONCE", at_once)
+    draw = np.random.default_rng(classes * examples)
+    for seed in range(5):
+        true = draw.integers(0, classes, examples)
+        predicted = np.where(draw.random(examples) < 0.7, true, draw.integers(0, classes, examples))
+        confusion = Tally.of(0.0, true, predicted, classes).confusion
+        found = macro_f1_interval(confusion, np.random.default_rng(seed))
+        assert found == slow_interval(confusion, seed)
+
+
+def test_macro_f1_interval_holds_the_value_and_narrows_with_examples() -> None:
+    small = np.array([[40, 6, 4], [5, 30, 5], [2, 8, 20]])
+    generator = np.random.default_rng(0)
+    low, high = macro_f1_interval(small, generator)
+    value = Tally(0.0, small).macro_f1
+    assert low < value < high
+    low10, high10 = macro_f1_interval(10 * small, generator)
+    assert low10 < value < high10
+    assert (high - low) / (high10 - low10) == pytest.approx(10**0.5, rel=0.2)
+
+
+def test_macro_f1_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(1)
+    share = np.array([[0.30, 0.05, 0.02], [0.04, 0.25, 0.04], [0.02, 0.06, 0.22]])
+    truth = Tally(0.0, np.round(100 * share).astype(np.int64)).macro_f1
+    inside = 0
+    for _ in range(300):
+        confusion = generator.multinomial(400, share.ravel()).reshape(3, 3)
+        low, high = macro_f1_interval(confusion, generator, draws=200)
+        inside += low <= truth <= high
+    assert 0.90 <= inside / 300 <= 0.99
+
+
+def test_classes_without_true_examples_do_not_count() -> None:
+    assert macro_f1_interval(np.diag([5, 5, 0]), np.random.default_rng(0)) == (1.0, 1.0)
+    # Never right about the only class that occurs: its F1 is 0, the other class is not asked.
+    assert macro_f1_interval(np.array([[0, 9], [0, 0]]), np.random.default_rng(0)) == (0.0, 0.0)
+
+
+def test_the_same_generator_gives_the_same_interval() -> None:
+    confusion = np.array([[9, 1], [3, 7]])
+    first = macro_f1_interval(confusion, np.random.default_rng(5))
+    assert first == macro_f1_interval(confusion, np.random.default_rng(5))
+
+
+def test_many_classes_stay_quick() -> None:
+    confusion = np.diag(np.full(1000, 40)) + np.eye(1000, k=1, dtype=np.int64)
+    started = time.perf_counter()
+    macro_f1_interval(confusion, np.random.default_rng(0))
+    assert time.perf_counter() - started < 5
+
+
+@pytest.mark.parametrize(
+    "confusion",
+    [np.ones((2, 3), int), np.ones(4, int), np.ones((2, 2)), np.array([[1, -1], [0, 2]])],
+)
+def test_what_is_no_confusion_matrix_is_refused(confusion: NDArray[np.int64]) -> None:
+    with pytest.raises(ValueError, match="confusion"):
+        macro_f1_interval(confusion, np.random.default_rng(0))
+
+
+def test_no_draws_are_refused() -> None:
+    with pytest.raises(ValueError, match="draw"):
+        macro_f1_interval(np.eye(2, dtype=int), np.random.default_rng(0), draws=0)
+
+
+# Macro F1 of two models on the same examples
+
+
+def test_the_difference_in_macro_f1_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(3)
+    true = rng.integers(0, 4, 300)
+    ours = np.where(rng.random(300) < 0.8, true, rng.integers(0, 4, 300))
+    others = np.where(rng.random(300) < 0.5, true, rng.integers(0, 4, 300))
+    gap, (low, high) = macro_f1_difference(true, ours, others, generator=rng)
+    wanted = f1_score(true, ours, average="macro") - f1_score(true, others, average="macro")
+    assert gap == pytest.approx(wanted)
+    assert 0 < low < gap < high < 0.5
+
+
+def test_a_paired_interval_is_narrower_than_two_that_know_nothing_of_each_other() -> None:
+    rng = np.random.default_rng(3)
+    true = rng.integers(0, 3, 400)
+    ours = np.where(rng.random(400) < 0.7, true, (true + 1) % 3)
+    others = np.where(rng.random(400) < 0.02, (ours + 1) % 3, ours)  # all but the same answers
+    _, (low, high) = macro_f1_difference(true, ours, others, generator=rng)
+    shuffled = rng.permutation(400)  # the same two models on examples of their own
+    _, (wide_low, wide_high) = macro_f1_difference(
+        true, ours, np.where(others == true, true, (true + 1) % 3)[shuffled], generator=rng
+    )
+    assert high - low < 0.5 * (wide_high - wide_low)
+
+
+def test_the_paired_bootstrap_is_redrawing_examples() -> None:
+    rng = np.random.default_rng(8)
+    true = rng.integers(0, 3, 60)
+    ours, others = (np.where(rng.random(60) < p, true, rng.integers(0, 3, 60)) for p in (0.9, 0.5))
+    _, ends = macro_f1_difference(true, ours, others, generator=rng, draws=4000)
+    gaps = []
+    for _ in range(1500):
+        rows = rng.integers(0, 60, 60)
+        one, other = (
+            f1_score(true[rows], predicted[rows], labels=np.unique(true[rows]), average="macro")
+            for predicted in (ours, others)
+        )
+        gaps.append(one - other)
+    assert ends == pytest.approx(np.quantile(gaps, [0.025, 0.975]), abs=0.02)
+
+
+def test_equal_models_differ_by_nothing() -> None:
+    true = np.arange(30) % 3
+    gap, ends = macro_f1_difference(true, true, true, generator=np.random.default_rng(0))
+    assert (gap, ends) == (0.0, (0.0, 0.0))
+    nothing = np.zeros(0, np.int64)
+    told = macro_f1_difference(nothing, nothing, nothing, generator=np.random.default_rng(0))
+    assert told == (0.0, (-1.0, 1.0))
+
+
+def test_vectors_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        macro_f1_difference(
+            np.zeros(3, int), np.zeros(3, int), np.zeros(4, int), generator=np.random.default_rng(0)
+        )
+    with pytest.raises(ValueError, match="one draw"):
+        macro_f1_difference(*np.zeros((3, 4), int), generator=np.random.default_rng(0), draws=0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        (90, 40, "At A the federated model is better than the backbone untouched: 90.0 % right"),
+        (40, 90, "This is negative transfer."),
+        (50, 50, "Against the backbone untouched (zero-shot, 50.0 %) 100 test examples cannot"),
+    ],
+)
+def test_the_backbone_untouched_is_told_in_its_own_words(ours: int, theirs: int, said: str) -> None:
+    right = [np.arange(100) < count for count in (ours, theirs)]
+    judged = verdict(right[0], right[1], name="A", rival="zero_shot")
+    assert said in judged.sentence and "on its own" not in judged.sentence
+    alone = verdict(right[0], right[1], name="A")
+    assert (alone.outcome, alone.interval) == (judged.outcome, judged.interval)

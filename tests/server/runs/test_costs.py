@@ -1,0 +1,132 @@
+"""What `fedgraft check` promises of a job is what a real round then costs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.jobfile import parse_job
+from fedgraft.server.protocol.transport import Transport
+from fedgraft.server.rounds import Plan, make_plan, run_round
+from fedgraft.server.runs.costs import Costs, estimate_costs
+from fedgraft.server.state import RoundRecord, State
+from fedgraft.simulations.demo import digits
+from fedgraft.simulations.grid.local_grid import LocalGrid
+from fedgraft.simulations.grid.workers import Workers
+
+SITES = ("amy", "bob")
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    folder = tmp_path_factory.mktemp("sites")
+    rows, _ = digits.load()
+    configs = []
+    for index, name in enumerate(SITES):
+        own = folder / name
+        own.mkdir()
+        rows.select(range(40 * index, 40 * index + 40)).to_parquet(own / "train.parquet")
+        config = f'name = "{name}"\ndevice = "cpu"\n[data]\ntrain = "train.parquet"\n'
+        (own / "site.toml").write_text(config)
+        configs.append({"site": str(own / "site.toml")})
+    return configs
+
+
+def make_job(*, rule: str = "fedavg", validation: float = 0.2, **method: Any) -> Job:
+    raw = {
+        "job": {"name": "t", "task": "image-classification", "labels": list(digits.NAMES)},
+        "backbone": {"source": "builtin:glyph-vit"},
+        "method": {"kind": "lora", "rank": 2, "targets": ["q_proj", "v_proj"], **method},
+        "rounds": {"count": 1},
+        "aggregation": {"rule": rule},
+        "data": {"validation": validation, "normalize": "per-image"},
+    }
+    return parse_job(raw, where="test")
+
+
+def measured(
+    job: Job, nodes: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Costs, Plan, RoundRecord]:
+    monkeypatch.setenv("FEDGRAFT_CACHE", str(tmp_path / "cache"))
+    bench = open_workbench(job)
+    costs = estimate_costs(make_plan(job, bench, session=""), bench)
+    plan = make_plan(job, bench, session="0" * 32)
+    here = [{**node, "state": str(tmp_path / "state")} for node in nodes]
+    with Workers(0, device="cpu") as workers:
+        transport = Transport(LocalGrid(here, workers), clock=lambda: 0.0)
+        assert all(reply.payload for reply in transport.invite(plan.request, 1.0))
+        state = State(0, bench.initial_of(plan.exchanged))
+        _, record = run_round(plan, transport, state)
+    assert record.dropped == () and record.sites == len(SITES)
+    return costs, plan, record
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head": "shared"},
+        {"head": "local"},
+        {"head": "shared", "rule": "ffa"},
+        {"head": "shared", "validation": 0},
+    ],
+    ids=["shared", "local", "ffa", "unvalidated"],
+)
+def test_bytes_are_those_of_a_real_round(
+    settings: dict[str, Any],
+    nodes: list[dict[str, str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    costs, plan, record = measured(make_job(**settings), nodes, tmp_path, monkeypatch)
+    assert costs.bytes_up == pytest.approx(record.bytes_up / len(SITES), rel=0.01)
+    assert costs.bytes_down == pytest.approx(record.bytes_down / len(SITES), rel=0.01)
+    assert costs.bytes_up > 4 * costs.exchanged_parameters == 4 * plan.exchanged.size
+
+
+# Of glyph-vit: width 96, 3 layers, 10 labels; rank 2 at two 96 x 96 modules of each layer.
+FACTOR, HEAD = 3 * 2 * 2 * 96, 96 * 10 + 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "exchanged", "trained"),
+    [
+        ({"head": "shared"}, 2 * FACTOR + HEAD, 2 * FACTOR + HEAD),
+        ({"head": "local"}, 2 * FACTOR, 2 * FACTOR + HEAD),
+        ({"head": "frozen"}, 2 * FACTOR, 2 * FACTOR),
+        ({"head": "shared", "rule": "ffa"}, FACTOR + HEAD, FACTOR + HEAD),
+        ({"head": "local", "rule": "ffa"}, FACTOR, FACTOR + HEAD),
+    ],
+)
+def test_parameters_are_counted(settings: dict[str, Any], exchanged: int, trained: int) -> None:
+    job = make_job(**settings)
+    bench = open_workbench(job)
+    costs = estimate_costs(make_plan(job, bench, session=""), bench)
+    assert (costs.exchanged_parameters, costs.trained_parameters) == (exchanged, trained)
+    assert costs.total_parameters == 227_722
+    assert costs.weights_mb == pytest.approx(227_722 * 4 / 2**20)
+
+
+def test_activations_grow_with_the_micro_batch_and_not_with_accumulation() -> None:
+    def activations(**training: int) -> float:
+        raw = make_job(head="shared").model_dump(mode="json", exclude_none=True)
+        job = parse_job({**raw, "training": training}, where="test")
+        bench = open_workbench(job)
+        return estimate_costs(make_plan(job, bench, session=""), bench).activations_mb
+
+    one = activations(batch_size=16)
+    assert one > 0
+    assert activations(batch_size=32) == pytest.approx(2 * one)
+    assert activations(batch_size=32, accumulation=2) == pytest.approx(one)
+
+
+def test_estimating_leaves_the_adapter_as_it_was() -> None:
+    job = make_job(head="shared")
+    bench = open_workbench(job)
+    bench.put()
+    before = {name: p.detach().clone() for name, p in bench.model.named_parameters()}
+    costs = estimate_costs(make_plan(job, bench, session=""), bench)
+    assert all(np.array_equal(p.detach(), before[n]) for n, p in bench.model.named_parameters())
+    assert costs.memory_mb > costs.weights_mb + costs.activations_mb
