@@ -11,10 +11,10 @@ from transformers import AutoModelForImageClassification
 
 from fedgraft.client.data.rows import read_split
 from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.common.adapters.attach import DOMAIN
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.adapting import SCALE
 from fedgraft.common.errors import DataError, InputError, JobError
+from fedgraft.common.layout import DOMAIN
 from fedgraft.server.export.adapter import export_adapter
 from fedgraft.server.rounds import make_plan
 from fedgraft.simulations.preparation import prepare

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.aggregation import RULES
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError, MessageError, RoundAborted, TooFewSites
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.common.messages.codec import Stage
 from fedgraft.common.messages.payloads import (
     EvaluateReply,

@@ -11,11 +11,11 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import choose_device, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.simulation import Simulation as SimulationSettings
 from fedgraft.common.console import Console, Steps
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import Stage
 from fedgraft.common.tasks import METRICS
 from fedgraft.server.app import coordinate

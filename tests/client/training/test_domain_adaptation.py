@@ -24,11 +24,11 @@ from fedgraft.client.training.domain_adaptation import (
     watch_features,
 )
 from fedgraft.client.training.trainer import Span, Trained, train
-from fedgraft.common.adapters.attach import DOMAIN, Layout, Vector
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size, frequencies
 from fedgraft.common.config.adapting import SCALE
 from fedgraft.common.config.training import DomainAdaptation
 from fedgraft.common.examples import Examples
+from fedgraft.common.layout import DOMAIN, Layout, Vector
 
 ADAPTING = ("coral", "mmd", "dann")
 LATE = Span(0.5, 0.6)  # when the weight has grown

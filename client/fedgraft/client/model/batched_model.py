@@ -25,11 +25,11 @@ from fedgraft.client.model.batched_modules import (
     stacked_module,
 )
 from fedgraft.client.model.quantization import quantized_layers
-from fedgraft.common.adapters.attach import OUTER, Layout, Vector, is_head
 from fedgraft.common.adapters.model import Workbench, close_workbenches, open_workbench, shaping_of
 from fedgraft.common.backbones.load import body_names
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
+from fedgraft.common.layout import OUTER, Layout, Vector, is_head
 from fedgraft.common.modalities.patches import predicted
 
 if TYPE_CHECKING:

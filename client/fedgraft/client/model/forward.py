@@ -13,8 +13,8 @@ from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.frozen_prefix import FEWEST, Inputs, Prefix, find_prefix
 from fedgraft.client.objectives.labels import restrict
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.layout import Layout
 
 __all__ = ["Feed", "VaryFeed", "compute", "logits_of", "open_feed", "predict", "taught_of"]
 

@@ -21,12 +21,12 @@ from fedgraft.client.results.store import Result
 from fedgraft.client.training.domain_adaptation import has_labels
 from fedgraft.client.training.evaluate import Measured, measure
 from fedgraft.client.training.trainer import Task, Trained, train
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.examples import Examples
+from fedgraft.common.layout import Vector
 from fedgraft.common.seeds import torch_generator
 
 __all__ = ["compare", "epochs_of"]

@@ -29,12 +29,12 @@ from torch.nn import functional
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import Feed
 from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.common.adapters.attach import DOMAIN, Layout, Vector
 from fedgraft.common.adapters.domain_statistics import GROUPS, frequencies
 from fedgraft.common.backbones.load import head_names
 from fedgraft.common.config.adapting import SCALE
 from fedgraft.common.config.training import DomainAdaptation
 from fedgraft.common.examples import Examples
+from fedgraft.common.layout import DOMAIN, Layout, Vector
 
 __all__ = ["Alignment", "Statistics", "growth", "has_labels", "watch_features"]
 

@@ -10,8 +10,8 @@ from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import open_feed, predict
 from fedgraft.client.objectives.labels import BlockCounts, Counts
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.examples import Examples
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.common.metrics.measures import Measures
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.tasks import Target

@@ -11,10 +11,10 @@ from fedgraft.client.objectives.labels import distances, losses, restrict
 from fedgraft.client.training.augmentation import Vary, open_augmentation
 from fedgraft.client.training.domain_adaptation import Alignment, Statistics, watch_features
 from fedgraft.client.training.ewc import Consolidation
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.config.training import Training
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.common.tasks.masked_image_modeling import PatchExamples
 from fedgraft.common.tasks.masked_lm import ClozeExamples
 

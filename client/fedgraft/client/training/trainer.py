@@ -25,10 +25,10 @@ from fedgraft.client.model.forward import open_feed
 from fedgraft.client.training.layer_rates import open_pace
 from fedgraft.client.training.objective import Batch, Objective
 from fedgraft.client.training.sampler import shuffled
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.config.training import Schedule, Training
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.layout import Layout, Vector
 
 __all__ = [
     "Span",

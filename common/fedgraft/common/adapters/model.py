@@ -15,16 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from fedgraft.common.adapters.attach import (
-    Layout,
-    Vector,
-    adapter_layout,
-    attach,
-    is_factor_b,
-    is_head,
-    read,
-    write,
-)
+from fedgraft.common.adapters.attach import adapter_layout, attach, read, write
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size
 from fedgraft.common.adapters.fisher import consolidation_tensors
 from fedgraft.common.backbones.load import (
@@ -37,6 +28,7 @@ from fedgraft.common.backbones.load import (
 )
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
+from fedgraft.common.layout import Layout, Vector, is_factor_b, is_head
 from fedgraft.common.messages.codec import array_hash
 from fedgraft.common.modalities import Processor, TextProcessor, load_processor
 from fedgraft.common.tasks import TASKS

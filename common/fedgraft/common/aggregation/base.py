@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.layout import Layout, Vector
 
 __all__ = ["Collector", "MeanRule", "Rule", "RunningMean", "Tensors"]
 

@@ -11,8 +11,8 @@ mean(B A). The difference is the rule's aggregation error; ``ffa`` has none.
 
 from dataclasses import dataclass
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.aggregation.base import MeanRule
+from fedgraft.common.layout import Layout
 
 
 @dataclass(frozen=True)

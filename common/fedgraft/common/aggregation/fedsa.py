@@ -11,8 +11,8 @@ half of an adapter.
 
 from dataclasses import dataclass
 
-from fedgraft.common.adapters.attach import Layout, is_factor_b
 from fedgraft.common.aggregation.base import MeanRule
+from fedgraft.common.layout import Layout, is_factor_b
 
 
 @dataclass(frozen=True)

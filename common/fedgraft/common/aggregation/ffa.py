@@ -10,8 +10,8 @@ bytes. A comes from a seed hashed from the job's and is compared by hash before 
 
 from dataclasses import dataclass
 
-from fedgraft.common.adapters.attach import Layout, is_factor_a
 from fedgraft.common.aggregation.base import MeanRule
+from fedgraft.common.layout import Layout, is_factor_a
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.aggregation.base import Tensors
+from fedgraft.common.layout import Layout, Vector
 
 
 @dataclass(frozen=True)

@@ -10,21 +10,14 @@ from typing import Any
 from torch import nn
 
 from fedgraft.common.errors import BackboneError
+from fedgraft.common.layout import TIMM_HEADS, TIMM_MODEL
 
-__all__ = ["TIMM_HEADS", "is_timm", "name_timm_labels", "timm_heads", "timm_pipeline"]
-
-WRAPPED = "timm_model"  # what the wrapper calls the model of timm
-TIMM_HEADS = frozenset(
-    f"{WRAPPED}.{name}"
-    for name in ("classif", "classifier", "fc", "head", "head.fc", "head.fc2", "head.l",
-                 "head.linear", "head_dist", "last_linear")
-)  # fmt: skip
-"""Where timm's models have their classifiers: a tensor is told to be a head's by its name."""
+__all__ = ["is_timm", "name_timm_labels", "timm_heads", "timm_pipeline"]
 
 
 def is_timm(model: nn.Module) -> bool:
     """Whether ``model`` is transformers' wrapper around one of timm."""
-    return hasattr(model, WRAPPED)
+    return hasattr(model, TIMM_MODEL)
 
 
 def timm_heads(model: Any) -> tuple[str, ...]:

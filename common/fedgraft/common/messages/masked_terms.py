@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest, Work
 from fedgraft.common.secagg.quantize import Coding
 from fedgraft.common.secagg.transcript import (

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from fedgraft.client.model.batched_modules import Rows
 from fedgraft.client.model.frozen_prefix import Inputs
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import open_processor
 from fedgraft.common.backbones.load import read_config
 from fedgraft.common.config.job import Job
 from fedgraft.common.examples import ImageExamples, Indices, Wrapped, concatenate
+from fedgraft.common.layout import Vector
 from fedgraft.common.modalities.patches import cut_patches
 from fedgraft.common.seeds import numpy_generator
 

@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.adapters.model_card import model_card
 from fedgraft.common.adapters.peft_folder import folder_facts, replace_folder
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError, InputError
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.common.modalities import ImageProcessor, TextProcessor
 from fedgraft.server.export.adapter import origin_of
 from fedgraft.server.runs.run_folder import Run

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.aggregation import RULES
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import TrainReply, TrainRequest
 from fedgraft.server.protocol.transport import Reply
 from fedgraft.server.protocol.validation import Expected, InvalidReply, check_update

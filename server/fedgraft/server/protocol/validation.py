@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Aggregation
 from fedgraft.common.errors import FedgraftError
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import EvaluateReply, TrainReply
 from fedgraft.common.metrics.measures import Measures
 from fedgraft.common.metrics.tally import Tally

@@ -28,12 +28,12 @@ from fedgraft.client.training.domain_adaptation import has_labels
 from fedgraft.client.training.evaluate import Evaluation, PartEvaluation, measure
 from fedgraft.client.training.evaluate import Measured as Judged
 from fedgraft.client.training.trainer import Task, Trained, train
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.training import Training
 from fedgraft.common.examples import Examples, concatenate
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.common.messages.payloads import EvaluateRequest
 from fedgraft.common.methods import HeadMethod
 from fedgraft.common.seeds import numpy_generator, torch_generator
