@@ -19,7 +19,7 @@ from fedgraft.common.errors import AdapterError, SiteFailure
 from fedgraft.common.examples import Examples
 from fedgraft.common.layout import cut_rank
 from fedgraft.common.messages.payloads import EvaluateRequest, PlanRequest, TrainRequest
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 
 @pytest.fixture(scope="module")

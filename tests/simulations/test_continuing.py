@@ -20,7 +20,7 @@ from fedgraft.client.training.trainer import Trained, train
 from fedgraft.common.adapters.fisher import ANCHOR, NEW, OLD
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import open_workbench
-from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.console import Console

@@ -5,14 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedgraft.client.objectives.labels import (
-    IGNORED,
-    BlockCounts,
-    Counts,
-    distances,
-    losses,
-    restrict,
-)
+from fedgraft.common.examples import IGNORED
+from fedgraft.client.objectives.labels import BlockCounts, Counts, distances, losses, restrict
 from fedgraft.common.examples import TextExamples
 
 

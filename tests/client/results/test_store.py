@@ -28,7 +28,7 @@ from fedgraft.common.messages.payloads import (
     ResultReply,
     ResultRequest,
 )
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 RUN = "20261126-t-1a2b"
 OPEN = {"secure_aggregation": "allowed", "min_cohort": 1}

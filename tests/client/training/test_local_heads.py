@@ -10,7 +10,7 @@ from fedgraft.client.participant import FIRST
 from fedgraft.client.training.evaluate import evaluate
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.layout import Vector
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 
 @pytest.fixture(scope="module")

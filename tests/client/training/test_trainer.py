@@ -28,7 +28,7 @@ from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import ImageExamples
 from fedgraft.common.layout import Layout, Vector, is_factor_a, is_head
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 
 def part_of(stack: Stack, part: str) -> Layout:

@@ -19,7 +19,8 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.errors import AdapterError, BackboneError, InputError
 from fedgraft.common.layout import Layout, Vector, is_factor_a, is_head
 from fedgraft.common.messages.codec import array_hash
-from fedgraft.common.modalities import ImageProcessor, TextProcessor
+from fedgraft.common.modalities.image import ImageProcessor
+from fedgraft.common.modalities.text import TextProcessor
 
 ROOT = Path(__file__).parents[3]
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fedgraft.common.aggregation import RULES, RunningMean
 from fedgraft.common.aggregation.median import PIECE
-from fedgraft.common.config.job import INDIVIDUAL, Aggregation, ServerOptimizer
+from fedgraft.common.config.job import INDIVIDUAL
+from fedgraft.common.config.sections import Aggregation, ServerOptimizer
 from fedgraft.common.layout import Layout
 from fedgraft.server.optimizers import apply
 from fedgraft.server.state import Moments

@@ -18,7 +18,8 @@ from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.model.batched_modules import Rows
 from fedgraft.client.objectives.labels import CLOSE
-from fedgraft.client.training.evaluate import PartEvaluation, measure
+from fedgraft.common.metrics.part_evaluation import PartEvaluation
+from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import open_processor, open_workbench
 from fedgraft.common.config.job import Job

@@ -5,24 +5,20 @@ names them in a fixed order, so that what crosses the network is one array and w
 agreed by a fingerprint.
 """
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fedgraft.common.backbones.blocks import blocks_in
 from fedgraft.common.backbones.load import head_names
 from fedgraft.common.config.job import Job
-from fedgraft.common.errors import AdapterError
 from fedgraft.common.layout import BESIDE, OUTER, Layout, Vector, is_factor_a, is_head
-from fedgraft.common.methods import LoraMethod, PartialMethod
+from fedgraft.common.methods import Anatomy
 from fedgraft.common.seeds import derive_seed
-from fedgraft.common.tasks import TASKS
 
 __all__ = [
     "adapter_layout",
@@ -30,11 +26,6 @@ __all__ = [
     "read",
     "write",
 ]
-
-KINDS_OF_TARGETS: dict[str, tuple[type[nn.Module], ...]] = {
-    "all-linear": (nn.Linear, Conv1D),
-    "all-conv": (nn.Conv2d,),
-}
 
 
 def attach(model: nn.Module, job: Job) -> PeftModel:
@@ -45,29 +36,14 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
     Raises:
         AdapterError: the targets match no module of the model, or it has fewer blocks than train.
     """
-    method = job.method
-    heads = [] if method.head == "frozen" else list(head_names(model))
-    if isinstance(method, LoraMethod):
-        config = LoraConfig(
-            r=method.rank,
-            lora_alpha=method.alpha,
-            lora_dropout=method.dropout,
-            target_modules=_targets(model, method.targets),
-            use_rslora=method.rslora,
-            use_dora=method.dora,
-            modules_to_save=heads or None,
-            task_type=TASKS[job.job.task].peft,
-        )
-    else:  # peft's own marker for "no low-rank factors at all"
-        config = LoraConfig(r=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads)
-        if isinstance(method, PartialMethod):
-            config.modules_to_save = [*heads, *_opened(model, method)]
-            config.bias = "all" if method.biases else "none"
+    heads = head_names(model)
+    anatomy = Anatomy(heads, partial(blocks_in, model), job.task.peft_type)
+    config = job.method.peft_config(model, anatomy)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(job.job.seed, "adapter"))
         adapted = get_peft_model(model, config).eval()
     if config.bias == "all":
-        _freeze_other_biases(adapted, head_names(model) if method.head == "frozen" else ())
+        _freeze_other_biases(adapted, heads if job.method.head == "frozen" else ())
     return adapted
 
 
@@ -110,27 +86,6 @@ def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
         parameters[name].copy_(values)
 
 
-def _opened(model: nn.Module, method: PartialMethod) -> list[str]:
-    """Names of the modules of the backbone that train as a whole."""
-    blocks = blocks_in(model)
-    if method.blocks > len(blocks):
-        raise AdapterError(
-            f"method.blocks = {method.blocks}: this backbone has {len(blocks)}",
-            hint="fewer, or method.norms or method.biases",
-        )
-    opened = list(blocks[len(blocks) - method.blocks :])
-    if method.norms:
-        inside = tuple(f"{name}." for name in (*opened, *head_names(model)))
-        opened += [
-            name
-            for name, module in model.named_modules()
-            if "Norm" in type(module).__name__  # whichever of the many, of torch or of a model
-            and any(True for _ in module.parameters(recurse=False))
-            and not f"{name}.".startswith(inside)
-        ]
-    return opened
-
-
 def _freeze_other_biases(model: PeftModel, heads: Iterable[str]) -> None:
     """Freeze what peft's "all" means beside: a frozen head's biases, and those of replaced modules.
 
@@ -140,41 +95,3 @@ def _freeze_other_biases(model: PeftModel, heads: Iterable[str]) -> None:
     for name, parameter in model.named_parameters():
         if ".original_module." in name or (frozen and name.startswith(frozen)):
             parameter.requires_grad_(False)
-
-
-def _targets(model: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Full names of the modules outside the head that ``targets`` means.
-
-    A target is ``all-linear``, ``all-conv``, or the end of a module's dotted name.
-    """
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    heads = tuple(f"{name}." for name in head_names(model))
-    modules = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (*KINDS_OF_TARGETS["all-linear"], nn.Conv2d))
-        and not f"{name}.".startswith(heads)
-        # peft needs the rank to divide by the groups; depthwise kernels are tiny anyway
-        and getattr(module, "groups", 1) == 1
-    }
-    found: set[str] = set()
-    for target in wanted:
-        kinds = KINDS_OF_TARGETS.get(target)
-        matched = {
-            name
-            for name, module in modules.items()
-            if (isinstance(module, kinds) if kinds else f".{name}".endswith(f".{target}"))
-        }
-        if not matched:
-            _no_match(target, modules)
-        found |= matched
-    return sorted(found)
-
-
-def _no_match(target: str, modules: Iterable[str]) -> None:
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    near = difflib.get_close_matches(target, leaves, n=1)
-    raise AdapterError(
-        f"method.targets: {target!r} matches no module of this backbone",
-        hint=f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(leaves)}",
-    )

@@ -12,13 +12,8 @@ mean(B A). The difference is the rule's aggregation error; ``ffa`` has none.
 from dataclasses import dataclass
 
 from fedgraft.common.aggregation.base import MeanRule
-from fedgraft.common.layout import Layout
 
 
 @dataclass(frozen=True)
 class FedAvg(MeanRule):
     """Every tensor of the adapter trains and travels."""
-
-    def exchanges(self, layout: Layout) -> tuple[str, ...]:
-        """All of them."""
-        return layout.names
