@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -41,7 +40,7 @@ class Settings:
     score_bins: int = 0
     groups: tuple[str, ...] = ()
     min_group: int = 1
-    keys: Mapping[str, Any] = MappingProxyType({})
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Rows(Protocol):
