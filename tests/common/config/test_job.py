@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedgraft.common.config.job import INDIVIDUAL, Job
+from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import JobError
 from fedgraft.common.methods import LoraMethod
