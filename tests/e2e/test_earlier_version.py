@@ -14,8 +14,8 @@ from support.commands import command
 from support.earlier import BEFORE, copy_of, copy_run, open_sites, recorded
 from support.payload_samples import SAMPLES, assert_equal
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.jobfile import dump_job, load_job, parse_job
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import RecordDict, decode, encode
 from fedgraft.server.app import coordinate
 from fedgraft.server.runs.run_folder import Run
