@@ -57,7 +57,7 @@ def names_in(node: ast.AST) -> set[str]:
 
 
 def strings_in(node: ast.AST) -> set[str]:
-    return {one.value for one in ast.walk(node) if isinstance(one, ast.Constant)} & NAMES
+    return {str(one.value) for one in ast.walk(node) if isinstance(one, ast.Constant)} & NAMES
 
 
 def branches(tree: ast.Module) -> Iterator[str]:

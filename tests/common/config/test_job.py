@@ -6,10 +6,14 @@ import pytest
 from pydantic import ValidationError
 from support.raw_jobs import Raw, explained, make, masked, raw_job, refusal
 
-from fedgraft.common.config.job import INDIVIDUAL, Job
-from fedgraft.common.methods import LoraMethod
+from fedgraft.common.aggregation import RULES
+from fedgraft.common.config.job import Job
+from fedgraft.common.methods.lora import LoraMethod
 
 # --- pairs that contradict each other
+
+
+INDIVIDUAL = [name for name, rule in RULES.items() if rule.needs == "individual"]
 
 
 def test_more_sites_a_round_than_there_are_is_refused() -> None:
@@ -93,7 +97,7 @@ def test_a_head_that_does_not_travel_leaves_the_head_method_nothing(policy: str)
 def test_partial_says_what_of_the_backbone_trains() -> None:
     partial: Raw = {"kind": "partial", "head": "shared"}
     raw = raw_job() | {"method": partial}
-    assert Job.model_validate(raw).method.blocks == 1  # type: ignore[union-attr]
+    assert Job.model_validate(raw).method.blocks == 1  # type: ignore[attr-defined]
     for change in ({"blocks": 0}, {"blocks": -1}, {"rank": 4}, {"head": None}):
         with pytest.raises(ValidationError):
             Job.model_validate(raw | {"method": partial | change})

@@ -11,7 +11,7 @@ from support.job_files import MINIMAL, refused, simulation, write
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job, load_job, parse_job
-from fedgraft.common.methods import LoraMethod
+from fedgraft.common.methods.lora import LoraMethod
 from fedgraft.common.toml import read_text
 
 # --- the file itself

@@ -11,7 +11,7 @@ from support.job_files import MINIMAL, refused, write
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import load_job, parse_job
 from fedgraft.common.errors import JobError
-from fedgraft.common.methods import PartialMethod
+from fedgraft.common.methods.partial import PartialMethod
 
 
 def full_raw(kind: str = "lora") -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_another_kind_of_method_lets_go_of_the_settings_of_the_old(file: Path) -
     write(file, 'head = "shared"', 'head = "frozen"\nrank = 4')
     job = load_job(file, ("method.blocks=2", "method.kind=partial"))
     assert job.method == PartialMethod(kind="partial", blocks=2, head="frozen")
-    assert load_job(file, ("method.kind=lora",)).method.rank == 4  # type: ignore[union-attr]
+    assert load_job(file, ("method.kind=lora",)).method.rank == 4  # type: ignore[attr-defined]
     assert "unknown key method.rank" in str(refused(file, "method.kind=partial", "method.rank=2"))
 
 
