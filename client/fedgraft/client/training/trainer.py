@@ -299,7 +299,7 @@ class _Pass:
         self._move(active, rates)
 
     def _move(self, active: int, rates: torch.Tensor | None) -> None:
-        """Take an optimiser step; each value moves by its share of it, in ``rates`` [active, values].
+        """Take an optimiser step; ``rates`` [active, values] are the shares of it that values move.
 
         AdamW keeps gradient moments also for a value whose rate is still 0. So this value starts
         without a jump later.
