@@ -211,7 +211,7 @@ class _PassedOver(nn.Module):
     def __init__(self, layer: nn.Module, hidden: torch.Tensor | None) -> None:
         super().__init__()
         self.hidden = hidden
-        for name, value in vars(layer).items():  # for example its kind of attention
+        for name, value in vars(layer).items():  # such as the layer's kind of attention
             if isinstance(value, str | int) and not name.startswith("_") and name != "training":
                 setattr(self, name, value)
 
