@@ -1,4 +1,4 @@
-"""``fedgraft site approve``: a person's word on a job that the policy allows but asks about."""
+"""``fedgraft site approve``: a person decides on a job that the policy allows but asks about."""
 
 import sys
 from datetime import datetime
@@ -35,7 +35,7 @@ def approve(
         _list(console, agreements.pending())
         return
     agreement = agreements.named(run)
-    for line in _in_words(agreement):  # in which the coordinator chose words
+    for line in _in_words(agreement):  # the coordinator chose some of the words
         console.note("".join(sign if sign.isprintable() else "?" for sign in line))
     verb = "deny" if deny else "approve"
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"{verb} it?", err=True)):
@@ -48,7 +48,7 @@ def approve(
 
 
 def _record(state: Path, policy: Path, agreement: "Agreement", decision: str) -> None:
-    """Into the audit first: what cannot be recorded is not decided."""
+    """Record the decision in the audit first: without a record, nothing is decided."""
     from fedgraft.client.policy.message_log import Ledger, Occasion
     from fedgraft.client.policy.policy_file import load_policy
 

@@ -1,4 +1,4 @@
-"""``fedgraft site audit``: what came to this site and what left it, and whether that is all."""
+"""``fedgraft site audit``: everything that this site received and sent, and whether it is all."""
 
 import csv
 import json

@@ -244,7 +244,7 @@ class Keeper:
         fill: Callable[[NDArray[Any]], None],
         name: Callable[[], NameParts],
     ) -> NDArray[np.float32]:
-        """Return a float32 array that ``fill`` computes, in memory or, if large, in a mapped file."""
+        """Return a float32 array that ``fill`` computes: in memory, or if large in a mapped file."""
         if self.store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
             digest = digest_of(self.key, *name())
             mapped = self.store.files.mapped(digest, shape, np.float32, fill)
