@@ -126,7 +126,8 @@ class Files:
         def write(temporary: Path) -> None:
             array = np.lib.format.open_memmap(temporary, "w+", dtype=dtype, shape=shape)
             with temporary.open("r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # later, a page without room would kill us
+                # Reserve all pages now: later, a page without room would kill this process.
+                if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             fill(array)
             array.flush()
@@ -244,7 +245,7 @@ class Keeper:
         fill: Callable[[NDArray[Any]], None],
         name: Callable[[], NameParts],
     ) -> NDArray[np.float32]:
-        """Return a float32 array that ``fill`` computes: in memory, or if large in a mapped file."""
+        """Return a float32 array that ``fill`` computes; a large one is mapped from a file."""
         if self.store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
             digest = digest_of(self.key, *name())
             mapped = self.store.files.mapped(digest, shape, np.float32, fill)

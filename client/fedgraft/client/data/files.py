@@ -155,7 +155,7 @@ def _read_folder(path: Path, *, images: bool) -> Table:
 
 
 def images_in(path: Path) -> list[Path]:
-    """Return all files in the label folders of ``path``, folder by folder, without litter."""
+    """Return all files in the label folders of ``path``, folder by folder, except litter."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _kept(entry))
     return [
         file
@@ -172,7 +172,10 @@ def _image_table(path: Path, files: Iterable[tuple[Path, str]]) -> Table:
 
 
 def _kept(path: Path) -> bool:
-    """Return False for litter of file managers; a person must judge all other files."""
+    """Return False for files that file managers leave behind.
+
+    Any other file that is no image needs a person, so it is not skipped.
+    """
     return not path.name.startswith((".", "__")) and path.name not in LITTER
 
 
@@ -190,7 +193,7 @@ def _image_source(value: Any, folder: Path) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file; spreadsheets write a byte-order mark, which is removed."""
+    """Yield the lines of a UTF-8 file, without the byte-order mark that spreadsheets write."""
     offset = 0
     try:
         with path.open("rb") as file:
@@ -280,7 +283,10 @@ def _read_parquet(path: Path, content: str, label: str | None) -> Iterator[Row]:
 
 
 def _class_names(schema: Any, label: str) -> list[str]:
-    """Return the names behind the integers of a ``datasets.ClassLabel`` column: its own order."""
+    """Return the names behind the integers of a ``datasets.ClassLabel`` column.
+
+    The column has an order of its own.
+    """
     import datasets
 
     if not schema.metadata or b"huggingface" not in schema.metadata:

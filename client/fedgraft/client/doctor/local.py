@@ -34,7 +34,10 @@ SOON = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check: its ``name``, ``state`` (ok, warn, fail, skipped), what, a hint."""
+    """The result of one check.
+
+    ``state`` is ok, warn, fail or skipped; ``what`` was seen; ``hint`` may be empty.
+    """
 
     name: str
     state: str

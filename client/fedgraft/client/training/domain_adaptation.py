@@ -50,7 +50,7 @@ def growth(progress: float) -> float:
 
 @contextmanager
 def watch_features(stack: Stack) -> Iterator[list[torch.Tensor]]:
-    """Collect the inputs of the head of ``stack``: one tensor for each forward pass meanwhile."""
+    """Collect the head's inputs in all forward passes of ``stack`` inside the context."""
     seen: list[torch.Tensor] = []
 
     def entering(module: nn.Module, args: Any) -> None:
@@ -184,7 +184,10 @@ class Alignment:
                 member.rows += rows
 
     def write(self, number: int, vector: Vector) -> None:
-        """Put a site's own statistics into its ``vector``, and zeros into the other group's."""
+        """Put a site's own statistics into its ``vector``.
+
+        The slots of the other group get zeros.
+        """
         if self.settings.kind == "dann":
             return
         member = self.members[number]
@@ -230,10 +233,10 @@ class Alignment:
     def _adversarial(
         self, features: torch.Tensor, number: int, layers: Sequence[torch.Tensor], weight: float
     ) -> torch.Tensor:
-        """Return the discriminator's loss minus ``weight`` times the same loss for the features.
+        """Return the discriminator's loss, minus ``weight`` times the same loss for the features.
 
-        The first term trains only the discriminator. The second trains only the features, which
-        learn to mislead it.
+        The first term trains only the discriminator. The second term trains only the features,
+        which learn to mislead the discriminator.
         """
         if not len(features):
             return features.new_zeros(())
@@ -256,6 +259,6 @@ def _discriminate(
     second: torch.Tensor,
     second_bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Return logits, [rows]: that each example comes from a site with labels."""
+    """Return the logit, [rows], that an example comes from a site with labels."""
     hidden = functional.relu(functional.linear(x, first, first_bias))
     return functional.linear(hidden, second, second_bias).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Elastic weight consolidation at a site: measure Fisher information, and hold old values.
+"""Elastic weight consolidation at a site: measure Fisher information, hold values to an anchor.
 
 The measurement says which values the loss on the site's data depends on. The pull holds each value
 to its anchor as strongly as the old data's loss depends on it (``common.adapters.fisher``).

@@ -10,7 +10,7 @@ from fedgraft.common.examples import Examples, Indices
 
 __all__ = ["MEGABATCH", "shuffled"]
 
-MEGABATCH = 16  # batches; ``group_by_length`` sorts within so many
+MEGABATCH = 16  # batches within which ``group_by_length`` sorts
 
 
 def shuffled(
