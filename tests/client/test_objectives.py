@@ -5,14 +5,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedgraft.common.examples import IGNORED
-from fedgraft.client.objectives.labels import BlockCounts, Counts, distances, losses, restrict
-from fedgraft.common.examples import TextExamples
+from fedgraft.client.objectives import OBJECTIVES, distances, restrict
+from fedgraft.common.examples import IGNORED, TextExamples
+from fedgraft.common.tasks.causal_lm import Blocks
+
+LABELS, TOKENS = OBJECTIVES["label"], OBJECTIVES["tokens"]
 
 
-def texts(*lengths: int, left: bool = False) -> TextExamples:
+def texts(*lengths: int, left: bool = False) -> Blocks:
     count = np.array(lengths, np.int64)
-    return TextExamples(
+    documents = TextExamples(
         labels=np.zeros(len(count), np.int64),
         ids=np.arange(1, count.sum() + 1, dtype=np.int32),
         starts=np.cumsum(count) - count,
@@ -21,46 +23,56 @@ def texts(*lengths: int, left: bool = False) -> TextExamples:
         pad_id=0,
         pad_left=left,
         longest=8,
-        predicted=True,
     )
+    return Blocks(documents)
 
 
 @pytest.mark.parametrize("left", [False, True])
 def test_each_token_is_to_predict_the_next(left: bool) -> None:
-    targets = texts(4, 2, left=left).targets(np.arange(2))
+    targets = torch.from_numpy(texts(4, 2, left=left).targets(np.arange(2)))
     last = [IGNORED, IGNORED, 6, IGNORED] if left else [6, IGNORED, IGNORED, IGNORED]
     assert targets.tolist() == [[2, 3, 4, IGNORED], last]
 
 
 def test_the_loss_of_a_sequence_is_the_mean_over_its_targets() -> None:
     logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
-    targets = texts(4, 2).targets(np.arange(2))
+    targets = torch.from_numpy(texts(4, 2).targets(np.arange(2)))
     first = functional.cross_entropy(logits[0, :3], targets[0, :3])
     second = functional.cross_entropy(logits[1, :1], targets[1, :1])
-    torch.testing.assert_close(losses(logits, targets), torch.stack([first, second]))
+    torch.testing.assert_close(TOKENS.losses(logits, targets), torch.stack([first, second]))
 
 
 def test_a_text_of_one_token_has_no_target_and_no_loss() -> None:
-    targets = texts(1).targets(np.arange(1))
-    assert losses(torch.randn(1, 1, 9), targets).tolist() == [0.0]
-    counts = BlockCounts.of(torch.randn(1, 1, 9), targets)
-    assert [part.tolist() for part in vars(counts).values()] == [[0.0], [0], [0]]
+    targets = torch.from_numpy(texts(1).targets(np.arange(1)))
+    assert TOKENS.losses(torch.randn(1, 1, 9), targets).tolist() == [0.0]
+    counts = TOKENS.counts(torch.randn(1, 1, 9), targets)
+    assert {name: part.tolist() for name, part in counts.items()} == {
+        "losses": [0.0],
+        "right": [0],
+        "counted": [0],
+        "true": [[IGNORED]],
+        "predicted": [[IGNORED]],
+    }
 
 
 def test_tokens_are_counted_as_right_or_wrong_block_by_block() -> None:
-    targets = texts(4, 2).targets(np.arange(2))
+    targets = torch.from_numpy(texts(4, 2).targets(np.arange(2)))
     logits = functional.one_hot(targets.clamp(min=0), 9).float() * 20
     logits[0, 1] = logits[0, 0]  # says 2 where 3 comes
-    counts = BlockCounts.of(logits, targets)
-    assert (counts.right.tolist(), counts.counted.tolist()) == ([2, 1], [3, 1])
-    assert counts.losses.tolist() == pytest.approx([20, 0], abs=1e-3)
+    counts = TOKENS.counts(logits, targets)
+    assert (counts["right"].tolist(), counts["counted"].tolist()) == ([2, 1], [3, 1])
+    assert counts["losses"].tolist() == pytest.approx([20, 0], abs=1e-3)
+    assert counts["true"].tolist() == targets.tolist()
+    assert counts["predicted"].tolist() == [[2, 2, 4, IGNORED], [6, IGNORED, IGNORED, IGNORED]]
 
 
 def test_labels_are_counted_as_they_are() -> None:
     logits = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
-    counts = Counts.of(logits, torch.tensor([0, 1]))
-    assert (counts.true.tolist(), counts.predicted.tolist()) == ([0, 1], [0, 0])
-    assert counts.loss == pytest.approx(float(losses(logits, torch.tensor([0, 1])).sum()))
+    counts = LABELS.counts(logits, torch.tensor([0, 1]))
+    assert (counts["true"].tolist(), counts["predicted"].tolist()) == ([0, 1], [0, 0])
+    wanted = float(LABELS.losses(logits, torch.tensor([0, 1])).sum())
+    assert counts["loss"] == pytest.approx(wanted)
+    assert counts["logits"].tolist() == logits.tolist()
 
 
 # Smoothing, several heads, a teacher
@@ -73,18 +85,19 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_smoothing_is_that_of_pytorch() -> None:
     logits, targets = drawn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     wanted = functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.3)
-    torch.testing.assert_close(losses(logits, targets, smoothing=0.3), wanted)
-    assert torch.equal(losses(logits, targets), losses(logits, targets, smoothing=0.0))
+    torch.testing.assert_close(LABELS.losses(logits, targets, smoothing=0.3), wanted)
+    plain = LABELS.losses(logits, targets, smoothing=0.0)
+    assert torch.equal(LABELS.losses(logits, targets), plain)
 
 
 def test_tokens_that_do_not_count_are_not_smoothed() -> None:
-    logits, targets = drawn(2, 4, 9), texts(4, 2).targets(np.arange(2))
+    logits, targets = drawn(2, 4, 9), torch.from_numpy(texts(4, 2).targets(np.arange(2)))
     first = functional.cross_entropy(logits[0, :3], targets[0, :3], label_smoothing=0.2)
     second = functional.cross_entropy(logits[1, :1], targets[1, :1], label_smoothing=0.2)
-    found = losses(logits, targets, smoothing=0.2)
+    found = TOKENS.losses(logits, targets, smoothing=0.2)
     torch.testing.assert_close(found, torch.stack([first, second]))
     unlabelled = torch.tensor([IGNORED, 1])
-    assert losses(drawn(2, 3), unlabelled, smoothing=0.2)[0] == 0
+    assert LABELS.losses(drawn(2, 3), unlabelled, smoothing=0.2)[0] == 0
 
 
 def test_a_row_of_several_heads_sees_only_its_own() -> None:
@@ -97,7 +110,8 @@ def test_a_row_of_several_heads_sees_only_its_own() -> None:
         wanted = functional.cross_entropy(
             own, torch.tensor([0, 2]), reduction="none", label_smoothing=smoothing
         )
-        torch.testing.assert_close(losses(found, targets, smoothing=smoothing)[1:], wanted)
+        told = LABELS.losses(found, targets, smoothing=smoothing)[1:]
+        torch.testing.assert_close(told, wanted)
     assert restrict(logits, targets, ()) is logits
     unlabelled = torch.tensor([IGNORED, 1, IGNORED])
     kept = (restrict(logits, unlabelled, heads) > -torch.inf).sum(1)
@@ -109,7 +123,7 @@ def test_gradients_stay_within_a_rows_head() -> None:
     heads = (0, 0, 1, 1)
     taught = restrict(drawn(2, 4, seed=1), targets, heads)
     own = restrict(logits, targets, heads)
-    total = losses(own, targets, smoothing=0.1).sum() + distances(own, taught, 3.0).sum()
+    total = LABELS.losses(own, targets, smoothing=0.1).sum() + distances(own, taught, 3.0).sum()
     (gradient,) = torch.autograd.grad(total, [logits])
     assert torch.isfinite(gradient).all()
     assert gradient[0, 2:].tolist() == gradient[1, :2].tolist() == [0, 0]

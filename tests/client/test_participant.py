@@ -11,15 +11,16 @@ from support.places import SESSION, Place, make_job, wire, write_rows
 from fedgraft.client.data import splits as splits_module
 from fedgraft.client.data.rows import read_split
 from fedgraft.client.data.splits import NOTHING, Splits
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import Participant, open_participant
-from fedgraft.client.training.evaluate import evaluate
+from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import train_together
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import AdapterError, SiteFailure
 from fedgraft.common.examples import Examples
 from fedgraft.common.layout import cut_rank
 from fedgraft.common.messages.payloads import EvaluateRequest, PlanRequest, TrainRequest
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_a_tally_is_that_of_evaluating_here(place: Place, split: str, count: int
     reply = place.site().evaluate(request)
     examples = getattr(place.site().splits(place.job), split)
     stack, exchanged = place.site().stack(place.job), place.plan.exchanged
-    tally = evaluate(stack, exchanged, request.adapter, examples, measures=Measures(10)).tally
+    tally = measure(stack, exchanged, request.adapter, examples, measures=LabelMeasures(10)).tally
     assert reply.tally.tolist() == tally.to_vector().tolist()
     assert reply.tally[1:].sum() == count
     assert (reply.session, reply.round) == (SESSION, 2)
@@ -198,7 +199,7 @@ def test_validation_is_held_out_of_training(place: Place) -> None:
     splits = place.site().splits(place.job)
     every = np.arange(len(splits.train)), np.arange(len(splits.validation))
     kept, held = (
-        {row.numpy().tobytes() for row in part.batch(index)["pixel_values"]}
+        {row.numpy().tobytes() for row in as_tensors(part.batch(index))["pixel_values"]}
         for part, index in zip((splits.train, splits.validation), every, strict=True)
     )
     assert (len(kept), len(held)) == (60, 20)
@@ -276,7 +277,7 @@ def test_evaluation_at_a_site_of_lower_rank_is_of_what_it_would_train(
     tally = open_participant(node).evaluate(request).tally
     stack, examples = place.site().stack(place.job), place.site().splits(place.job).test
     cut = cut_rank(exchanged, request.adapter, 1)
-    wanted = evaluate(stack, exchanged, cut, examples, measures=Measures(10)).tally
+    wanted = measure(stack, exchanged, cut, examples, measures=LabelMeasures(10)).tally
     assert tally.tolist() == wanted.to_vector().tolist()
     assert tally.tolist() != place.site().evaluate(request).tally.tolist()
 

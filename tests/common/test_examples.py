@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.trainings import digits, texts
 
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.examples import Examples, ImageExamples, TextExamples, concatenate
 
 rows = st.lists(
@@ -73,9 +74,9 @@ def test_images_have_the_digest_of_their_pixels() -> None:
 @pytest.mark.parametrize("left", [False, True])
 def test_a_batch_may_be_wider_than_it_must_be(left: bool) -> None:
     examples, index = texts(20, pad_left=left), np.array([3, 0, 7])
-    narrow, width = examples.batch(index), examples.width(index)
+    narrow, width = as_tensors(examples.batch(index)), examples.width(index)
     assert width == examples.lengths[index].max() == narrow["input_ids"].shape[1]
-    wide = examples.batch(index, width + 5)
+    wide = as_tensors(examples.batch(index, width + 5))
     kept, padding = (slice(5, None), slice(5)) if left else (slice(width), slice(width, None))
     for name, values in narrow.items():
         assert wide[name].shape == (3, width + 5)

@@ -178,7 +178,7 @@ def test_the_table_shows_perplexity(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.txt", "", "has no text"),
+        ("a.txt", "", "line 1: no text"),
         ("a.jsonl", '{"body": "to be"}\n', "no column 'text'"),
         ("a.csv", "text\n", "has no rows"),
     ],

@@ -5,20 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from secagg.cheats import at, lie, openings, wiped
 from secagg.federation import MODEL, Federation, parameters_for, refused
-from secagg.test_cheating_coordinator import at, wiped
-from secagg.test_cheating_site import lie, openings
 
 from fedgraft.common.secagg import transcript as t
 from fedgraft.common.secagg.errors import ParameterError, StatementError, TooFewParties, UnmaskError
 from fedgraft.common.secagg.keys import derive, seal
 from fedgraft.common.secagg.quantize import LANES, Coding, add_packed, pack
-from fedgraft.common.secagg.statements import (
-    Delivery,
-    Envelope,
-    Opening,
-    RevealedShare,
-)
+from fedgraft.common.secagg.statements import Delivery, Envelope, Opening, RevealedShare
 from fedgraft.common.secagg.transcript import Policy, Roster
 
 

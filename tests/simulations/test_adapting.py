@@ -10,10 +10,10 @@ from support.federations import adapter_of, digits_job, run_digits, write_digits
 from transformers import AutoModelForImageClassification
 
 from fedgraft.client.data.rows import read_split
-from fedgraft.common.examples import IGNORED
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.errors import DataError, InputError, JobError
+from fedgraft.common.examples import IGNORED
 from fedgraft.common.layout import DOMAIN
 from fedgraft.server.export.adapter import export_adapter
 from fedgraft.server.rounds import make_plan

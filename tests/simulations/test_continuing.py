@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from support.evaluations import measured_labels
 from support.federations import adapter_of, digits_job, run_digits
 from support.language_models import job_settings, save_language_model
 from support.trainings import book, digits, make_job, noisy, settings, task
 
 from fedgraft.client.model.batched_model import open_stack
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import open_participant
-from fedgraft.client.training.evaluate import evaluate
 from fedgraft.client.training.ewc import Consolidation
 from fedgraft.client.training.trainer import Trained, train
 from fedgraft.common.adapters.fisher import ANCHOR, NEW, OLD
@@ -178,7 +179,7 @@ def test_the_measure_is_the_mean_of_squared_gradients() -> None:
     for n in range(12):
         model.zero_grad()
         index = np.array([n])
-        logits = model(**rows.batch(index)).logits
+        logits = model(**as_tensors(rows.batch(index))).logits
         torch.autograd.backward(
             torch.nn.functional.cross_entropy(logits, torch.from_numpy(rows.labels[index]))
         )
@@ -272,9 +273,8 @@ def right(run: Any, of: Job) -> float:
     bench = open_workbench(of)
     carried = open_workbench(run.job).carried
     vector = bench.layout.merged(bench.initial, (carried, adapter_of(run)[: carried.size]))
-    found = evaluate(
-        site.stack(of), bench.layout, vector, site.splits(of).train, measures=of.measures
-    )
+    rows = site.splits(of).train
+    found = measured_labels(site.stack(of), bench.layout, vector, rows, of.measures)
     return float(found.correct.mean())
 
 

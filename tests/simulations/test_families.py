@@ -13,6 +13,7 @@ from support.federations import adapter_of
 
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import check_stacking, open_stack
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
@@ -54,7 +55,7 @@ def test_a_family_trains_and_is_given_away(name: str, partial: bool, tmp_path: P
         simulate(prepared, run, Console(quiet=True), engine="local")
     bench = open_workbench(job)
     exchanged, adapter = make_plan(job, bench, run.session).exchanged, adapter_of(run)
-    inputs = examples_of(job).batch(np.arange(4))
+    inputs = as_tensors(examples_of(job).batch(np.arange(4)))
     bench.put()  # a run leaves its last adapter in it
     untrained = logits(bench.model, inputs)
     bench.put((exchanged, adapter))
@@ -74,7 +75,7 @@ def test_a_family_trains_and_is_given_away(name: str, partial: bool, tmp_path: P
     auto = getattr(transformers, TASKS[job.job.task].auto_class)
     export_adapter(run, bench, exchanged, adapter, tmp_path / "peft")
     plain = auto.from_pretrained(
-        tmp_path / "backbone", num_labels=job.job.classes, ignore_mismatched_sizes=True
+        tmp_path / "backbone", num_labels=job.measures.classes, ignore_mismatched_sizes=True
     )
     loaded = PeftModel.from_pretrained(plain, tmp_path / "peft")
     torch.testing.assert_close(logits(loaded, inputs), trained, atol=1e-5, rtol=1e-4)
@@ -87,7 +88,7 @@ def test_a_family_trains_and_is_given_away(name: str, partial: bool, tmp_path: P
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_family_trains_several_sites_in_one_pass(name: str, tmp_path: Path) -> None:
     job = family_job(name, tmp_path)
-    inputs = examples_of(job).batch(np.arange(4))
+    inputs = as_tensors(examples_of(job).batch(np.arange(4)))
     if name != "xlnet":
         check_stacking(open_stack(job), inputs)
         return

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.evaluations import measured_labels
 from support.federations import digits_job, run_digits
 
 from fedgraft.client.participant import open_participant
-from fedgraft.client.training.evaluate import evaluate
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import JobError
 from fedgraft.simulations.grid.engine import make_nodes
@@ -24,8 +24,8 @@ def test_predictions_are_of_a_rows_own_head() -> None:
         site = open_participant(node)
         bench, examples = open_workbench(job), site.splits(job).test
         assert bench.heads == ((0, 1) * 5 if overrides else ())
-        found[bool(overrides)] = evaluate(
-            site.stack(job), bench.layout, bench.initial, examples, measures=job.measures
+        found[bool(overrides)] = measured_labels(
+            site.stack(job), bench.layout, bench.initial, examples, job.measures
         )
     both, one = found[True], found[False]
     assert np.array_equal(both.true % 2, both.predicted % 2)

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models
 
 from fedgraft.client.model.batched_model import Stack, open_stack
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.training.trainer import Span, Task, Trained, learning_rate, train_alone
 from fedgraft.common.adapters.attach import read
 from fedgraft.common.adapters.model import Workbench, cache_folder
@@ -252,7 +253,7 @@ def book(
     for _ in range(wanted.epochs):
         for batch in torch.split(torch.randperm(len(examples), generator=draw), wanted.batch_size):
             model.zero_grad()
-            logits = model(**examples.batch(batch.numpy())).logits
+            logits = model(**as_tensors(examples.batch(batch.numpy()))).logits
             loss = torch.nn.functional.cross_entropy(logits, labels[batch])
             torch.autograd.backward(loss)
             total += float(loss.detach()) * len(batch)

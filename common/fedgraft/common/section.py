@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["Cache", "Duration", "IllegalJob", "Refuses", "Section", "Size"]
+__all__ = ["Cache", "Duration", "IllegalJob", "Refuses", "Section", "Size", "UnknownKey"]
 
 NUMBERS = (int, float, int | None, float | None)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -40,6 +40,10 @@ class IllegalJob(ValueError):
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(what)
         self.hint = hint
+
+
+class UnknownKey(IllegalJob):
+    """A key that no section and no task has; the text names it in full."""
 
 
 class Section(BaseModel):

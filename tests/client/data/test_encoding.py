@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from fedgraft.client.data import cache as store_module
-from fedgraft.client.data import rows as data
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.rows import encode, read_split
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.modalities import image
 from fedgraft.common.modalities.image import ImageProcessor
 from fedgraft.common.modalities.text import TextProcessor
 
@@ -67,21 +68,23 @@ def test_batches_are_padded_to_their_longest() -> None:
     processor = TextProcessor(CountingTokenizer(), pad_id=9, pad_left=False, limit=None)
     rows = text_rows("abc", "d", "efghijkl", "mn")
     examples = encode(rows, processor, make_job(max_length=5), store=None, key="")
-    batch = examples.batch(np.array([1, 3]))
+    batch = as_tensors(examples.batch(np.array([1, 3])))
     assert sorted(batch) == ["attention_mask", "input_ids"]
     assert batch["input_ids"].tolist() == [[ord("d"), 9], [ord("m"), ord("n")]]
     assert batch["attention_mask"].tolist() == [[1, 0], [1, 1]]
     assert batch["input_ids"].dtype == torch.int64
-    assert examples.batch(np.array([2]))["input_ids"].tolist() == [[ord(c) for c in "efghi"]]
+    assert as_tensors(examples.batch(np.array([2])))["input_ids"].tolist() == [
+        [ord(c) for c in "efghi"]
+    ]
     part = examples.subset(np.array([3, 0]))
-    assert part.batch(np.array([1]))["input_ids"].tolist() == [[ord(c) for c in "abc"]]
+    assert as_tensors(part.batch(np.array([1])))["input_ids"].tolist() == [[ord(c) for c in "abc"]]
     assert part.labels.dtype == np.int64
 
 
 def test_token_types_and_left_padding() -> None:
     processor = TextProcessor(CountingTokenizer(types=True), pad_id=9, pad_left=True, limit=None)
     examples = encode(text_rows("abc", "d"), processor, make_job(), store=None, key="")
-    batch = examples.batch(np.array([0, 1]))
+    batch = as_tensors(examples.batch(np.array([0, 1])))
     assert batch["input_ids"][1].tolist() == [9, 9, ord("d")]
     assert batch["token_type_ids"].tolist() == [[1, 1, 1], [0, 0, 1]]
     empty = encode(text_rows(), processor, make_job(), store=None, key="")
@@ -97,7 +100,7 @@ def test_tokens_come_from_the_cache_the_second_time(tmp_path: Path) -> None:
     twice = encode(rows, again, job, store=store_in(tmp_path / "new"), key="k")
     assert (first.tokenizer.seen > 0, again.tokenizer.seen) == (True, 0)
     every = np.arange(3)
-    read, made = twice.batch(every), once.batch(every)
+    read, made = as_tensors(twice.batch(every)), as_tensors(once.batch(every))
     assert sorted(read) == ["attention_mask", "input_ids", "token_type_ids"]
     assert all(read[name].equal(made[name]) for name in made)
     assert twice.digest == once.digest
@@ -147,12 +150,16 @@ def test_mapped_pixels_are_the_pixels_in_memory(
     monkeypatch.setattr(store_module, "IN_MEMORY_BYTES", 0)
     mapped = encode(rows, processor, job, store=store_in(tmp_path / "cache"), key="k")
     index = np.array([39, 0, 7])
-    assert memory.batch(index)["pixel_values"].equal(mapped.batch(index)["pixel_values"])
-    assert mapped.batch(index)["pixel_values"].shape == (3, 3, 8, 8)
+    assert as_tensors(memory.batch(index))["pixel_values"].equal(
+        as_tensors(mapped.batch(index))["pixel_values"]
+    )
+    assert as_tensors(mapped.batch(index))["pixel_values"].shape == (3, 3, 8, 8)
     assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".npy"]
-    monkeypatch.setattr(data, "open_image", _must_not_run)
+    monkeypatch.setattr(image, "open_image", _must_not_run)
     again = encode(rows, processor, job, store=store_in(tmp_path / "cache"), key="k").subset(index)
-    assert again.batch(np.array([0]))["pixel_values"].equal(memory.batch(index[:1])["pixel_values"])
+    assert as_tensors(again.batch(np.array([0])))["pixel_values"].equal(
+        as_tensors(memory.batch(index[:1]))["pixel_values"]
+    )
 
 
 def _must_not_run(*args: object) -> None:
@@ -163,7 +170,7 @@ def test_a_killed_run_leaves_no_pixels(tmp_path: Path, monkeypatch: pytest.Monke
     picture(tmp_path / "images" / "no" / "a.png")
     rows = read_split(str(tmp_path / "images"), make_job("image")).dataset
     monkeypatch.setattr(store_module, "IN_MEMORY_BYTES", 0)
-    monkeypatch.setattr(data, "open_image", _must_not_run)
+    monkeypatch.setattr(image, "open_image", _must_not_run)
     processor = ImageProcessor(None, channels=1, size=(4, 4))
     with pytest.raises(AssertionError):
         encode(rows, processor, make_job("image"), store=store_in(tmp_path / "cache"), key="k")
@@ -181,6 +188,6 @@ def test_pixels_that_the_disk_has_no_room_for_stay_in_memory(
     for disk, kept in ((3 * 64 * 4 - 1, 0), (3 * 64 * 4, 1)):
         store = store_in(tmp_path / "cache", disk=disk)
         examples = encode(rows, processor, make_job("image"), store=store, key="k")
-        pixels = examples.batch(index)["pixel_values"]
-        assert pixels.equal(memory.batch(index)["pixel_values"])
+        pixels = as_tensors(examples.batch(index))["pixel_values"]
+        assert pixels.equal(as_tensors(memory.batch(index))["pixel_values"])
         assert len(list((tmp_path / "cache").glob("*"))) == kept

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.evaluations import measured_labels
 from support.trainings import digits, noisy, open_small
 
 from fedgraft.client.data.rows import read_split
-from fedgraft.client.training.evaluate import evaluate
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import DataError
 from fedgraft.common.examples import concatenate
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 
 ROWS = [("a", "yes", "f"), ("b", "no", ""), ("c", "yes", "m"), ("d", "no", "m")]
 
@@ -81,8 +81,8 @@ def test_groups_follow_their_examples_and_are_counted_with_the_model_s_own_answe
 
     chosen = replace(examples, groups=groups).subset(some)
     assert chosen.groups is not None and np.array_equal(chosen.groups, groups[some])
-    measures = Measures(10, 0, ("f", "m"))
-    found = evaluate(stack, stack.bench.layout, noisy(stack.bench), chosen, measures=measures)
+    measures = LabelMeasures(10, 0, ("f", "m"))
+    found = measured_labels(stack, stack.bench.layout, noisy(stack.bench), chosen, measures)
     rows = found.more.reshape(2, 2)
     for number in (0, 1):
         mine = found.correct[groups[some] == number]
@@ -95,10 +95,10 @@ def test_scores_are_counted_whatever_the_batches(kind: str) -> None:
     from support.trainings import rows_for
 
     stack, examples = open_small(kind), rows_for(kind, 150)
-    measures = Measures(10, 20)
+    measures = LabelMeasures(10, 20)
     vector = noisy(stack.bench)
-    found = evaluate(stack, stack.bench.layout, vector, examples, measures=measures)
+    found = measured_labels(stack, stack.bench.layout, vector, examples, measures)
     assert measures.fits(found.tally)
-    plain = evaluate(stack, stack.bench.layout, vector, examples, measures=Measures(10))
+    plain = measured_labels(stack, stack.bench.layout, vector, examples, LabelMeasures(10))
     assert plain.loss == found.loss and np.array_equal(plain.predicted, found.predicted)
     assert len(plain.more) == 0

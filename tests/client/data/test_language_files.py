@@ -58,14 +58,14 @@ def test_a_pattern_reads_all_it_matches(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.txt", "", "has no text"),
-        ("a.txt", " \n\t\n", "has no text"),
+        ("a.txt", "", "line 1: no text"),
+        ("a.txt", " \n\t\n", "line 1: no text"),
         ("a.txt", b"caf\xe9", "not UTF-8"),
         ("a.csv", "", "is empty"),
         ("a.csv", "text\n", "has no rows"),
         ("a.csv", "Texts,day\nto be,1\n", "no column 'text'"),
         ("a.jsonl", '{"body": "to be"}\n', "no column 'text'"),
-        ("a.jsonl", '{"text": "to be"}\n{"text": ""}\n', "line 2 has no text"),
+        ("a.jsonl", '{"text": "to be"}\n{"text": ""}\n', "line 2: no text"),
         ("a.jsonl", '{"text": 7}\n', "the text is a int"),
         ("a.docx", "to be", "not a kind of file"),
     ],
@@ -107,8 +107,8 @@ def test_a_classification_does_not_read_txt_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"text": "to be", "target": ""}, "line 1 has no target"),
-        ({"text": "to be", "target": None}, "line 1 has no target"),
+        ({"text": "to be", "target": ""}, "line 1: no target"),
+        ({"text": "to be", "target": None}, "line 1: no target"),
         ({"text": "to be", "target": 3}, "the target is a int"),
         ({"text": "to be"}, "no column 'target'"),
     ],

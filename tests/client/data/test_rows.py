@@ -14,7 +14,8 @@ from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 from pyarrow import parquet
 
-from fedgraft.client.data.rows import read_split, split_validation
+from fedgraft.client.data.rows import read_split
+from fedgraft.client.data.splits import split_validation
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import DataError
@@ -114,8 +115,8 @@ BAD_TEXT: list[tuple[str, str | bytes, str, str]] = [
     ("a.csv", f'text,label\n"{SECRET}\n",no\n{SECRET},7\n', "line 4: label '7'", "0 to 1"),
     ("a.csv", f"text,label\n{SECRET}, and more,no\n", "line 2 has 3 fields", "quotes"),
     ("a.csv", f'text,label\n"{SECRET},no\n', "not valid CSV", "JSONL"),
-    ("a.csv", f"text,label\n{SECRET},\n", "line 2 has no label", "fill it in"),
-    ("a.csv", "text,label\n ,no\n", "line 2 has no text", "fill it in"),
+    ("a.csv", f"text,label\n{SECRET},\n", "line 2: no label", "fill it in"),
+    ("a.csv", "text,label\n ,no\n", "line 2: no text", "fill it in"),
     ("a.csv", b"text,label\nok,no\nna\xefve,no\n", "not UTF-8 (byte 19)", "UTF-8"),
     ("a.jsonl", b'{"text": "\xff", "label": "no"}\n', "not UTF-8 (byte 10)", "UTF-8"),
     (
@@ -126,11 +127,11 @@ BAD_TEXT: list[tuple[str, str | bytes, str, str]] = [
     ),
     ("a.jsonl", '[{"text": "x", "label": "no"}]\n', "line 1 is not a JSON object", "one object"),
     ("a.jsonl", '{"txt": "x", "label": "no"}\n', "its columns are: txt, label", "'txt'"),
-    ("a.jsonl", '{"text": null, "label": "no"}\n', "line 1 has no text", "fill it in"),
-    ("a.jsonl", '{"text": "", "label": "no"}\n', "line 1 has no text", "fill it in"),
+    ("a.jsonl", '{"text": null, "label": "no"}\n', "line 1: no text", "fill it in"),
+    ("a.jsonl", '{"text": "", "label": "no"}\n', "line 1: no text", "fill it in"),
     ("a.jsonl", '{"text": 7, "label": "no"}\n', "the text is a int, not a string", "quotes"),
     ("a.jsonl", '{"text": "\\ud800", "label": "no"}\n', "broken character", "lone"),
-    ("a.jsonl", '{"text": "x", "label": null}\n', "line 1 has no label", "fill it in"),
+    ("a.jsonl", '{"text": "x", "label": null}\n', "line 1: no label", "fill it in"),
     ("a.jsonl", '{"text": "x", "label": true}\n', "label True is not", "labels are"),
     ("a.jsonl", '{"text": "x", "label": 1.0}\n', "label 1.0 is not", "labels are no, yes"),
     ("a.jsonl", '{"text": "x", "label": -1}\n', "label -1 is not", "labels are no, yes"),

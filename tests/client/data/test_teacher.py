@@ -15,7 +15,8 @@ from support.trainings import digits, noisy, open_small, rows_for, settings, tra
 from fedgraft.client.data import teacher
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.rows import read_split
-from fedgraft.client.data.teacher import taught_by
+from fedgraft.client.data.teacher import teacher_logits
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import open_participant
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
@@ -43,22 +44,24 @@ def test_what_is_taught_is_what_the_model_says(tmp_path: Path) -> None:
     ).eval()
     for part in (splits.train, splits.validation):
         with torch.inference_mode():
-            wanted = model(**part.batch(np.arange(len(part)))).logits
-        torch.testing.assert_close(torch.from_numpy(part.taught), wanted, rtol=0, atol=1e-4)
-    assert splits.test.taught is None and splits_of(digits_job()).train.taught is None
+            wanted = model(**as_tensors(part.batch(np.arange(len(part))))).logits
+        torch.testing.assert_close(torch.from_numpy(part.teacher_logits), wanted, rtol=0, atol=1e-4)
+    assert (
+        splits.test.teacher_logits is None and splits_of(digits_job()).train.teacher_logits is None
+    )
 
 
 def test_it_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = digits_job(*TAUGHT)
     rows = read_split(splits_of(job).config.data.train, job).dataset
     cpu = torch.device("cpu")
-    first = taught_by(GLYPHS, rows, job, store=store(tmp_path), device=cpu)
+    first = teacher_logits(GLYPHS, rows, job, store=store(tmp_path), device=cpu)
 
     def never(*args: Any) -> None:
         raise AssertionError("loaded again")
 
     monkeypatch.setattr(teacher, "load", never)
-    again = taught_by(GLYPHS, rows, job, store=store(tmp_path, anew=False), device=cpu)
+    again = teacher_logits(GLYPHS, rows, job, store=store(tmp_path, anew=False), device=cpu)
     np.testing.assert_array_equal(first, again)
 
 
@@ -78,7 +81,7 @@ def test_a_teacher_that_does_not_know_the_labels_is_refused(tmp_path: Path) -> N
     )
     rows = read_split(splits_of(job).config.data.train, job).dataset
     with pytest.raises(BackboneError, match="does not know the job's labels"):
-        taught_by(GLYPHS, rows, other, store=store(tmp_path), device=torch.device("cpu"))
+        teacher_logits(GLYPHS, rows, other, store=store(tmp_path), device=torch.device("cpu"))
 
 
 def test_a_site_without_a_teacher_says_so() -> None:
@@ -115,10 +118,12 @@ def test_without_weight_on_labels_they_do_not_matter() -> None:
 def test_rows_that_are_chosen_or_joined_keep_what_was_taught() -> None:
     one, other = with_teacher("vit", digits(8)), with_teacher("vit", digits(6, 20), seed=4)
     index = np.array([3, 1])
-    np.testing.assert_array_equal(one.subset(index).taught, one.taught[index])
+    np.testing.assert_array_equal(one.subset(index).teacher_logits, one.teacher_logits[index])
     joined = concatenate([one, other])
-    assert joined.taught is not None
-    np.testing.assert_array_equal(joined.taught, np.concatenate([one.taught, other.taught]))
+    assert joined.teacher_logits is not None
+    np.testing.assert_array_equal(
+        joined.teacher_logits, np.concatenate([one.teacher_logits, other.teacher_logits])
+    )
 
 
 def test_a_federation_learns_from_an_exported_one(tmp_path: Path) -> None:

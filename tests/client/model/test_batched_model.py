@@ -23,7 +23,9 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 from fedgraft.client.model.batched_model import Stack, check_stacking, open_stack
-from fedgraft.client.model.batched_modules import Draws, stacked_module
+from fedgraft.client.model.batched_modules import stacked_module
+from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.model.randomness import Randomness
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import AdapterError, InputError
 from fedgraft.common.layout import Vector, is_factor_a
@@ -59,7 +61,7 @@ def peft_logits(stack: Stack, vector: Vector, inputs: dict[str, torch.Tensor]) -
 
 @each_method
 def test_one_site_computes_what_pefts_model_does(kind: str, method: dict[str, Any]) -> None:
-    stack, inputs = open_small(kind, **method), rows_for(kind, 9).batch(np.arange(9))
+    stack, inputs = open_small(kind, **method), as_tensors(rows_for(kind, 9).batch(np.arange(9)))
     for vector in (stack.bench.initial, noisy(stack.bench)):
         stack.put_one(stack.bench.layout, vector)
         with torch.inference_mode():
@@ -76,7 +78,7 @@ def test_sites_side_by_side_compute_what_each_does(kind: str, method: dict[str, 
     stack = open_small(kind, **method)
     rows = [rows_for(kind, 5, seed) for seed in (1, 2, 3)]
     width = max(one.width(np.arange(5)) for one in rows)
-    batches = [one.batch(np.arange(5), width) for one in rows]
+    batches = [as_tensors(one.batch(np.arange(5), width)) for one in rows]
     vectors = [noisy(stack.bench, seed=seed) for seed in range(3)]
     stack.put(stack.bench.layout, torch.from_numpy(np.stack(vectors)))
     with torch.inference_mode():
@@ -87,7 +89,7 @@ def test_sites_side_by_side_compute_what_each_does(kind: str, method: dict[str, 
 
 
 def test_tensors_that_are_not_put_are_initial() -> None:
-    stack, inputs = open_small("bert"), texts(6).batch(np.arange(6))
+    stack, inputs = open_small("bert"), as_tensors(texts(6).batch(np.arange(6)))
     layout, vector = stack.bench.layout, noisy(stack.bench)
     part = layout.only(name for name in layout.names if not is_factor_a(name))
     stack.put_one(layout, noisy(stack.bench, seed=3))
@@ -127,7 +129,7 @@ def test_frozen_tensors_are_shared_with_pefts_model(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["vit", "resnet", "bert"])
 def test_pefts_model_is_as_before(kind: str, precision: str) -> None:
     bench = open_small(kind).bench
-    inputs = rows_for(kind, 8).batch(np.arange(8))
+    inputs = as_tensors(rows_for(kind, 8).batch(np.arange(8)))
     before = {name: value.clone() for name, value in bench.model.state_dict().items()}
     logits = peft_logits(open_small(kind), noisy(bench), inputs)
     stack = open_small(kind, precision=precision)
@@ -149,7 +151,7 @@ def test_bf16_is_of_the_frozen_layers_and_not_of_batch_norm() -> None:
     assert kinds == {True: torch.float32, False: torch.bfloat16}
     assert stack.dtype == torch.bfloat16
     stack.put_one(stack.bench.layout, noisy(stack.bench))
-    assert stack.logits(digits(4).batch(np.arange(4))).dtype == torch.float32
+    assert stack.logits(as_tensors(digits(4).batch(np.arange(4)))).dtype == torch.float32
 
 
 def test_the_same_backbone_and_method_are_the_same_stack() -> None:
@@ -162,7 +164,7 @@ def test_a_layer_of_another_kind_is_refused() -> None:
     strange = nn.Module()
     strange.lora_A = nn.ModuleDict()
     with pytest.raises(AdapterError, match="no way to train a Module") as caught:
-        stacked_module(strange, Draws())
+        stacked_module(strange, Randomness())
     assert "method.targets" in caught.value.hint
 
 
@@ -212,16 +214,18 @@ def test_what_has_a_batch_dimension_everywhere_can_be_stacked(
     kind: str, method: dict[str, Any]
 ) -> None:
     stack = open_small(kind, **method)
-    check_stacking(stack, rows_for(kind, 8).batch(np.arange(8)))
+    check_stacking(stack, as_tensors(rows_for(kind, 8).batch(np.arange(8))))
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "bert"])
 def test_bf16_can_be_stacked(kind: str) -> None:
-    check_stacking(open_small(kind, precision="bf16"), rows_for(kind, 8).batch(np.arange(8)))
+    check_stacking(
+        open_small(kind, precision="bf16"), as_tensors(rows_for(kind, 8).batch(np.arange(8)))
+    )
 
 
 def test_a_table_for_all_rows_cannot_be_adapted_by_site(tmp_path: Path) -> None:
-    inputs = texts(8).batch(np.arange(8))
+    inputs = as_tensors(texts(8).batch(np.arange(8)))
     with pytest.raises(InputError, match="rows would mix") as caught:
         check_stacking(deberta(tmp_path, ["pos_key_proj"]), inputs)
     assert "sites_per_pass = 1" in caught.value.hint
@@ -230,11 +234,11 @@ def test_a_table_for_all_rows_cannot_be_adapted_by_site(tmp_path: Path) -> None:
 
 def test_a_table_that_cannot_even_be_cut_is_refused_in_the_same_words(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows would mix"):
-        check_stacking(swin(tmp_path), digits(8).batch(np.arange(8)))
+        check_stacking(swin(tmp_path), as_tensors(digits(8).batch(np.arange(8))))
 
 
 def test_rows_that_mix_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    stack, inputs = open_small("vit"), digits(8).batch(np.arange(8))
+    stack, inputs = open_small("vit"), as_tensors(digits(8).batch(np.arange(8)))
     (module, _), *_ = stack.modules.values()
     forward = module.forward
     monkeypatch.setattr(module, "forward", lambda x: forward(x).roll(1, 0))

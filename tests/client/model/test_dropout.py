@@ -6,11 +6,11 @@ import torch
 from support.trainings import digits, noisy, open_small, rows_for, settings, texts, trained
 
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.client.model.batched_modules import Draws, Rows, SiteDropout
-from fedgraft.client.training.evaluate import evaluate
+from fedgraft.client.model.randomness import Randomness, SiteDropout, SiteRows
+from fedgraft.client.training.evaluate import measure
 from fedgraft.common.config.training import Training
 from fedgraft.common.examples import Examples
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 
 STILL = 1e-12  # a learning rate at which nothing moves
 
@@ -20,7 +20,7 @@ def _losses(stack: Stack, examples: Examples, wanted: Training) -> tuple[float, 
     seen = trained(stack, examples, wanted).loss
     layout, vector = stack.bench.layout, noisy(stack.bench)
     measured, again = (
-        evaluate(stack, layout, vector, examples, measures=Measures(10)) for _ in range(2)
+        measure(stack, layout, vector, examples, measures=LabelMeasures(10)) for _ in range(2)
     )
     assert measured.tally.loss == again.tally.loss
     return seen, measured.tally.mean_loss
@@ -58,20 +58,20 @@ def test_a_model_without_dropout_in_its_head_has_none() -> None:
 # One layer
 
 
-def drawing(*rows: tuple[int, int, bool], width: int = 0, head: float = 0.0) -> Draws:
+def drawing(*rows: tuple[int, int, bool], width: int = 0, head: float = 0.0) -> Randomness:
     """What is random in a pass of sites with (rows, width, padding before) each."""
     every = tuple(
-        Rows(count, wide, left, torch.Generator().manual_seed(site))
+        SiteRows(count, wide, left, torch.Generator().manual_seed(site))
         for site, (count, wide, left) in enumerate(rows)
     )
-    return Draws(len(rows), every, width, head)
+    return Randomness(len(rows), every, width, head)
 
 
 def test_dropout_keeps_the_mean() -> None:
     out = SiteDropout(drawing((1000, 0, False)), 0.25)(torch.ones(1000, 100))
     assert sorted(set(out.flatten().tolist())) == [0.0, pytest.approx(4 / 3)]
     assert float(out.mean()) == pytest.approx(1.0, abs=0.01)
-    assert SiteDropout(Draws(), 0.25)(torch.ones(5, 1)).flatten().tolist() == [1] * 5
+    assert SiteDropout(Randomness(), 0.25)(torch.ones(5, 1)).flatten().tolist() == [1] * 5
 
 
 def test_the_heads_dropout_is_that_of_the_pass() -> None:

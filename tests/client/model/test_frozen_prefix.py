@@ -14,11 +14,11 @@ from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import open_feed
 from fedgraft.client.model.frozen_prefix import Prefix, _PassedOver
-from fedgraft.client.training.evaluate import evaluate
+from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import Trained, train
 from fedgraft.common.config.training import Training
 from fedgraft.common.examples import Examples
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {"targets": targets, "dropout": 0.2}) for kind, targets in TOP.items()),
@@ -70,8 +70,9 @@ def federate(
             assert isinstance(one, Trained)
             vectors[site] = one.vector
             found += [one.vector.tobytes(), np.float64(one.loss).tobytes()]
-            seen = evaluate(
-                stack, layout, one.vector, rows[site], measures=Measures(10), store=stores[site]
+            seen = measure(
+                stack, layout, one.vector, rows[site], measures=LabelMeasures(10),
+                store=stores[site],
             )  # fmt: skip
             found += [np.float64(seen.tally.loss).tobytes(), seen.tally.confusion.tobytes()]
     return found

@@ -14,7 +14,7 @@ from support.trainings import digits, make_job, noisy, open_small, settings, tra
 from torch import nn
 
 from fedgraft.client.model.batched_model import Stack, check_stacking, close_stacks, open_stack
-from fedgraft.client.model.forward import open_feed
+from fedgraft.client.model.forward import as_tensors, open_feed
 from fedgraft.client.model.frozen_prefix import identity_of
 from fedgraft.common.adapters.model import cache_folder
 from fedgraft.common.config.job import Job
@@ -45,7 +45,7 @@ def wide_job(quantize: str, precision: str = "fp32", **method: Any) -> Job:
 @torch.inference_mode()
 def logits(stack: Stack, seed: int = 8) -> torch.Tensor:
     stack.put_one(stack.bench.layout, noisy(stack.bench, seed=seed))
-    return stack.logits(digits(16).batch(np.arange(16)))
+    return stack.logits(as_tensors(digits(16).batch(np.arange(16))))
 
 
 def layers(stack: Stack) -> list[nn.Module]:
@@ -117,7 +117,7 @@ def test_what_trains_trains(quantize: str) -> None:
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
 def test_company_makes_little_difference(quantize: str) -> None:
     stack = open_stack(wide_job(quantize))
-    check_stacking(stack, digits(4).batch(np.arange(4)))
+    check_stacking(stack, as_tensors(digits(4).batch(np.arange(4))))
     if quantize == "4bit":  # 8 bits round what comes in, and a last bit may go either way
         Company(stack, [digits(9), digits(14, 30)], settings(epochs=2)).check(1e-4)
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from support.evaluations import measured_labels
 from support.guarded import Guarded
 from support.masked_federations import SESSION, Consortium, make_job
 
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import open_participant
 from fedgraft.client.results import store as results
 from fedgraft.client.results.store import find_result, keep_result, list_results
-from fedgraft.client.training.evaluate import evaluate
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.errors import InputError
@@ -28,7 +29,7 @@ from fedgraft.common.messages.payloads import (
     ResultReply,
     ResultRequest,
 )
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 
 RUN = "20261126-t-1a2b"
 OPEN = {"secure_aggregation": "allowed", "min_cohort": 1}
@@ -98,12 +99,14 @@ def test_peft_loads_it_and_is_as_good_as_the_federation_says(clear: Consortium) 
     at = open_participant(node.config)
     examples, bench = at.splits(clear.job).train, bench_of(clear)
     vector = bench.layout.merged(bench.initial, (clear.plan.exchanged, final(clear)))
-    ours = evaluate(at.stack(clear.job), bench.layout, vector, examples, measures=Measures(10))
+    ours = measured_labels(at.stack(clear.job), bench.layout, vector, examples, LabelMeasures(10))
     auto = transformers.AutoModelForImageClassification
     base = auto.from_pretrained(bench.backbone.folder, num_labels=10, ignore_mismatched_sizes=True)
     model = PeftModel.from_pretrained(base, folder).eval()
     with torch.inference_mode():
-        theirs = model(**examples.batch(np.arange(len(examples)))).logits.argmax(-1).numpy()
+        theirs = (
+            model(**as_tensors(examples.batch(np.arange(len(examples))))).logits.argmax(-1).numpy()
+        )
     assert np.array_equal(theirs, ours.predicted)
 
 

@@ -10,6 +10,7 @@ from support.trainings import KINDS, open_small, rows_for
 
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.selection import features
 from fedgraft.client.selection.features import blocks_of, features_of
 from fedgraft.common.errors import BackboneError
@@ -24,7 +25,7 @@ def opened(kind: str) -> Stack:
 def by_transformers(stack: Stack, examples: Examples, row: int) -> Any:
     """The features of one example, alone and without padding, straight from the body."""
     model: Any = stack.bench.model.get_base_model()
-    inputs = examples.batch(np.array([row]))
+    inputs = as_tensors(examples.batch(np.array([row])))
     if "pixel_values" not in inputs:
         return model.base_model(**inputs).last_hidden_state[0].mean(0)
     output = model.base_model(**inputs)
@@ -47,7 +48,7 @@ def test_only_a_head_of_its_own_predicts() -> None:
     examples = rows_for("vit", 20)
     index = np.arange(20)
     with torch.no_grad():
-        known = with_head.logits(examples.batch(index)).softmax(-1).numpy()
+        known = with_head.logits(as_tensors(examples.batch(index))).softmax(-1).numpy()
     np.testing.assert_allclose(features_of(with_head, examples).probabilities, known, atol=1e-6)
     assert features_of(without, examples).probabilities.shape == (20, 0)
 

@@ -12,6 +12,7 @@ from support.families import FAMILIES
 from support.federations import digits_job, write_digits
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.selection.zero_shot import is_dual, open_dual_encoder
 from fedgraft.common.console import Console
 from fedgraft.common.errors import BackboneError, JobError
@@ -56,7 +57,7 @@ def test_answers_are_those_of_the_model(clip: Path) -> None:
         output = model(
             input_ids=read["input_ids"],
             attention_mask=read["attention_mask"],
-            **pixels(150).batch(np.arange(150)),
+            **as_tensors(pixels(150).batch(np.arange(150))),
         )
     np.testing.assert_array_equal(found, output.logits_per_image.argmax(1).numpy())
     assert len(set(found.tolist())) > 1

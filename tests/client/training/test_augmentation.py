@@ -13,9 +13,9 @@ from support.companies import Company, uneven
 from support.federations import digits_job, run_digits
 from support.trainings import digits, noisy, open_small, rows_for, settings, task, texts, trained
 
-from fedgraft.client.model.batched_modules import Rows
-from fedgraft.client.model.forward import open_feed
+from fedgraft.client.model.forward import as_tensors, open_feed
 from fedgraft.client.model.frozen_prefix import Inputs
+from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.training.augmentation import open_augmentation
 from fedgraft.client.training.trainer import Trained, train
 from fedgraft.common.config.augmentation import Augmentation
@@ -28,8 +28,8 @@ WORDS: dict[str, Any] = {"text": {"hide": 0.2, "swap": 0.3}}
 SOUND: dict[str, Any] = {"audio": {"gain": 6, "delay": 0.1, "noise": 0.01}}
 
 
-def rows(count: int, seed: int = 0) -> Rows:
-    return Rows(count, 0, False, torch.Generator().manual_seed(seed))
+def rows(count: int, seed: int = 0) -> SiteRows:
+    return SiteRows(count, 0, False, torch.Generator().manual_seed(seed))
 
 
 def varied(what: dict[str, Any], inputs: Inputs, count: int, seed: int = 0) -> Inputs:
@@ -40,7 +40,7 @@ def varied(what: dict[str, Any], inputs: Inputs, count: int, seed: int = 0) -> I
 
 
 def pixels(count: int) -> Inputs:
-    return digits(count).batch(np.arange(count))
+    return as_tensors(digits(count).batch(np.arange(count)))
 
 
 # Images
@@ -90,7 +90,7 @@ def test_without_kornia_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 @limits(deadline=None)
 def test_swapping_loses_no_token_and_hiding_shows_none(seed: int, left: bool) -> None:
     examples = texts(8, seed, pad_left=left)
-    before = examples.batch(np.arange(8))
+    before = as_tensors(examples.batch(np.arange(8)))
     after = varied(WORDS, before, 8, seed)
     for row in range(8):
         real = before["attention_mask"][row].bool()
@@ -103,7 +103,7 @@ def test_swapping_loses_no_token_and_hiding_shows_none(seed: int, left: bool) ->
 
 
 def test_as_many_tokens_are_hidden_as_it_says() -> None:
-    before = texts(300, longest=40).batch(np.arange(300))
+    before = as_tensors(texts(300, longest=40).batch(np.arange(300)))
     after = varied({"text": {"hide": 0.25}}, before, 300)
     gone = before["attention_mask"].sum() - after["attention_mask"].sum()
     could = (before["attention_mask"].sum(1) - 2).clamp(min=0).sum()
@@ -136,7 +136,7 @@ def test_sounds_are_louder_later_or_noisier() -> None:
 def test_only_real_rows_change_and_the_same_draws_do_the_same(what: dict[str, Any]) -> None:
     made: dict[str, Inputs] = {
         "image": pixels(6),
-        "text": texts(6).batch(np.arange(6)),
+        "text": as_tensors(texts(6).batch(np.arange(6))),
         "audio": {"input_values": torch.linspace(0, 1, 600).view(6, 100)},
     }
     inputs = made[next(iter(what))]

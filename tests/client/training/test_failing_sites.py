@@ -62,13 +62,13 @@ def test_an_exception_in_a_pass_leaves_nothing_behind() -> None:
     before = company.together()
 
     def fail(module: object, args: object, output: object) -> None:
-        if stack.draws.rows:
+        if stack.randomness.rows:
             raise MemoryError
 
     handle = stack.model.get_submodule("classifier").register_forward_hook(fail)
     with pytest.raises(MemoryError):
         company.together()
     handle.remove()
-    assert not stack.draws.rows  # evaluation would draw
+    assert not stack.randomness.rows  # evaluation would draw
     after = company.together()
     assert [one.vector.tobytes() for one in after] == [one.vector.tobytes() for one in before]

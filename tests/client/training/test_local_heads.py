@@ -7,10 +7,10 @@ import pytest
 from support.places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client.participant import FIRST
-from fedgraft.client.training.evaluate import evaluate
+from fedgraft.client.training.evaluate import measure
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.layout import Vector
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_evaluation_uses_the_head_of_its_round(private: Place) -> None:
         tally = private.site().evaluate(request).tally
         parts = (private.bench.local, head), (private.plan.exchanged, request.adapter)
         vector = layout.merged(private.bench.initial, *parts)
-        wanted = evaluate(stack, layout, vector, examples, measures=Measures(10)).tally
+        wanted = measure(stack, layout, vector, examples, measures=LabelMeasures(10)).tally
         assert tally.tolist() == wanted.to_vector().tolist()
     assert not np.array_equal(kept[0], kept[1])
 

@@ -22,13 +22,13 @@ from support.trainings import (
 )
 
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.client.training.evaluate import evaluate
+from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import Span, Trained, train, train_alone
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import ImageExamples
 from fedgraft.common.layout import Layout, Vector, is_factor_a, is_head
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 
 
 def part_of(stack: Stack, part: str) -> Layout:
@@ -317,9 +317,9 @@ def test_bf16_computes_in_bf16_and_stays_close(kind: str) -> None:
 def test_training_on_digits_learns_them() -> None:
     stack, examples = open_small("vit"), digits(200)
     layout, initial = stack.bench.layout, stack.bench.initial
-    before = evaluate(stack, layout, initial, examples, measures=Measures(10)).tally
+    before = measure(stack, layout, initial, examples, measures=LabelMeasures(10)).tally
     result = trained(stack, examples, settings(epochs=3, learning_rate=5e-3), start=initial)
-    after = evaluate(stack, layout, result.vector, examples, measures=Measures(10)).tally
+    after = measure(stack, layout, result.vector, examples, measures=LabelMeasures(10)).tally
     assert after.mean_loss < 0.6 * before.mean_loss
     assert after.accuracy > before.accuracy
     assert after.mean_loss < result.loss < before.mean_loss

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from fedgraft.common.aggregation import RULES, RunningMean
 from fedgraft.common.aggregation.median import PIECE
-from fedgraft.common.config.job import INDIVIDUAL
 from fedgraft.common.config.sections import Aggregation, ServerOptimizer
 from fedgraft.common.layout import Layout
 from fedgraft.server.optimizers import apply
 from fedgraft.server.state import Moments
 
+INDIVIDUAL = {"median"}
 LAYOUT = Layout(
     (
         "base.q.lora_A.default.weight",
@@ -111,6 +111,8 @@ def test_fedsa_keeps_the_factors_b_at_home() -> None:
 def test_a_job_knows_which_rules_must_see_each_update() -> None:
     assert {name for name, rule in RULES.items() if rule.needs == "individual"} == INDIVIDUAL
     assert {rule.needs for rule in RULES.values()} == {"sum", "individual"}
+    refusing = {name for name, rule in RULES.items() if "secure_aggregation" in rule.refuses}
+    assert refusing == INDIVIDUAL
 
 
 @pytest.mark.parametrize("name", sorted(RULES))

@@ -55,5 +55,5 @@ def test_the_rest_of_a_job_is_as_ever() -> None:
         simulation={"partition": {"kind": "iid"}, "sites": 3},
         privacy={"secure_aggregation": {"enabled": True}},
     )
-    assert job.measures.parts == 32 and job.job.classes == 2
+    assert job.measures.most_parts == 32 and job.measures.classes == 2
     assert job.for_sites().simulation is None

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fedgraft.common.config.job import Job
 from fedgraft.common.layout import Layout
 from fedgraft.common.messages.masked_terms import (
-    TALLY_LIMIT,
     describe,
     evaluation_terms,
     floor_for,
@@ -20,6 +19,7 @@ from fedgraft.common.messages.masked_terms import (
     training_terms,
 )
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest, Work
+from fedgraft.common.metrics.evaluation import TALLY_LIMIT
 from fedgraft.common.secagg.errors import ParameterError
 from fedgraft.common.secagg.quantize import LANES, encode_update
 from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, context_hash

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.metrics.measures import CALIBRATION_BINS
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import CALIBRATION_BINS, LabelMeasures
 from fedgraft.common.metrics.tally import Tally
 
 Logits = NDArray[np.float32]
@@ -31,7 +30,7 @@ def answers(draw: st.DrawFn, classes: int = 3) -> tuple[Logits, Labels]:
 
 
 def counted(
-    measures: Measures, logits: Logits, true: Labels, groups: Labels | None = None
+    measures: LabelMeasures, logits: Logits, true: Labels, groups: Labels | None = None
 ) -> Tally:
     predicted = logits.argmax(1)
     more = measures.count_scores(logits, true)
@@ -66,7 +65,7 @@ def test_auroc_is_that_of_scikit_learn_within_the_stated_error(
     pair: tuple[Logits, Labels], bins: int
 ) -> None:
     logits, true = pair
-    measures = Measures(3, bins)
+    measures = LabelMeasures(3, bins)
     found = measures.summary(counted(measures, logits, true))
     classes = [one for one in range(3) if 0 < (true == one).sum() < len(true)]
     if not classes:
@@ -85,7 +84,7 @@ def test_with_all_classes_it_is_the_macro_average_of_one_against_the_rest() -> N
     expected = roc_auc_score(true, shares(logits), multi_class="ovr", average="macro")
     errors = []
     for bins in (20, 100, 500):
-        measures = Measures(4, bins)
+        measures = LabelMeasures(4, bins)
         found = measures.summary(counted(measures, logits, true))
         assert abs(found["auroc"] - expected) <= found["auroc_error"]
         errors.append(found["auroc_error"])
@@ -99,7 +98,7 @@ def test_ranks_among_rare_probabilities_are_told_apart() -> None:
     true = rng.integers(0, 150, 2000)
     logits = rng.normal(size=(2000, 150)).astype(np.float32)
     logits[np.arange(2000), true] += 1.0
-    measures = Measures(150, 100)
+    measures = LabelMeasures(150, 100)
     found = measures.summary(counted(measures, logits, true))
     expected = roc_auc_score(true, shares(logits), multi_class="ovr", average="macro")
     assert abs(found["auroc"] - expected) <= found["auroc_error"] < 0.05
@@ -110,7 +109,7 @@ def test_ranks_among_rare_probabilities_are_told_apart() -> None:
 def test_the_calibration_error_is_the_exact_one_within_half_a_bin(
     pair: tuple[Logits, Labels], bins: int
 ) -> None:
-    measures = Measures(3, bins)
+    measures = LabelMeasures(3, bins)
     found = measures.summary(counted(measures, *pair))
     assert found["calibration_error_bound"] == 0.5 / bins
     off = abs(found["calibration_error"] - exact_calibration_error(*pair))
@@ -119,7 +118,7 @@ def test_the_calibration_error_is_the_exact_one_within_half_a_bin(
 
 def test_a_model_that_is_sure_and_half_right_is_off_by_a_half() -> None:
     logits = np.tile(np.array([[40.0, 0.0]], np.float32), (100, 1))
-    measures = Measures(2, 1000)
+    measures = LabelMeasures(2, 1000)
     found = measures.summary(counted(measures, logits, np.arange(100) % 2))
     assert found["calibration_error"] == pytest.approx(0.5, abs=0.0006)
 
@@ -129,7 +128,7 @@ def test_a_model_that_is_sure_and_half_right_is_off_by_a_half() -> None:
 def test_counts_of_two_sites_add_up_to_those_of_all_examples(
     one: tuple[Logits, Labels], other: tuple[Logits, Labels]
 ) -> None:
-    measures = Measures(3, 20, ("f", "m"))
+    measures = LabelMeasures(3, 20, ("f", "m"))
     rng = np.random.default_rng(0)
     groups = [rng.integers(-1, 2, len(true)) for _, true in (one, other)]
     merged = counted(measures, *one, groups[0]) + counted(measures, *other, groups[1])
@@ -142,7 +141,7 @@ def test_counts_of_two_sites_add_up_to_those_of_all_examples(
 
 
 def test_groups_are_told_apart_and_small_ones_are_not_shown() -> None:
-    measures = Measures(2, 0, ("f", "m", "x"), fewest=4)
+    measures = LabelMeasures(2, 0, ("f", "m", "x"), fewest=4)
     groups = np.array([0] * 10 + [1] * 5 + [2] * 3 + [-1] * 7)
     correct = np.array([True] * 9 + [False] + [True, False, False, False, False] + [True] * 10)
     true = np.zeros(25, np.int64)
@@ -161,21 +160,21 @@ def test_groups_are_told_apart_and_small_ones_are_not_shown() -> None:
 
 
 def test_a_gap_needs_two_groups_that_are_shown() -> None:
-    measures = Measures(2, 0, ("f", "m"), fewest=4)
+    measures = LabelMeasures(2, 0, ("f", "m"), fewest=4)
     more = measures.count_groups(np.zeros(9, np.int64), np.ones(9, np.bool_))
     found = measures.summary(Tally.of(0.0, np.zeros(9, int), np.zeros(9, int), 2, more))
     assert found["accuracy_gap"] is None
 
 
 def test_where_nothing_is_asked_nothing_is_counted_or_said() -> None:
-    measures = Measures(3)
+    measures = LabelMeasures(3)
     tally = counted(measures, np.eye(3, dtype=np.float32), np.arange(3))
     assert measures.size == 0 and len(tally.more) == 0 and measures.summary(tally) == {}
     assert tally.to_vector().shape == (10,)
 
 
 def test_without_examples_there_are_no_figures() -> None:
-    measures = Measures(3, 10, ("f",))
+    measures = LabelMeasures(3, 10, ("f",))
     found = measures.summary(Tally.empty(measures))
     assert found["auroc"] is found["calibration_error"] is None
     assert found["groups"] == {"f": None} and found["accuracy_gap"] is None
@@ -183,7 +182,7 @@ def test_without_examples_there_are_no_figures() -> None:
 
 @pytest.mark.parametrize("at", ["scores", "sure", "groups", "negative"])
 def test_counts_that_contradict_the_confusion_matrix_are_refused(at: str) -> None:
-    measures = Measures(2, 10, ("f",))
+    measures = LabelMeasures(2, 10, ("f",))
     logits = np.array([[1, 0], [0, 1], [2, 0]], np.float32)
     vector = counted(measures, logits, np.array([0, 1, 1]), np.zeros(3, np.int64)).to_vector()
     Tally.from_vector(vector, measures)
@@ -194,7 +193,7 @@ def test_counts_that_contradict_the_confusion_matrix_are_refused(at: str) -> Non
 
 
 def test_extreme_logits_are_counted_like_any() -> None:
-    measures = Measures(2, 10)
+    measures = LabelMeasures(2, 10)
     logits = np.array([[1e30, -1e30], [-1e30, 1e30], [0, 0]], np.float32)
     tally = counted(measures, logits, np.array([0, 1, 0]))
     assert measures.fits(tally) and math.isfinite(measures.summary(tally)["auroc"])

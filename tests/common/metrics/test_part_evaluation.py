@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedgraft.common.metrics.part_outcome import BlockVerdict
 from fedgraft.common.metrics.part_evaluation import block_verdict, part_intervals
+from fedgraft.common.metrics.verdict import Verdict
 
 RNG = np.random.default_rng
 
@@ -23,7 +23,7 @@ def losses(blocks: int, seed: int, gap: float = 0.0) -> tuple[Any, Any, Any]:
     return other + counted * draw.normal(gap, 0.2, blocks), other, counted
 
 
-def judged(federated: Any, other: Any, counted: Any, seed: int = 0, **more: Any) -> BlockVerdict:
+def judged(federated: Any, other: Any, counted: Any, seed: int = 0, **more: Any) -> Verdict:
     return block_verdict(federated, other, counted, name="north", generator=RNG(seed), **more)
 
 

@@ -16,7 +16,7 @@ from sklearn.metrics import (
 )
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 from fedgraft.common.metrics.tally import Tally
 
 Labels = NDArray[np.int64]
@@ -97,7 +97,7 @@ def test_tallies_of_two_sites_add_up_to_the_tally_of_all_their_examples(
 @given(predictions(), losses)
 def test_the_empty_tally_adds_nothing(pair: tuple[Labels, Labels], loss: float) -> None:
     tally = Tally.of(loss, *pair, 4)
-    merged = Tally.empty(Measures(4)) + tally
+    merged = Tally.empty(LabelMeasures(4)) + tally
     assert merged.loss == loss
     assert np.array_equal(merged.confusion, tally.confusion)
 
@@ -114,7 +114,7 @@ def test_a_vector_brings_the_tally_back(pair: tuple[Labels, Labels], loss: float
     vector = tally.to_vector()
     assert vector.dtype == np.float64
     assert vector.shape == (17,)
-    back = Tally.from_vector(vector, Measures(4))
+    back = Tally.from_vector(vector, LabelMeasures(4))
     assert back.loss == loss
     assert back.confusion.dtype == np.int64
     assert np.array_equal(back.confusion, tally.confusion)
@@ -152,4 +152,4 @@ HOSTILE: dict[str, NDArray[np.generic]] = {
 def test_a_hostile_vector_is_refused(name: str) -> None:
     with warnings.catch_warnings(), pytest.raises(MessageError):
         warnings.simplefilter("ignore")
-        Tally.from_vector(HOSTILE[name], Measures(2))  # type: ignore[arg-type]
+        Tally.from_vector(HOSTILE[name], LabelMeasures(2))  # type: ignore[arg-type]

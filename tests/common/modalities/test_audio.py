@@ -13,7 +13,7 @@ from scipy.io import wavfile
 from support.recordings import tone, write_wav
 
 from fedgraft.common.errors import BackboneError, DataError
-from fedgraft.common.modalities import load_processor
+from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.modalities.audio import SHORTEST, AudioProcessor, Recording, open_recording
 
 W2V: dict[str, Any] = {"conv_dim": (8, 8), "conv_kernel": (10, 4), "conv_stride": (5, 4)}
@@ -26,7 +26,7 @@ def written(samples: Any, rate: int = 8000) -> dict[str, Any]:
 
 
 def load(folder: Path, config: Any) -> AudioProcessor:
-    processor = load_processor(folder, "audio", config)
+    processor = MODALITIES["audio"].load(folder, config)
     assert isinstance(processor, AudioProcessor)
     return processor
 

@@ -13,11 +13,13 @@ from support.recordings import LABELS, tone, write_tones, write_wav
 from fedgraft.client.data import cache as store_module
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.rows import encode, read_split
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.examples import AudioExamples, concatenate
-from fedgraft.common.modalities import Processor, load_processor
+from fedgraft.common.modalities import MODALITIES, Processor
+from fedgraft.common.modalities.audio import AudioProcessor
 
 
 def make_job(**section: Any) -> Job:
@@ -34,7 +36,9 @@ def processor_of(folder: Path, norm: str = "layer") -> Processor:
     config = transformers.Wav2Vec2Config(
         conv_dim=(8, 8), conv_kernel=(10, 4), conv_stride=(5, 4), feat_extract_norm=norm
     )
-    return load_processor(folder, "audio", config)
+    found = MODALITIES["audio"].load(folder, config)
+    assert isinstance(found, AudioProcessor)
+    return found
 
 
 def encoded(path: Path, job: Job, processor: Processor, store: Store | None = None) -> Any:
@@ -90,7 +94,7 @@ def test_recordings_are_padded_to_one_length_with_a_mask(tmp_path: Path) -> None
     write_wav(tmp_path / "high" / "00.wav", short)
     examples = encoded(tmp_path, make_job(), processor_of(tmp_path / "none"))
     assert isinstance(examples, AudioExamples)
-    batch = examples.batch(np.array([0, 1]))
+    batch = as_tensors(examples.batch(np.array([0, 1])))
     high, low = batch["input_values"]
     assert batch["input_values"].shape == (2, 8000)  # half a second at 16 kHz
     assert batch["attention_mask"].sum(1).tolist() == [3200, 8000]
@@ -108,8 +112,8 @@ def test_a_subset_and_a_concatenation_keep_rows_and_mask(tmp_path: Path) -> None
     assert len(joined) == 6
     for at, (part, row) in enumerate(sources):
         assert joined.labels[at] == part.labels[row]
-        for key, value in joined.batch(np.array([at])).items():
-            assert torch.equal(value, part.batch(np.array([row]))[key])
+        for key, value in as_tensors(joined.batch(np.array([at]))).items():
+            assert torch.equal(value, as_tensors(part.batch(np.array([row])))[key])
     assert whole.subset(np.array([0])).digest != whole.subset(np.array([1])).digest
 
 
@@ -145,10 +149,8 @@ def test_the_order_of_rows_and_the_length_are_part_of_the_key(
 
 
 def test_a_length_that_the_backbone_cannot_read(tmp_path: Path) -> None:
-    processor = load_processor(
-        tmp_path / "none", "audio",
-        transformers.WhisperConfig(num_mel_bins=16, max_source_positions=50),
-    )  # fmt: skip
+    config = transformers.WhisperConfig(num_mel_bins=16, max_source_positions=50)
+    processor = MODALITIES["audio"].load(tmp_path / "none", config)
     sounds = write_tones(tmp_path / "a", 1)
     with pytest.raises(BackboneError, match="reads 1 seconds"):
         encoded(sounds, make_job(seconds=5.0), processor)

@@ -12,9 +12,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.modalities.image import ImageProcessor, open_image, to_channels
 from fedgraft.common.modalities.text import TextProcessor
-from fedgraft.common.modalities import load_processor
 
 CONFIG = SimpleNamespace(num_channels=1, image_size=8)
 
@@ -34,13 +34,13 @@ def save_pipeline(folder: Path, **config: Any) -> None:
 
 
 def load_text(folder: Path, config: Any = None) -> TextProcessor:
-    processor = load_processor(folder, "text", config)
+    processor = MODALITIES["text"].load(folder, config)
     assert isinstance(processor, TextProcessor)
     return processor
 
 
 def load_image(folder: Path, config: Any = CONFIG) -> ImageProcessor:
-    processor = load_processor(folder, "image", config)
+    processor = MODALITIES["image"].load(folder, config)
     assert isinstance(processor, ImageProcessor)
     return processor
 

@@ -10,14 +10,15 @@ import pytest
 import transformers
 from PIL import Image
 from support.clips import LABELS, write_clip, write_clips
+from support.evaluations import NOWHERE
 from support.families import FAMILIES, family_job
 
-from fedgraft.client.data.rows import read_split
+from fedgraft.client.data.rows import Columns, read_split
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import BackboneError, DataError, InputError
-from fedgraft.common.modalities import load_processor
+from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.modalities.video import VideoProcessor, open_clip
-from fedgraft.common.modalities.video_arrays import encode_clips
 
 
 def source(path: Path, *, inside: bool = False) -> dict[str, Any]:
@@ -99,8 +100,8 @@ def test_clips_are_encoded_as_the_model_reads_them(tmp_path: Path) -> None:
     assert job.simulation is not None
     rows = read_split(str(job.simulation.test), job).dataset
     labels = np.array(rows["label"][:])
-    examples = encode_clips(rows, labels, processor, job, store=None, key="")
-    batch = examples.batch(np.arange(3))["pixel_values"]
+    examples = MODALITIES["video"].encode(Columns(rows), labels, processor, job.settings, NOWHERE)
+    batch = as_tensors(examples.batch(np.arange(3)))["pixel_values"]
     assert batch.shape == (3, 4, 3, 8, 8)
     first = open_clip(rows.with_format("arrow")[:]["video"].to_pylist()[0], 4)
     np.testing.assert_array_equal(batch[0].numpy(), processor.pixels(first, "backbone"))
@@ -129,7 +130,7 @@ def test_the_settings_of_a_pipeline_for_clips_are_used(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(described))
     read = transformers.AutoConfig.from_pretrained(tmp_path)
-    processor = load_processor(tmp_path, "video", read)
+    processor = MODALITIES["video"].load(tmp_path, read)
     assert isinstance(processor, VideoProcessor) and processor.shape == (4, 3, 8, 8)
     grey = Image.new("RGB", (24, 12), (128, 128, 128))
     found = processor.pixels([grey] * 4, "backbone")
@@ -140,4 +141,4 @@ def test_the_settings_of_a_pipeline_for_clips_are_used(tmp_path: Path) -> None:
 def test_a_backbone_without_frames_is_refused(tmp_path: Path) -> None:
     transformers.ViTConfig(image_size=8).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match="how many frames"):
-        load_processor(tmp_path, "video", transformers.AutoConfig.from_pretrained(tmp_path))
+        MODALITIES["video"].load(tmp_path, transformers.AutoConfig.from_pretrained(tmp_path))

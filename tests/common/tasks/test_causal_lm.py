@@ -9,22 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.evaluations import NOWHERE, measured_parts, text_rows
 from support.language_models import CHARACTERS, job_settings, save_language_model
 from support.trainings import noisy
 
-from fedgraft.client.data.cache import WORTH_A_FILE, Store
+from fedgraft.client.data.cache import WORTH_A_FILE, Keeper, Store
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.common.examples import IGNORED
-from fedgraft.common.metrics.part_evaluation import PartEvaluation
-from fedgraft.client.training.evaluate import evaluate_parts, measure
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.adapters.model import open_processor
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError
-from fedgraft.common.examples import TextExamples
+from fedgraft.common.examples import IGNORED, TextExamples
 from fedgraft.common.modalities.text import TextProcessor
-from fedgraft.common.tasks.causal_lm import cut_blocks, encode_blocks
+from fedgraft.common.tasks.causal_lm import Blocks, cut_blocks, encode_blocks
 
 TEXTS = [
     "to be, or not to be",
@@ -42,10 +41,10 @@ def make_job(backbone: Path, **data: Any) -> Job:
     return parse_job(job_settings("gpt2", backbone, "-", **data), where="test")
 
 
-def encoded(backbone: Path, texts: list[str], most: int) -> TextExamples:
+def encoded(backbone: Path, texts: list[str], most: int) -> Blocks:
     processor = open_processor(make_job(backbone))[1]
     assert isinstance(processor, TextProcessor)
-    return encode_blocks(texts, processor, most, store=None, key="")
+    return encode_blocks(text_rows(texts), processor, most, NOWHERE)
 
 
 @given(
@@ -60,12 +59,12 @@ def test_every_token_but_the_first_of_a_document_is_predicted_once(
     starts, sizes = cut_blocks(lengths, most)
     assert sizes.max() <= most and sizes.min() >= 1
     ids = np.arange(1, lengths.sum() + 1, dtype=np.int32)  # each token names its place
-    blocks = TextExamples(
-        np.zeros(len(starts), np.int64), ids, starts, sizes, None, 0, left, most, predicted=True
+    blocks = Blocks(
+        TextExamples(np.zeros(len(starts), np.int64), ids, starts, sizes, None, 0, left, most)
     )
     every = np.arange(len(blocks))
-    targets = blocks.targets(every)
-    inputs = blocks.batch(every)["input_ids"]
+    targets = torch.from_numpy(blocks.targets(every))
+    inputs = as_tensors(blocks.batch(every))["input_ids"]
     told = targets != IGNORED
     first = set((np.cumsum(lengths) - lengths + 1).tolist())
     wanted = [place for place in ids.tolist() if place not in first]
@@ -75,7 +74,7 @@ def test_every_token_but_the_first_of_a_document_is_predicted_once(
 
 
 def test_a_block_ends_where_its_document_ends(backbone: Path) -> None:
-    blocks = encoded(backbone, ["abcde", "xy"], 4)
+    blocks = encoded(backbone, ["abcde", "xy"], 4).source
     read = [blocks.ids[s : s + n].tolist() for s, n in zip(blocks.starts, blocks.lengths)]  # noqa: B905
     told = ["".join(CHARACTERS[token] for token in block) for block in read]
     assert told == ["abcd", "de<eos>", "xy<eos>"]
@@ -103,8 +102,7 @@ def test_perplexity_is_that_of_torch(kind: str, tmp_path: Path) -> None:
     job = parse_job(job_settings(kind, folder, "-"), where="test")
     stack = open_stack(job)
     vector, blocks = noisy(stack.bench), encoded(folder, TEXTS, 9)
-    found = measure(stack, stack.bench.layout, vector, blocks, measures=job.measures)
-    assert isinstance(found, PartEvaluation)
+    found = measured_parts(stack, stack.bench.layout, vector, blocks, job.measures)
     with torch.inference_mode():
         loss, count, right = by_torch(stack, TEXTS, 9)
     assert (found.counted.sum(), found.right.sum()) == (count, right)
@@ -115,21 +113,24 @@ def test_perplexity_is_that_of_torch(kind: str, tmp_path: Path) -> None:
 
 
 def test_blocks_of_any_order_come_to_the_same(backbone: Path) -> None:
-    stack = open_stack(make_job(backbone))
+    job = make_job(backbone)
+    stack = open_stack(job)
     layout, vector = stack.bench.layout, noisy(stack.bench)
     blocks = encoded(backbone, TEXTS, 5)
-    plain = evaluate_parts(stack, layout, vector, blocks, None)
+    plain = measured_parts(stack, layout, vector, blocks, job.measures)
     order = np.random.default_rng(2).permutation(len(blocks))
-    other = evaluate_parts(stack, layout, vector, blocks.subset(order), None)
+    other = measured_parts(stack, layout, vector, blocks.subset(order), job.measures)
     np.testing.assert_allclose(other.losses, plain.losses[order], rtol=1e-5)
     assert np.array_equal(other.counted, plain.counted[order])
 
 
 def test_no_text_is_an_empty_tally(backbone: Path) -> None:
-    stack, blocks = open_stack(make_job(backbone)), encoded(backbone, TEXTS, 5)
+    job = make_job(backbone)
+    stack, blocks = open_stack(job), encoded(backbone, TEXTS, 5)
     nothing = blocks.subset(np.empty(0, np.int64))
     layout, initial = stack.bench.layout, stack.bench.initial
-    assert evaluate_parts(stack, layout, initial, nothing, None).tally.examples == 0
+    found = measured_parts(stack, layout, initial, nothing, job.measures)
+    assert found.tally.examples == 0
 
 
 def test_a_text_that_becomes_no_tokens_is_refused(backbone: Path) -> None:
@@ -139,7 +140,7 @@ def test_a_text_that_becomes_no_tokens_is_refused(backbone: Path) -> None:
     processor.tokenizer.eos_token = None  # behind every document, if there is one
     try:
         with pytest.raises(DataError, match="text 2 of 2 becomes no tokens") as caught:
-            encode_blocks(["abc", "§§"], processor, 8, store=None, key="")
+            encode_blocks(text_rows(["abc", "§§"]), processor, 8, NOWHERE)
     finally:
         processor.tokenizer.eos_token = "<eos>"
     assert caught.value.hint and "§" not in str(caught.value)
@@ -158,11 +159,12 @@ def test_tokens_are_kept_and_found_again(
 ) -> None:
     processor = open_processor(make_job(backbone))[1]
     assert isinstance(processor, TextProcessor)
-    many = TEXTS * (WORTH_A_FILE // 100)
-    store = Store(tmp_path, memory=0, disk=10**9)
-    first = encode_blocks(many, processor, 9, store=store, key="k")
+    many = text_rows(TEXTS * (WORTH_A_FILE // 100))
+    keep = Keeper(Store(tmp_path, memory=0, disk=10**9), "k")
+    first = encode_blocks(many, processor, 9, keep)
     monkeypatch.setattr(TextProcessor, "tokenize_documents", None)  # must not be called again
-    again = encode_blocks(many, processor, 9, store=store, key="k")
-    assert np.array_equal(first.ids, again.ids) and first.digest == again.digest
-    longer = encode_blocks(many, processor, 30, store=store, key="k")
-    assert len(longer) < len(first) and np.array_equal(longer.ids, first.ids)
+    again = encode_blocks(many, processor, 9, keep)
+    assert np.array_equal(first.source.ids, again.source.ids) and first.digest == again.digest
+    longer = encode_blocks(many, processor, 30, keep)
+    assert len(longer) < len(first)
+    assert np.array_equal(longer.source.ids, first.source.ids)

@@ -16,17 +16,18 @@ from support.trainings import noisy, settings, trained
 
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import open_stack
-from fedgraft.client.model.batched_modules import Rows
-from fedgraft.client.objectives.labels import CLOSE
-from fedgraft.common.metrics.part_evaluation import PartEvaluation
+from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.model.randomness import SiteRows
+from fedgraft.client.objectives import CLOSE
 from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import open_processor, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError, JobError
 from fedgraft.common.examples import concatenate
-from fedgraft.common.modalities.patches import cut_patches, painting_settings
-from fedgraft.common.tasks.masked_image_modeling import UNSEEN, PatchExamples
+from fedgraft.common.metrics.part_evaluation import PartEvaluation
+from fedgraft.common.tasks import TASKS
+from fedgraft.common.tasks.masked_image_modeling import UNSEEN, MaskedPatches, cut_patches
 from fedgraft.server.rounds import make_plan
 
 PAINT = ("job.task=masked-image-modeling", "job.labels=[]", "simulation.partition={kind='iid'}")
@@ -37,27 +38,27 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     return write_digits(tmp_path_factory.mktemp("digits"), 90, 30)
 
 
-def examples_of(job: Job) -> PatchExamples:
+def examples_of(job: Job) -> MaskedPatches:
     assert job.simulation is not None
     found = encode(read_split(job.simulation.train, job).dataset, open_processor(job)[1], job,
                    store=None, key="")  # fmt: skip
-    assert isinstance(found, PatchExamples)
+    assert isinstance(found, MaskedPatches)
     return found.subset(np.arange(24))
 
 
-def batch_of(examples: PatchExamples) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def batch_of(examples: MaskedPatches) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     every = np.arange(len(examples))
-    return examples.batch(every), examples.targets(every)
+    return as_tensors(examples.batch(every)), torch.from_numpy(examples.targets(every))
 
 
 def test_an_image_is_cut_row_by_row() -> None:
-    image = torch.arange(2 * 4 * 6).reshape(1, 2, 4, 6).float()
+    image = np.arange(2 * 4 * 6, dtype=np.float32).reshape(1, 2, 4, 6)
     patches = cut_patches(image, 2)
     assert patches.shape == (1, 6, 8)
     for at in range(6):
         row, column = 2 * (at // 3), 2 * (at % 3)
         own = image[0, :, row : row + 2, column : column + 2]
-        assert torch.equal(patches[0, at], own.reshape(-1))
+        assert np.array_equal(patches[0, at], own.reshape(-1))
 
 
 @pytest.mark.parametrize(("share", "count"), [(None, 10), (0.25, 4), (0.01, 1)])
@@ -69,7 +70,7 @@ def test_what_is_hidden_is_what_is_asked_for(
     inputs, targets = batch_of(examples)
     assert inputs[UNSEEN].shape == (len(examples), 16)  # 8 x 8 pixels in patches of 2 x 2
     assert (inputs[UNSEEN].sum(1) == count).all()
-    patches = cut_patches(inputs["pixel_values"], 2)
+    patches = torch.from_numpy(cut_patches(inputs["pixel_values"].numpy(), 2))
     assert torch.equal(targets[inputs[UNSEEN]], patches[inputs[UNSEEN]])
     assert targets[~inputs[UNSEEN]].isnan().all()
 
@@ -85,17 +86,20 @@ def test_an_image_hides_the_same_wherever_it_is(rows: tuple[str, ...]) -> None:
 @given(seed=st.integers(0, 2**32), real=st.integers(0, 24))
 def test_in_training_it_is_drawn_anew(rows: tuple[str, ...], seed: int, real: int) -> None:
     examples = examples_of(digits_job(*rows, *PAINT))
-    inputs, targets = batch_of(examples)
+    every = np.arange(len(examples))
+    inputs, targets = examples.batch(every), examples.targets(every)
     found = [
-        examples.hide_anew(inputs, targets, Rows(real, 0, False, torch.Generator().manual_seed(s)))
+        examples.corrupt(
+            inputs, targets, SiteRows(real, 0, False, torch.Generator().manual_seed(s))
+        )
         for s in (seed, seed, seed + 1)
     ]
     (one, wanted), (again, _), (other, _) = found
-    assert torch.equal(one[UNSEEN], again[UNSEEN])
-    assert real < 2 or not torch.equal(one[UNSEEN], other[UNSEEN])
-    assert torch.equal(one[UNSEEN].sum(1), inputs[UNSEEN].sum(1))
-    assert torch.equal(one[UNSEEN][real:], inputs[UNSEEN][real:])
-    assert torch.equal(~wanted.isnan().all(-1), one[UNSEEN])
+    assert np.array_equal(one[UNSEEN], again[UNSEEN])
+    assert real < 2 or not np.array_equal(one[UNSEEN], other[UNSEEN])
+    assert np.array_equal(one[UNSEEN].sum(1), inputs[UNSEEN].sum(1))
+    assert np.array_equal(one[UNSEEN][real:], inputs[UNSEEN][real:])
+    assert np.array_equal(~np.isnan(wanted).all(-1), one[UNSEEN])
 
 
 def test_the_error_is_that_of_transformers(rows: tuple[str, ...]) -> None:
@@ -106,7 +110,10 @@ def test_the_error_is_that_of_transformers(rows: tuple[str, ...]) -> None:
     inputs, _ = batch_of(examples)
     with torch.inference_mode():
         output = stack.model(**inputs)
-        off = (cut_patches(output.reconstruction, 2) - cut_patches(inputs["pixel_values"], 2)).abs()
+    painted, wanted = (
+        cut_patches(pixels.numpy(), 2) for pixels in (output.reconstruction, inputs["pixel_values"])
+    )
+    off = torch.from_numpy(painted - wanted).abs()
     figures = job.measures.figures(found.tally)
     assert figures["loss"] == pytest.approx(float(output.loss), rel=1e-4)
     close = off.mean(-1)[inputs[UNSEEN]] < CLOSE
@@ -184,7 +191,7 @@ def test_labels_go_on_from_there(finished: Any, rows: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("kind", ["resnet", None, "clip"])
 def test_other_kinds_of_backbones_are_refused(kind: str | None) -> None:
     with pytest.raises(BackboneError, match="cannot be hidden") as caught:
-        painting_settings({"model_type": kind}, "path:x")
+        TASKS["masked-image-modeling"].model_options({"model_type": kind}, (), "path:x")
     assert "vit" in caught.value.hint
 
 

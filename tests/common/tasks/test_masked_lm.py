@@ -11,7 +11,9 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from support.companies import Company
+from support.evaluations import encoded_by, measured_parts, text_rows
 from support.language_models import (
     CHARACTERS,
     CLOZE,
@@ -22,16 +24,15 @@ from support.language_models import (
 from support.trainings import noisy, settings, trained
 
 from fedgraft.client.model.batched_model import open_stack
-from fedgraft.client.model.batched_modules import Rows
-from fedgraft.common.examples import IGNORED
-from fedgraft.client.training.evaluate import evaluate_parts, measure
+from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.model.randomness import SiteRows
+from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.model import open_processor, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.examples import concatenate
-from fedgraft.common.modalities.text import TextProcessor
-from fedgraft.common.tasks.masked_lm import ClozeExamples, encode_cloze
+from fedgraft.common.examples import IGNORED, Inputs, concatenate
+from fedgraft.common.tasks.masked_lm import MaskedTokens
 
 TEXTS = ["to be, or not to be", "a", "that is the question: whether 'tis nobler in the mind"]
 MASK, START, END = len(CHARACTERS), len(CHARACTERS) + 1, 1
@@ -47,16 +48,22 @@ def make_job(backbone: Path, **data: Any) -> Job:
     return parse_job(job_settings("bert", backbone, "-", **data), where="test")
 
 
-def encoded(backbone: Path, texts: list[str] = TEXTS, **data: Any) -> ClozeExamples:
+def encoded(backbone: Path, texts: list[str] = TEXTS, **data: Any) -> MaskedTokens:
     job = make_job(backbone, **{"max_length": 16, **data})
-    processor = open_processor(job)[1]
-    assert isinstance(processor, TextProcessor)
-    return encode_cloze(texts, processor, job, store=None, key="")
+    found = encoded_by(job, open_processor(job)[1], text_rows(texts))
+    assert isinstance(found, MaskedTokens)
+    return found
 
 
-def batch_of(examples: ClozeExamples) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def batch_of(examples: MaskedTokens) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     every = np.arange(len(examples))
-    return examples.batch(every), examples.targets(every)
+    return tensors(examples.batch(every), examples.targets(every))
+
+
+def tensors(
+    inputs: Inputs, targets: NDArray[np.int64]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    return as_tensors(inputs), torch.from_numpy(targets)
 
 
 def test_all_of_a_text_is_read_in_stretches(backbone: Path) -> None:
@@ -73,7 +80,7 @@ def test_all_of_a_text_is_read_in_stretches(backbone: Path) -> None:
 def test_what_is_hidden_is_what_is_asked_for(backbone: Path) -> None:
     examples = encoded(backbone, masked=0.3)
     inputs, targets = batch_of(examples)
-    plain = examples.source.batch(np.arange(len(examples)))["input_ids"]
+    plain = as_tensors(examples.source.batch(np.arange(len(examples))))["input_ids"]
     hidden = targets != IGNORED
     assert torch.equal(targets[hidden], plain[hidden])
     assert (inputs["input_ids"][hidden] == MASK).all()
@@ -100,12 +107,13 @@ def test_a_mask_that_a_text_has_itself_is_not_hidden(backbone: Path) -> None:
 @given(seed=st.integers(0, 2**32), share=st.sampled_from([0.05, 0.15, 0.5]), real=st.integers(0, 3))
 def test_in_training_it_is_drawn_anew(backbone: Path, seed: int, share: float, real: int) -> None:
     examples = encoded(backbone, masked=share)
-    inputs, targets = batch_of(examples)
-    plain = examples.source.batch(np.arange(len(examples)))["input_ids"]
+    every = np.arange(len(examples))
+    inputs, targets = examples.batch(every), examples.targets(every)
+    plain = as_tensors(examples.source.batch(every))["input_ids"]
 
     def draw() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        rows = Rows(real, 0, False, torch.Generator().manual_seed(seed))
-        return examples.hide_anew(inputs, targets, rows)
+        rows = SiteRows(real, 0, False, torch.Generator().manual_seed(seed))
+        return tensors(*examples.corrupt(inputs, targets, rows))
 
     (varied, wanted), again = draw(), draw()
     assert torch.equal(varied["input_ids"], again[0]["input_ids"])
@@ -121,9 +129,11 @@ def test_in_training_it_is_drawn_anew(backbone: Path, seed: int, share: float, r
 
 def test_eight_in_ten_are_masked_and_one_is_another(backbone: Path) -> None:
     examples = encoded(backbone, ["abcdefgh" * 7] * 100, max_length=64, masked=0.5)
-    inputs, targets = batch_of(examples)
-    rows = Rows(100, 0, False, torch.Generator().manual_seed(0))
-    varied, wanted = examples.hide_anew(inputs, targets, rows)
+    every = np.arange(len(examples))
+    rows = SiteRows(100, 0, False, torch.Generator().manual_seed(0))
+    varied, wanted = tensors(
+        *examples.corrupt(examples.batch(every), examples.targets(every), rows)
+    )
     hidden = wanted != IGNORED
     shown, told = varied["input_ids"][hidden], wanted[hidden]
     kinds = Counter(
@@ -144,8 +154,8 @@ def test_perplexity_is_that_of_torch(backbone: Path) -> None:
     with torch.inference_mode():
         for row in range(len(examples)):  # one by one, without padding
             one = np.array([row])
-            logits = stack.model(**examples.batch(one)).logits[0].double()
-            targets = examples.targets(one)[0]
+            logits = stack.model(**as_tensors(examples.batch(one))).logits[0].double()
+            targets = torch.from_numpy(examples.targets(one))[0]
             count += int((targets != IGNORED).sum())
             loss += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
     assert job.measures.figures(found)["perplexity"] == pytest.approx(math.exp(loss / count), 1e-5)
@@ -168,7 +178,8 @@ def test_a_backbone_without_its_head_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_epoch_is_another_and_evaluation_is_not(backbone: Path) -> None:
-    stack, examples = open_stack(make_job(backbone)), encoded(backbone, TEXTS * 3, masked=0.3)
+    job = make_job(backbone)
+    stack, examples = open_stack(job), encoded(backbone, TEXTS * 3, masked=0.3)
     losses = [
         trained(stack, examples, settings(epochs=epochs, learning_rate=1e-9)).loss
         for epochs in (1, 2, 2)
@@ -177,7 +188,8 @@ def test_every_epoch_is_another_and_evaluation_is_not(backbone: Path) -> None:
     assert losses[1] == losses[2]
     layout = stack.bench.layout
     one, other = (
-        evaluate_parts(stack, layout, stack.bench.initial, examples, None).losses for _ in range(2)
+        measured_parts(stack, layout, stack.bench.initial, examples, job.measures).losses
+        for _ in range(2)
     )
     assert np.array_equal(one, other)
 

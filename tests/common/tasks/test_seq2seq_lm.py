@@ -5,20 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.evaluations import encoded_by, text_rows
 from support.language_models import CHARACTERS, job_settings, save_language_model
 from support.trainings import noisy, settings, trained
 
 from fedgraft.client.model.batched_model import check_stacking, open_stack
-from fedgraft.common.examples import IGNORED
-from fedgraft.common.metrics.part_evaluation import PartEvaluation
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.model import open_processor
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError
-from fedgraft.common.examples import concatenate
+from fedgraft.common.examples import IGNORED, concatenate
+from fedgraft.common.metrics.part_evaluation import PartEvaluation
 from fedgraft.common.modalities.text import TextProcessor
-from fedgraft.common.tasks.seq2seq_lm import PairedExamples, encode_pairs
+from fedgraft.common.tasks.seq2seq_lm import PairedTexts
 
 SOURCES = ["to be", "or not to be, that is", "a"]
 TARGETS = ["BE", "NOT", "ANSWER"]
@@ -36,8 +37,15 @@ def processor_of(job: Job) -> TextProcessor:
     return processor
 
 
-def pairs(job: Job, sources: list[str] = SOURCES, targets: list[str] = TARGETS) -> PairedExamples:
-    return encode_pairs(sources, targets, processor_of(job), job)
+def pairs(
+    job: Job,
+    sources: list[str] = SOURCES,
+    targets: list[str] = TARGETS,
+    processor: TextProcessor | None = None,
+) -> PairedTexts:
+    found = encoded_by(job, processor or processor_of(job), text_rows(sources, target=targets))
+    assert isinstance(found, PairedTexts)
+    return found
 
 
 def ids(text: str) -> list[int]:
@@ -47,7 +55,7 @@ def ids(text: str) -> list[int]:
 def test_the_decoder_reads_what_it_should_have_written_so_far(job: Job) -> None:
     examples = pairs(job)
     index = np.array([1, 0])
-    batch, targets = examples.batch(index), examples.targets(index)
+    batch, targets = as_tensors(examples.batch(index)), torch.from_numpy(examples.targets(index))
     assert examples.width(index) == batch["input_ids"].shape[1] == 16  # cut to max_length
     assert batch["input_ids"][1, :5].tolist() == ids("to be")
     assert batch["attention_mask"].sum(1).tolist() == [16, 5]
@@ -60,12 +68,15 @@ def test_some_pairs_are_the_same_pairs(job: Job) -> None:
     examples = pairs(job)
     some = examples.subset(np.array([2, 0]))
     assert len(some) == 2 and not some.labels.any()
-    assert torch.equal(some.targets(np.array([0])), examples.targets(np.array([2])))
+    assert torch.equal(
+        torch.from_numpy(some.targets(np.array([0]))),
+        torch.from_numpy(examples.targets(np.array([2]))),
+    )
     both = concatenate([some, examples.subset(np.array([1]))])
-    assert isinstance(both, PairedExamples)
+    assert isinstance(both, PairedTexts)
     order = np.array([1, 2, 0])  # of what is in both
-    for key, value in examples.batch(np.arange(3)).items():
-        assert torch.equal(both.batch(order)[key], value)
+    for key, value in as_tensors(examples.batch(np.arange(3))).items():
+        assert torch.equal(as_tensors(both.batch(order))[key], value)
     assert both.subset(order).digest == examples.digest != both.digest
     assert examples.nbytes > 0
 
@@ -88,7 +99,7 @@ def test_perplexity_is_what_the_model_of_transformers_says(job: Job) -> None:
 
 def test_training_makes_the_loss_smaller_and_rows_of_sites_do_not_mix(job: Job) -> None:
     stack, examples = open_stack(job), pairs(job)
-    check_stacking(stack, examples.batch(np.arange(3)))
+    check_stacking(stack, as_tensors(examples.batch(np.arange(3))))
     layout = stack.bench.layout
     before, after = (
         measure(stack, layout, vector, examples, measures=job.measures).tally.mean_loss
@@ -111,7 +122,7 @@ def test_a_backbone_without_a_decoder_is_refused(job: Job) -> None:
     only = processor_of(job)
     bare = TextProcessor(only.tokenizer, only.pad_id, only.pad_left, only.limit)
     with pytest.raises(BackboneError, match="decoder_start_token_id") as caught:
-        encode_pairs(SOURCES, TARGETS, bare, job)
+        pairs(job, processor=bare)
     assert caught.value.hint
 
 

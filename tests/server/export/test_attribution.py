@@ -13,6 +13,7 @@ from support.commands import command
 from support.federations import run_digits, write_digits
 from support.trainings import noisy, open_small
 
+from fedgraft.common.encoding import Settings
 from fedgraft.common.errors import InputError
 from fedgraft.common.modalities.text import TextProcessor
 from fedgraft.server.export.attribution import explain_image, explain_text
@@ -48,7 +49,7 @@ def log_odds(bench: Any, ids: list[int], label: int) -> float:
 @pytest.mark.parametrize("label", [None, 3])
 def test_the_weights_of_tokens_add_up(bench: Any, label: int | None) -> None:
     ids = [5, 9, 12, 30, 7]
-    found = explain_text(bench, " ".join(map(str, ids)), max_length=32, label=label)
+    found = explain_text(bench, " ".join(map(str, ids)), Settings(max_length=32), label)
     assert found.label == (int(found.probabilities.argmax()) if label is None else label)
     silent = [ids[0], 0, 0, 0, ids[-1]]
     wanted = log_odds(bench, ids, found.label) - log_odds(bench, silent, found.label)
@@ -60,7 +61,7 @@ def test_the_weights_of_tokens_add_up(bench: Any, label: int | None) -> None:
 
 def test_a_text_of_nothing_is_refused(bench: Any) -> None:
     with pytest.raises(InputError, match="no tokens"):
-        explain_text(bench, "", max_length=32)
+        explain_text(bench, "", Settings(max_length=32))
 
 
 def test_the_weights_of_pixels_add_up(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_the_weights_of_pixels_add_up(tmp_path: Path) -> None:
     path = next(tmp_path.glob("train/*/*.png"))
     found = open_small("vit").bench
     found.put((found.layout, noisy(found)))
-    seen = explain_image(found, path, normalize="per-image")
+    seen = explain_image(found, str(path), Settings(normalize="per-image"))
     processor: Any = found.processor
     pixels = torch.from_numpy(processor.pixels([Image.open(path)], "per-image"))
     model: Any = found.model
@@ -86,7 +87,7 @@ def test_without_captum_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(InputError, match="needs captum") as caught:
-        explain_text(bench, "4 5 6", max_length=8)
+        explain_text(bench, "4 5 6", Settings(max_length=8))
     assert "fedgraft[explain]" in caught.value.hint
 
 

@@ -12,7 +12,7 @@ from fedgraft.common.config.sections import Aggregation
 from fedgraft.common.errors import MessageError
 from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import EvaluateReply, TrainReply
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import LabelMeasures
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.server.protocol.validation import (
     Expected,
@@ -114,7 +114,9 @@ TALLY = Tally(2.5, np.array([[3, 1], [0, 4]]))
 
 
 def evaluated(tally: Any, *, session: str = "session", number: int = 3) -> Tally:
-    return check_evaluation(EvaluateReply(session, number, tally), EXPECTED, LIMITS, Measures(2))
+    return check_evaluation(
+        EvaluateReply(session, number, tally), EXPECTED, LIMITS, LabelMeasures(2)
+    )
 
 
 def test_a_good_tally_is_read_back() -> None:
@@ -124,7 +126,7 @@ def test_a_good_tally_is_read_back() -> None:
 
 
 def test_a_tally_of_no_examples_is_accepted() -> None:
-    assert evaluated(Tally.empty(Measures(2)).to_vector()).examples == 0
+    assert evaluated(Tally.empty(LabelMeasures(2)).to_vector()).examples == 0
 
 
 @pytest.mark.parametrize(

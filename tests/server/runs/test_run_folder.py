@@ -1,90 +1,31 @@
-"""A run's folder survives what happens to folders: crashes, torn lines, flipped bits."""
+"""A run's folder survives what happens to folders: crashes, torn lines, two owners."""
 
 import json
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from support.run_folders import (
+    LAYOUT,
+    commit,
+    kinds,
+    make_job,
+    make_record,
+    make_state,
+)
 
-from fedgraft.common.config.job import Job
-from fedgraft.common.config.jobfile import parse_job
-from fedgraft.common.errors import CheckpointError, InputError, RunError
-from fedgraft.common.layout import Layout
+from fedgraft.common.errors import InputError, RunError
 from fedgraft.server.runs.run_folder import Run, list_runs
-from fedgraft.server.state import Dropped, RoundRecord, State
-
-LAYOUT = Layout(("base.q.lora_A.default.weight", "base.q.lora_B.default.weight"), ((2, 3), (4, 2)))
-
-
-def make_job(**rounds: Any) -> Job:
-    raw = {
-        "job": {"name": "wards", "task": "text-classification", "labels": ["no", "yes"], "seed": 5},
-        "backbone": {"source": "path:/nowhere"},
-        "method": {"kind": "lora", "head": "shared"},
-        "rounds": rounds,
-        "simulation": {"train": "/data/train.jsonl", "sites": 4},
-    }
-    return parse_job(raw, where="test")
-
-
-def make_state(number: int, **changes: Any) -> State:
-    draw = np.random.default_rng(number)
-    state = State(
-        round=number,
-        adapter=draw.normal(size=LAYOUT.size).astype(np.float32),
-        moments={"m": draw.normal(size=LAYOUT.size), "v": draw.random(LAYOUT.size) * 1e-9},
-        best=draw.normal(size=LAYOUT.size).astype(np.float32),
-        best_score=-0.1 - number / 3,
-        stale=number % 2,
-    )
-    return replace(state, **changes)
-
-
-def make_record(number: int, dropped: tuple[Dropped, ...] = ()) -> RoundRecord:
-    return RoundRecord(number, 3, 3, dropped, 30, 1 / number, 0.5, {"loss": 0.25}, 1000, 2000, 1.5)
+from fedgraft.server.state import Dropped
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     return Run.create(tmp_path / "runs", make_job())
-
-
-def commit(run: Run, *numbers: int) -> None:
-    for number in numbers:
-        run.commit(make_state(number), make_record(number), LAYOUT)
-
-
-def checkpoints(run: Run) -> list[Path]:
-    return sorted((run.folder / "checkpoints").iterdir())
-
-
-def same(state: State | None, wanted: State) -> bool:
-    assert state is not None
-    assert state.adapter.dtype == np.float32
-    return (
-        (state.round, state.best_score, state.stale)
-        == (wanted.round, wanted.best_score, wanted.stale)
-        and state.adapter.tobytes() == wanted.adapter.tobytes()
-        and (state.best is None) == (wanted.best is None)
-        and (wanted.best is None or np.array_equal(state.best, wanted.best))  # type: ignore[arg-type]
-        and state.moments.keys() == wanted.moments.keys()
-        and all(
-            state.moments[name].tobytes() == value.tobytes()
-            and state.moments[name].dtype == value.dtype
-            for name, value in wanted.moments.items()
-        )
-    )
-
-
-def kinds(run: Run) -> list[str]:
-    return [event["event"] for event in run.events()]
 
 
 # The folder
@@ -181,38 +122,6 @@ def test_a_finished_run_has_its_summary(run: Run) -> None:
     assert kinds(run) == ["finished"]
 
 
-# Checkpoints
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        make_state(7),
-        make_state(7, moments={}, best=None, best_score=None, stale=0),
-        make_state(7, moments={"m": np.full(LAYOUT.size, 5e-324)}),
-        make_state(7, adapter=np.full(LAYOUT.size, np.float32(1e-45))),
-    ],
-    ids=["all", "plain", "denormal moments", "denormal adapter"],
-)
-def test_a_state_comes_back_bit_by_bit(run: Run, state: State) -> None:
-    run.commit(state, make_record(7), LAYOUT)
-    assert same(Run(run.folder).resume(LAYOUT), state)
-    assert same(Run(run.folder).latest(LAYOUT), state)
-
-
-def test_a_run_without_a_round_has_no_state(run: Run) -> None:
-    assert run.resume(LAYOUT) is None
-    assert run.latest(LAYOUT) is None
-    assert kinds(run) == []
-
-
-def test_the_newest_two_checkpoints_are_kept(run: Run) -> None:
-    commit(run, *range(1, 13))
-    names = [path.name for path in checkpoints(run)]
-    assert [name.split(".")[0] for name in names] == ["round-000011", "round-000012"]
-    assert same(run.resume(LAYOUT), make_state(12))
-
-
 def test_a_commit_is_told(run: Run) -> None:
     run.commit(make_state(1), make_record(1, (Dropped("bob", "deadline"),)), LAYOUT)
     (line,) = run.history()
@@ -234,96 +143,6 @@ def test_a_warning_names_the_sites(run: Run) -> None:
     (event,) = run.events()
     assert event["event"] == "warning" and event["what"] == "refused to take part"
     assert event["sites"] == [{"site": "node 3", "reason": "backbone-differs"}]
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _flip(at: int) -> Callable[[Path], None]:
-    def flip(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[at] ^= 1
-        path.write_bytes(content)
-
-    return flip
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [_truncate, _empty, _flip(-1), _flip(0), _flip(40), _flip(-100)],
-    ids=["truncated", "empty", "last bit", "first bit", "header", "tensor"],
-)
-def test_a_damaged_checkpoint_is_passed_over(run: Run, damage: Callable[[Path], None]) -> None:
-    commit(run, 1, 2, 3)
-    damaged = checkpoints(run)[-1]
-    damage(damaged)
-    assert same(run.resume(LAYOUT), make_state(2))
-    told = [event for event in run.events() if event["event"] == "warning"]
-    assert len(told) == 1 and damaged.name in told[0]["what"]
-    assert [line["round"] for line in run.history()] == [1, 2]
-    # The round that was lost is done again, and is then the newest.
-    commit(run, 3)
-    assert same(Run(run.folder).resume(LAYOUT), make_state(3))
-
-
-def test_a_checkpoint_under_another_ones_name_is_not_trusted(run: Run) -> None:
-    commit(run, 1, 2)
-    old, new = checkpoints(run)
-    new.write_bytes(old.read_bytes())
-    assert same(run.resume(LAYOUT), make_state(1))
-
-
-def test_no_intact_checkpoint_is_an_error_and_not_a_fresh_start(run: Run) -> None:
-    commit(run, 1, 2)
-    for path in checkpoints(run):
-        _truncate(path)
-    with pytest.raises(CheckpointError, match="none of the 2 checkpoints") as caught:
-        run.resume(LAYOUT)
-    assert "backup" in caught.value.hint
-    assert len(run.history()) == 2  # nothing is thrown away
-
-
-def test_checkpoints_of_another_adapter_are_not_taken(run: Run) -> None:
-    commit(run, 1)
-    other = Layout(LAYOUT.names, ((3, 2), (2, 4)))  # of the same size
-    with pytest.raises(CheckpointError):
-        run.resume(other)
-
-
-def test_what_a_crash_left_half_written_does_not_matter(run: Run) -> None:
-    commit(run, 1, 2)
-    folder = run.folder / "checkpoints"
-    (folder / "draft.safetensors").write_bytes(b"half")
-    (folder / ".draft.safetensors.123.tmp").write_bytes(b"half")
-    (folder / "round-000003.safetensors").write_bytes(b"half")
-    assert same(run.resume(LAYOUT), make_state(2))
-    commit(run, 3)
-    assert same(Run(run.folder).resume(LAYOUT), make_state(3))
-
-
-def test_a_commit_that_fails_half_way_leaves_the_round_before(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commit(run, 1)
-
-    def full(*arguments: object) -> None:
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("fedgraft.server.runs.checkpoints.save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        commit(run, 2)
-    monkeypatch.undo()
-    again = Run(run.folder)
-    assert [line["round"] for line in again.history()] == [1, 2]
-    assert same(again.resume(LAYOUT), make_state(1))
-    assert [line["round"] for line in again.history()] == [1]
-    commit(again, 2)
-    assert [line["round"] for line in again.history()] == [1, 2]
 
 
 # Lines

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedgraft.common.metrics.label_evaluation import LabelEvaluation
 from fedgraft.common.metrics.intervals import macro_f1_interval, wilson_interval
-from fedgraft.common.metrics.label_evaluation import verdict
-from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.label_evaluation import LabelEvaluation, verdict
+from fedgraft.common.metrics.measures import LabelMeasures
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.tasks import TASKS
 from fedgraft.simulations.baselines.compare import Measured
 from fedgraft.simulations.baselines.results import (
     final_metrics,
@@ -22,6 +22,8 @@ from fedgraft.simulations.baselines.results import (
     site_results,
 )
 from fedgraft.simulations.data.partition import SimulatedSite
+
+TASK = TASKS["image-classification"]
 
 
 def evaluations(
@@ -61,7 +63,8 @@ def test_every_site_and_model_has_its_own_figures() -> None:
     alone = evaluations(30, classes=6, seed=2)
     alone[4] = None
     measured = {"federated": Measured(tuple(federated)), "local_only": Measured(tuple(alone), ())}
-    results = site_results([site(number) for number in range(30)], measured, 3, Measures(6))
+    sites = [site(number) for number in range(30)]
+    results = site_results(sites, measured, 3, LabelMeasures(6), TASK)
     for number, found in enumerate(results):
         ours, own = federated[number], alone[number]
         assert ours is not None
@@ -78,17 +81,17 @@ def test_every_site_and_model_has_its_own_figures() -> None:
 def test_one_model_is_pooled_by_adding_its_sites_up() -> None:
     found = evaluations(12, classes=6, seed=1)
     found[3] = None
-    total = Tally.empty(Measures(6))
+    total = Tally.empty(LabelMeasures(6))
     for one in found:
-        total += tallied(one) if one else Tally.empty(Measures(6))
-    final = final_metrics({"federated": Measured(tuple(found))}, 3, Measures(6))
+        total += tallied(one) if one else Tally.empty(LabelMeasures(6))
+    final = final_metrics({"federated": Measured(tuple(found))}, 3, LabelMeasures(6), TASK)
     assert final["federated"] == metrics(total, "pooled", "federated")
     assert final["central"] is None
 
 
 def test_models_of_their_own_are_averaged() -> None:
     summaries = ({"accuracy": 0.5, "loss": 1.0}, {"accuracy": 0.75, "loss": 2.0})
-    final = final_metrics({"local_only": Measured((), summaries)}, 3, Measures(6))
+    final = final_metrics({"local_only": Measured((), summaries)}, 3, LabelMeasures(6), TASK)
     assert final["local_only"] == {"accuracy": 0.625, "loss": 1.5, "best_accuracy": 0.75}
 
 
@@ -103,7 +106,7 @@ def test_models_of_their_own_are_averaged() -> None:
     ],
 )
 def test_what_was_not_measured_has_no_figures(measured: Measured | None) -> None:
-    assert final_metrics({"federated": measured}, 3, Measures(6))["federated"] is None
+    assert final_metrics({"federated": measured}, 3, LabelMeasures(6), TASK)["federated"] is None
 
 
 @pytest.mark.parametrize("models", [None, (), ({"accuracy": 0.1 + 0.2, "loss": 1 / 3},)])
@@ -112,7 +115,7 @@ def test_what_was_kept_is_read_back_to_the_last_bit(
 ) -> None:
     own = [*evaluations(5, classes=6, seed=1), None, *evaluations(1, classes=6, seed=2, examples=0)]
     save_measured(tmp_path / "kept.json", Measured(tuple(own), models))
-    back = load_measured(tmp_path / "kept.json")
+    back = load_measured(tmp_path / "kept.json", LabelMeasures(6))
     assert back is not None and back.models == models and len(back.own) == 7
     for before, after in zip(own, back.own, strict=True):
         if before is None or after is None:
@@ -128,7 +131,7 @@ def test_what_was_kept_is_read_back_to_the_last_bit(
 
 def test_a_comparison_that_means_nothing_is_kept_as_that(tmp_path: Path) -> None:
     save_measured(tmp_path / "kept.json", None)
-    assert load_measured(tmp_path / "kept.json") is None
+    assert load_measured(tmp_path / "kept.json", LabelMeasures(6)) is None
 
 
 def test_many_classes_cost_a_site_neither_memory_nor_disk(tmp_path: Path) -> None:
@@ -140,15 +143,15 @@ def test_many_classes_cost_a_site_neither_memory_nor_disk(tmp_path: Path) -> Non
 
 
 def test_an_evaluation_does_not_hold_on_to_a_sites_data() -> None:
+    from support.evaluations import measured_labels
     from support.federations import digits_job
 
     from fedgraft.client.model.batched_model import open_stack
-    from fedgraft.client.training.evaluate import evaluate
     from fedgraft.common.examples import ImageExamples
 
     stack = open_stack(digits_job())
     bench = stack.bench
     images = ImageExamples(np.arange(4), np.zeros((4, 1, 8, 8), np.float32), np.arange(4))
     window = replace(images, labels=np.arange(1000)[:4])
-    found = evaluate(stack, bench.layout, bench.initial, window, measures=Measures(10))
+    found = measured_labels(stack, bench.layout, bench.initial, window, LabelMeasures(10))
     assert found.true.tolist() == [0, 1, 2, 3] and found.true.base is None

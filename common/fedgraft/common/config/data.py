@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fedgraft.common.section import IllegalJob, Section
+from fedgraft.common.section import IllegalJob, Section, UnknownKey
 
 __all__ = ["Data"]
 
@@ -50,7 +50,7 @@ class Data(Section):
             if key not in defaults:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-                raise IllegalJob(f"unknown key data.{key}", hint)
+                raise UnknownKey(f"unknown key data.{key}", hint)
             wanted = (str,) if isinstance(defaults[key], str) else (int, float)
             if not isinstance(value, wanted) or isinstance(value, bool):
                 what = "the name of a column" if wanted == (str,) else "a number"

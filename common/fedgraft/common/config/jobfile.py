@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import JobError
 from fedgraft.common.methods import METHODS
+from fedgraft.common.section import UnknownKey
 from fedgraft.common.toml import read_text
 
 __all__ = ["dump_job", "load_job", "parse_job"]
@@ -178,6 +179,8 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     if kind == "model_type":
         return f"{key}: a section, not a value", f"write [{key}] and its keys below it"
     message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(error := problem.get("ctx", {}).get("error"), UnknownKey):
+        return message, error.hint
     given = problem.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
     if kind == "value_error":

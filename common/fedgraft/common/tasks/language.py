@@ -30,7 +30,6 @@ def over_parts(parts: str, *, more: Refuses = MappingProxyType({})) -> Refuses:
             "leave evaluation.score_bins, data.group and data.groups out",
         ),
         "heads": ("{task} has no labels to divide into heads", "leave job.heads out"),
-        **more,
         "distillation": (
             f"what a teacher says of all {parts} of {{task}} would not fit on a site's disk",
             "leave training.distillation out",
@@ -54,6 +53,7 @@ def over_parts(parts: str, *, more: Refuses = MappingProxyType({})) -> Refuses:
         ),
         "explanation": ("{task} has no explanations", "text- or image-classification"),
         **augmented,
+        **more,
     }
 
 

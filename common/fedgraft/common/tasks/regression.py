@@ -35,7 +35,7 @@ from fedgraft.common.metrics.intervals import (
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.tally import Counts, Tally
 from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict
-from fedgraft.common.modalities import Modality
+from fedgraft.common.modalities import Modality, Processor
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
 from fedgraft.common.tasks.language import over_parts
@@ -258,6 +258,10 @@ class Regression(Task):
                 "{task} has no labels to smooth",
                 "leave training.label_smoothing out",
             ),
+            "distillation": (
+                "a teacher gives a distribution over labels, and {task} has none",
+                "leave training.distillation out",
+            ),
             "stop_by_accuracy": (
                 "{task} has no accuracy to stop early by",
                 'rounds.early_stopping.metric = "loss"',
@@ -314,6 +318,15 @@ class Regression(Task):
         source = self.modality.encode(rows, labels, processor, settings, keep)
         scaled = 2 * (targets - lowest) / (highest - lowest) - 1
         return Numbered(source, scaled.astype(np.float32))
+
+    def describe_input(self, processor: Processor, settings: Settings) -> str:
+        """How inputs are prepared, and what the model's output means."""
+        lowest, highest = settings.keys["lowest"], settings.keys["highest"]
+        scale = (
+            f"Output: the model gives x from -1 to 1; the target is {lowest:g} + "
+            f"{(highest - lowest) / 2:g} * (x + 1), between {lowest:g} and {highest:g}."
+        )
+        return "\n\n".join(filter(None, [processor.describe(settings), scale]))
 
     def measures(self, settings: Settings) -> NumberMeasures:
         """Sums of targets, predictions and errors."""

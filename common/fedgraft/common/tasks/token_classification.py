@@ -38,6 +38,36 @@ F1 = Metric("f1", "entity F1", short="F1")
 ACCURACY = Metric("accuracy", "token accuracy", short="right")
 
 
+REFUSES: Refuses = {
+    feature: refusal
+    for feature, refusal in over_parts(
+        "tags of words",
+        more={
+            "heads": ("{task} has one head for all tags", "leave job.heads out"),
+            "distillation": (
+                "a teacher gives one distribution over labels an example, and {task} has many",
+                "leave training.distillation out",
+            ),
+            "dirichlet": (
+                'partition.kind = "dirichlet" deals examples by their label, and a sentence '
+                "has many tags",
+                'simulation.partition = {{ kind = "natural" }}, one file a site, or "iid"',
+            ),
+            "wrong_labels": (
+                'faults.poison = "labels" gives examples another label, and a sentence has '
+                "many tags",
+                'simulation.faults.poison = "sign-flip", "noise" or "nan"',
+            ),
+            "domain": (
+                "{task} reads no sentences without tags",
+                "leave training.domain out",
+            ),
+        },
+    ).items()
+    if feature != "stop_by_macro_f1"  # its figures have one, over types of entities
+}
+
+
 @dataclass(frozen=True)
 class TaggedTexts(Wrapped):
     """Sentences: ``tags`` int64 [tokens of source] are ``IGNORED`` but on the first of a word.
@@ -133,7 +163,7 @@ class TokenClassification(Task):
         points=True,
     )
     use = "tag the entities of a text"
-    refuses: Refuses = over_parts("tokens")
+    refuses = REFUSES
 
     def check_labels(self, labels: Sequence[str]) -> None:
         """The labels are tags of IOB2."""
@@ -203,7 +233,7 @@ class TokenClassification(Task):
             )
         source = as_examples(tokens, np.zeros(len(sentences), np.int64), processor, most)
         tags = [np.array(one, np.int64) for one in rows.column("tags")]
-        aligned, seen = _align(tokens["words"], source, tags)
+        aligned, seen = _align(tokens["words"], source, tags, settings.labels)
         return TaggedTexts(source, aligned, _cut_off(tags, seen, settings.labels))
 
     def measures(self, settings: Settings) -> TagMeasures:
@@ -243,9 +273,12 @@ def _tokenize(sentences: Sequence[Sequence[str]], tokenizer: Any, most: int) -> 
 
 
 def _align(
-    words: Indices, source: TextExamples, tags: Sequence[Indices]
+    words: Indices, source: TextExamples, tags: Sequence[Indices], labels: Sequence[str]
 ) -> tuple[Indices, list[int]]:
-    """The tag of each token, ``IGNORED`` but on a word's first; words seen of each sentence."""
+    """The tag of each token, ``IGNORED`` but on a word's first; words seen of each sentence.
+
+    The words of an entity that is cut in its middle are ignored, too: it can only be missed.
+    """
     aligned = np.full(len(source.ids), IGNORED, np.int64)
     seen: list[int] = []
     places = zip(source.starts.tolist(), source.lengths.tolist(), tags, strict=True)
@@ -254,7 +287,21 @@ def _align(
         first = (own >= 0) & (own != np.concatenate([[-1], own[:-1]]))
         aligned[start : start + length][first] = mine[own[first]]
         seen.append(int(own.max(initial=-1)) + 1)
+        if (begun := _begun(mine, seen[-1], labels)) is not None:
+            aligned[start : start + length][own >= begun] = IGNORED
     return aligned, seen
+
+
+def _begun(tags: Indices, seen: int, labels: Sequence[str]) -> int | None:
+    """The first word of an entity that goes on behind the last word that is ``seen``."""
+    if seen == len(tags):
+        return None
+    across = [
+        start
+        for _, start, end in entities([labels[tag] for tag in tags.tolist()])
+        if start < seen < end
+    ]
+    return across[0] if across else None
 
 
 def _cut_off(tags: Sequence[Indices], seen: Sequence[int], labels: Sequence[str]) -> Indices:
