@@ -10,8 +10,8 @@ from support.masked_federations import SESSION, Consortium, MaskedRun, make_job
 from support.masked_talk import Talk
 
 from fedgraft.common.secagg.quantize import error_bound, mean
+from fedgraft.server.protocol.clear import check_clear
 from fedgraft.server.protocol.masked import check_masked
-from fedgraft.server.rounds import check_clear
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import RoundRecord
 

@@ -27,7 +27,8 @@ from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import TooFewSites
 from fedgraft.common.messages.payloads import TrainReply, TrainRequest
 from fedgraft.server import optimizers
-from fedgraft.server.rounds import Plan, make_plan, run_job, run_round
+from fedgraft.server.plan import Plan, make_plan
+from fedgraft.server.rounds import run_job, run_round
 from fedgraft.server.state import Moments, State
 
 # What honest sites make of an adapter

@@ -16,7 +16,7 @@ from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.adapting import SCALE
 from fedgraft.common.errors import DataError, InputError, JobError
 from fedgraft.server.export.adapter import export_adapter
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.simulations.preparation import prepare
 
 UNLABELLED = "simulation.unlabelled=['site-02']"

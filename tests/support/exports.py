@@ -14,7 +14,7 @@ from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.server.export.adapter import export_adapter, export_merged
-from fedgraft.server.rounds import Plan, make_plan
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import RoundRecord, State
 

@@ -40,9 +40,10 @@ from fedgraft.common.secagg.statements import (
     SealedShares,
 )
 from fedgraft.server.app import coordinate
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.protocol.masked import Masking
 from fedgraft.server.protocol.transport import Transport
-from fedgraft.server.rounds import Plan, make_plan, run_round
+from fedgraft.server.rounds import run_round
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.simulations.demo import digits

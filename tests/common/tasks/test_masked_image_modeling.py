@@ -26,7 +26,7 @@ from fedgraft.common.errors import BackboneError, JobError
 from fedgraft.common.examples import concatenate
 from fedgraft.common.modalities.patches import cut_patches, painting_settings
 from fedgraft.common.tasks.masked_image_modeling import UNSEEN, PatchExamples
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 
 PAINT = ("job.task=masked-image-modeling", "job.labels=[]", "simulation.partition={kind='iid'}")
 

@@ -54,7 +54,7 @@ def check(
     """Validate a job, its backbone and its data without training; say what it will cost."""
     from fedgraft.common.adapters.model import open_workbench
     from fedgraft.common.config.jobfile import load_job
-    from fedgraft.server.rounds import make_plan
+    from fedgraft.server.plan import make_plan
     from fedgraft.server.runs.costs import estimate_costs
     from fedgraft.server.runs.protection import protection_facts
 

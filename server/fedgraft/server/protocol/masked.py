@@ -216,7 +216,7 @@ class _Conversation:
         for reply in self.transport.ask(
             by_name, stage, by_name, deadline if working else min(deadline, PROMPT)
         ):
-            self.traffic.count(reply)
+            self.traffic.count(up=reply.bytes_up, down=reply.bytes_down)
             site = self.masking.federation.ids[reply.site]
             if reply.payload is None:
                 self.traffic.drop(reply.site, self._named(reply.failure))
