@@ -25,7 +25,7 @@ from fedgraft.common.secagg.statements import (
     Opening,
     RevealedShare,
     SealedShares,
-    Stage,
+    SecAggStage,
 )
 from fedgraft.common.secagg.transcript import Frame, Policy, advertisement_body, sign
 from fedgraft.server.protocol.unmasking_server import UnmaskingServer
@@ -196,7 +196,7 @@ def test_lanes_that_do_not_add_up_give_no_sum(five: Federation, lane: int) -> No
         five.do_unmask(server, request)
         return
     assert isinstance(refused(five.do_unmask, server, request), UnmaskError)
-    assert server.stage is Stage.OVER
+    assert server.stage is SecAggStage.OVER
     assert server._total is None
 
 
@@ -435,7 +435,7 @@ def test_too_few_sharers_end_the_round_before_anyone_trains(five: Federation) ->
     server = five.open_server()
     request = five.advance(server, "keys", until="shares")
     assert isinstance(refused(five.do_shares, server, request, [0, 1]), TooFewParties)
-    assert server.stage is Stage.OVER
+    assert server.stage is SecAggStage.OVER
     assert server._boxes == {}
 
 

@@ -20,10 +20,10 @@ from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.seeds import derive_seed
 from fedgraft.server import optimizers
 from fedgraft.server.plan import Plan
-from fedgraft.server.protocol.clear import check_clear, gather_clear
-from fedgraft.server.protocol.masked import check_masked, gather_masked
+from fedgraft.server.protocol.clear import evaluate_clear, gather_clear
+from fedgraft.server.protocol.masked import evaluate_masked, gather_masked
 from fedgraft.server.protocol.transport import SILENT, Reply, Transport
-from fedgraft.server.state import Checked, Dropped, Gathered, RoundRecord, State, Traffic
+from fedgraft.server.state import Dropped, Evaluated, Gathered, RoundRecord, State, Traffic
 
 __all__ = ["choose_cohort", "run_job", "run_round"]
 
@@ -88,8 +88,8 @@ def run_round(
     settings, done = job.aggregation.server_optimizer, state.round / job.rounds.count
     adapter, moments = optimizers.apply(settings, state.adapter, step, state.moments, done=done)
     state = replace(state, round=number, adapter=adapter, moments=moments)
-    checked = _evaluate(plan, transport, _judges(job, transport, cohort, gathered), state)
-    tally, traffic = checked.tally, (gathered.traffic, checked.traffic)
+    evaluated = _evaluate(plan, transport, _judges(job, transport, cohort, gathered), state)
+    tally, traffic = evaluated.tally, (gathered.traffic, evaluated.traffic)
     state = _judge(job, state, tally)
     record = RoundRecord(
         round=number,
@@ -129,18 +129,18 @@ def _train(
     return gather_clear(job, transport, cohort, request, plan.exchanged, plan.halfway)
 
 
-def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> Checked:
+def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> Evaluated:
     """Federated validation of the new adapter at ``sites``, if it is due after this round."""
     job, names = plan.job, plan.exchanged.names
     last = state.round == job.rounds.count
     if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
-        return Checked(Tally.empty(job.measures), Traffic())
+        return Evaluated(Tally.empty(job.measures), Traffic())
     request = EvaluateRequest(
         plan.session, state.round, plan.request.job, names, "validation", state.adapter
     )
     if plan.masking:
-        return check_masked(plan.masking, job, transport, sites, request)
-    return check_clear(job, transport, sites, request, plan.exchanged)
+        return evaluate_masked(plan.masking, job, transport, sites, request)
+    return evaluate_clear(job, transport, sites, request, plan.exchanged)
 
 
 def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0) -> tuple[str, ...]:

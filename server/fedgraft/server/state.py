@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from fedgraft.common.metrics.tally import Tally
 
 __all__ = [
-    "Checked",
     "Dropped",
+    "Evaluated",
     "Gathered",
     "Moments",
     "Partial",
@@ -102,7 +102,7 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Evaluated:
     """What federated validation came to; an empty tally when it was not due or did not succeed."""
 
     tally: Tally

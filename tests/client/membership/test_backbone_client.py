@@ -327,9 +327,9 @@ def test_a_coordinator_that_comes_back_is_found(
 FETCH = """
 import sys
 from pathlib import Path
-from fedgraft.client.backbone_client import fetch_backbone
-from fedgraft.common.blobs import BlobStore
-from fedgraft.common.channels import open_channel
+from fedgraft.client.membership.backbone_client import fetch_backbone
+from fedgraft.common.backbones.blob_store import BlobStore
+from fedgraft.common.messages.grpc_channel import open_channel
 address, digest, root = sys.argv[1:]
 with open_channel(address, b"", None, None) as channel:
     print("ready", flush=True)

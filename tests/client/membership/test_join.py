@@ -176,7 +176,8 @@ def test_killed_before_any_step_a_site_can_still_join(coordinator: Coordinator, 
     state, kit = coordinator.state(A), coordinator.kits / f"{A}.kit"
     code = (
         "import os, signal, sys; from pathlib import Path; from datetime import UTC, datetime\n"
-        "from fedgraft.client import join; from fedgraft.common.federation.kit import open_kit\n"
+        "from fedgraft.client.membership import join\n"
+        "from fedgraft.common.federation.kit import open_kit\n"
         "kit, told, state, step = sys.argv[1:]; now = datetime.now(UTC)\n"
         "setattr(join, step, lambda *a: os.kill(os.getpid(), signal.SIGKILL))\n"
         "join.join(open_kit(Path(kit), told, now), Path(state), now)"

@@ -117,9 +117,9 @@ def text_source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 PROBE = """
 import sys
-from fedgraft.common.job import Job
-from fedgraft.common.messages import array_hash
-from fedgraft.common.workbench import open_workbench
+from fedgraft.common.config.job import Job
+from fedgraft.common.messages.codec import array_hash
+from fedgraft.common.adapters.model import open_workbench
 bench = open_workbench(Job.model_validate_json(sys.argv[1]))
 print(bench.layout.fingerprint, bench.backbone.fingerprint, array_hash(bench.initial))
 """

@@ -259,7 +259,8 @@ def test_two_that_write_at_once_write_the_same(
 IMPORT = """
 import sys
 from pathlib import Path
-from fedgraft.common.blobs import BlobStore, make_manifest
+from fedgraft.common.backbones.blob_store import BlobStore
+from fedgraft.common.backbones.manifest import make_manifest
 model, store = map(Path, sys.argv[1:])
 manifest = make_manifest(model, source="m")
 print("ready", flush=True)

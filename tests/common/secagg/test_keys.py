@@ -11,7 +11,7 @@ from fedgraft.common.secagg import keys
 from fedgraft.common.secagg.errors import StatementError
 
 VECTORS = json.loads(
-    (Path(__file__).parents[3] / "vectors/secagg/standards.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "vectors/secagg/standards.json").read_text(encoding="utf-8")
 )
 SMALL_ORDER = (bytes(32), (1).to_bytes(32, "little"), (2**255 - 20).to_bytes(32, "little"))
 

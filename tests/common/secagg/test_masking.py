@@ -14,7 +14,7 @@ from fedgraft.common.secagg.errors import ParameterError
 from fedgraft.common.secagg.masking import Mask, add_masks
 
 CASE = json.loads(
-    (Path(__file__).parents[3] / "vectors/secagg/standards.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[2] / "vectors/secagg/standards.json").read_text(encoding="utf-8")
 )["sp800_38a"]
 KEYS = [bytes([n]) * 32 for n in range(1, 8)]
 MASKS = [Mask(key, 1 if n % 3 else -1) for n, key in enumerate(KEYS)]

@@ -26,9 +26,9 @@ from fedgraft.server.protocol.validation import (
     check_evaluation,
     check_update,
 )
-from fedgraft.server.state import Checked, Gathered, Partial, Traffic
+from fedgraft.server.state import Evaluated, Gathered, Partial, Traffic
 
-__all__ = ["Gathering", "Halfway", "check_clear", "gather_clear"]
+__all__ = ["Gathering", "Halfway", "evaluate_clear", "gather_clear"]
 
 
 @dataclass
@@ -85,28 +85,28 @@ def gather_clear(
     return gathering.gathered()
 
 
-def check_clear(
+def evaluate_clear(
     job: Job,
     transport: Transport,
     sites: Sequence[str],
     request: EvaluateRequest,
     exchanged: Layout,
-) -> Checked:
+) -> Evaluated:
     """Have ``sites`` evaluate; the sum of their tallies."""
-    checked = Checked(Tally.empty(job.measures), Traffic())
+    evaluated = Evaluated(Tally.empty(job.measures), Traffic())
     expected = Expected(request.session, request.round, exchanged)
     for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
-        checked.traffic.count(up=reply.bytes_up, down=reply.bytes_down)
+        evaluated.traffic.count(up=reply.bytes_up, down=reply.bytes_down)
         if isinstance(reply.payload, EvaluateReply):
             try:
                 tally = check_evaluation(reply.payload, expected, job.aggregation, job.measures)
             except (InvalidReply, MessageError) as error:
-                checked.traffic.drop(reply.site, f"evaluation: {error}")
+                evaluated.traffic.drop(reply.site, f"evaluation: {error}")
             else:
-                checked = replace(checked, tally=checked.tally + tally)
+                evaluated = replace(evaluated, tally=evaluated.tally + tally)
         elif reply.failure != "no-examples":  # a small site may hold none out
-            checked.traffic.drop(reply.site, f"evaluation: {reply.failure}")
-    return checked
+            evaluated.traffic.drop(reply.site, f"evaluation: {reply.failure}")
+    return evaluated
 
 
 class Gathering:
