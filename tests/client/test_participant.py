@@ -14,12 +14,12 @@ from fedgraft.client.data.splits import NOTHING, Splits
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.training.evaluate import evaluate
 from fedgraft.client.training.trainer import train_together
-from fedgraft.common.adapters.attach import cut_rank
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import AdapterError, SiteFailure
 from fedgraft.common.examples import Examples
+from fedgraft.common.layout import cut_rank
 from fedgraft.common.messages.payloads import EvaluateRequest, PlanRequest, TrainRequest
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 
 @pytest.fixture(scope="module")

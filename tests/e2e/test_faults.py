@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from support.federations import adapter_of, digits_job, run_digits, write_digits
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
+from fedgraft.common.layout import Vector
 from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.faults.plan import choose_sites

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from support.federations import digits_job, write_digits
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import Stage
 from fedgraft.server.app import coordinate
 from fedgraft.server.protocol.transport import Transport

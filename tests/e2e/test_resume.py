@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from support.federations import SMALL, adapter_of, digits_job, run_digits, write_digits
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Vector
 from fedgraft.server.app import coordinate
 from fedgraft.server.protocol.transport import Transport
 from fedgraft.server.runs import run_folder as runs_module

@@ -10,7 +10,7 @@ from support.federations import digits_job
 from support.scripted_grid import Answer, Clock, ScriptedGrid, site
 
 from fedgraft.common.adapters.model import open_workbench
-from fedgraft.common.config.job import EarlyStopping
+from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.messages.codec import decode, encode
 from fedgraft.common.messages.payloads import Refusal, ResultReply, ResultRequest
 from fedgraft.server.delivery import PATIENCE, hand_over

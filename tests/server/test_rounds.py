@@ -20,11 +20,11 @@ from support.rounds_in_memory import (
     transport_to,
 )
 
-from fedgraft.common.adapters.attach import Layout, is_factor_a, is_factor_b, is_head
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import TooFewSites
+from fedgraft.common.layout import Layout, is_factor_a, is_factor_b, is_head
 from fedgraft.common.messages.payloads import TrainReply, TrainRequest
 from fedgraft.server import optimizers
 from fedgraft.server.plan import Plan, make_plan

@@ -10,11 +10,11 @@ from support.federations import adapter_of, digits_job, run_digits, write_digits
 from transformers import AutoModelForImageClassification
 
 from fedgraft.client.data.rows import read_split
-from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.common.adapters.attach import DOMAIN
 from fedgraft.common.adapters.model import open_workbench
-from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.errors import DataError, InputError, JobError
+from fedgraft.common.examples import IGNORED
+from fedgraft.common.layout import DOMAIN
 from fedgraft.server.export.adapter import export_adapter
 from fedgraft.server.plan import make_plan
 from fedgraft.simulations.preparation import prepare

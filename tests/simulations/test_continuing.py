@@ -17,15 +17,15 @@ from fedgraft.client.participant import open_participant
 from fedgraft.client.training.evaluate import evaluate
 from fedgraft.client.training.ewc import Consolidation
 from fedgraft.client.training.trainer import Trained, train
-from fedgraft.common.adapters.attach import EWC, Vector
 from fedgraft.common.adapters.fisher import ANCHOR, NEW, OLD
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import open_workbench
-from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError, JobError
+from fedgraft.common.layout import EWC, Vector
 from fedgraft.server.export.adapter import export_adapter
 from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run

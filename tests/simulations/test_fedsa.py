@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file
 from support.federations import adapter_of, digits_job, run_digits, write_digits
 
-from fedgraft.common.adapters.attach import is_factor_a, is_factor_b, is_head
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import JobError
+from fedgraft.common.layout import is_factor_a, is_factor_b, is_head
 from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 

@@ -8,10 +8,10 @@ from support.trainings import felt, noisy, rows_for, task
 
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.training.trainer import Span, Task, Trained, train
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.training import Training
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import Examples
+from fedgraft.common.layout import Layout
 
 __all__ = ["CLOSE", "TURNED", "UNEVEN", "Company", "uneven"]
 

@@ -9,10 +9,10 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.layout import Vector
 from fedgraft.server.export.adapter import export_adapter, export_merged
 from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.runs.run_folder import Run

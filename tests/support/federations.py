@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import load_job
 from fedgraft.common.console import Console
+from fedgraft.common.layout import Vector
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.cli import simulate as cli
 from fedgraft.simulations.demo import digits

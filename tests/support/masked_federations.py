@@ -18,11 +18,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedgraft.client import app as client
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.training.trainer import Trained, Wanted, train_together
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import cache_folder, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.federation.federation_file import Federation
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import Stage, decode, encode
 from fedgraft.common.messages.payloads import (
     EvaluateRequest,

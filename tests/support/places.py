@@ -8,10 +8,10 @@ from safetensors.numpy import load_file
 
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.training.trainer import Span, Task, Trained, train_alone, train_together
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import encode
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainReply, TrainRequest
 from fedgraft.common.seeds import torch_generator

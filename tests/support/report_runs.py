@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from fedgraft.common.metrics.label_outcome import wilson_interval
+from fedgraft.common.metrics.intervals import wilson_interval
 from fedgraft.server.report.page import write_report
 
 __all__ = [

@@ -11,9 +11,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.codec import decode, encode, wire_bytes
 from fedgraft.common.messages.payloads import (
     EvaluateReply,

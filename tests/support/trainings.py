@@ -14,12 +14,13 @@ from tokenizers import Tokenizer, models
 
 from fedgraft.client.model.batched_model import Stack, open_stack
 from fedgraft.client.training.trainer import Span, Task, Trained, learning_rate, train_alone
-from fedgraft.common.adapters.attach import Layout, Vector, read
+from fedgraft.common.adapters.attach import read
 from fedgraft.common.adapters.model import Workbench, cache_folder
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.config.training import Training
 from fedgraft.common.examples import Examples, ImageExamples, TextExamples
+from fedgraft.common.layout import Layout, Vector
 
 __all__ = [
     "KINDS",

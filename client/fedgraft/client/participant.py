@@ -21,12 +21,12 @@ from fedgraft.client.policy.guard import SESSION, Guard
 from fedgraft.client.site_config import SiteConfig, load_site
 from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import Span, Task, Trained, Wanted
-from fedgraft.common.adapters.attach import Layout, Vector, cut_rank
 from fedgraft.common.adapters.model import Workbench, cache_folder, choose_device, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.federation.federation_file import Federation, load_federation
 from fedgraft.common.files import write_atomically
+from fedgraft.common.layout import Layout, Vector, cut_rank
 from fedgraft.common.messages.payloads import (
     EvaluateReply,
     EvaluateRequest,

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import Field, ValidationError
 
-from fedgraft.common.config.jobfile import read_text
 from fedgraft.common.errors import JobError
 from fedgraft.common.section import Cache, Section
+from fedgraft.common.toml import read_text
 
 __all__ = ["SiteConfig", "SiteData", "dump_site", "load_site"]
 

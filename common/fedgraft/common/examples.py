@@ -1,30 +1,35 @@
-"""Encoded rows, ready to be cut into batches: what training and evaluation see of a site's data."""
+"""Encoded rows, ready to be cut into batches: what training and evaluation see of a site's data.
+
+Everything here is NumPy: a job is read, and rows are encoded, without PyTorch.
+"""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.objectives.labels import IGNORED
-
 __all__ = [
+    "IGNORED",
     "ArrayExamples",
     "AudioExamples",
     "Examples",
     "ImageExamples",
     "Indices",
-    "Taught",
+    "Inputs",
     "TextExamples",
     "Wrapped",
     "concatenate",
+    "has_labels",
 ]
 
+IGNORED = -100  # a target that is none: padding, or a position after which nothing comes
 Indices = NDArray[np.int64]
+Inputs = dict[str, NDArray[Any]]
+"""A batch as the model reads it: an array [b, ...] for each argument, by its name."""
 
 
 class Examples(Protocol):
@@ -39,7 +44,7 @@ class Examples(Protocol):
         """Index into the job's groups, per example, -1 for none; None where it has no groups."""
 
     @property
-    def taught(self) -> NDArray[np.float32] | None:
+    def teacher_logits(self) -> NDArray[np.float32] | None:
         """A teacher's logits, float32 [n, classes]; None where there is no teacher."""
 
     @property
@@ -68,40 +73,52 @@ class Examples(Protocol):
     def width(self, index: Indices) -> int:
         """Tokens that a batch of the examples at ``index`` has; 0 where they are not sequences."""
 
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
         """The model's inputs (without labels) for the examples at ``index``, in that order.
 
         Sequences are padded to ``width`` tokens, or as ``width(index)`` says.
         """
 
-    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+    def targets(self, index: Indices, width: int = 0) -> NDArray[Any]:
         """What the model should predict for ``batch(index, width)``, int64 [b] or [b, width]."""
 
     def subset(self, index: Indices) -> Self:
         """The examples at ``index``, in that order; shares the encoded rows."""
 
     def with_teacher(self, logits: NDArray[np.float32]) -> Self:
-        """The same examples with ``taught``."""
+        """The same examples with these ``teacher_logits``."""
+
+    def with_groups(self, groups: Indices) -> Self:
+        """The same examples with these ``groups``, int64 [n]."""
+
+    def joined(self, others: "Sequence[Self]") -> Self:
+        """These examples and those of ``others`` (of one processor), in order, without groups."""
+
+
+E = TypeVar("E", bound=Examples)
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What examples of labels have in common: a teacher may have said something of each."""
+class _Teachable:
+    """A base for examples: a teacher may have given logits for each."""
 
-    taught: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    teacher_logits: NDArray[np.float32] | None = field(default=None, kw_only=True)
 
     def with_teacher(self, logits: NDArray[np.float32]) -> Self:
-        """The same examples with ``taught``."""
-        return replace(self, taught=logits)
+        """The same examples with these ``teacher_logits``."""
+        return replace(self, teacher_logits=logits)
+
+    def with_groups(self, groups: Indices) -> Self:
+        """The same examples with these ``groups``."""
+        return replace(self, groups=groups)  # type: ignore[call-arg]  # where a child has them
 
 
 @dataclass(frozen=True)
-class TextExamples(Taught):
+class TextExamples(_Teachable):
     """Token ids without padding: example i is ``ids[starts[i]:starts[i] + lengths[i]]``.
 
     ``labels``, ``starts`` and ``lengths`` int64 [n], ``ids`` int32 [tokens], ``types`` int8
-    [tokens] only where the tokenizer gives token types. None is longer than ``longest``. Where the
-    tokens themselves are ``predicted``, labels are all zero.
+    [tokens] only where the tokenizer gives token types. None is longer than ``longest``.
     """
 
     labels: Indices
@@ -112,7 +129,6 @@ class TextExamples(Taught):
     pad_id: int
     pad_left: bool
     longest: int
-    predicted: bool = False
     groups: Indices | None = None
 
     def __len__(self) -> int:
@@ -137,7 +153,7 @@ class TextExamples(Taught):
         """The longest of the examples at ``index``."""
         return int(self.lengths[index].max(initial=0))
 
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
         """``input_ids``, ``attention_mask`` (``token_type_ids``), int64 [b, width]."""
         starts, lengths = self.starts[index], self.lengths[index]
         width = width or self.width(index)
@@ -148,20 +164,14 @@ class TextExamples(Taught):
             mask = positions < lengths[:, None]
         source = _source(starts, lengths)
         inputs = {"input_ids": _padded(self.ids[source], mask, self.pad_id)}
-        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        inputs["attention_mask"] = mask.astype(np.int64)
         if self.types is not None:
             inputs["token_type_ids"] = _padded(self.types[source], mask, 0)
         return inputs
 
-    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
-        """What should be predicted, int64: the labels [b], or the tokens that follow [b, width]."""
-        if not self.predicted:
-            return torch.from_numpy(self.labels[index])
-        batch = self.batch(index, width)
-        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        targets = torch.full_like(ids, IGNORED)
-        targets[:, :-1] = ids[:, 1:].where(mask[:, 1:] & mask[:, :-1], IGNORED)
-        return targets
+    def targets(self, index: Indices, width: int = 0) -> NDArray[Any]:
+        """The labels, int64 [b]."""
+        return self.labels[index]
 
     def subset(self, index: Indices) -> "TextExamples":
         """The examples at ``index``, in that order; the token ids are shared."""
@@ -171,12 +181,28 @@ class TextExamples(Taught):
             starts=self.starts[index],
             lengths=self.lengths[index],
             groups=None if self.groups is None else self.groups[index],
-            taught=None if self.taught is None else self.taught[index],
+            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index],
+        )
+
+    def joined(self, others: Sequence["TextExamples"]) -> "TextExamples":
+        """These examples and those of ``others``, in order, without groups."""
+        every = (self, *others)
+        offsets = np.cumsum([0, *(len(part.ids) for part in every)])
+        types = [part.types for part in every if part.types is not None]
+        return replace(
+            self,
+            labels=np.concatenate([part.labels for part in every]),
+            ids=np.concatenate([part.ids for part in every]),
+            starts=np.concatenate([p.starts + o for p, o in zip(every, offsets, strict=False)]),
+            lengths=np.concatenate([part.lengths for part in every]),
+            types=np.concatenate(types) if types else None,
+            groups=None,
+            teacher_logits=_joined_logits(every),
         )
 
 
 @dataclass(frozen=True)
-class Wrapped(Taught):
+class Wrapped(_Teachable):
     """Examples made of others, ``source``: what is predicted is in them, so there are no labels."""
 
     source: "TextExamples | ImageExamples"
@@ -215,7 +241,7 @@ class Wrapped(Taught):
 
 
 @dataclass(frozen=True)
-class ArrayExamples(Taught):
+class ArrayExamples(_Teachable):
     """Examples of one shape: ``labels`` int64 [n]; example i is ``values[rows[i]]``.
 
     ``values`` is float32 [m, ...], in memory or mapped from a file.
@@ -254,9 +280,9 @@ class ArrayExamples(Taught):
         """None: there are no sequences."""
         return 0
 
-    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+    def targets(self, index: Indices, width: int = 0) -> NDArray[Any]:
         """The labels, int64 [b]."""
-        return torch.from_numpy(self.labels[index])
+        return self.labels[index]
 
     def subset(self, index: Indices) -> Self:
         """The examples at ``index``, in that order; the values are shared."""
@@ -265,18 +291,31 @@ class ArrayExamples(Taught):
             labels=self.labels[index],
             rows=self.rows[index],
             groups=None if self.groups is None else self.groups[index],
-            taught=None if self.taught is None else self.taught[index],
+            teacher_logits=None if self.teacher_logits is None else self.teacher_logits[index],
         )
 
-    def _taken(self, index: Indices) -> torch.Tensor:
-        return torch.from_numpy(np.array(self.values[self.rows[index]]))
+    def joined(self, others: Sequence[Self]) -> Self:
+        """These examples and those of ``others``, in order, without groups."""
+        every = (self, *others)
+        labels = np.concatenate([part.labels for part in every])
+        return replace(
+            self,
+            labels=labels,
+            values=np.concatenate([part.values[part.rows] for part in every]),
+            rows=np.arange(len(labels)),
+            groups=None,
+            teacher_logits=_joined_logits(every),
+        )
+
+    def _taken(self, index: Indices) -> NDArray[Any]:
+        return np.array(self.values[self.rows[index]])
 
 
 @dataclass(frozen=True)
 class ImageExamples(ArrayExamples):
     """Pixels: ``values`` is [m, channels, height, width]."""
 
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
         """``pixel_values``, float32 [b, channels, height, width], copied out of ``values``."""
         return {"pixel_values": self._taken(index)}
 
@@ -299,49 +338,34 @@ class AudioExamples(ArrayExamples):
         taken = filled[self.rows] if len(filled) else filled
         return _digest(self.name, taken, *(self.values[row] for row in self.rows))
 
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
         """``name``, float32 [b, ...], and perhaps ``attention_mask``, int64 [b, samples]."""
         inputs = {self.name: self._taken(index)}
         if self.filled is not None:
             mask = np.arange(self.values.shape[1]) < self.filled[self.rows[index]][:, None]
-            inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+            inputs["attention_mask"] = mask.astype(np.int64)
         return inputs
 
+    def joined(self, others: "Sequence[Self]") -> Self:
+        """These recordings and those of ``others``, in order, without groups."""
+        whole = super().joined(others)
+        lengths = [p.filled[p.rows] for p in (self, *others) if p.filled is not None]
+        return replace(whole, filled=np.concatenate(lengths)) if lengths else whole
 
-def concatenate(parts: Sequence[Examples]) -> Examples:
+
+def concatenate(parts: Sequence[E]) -> E:
     """The examples of all parts, which must come from one processor, in order, without groups."""
-    first = parts[0]
-    if hasattr(first, "joined"):
-        joined: Examples = first.joined(parts[1:])
-        return joined
-    taught = [part.taught for part in parts if part.taught is not None]
-    kept: dict[str, Any] = {"groups": None, "taught": np.concatenate(taught) if taught else None}
-    texts = [part for part in parts if isinstance(part, TextExamples)]
-    if len(texts) == len(parts):
-        offsets = np.cumsum([0, *(len(part.ids) for part in texts)])
-        types = [part.types for part in texts if part.types is not None]
-        return replace(
-            texts[0],
-            labels=np.concatenate([part.labels for part in texts]),
-            ids=np.concatenate([part.ids for part in texts]),
-            starts=np.concatenate([p.starts + o for p, o in zip(texts, offsets, strict=False)]),
-            lengths=np.concatenate([part.lengths for part in texts]),
-            types=np.concatenate(types) if types else None,
-            **kept,
-        )
-    arrays = [part for part in parts if isinstance(part, ArrayExamples)]
-    labels = np.concatenate([part.labels for part in arrays])
-    whole: dict[str, Any] = {
-        "labels": labels,
-        "values": np.concatenate([part.values[part.rows] for part in arrays]),
-        "rows": np.arange(len(labels)),
-        **kept,
-    }
-    heard = [part for part in parts if isinstance(part, AudioExamples)]
-    lengths = [part.filled[part.rows] for part in heard if part.filled is not None]
-    if lengths:
-        whole["filled"] = np.concatenate(lengths)
-    return replace(arrays[0], **whole)
+    return parts[0].joined(parts[1:])
+
+
+def has_labels(examples: Examples) -> bool:
+    """Whether these are a labelled site's."""
+    return not len(examples) or bool((examples.labels != IGNORED).any())
+
+
+def _joined_logits(parts: Sequence[Any]) -> NDArray[np.float32] | None:
+    logits = [part.teacher_logits for part in parts if part.teacher_logits is not None]
+    return np.concatenate(logits) if logits else None
 
 
 def _source(starts: Indices, lengths: Indices) -> Indices:
@@ -358,7 +382,7 @@ def _digest(facts: str, *arrays: NDArray[Any]) -> str:
     return digest.hexdigest()
 
 
-def _padded(values: NDArray[Any], mask: NDArray[np.bool_], fill: int) -> torch.Tensor:
+def _padded(values: NDArray[Any], mask: NDArray[np.bool_], fill: int) -> NDArray[Any]:
     grid = np.full(mask.shape, fill, dtype=np.int64)
     grid[mask] = values
-    return torch.from_numpy(grid)
+    return grid

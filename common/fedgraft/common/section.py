@@ -1,11 +1,12 @@
 """What every section of a file that people write has in common."""
 
 import re
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-__all__ = ["Cache", "Duration", "IllegalJob", "Section", "Size"]
+__all__ = ["Cache", "Duration", "IllegalJob", "Refuses", "Section", "Size"]
 
 NUMBERS = (int, float, int | None, float | None)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -23,6 +24,14 @@ def _seconds(value: object) -> object:
 
 
 Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
+Refuses = Mapping[str, tuple[str, str]]
+"""What does not go together with something: by the feature's name what is wrong, and a hint.
+
+The features are those of ``config/compatibility.py``; both texts may have ``{task}``, ``{rule}``
+and ``{method}`` in them.
+"""
 
 
 class IllegalJob(ValueError):

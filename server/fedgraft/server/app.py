@@ -15,13 +15,13 @@ from threading import Thread
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, CheckpointError, InputError, TooFewSites
 from fedgraft.common.federation.federation_file import Federation, load_federation
+from fedgraft.common.layout import Vector
 from fedgraft.server.coordinator.superlink import save_requests
 from fedgraft.server.delivery import hand_over
 from fedgraft.server.export.adapter import export_adapter

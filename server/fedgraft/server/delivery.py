@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fedgraft.common.adapters.attach import Vector
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import Stage
 from fedgraft.common.messages.payloads import PastRound, ResultRequest
 from fedgraft.server.plan import Plan

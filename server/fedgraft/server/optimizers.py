@@ -16,8 +16,8 @@ rounds are done, so that x comes to rest at a point from which a few local steps
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Vector
-from fedgraft.common.config.job import ServerOptimizer
+from fedgraft.common.config.sections import ServerOptimizer
+from fedgraft.common.layout import Vector
 from fedgraft.server.state import Moments
 
 __all__ = ["apply"]

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.aggregation import RULES
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import PlanRequest
 from fedgraft.server.protocol.clear import Halfway
 from fedgraft.server.protocol.masked import Masking

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.aggregation import RULES
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError, RoundAborted
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.seeds import derive_seed

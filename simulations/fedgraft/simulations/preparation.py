@@ -45,7 +45,7 @@ def prepare(job: Job, engine: str = "local", console: Console | None = None) -> 
         _refuse_faults(job)
         require_ray()
     prepared = prepare_sites(job, cache_folder() / "sites")
-    headed = "head_only" in prepared.settings.baselines and not job.measures.parts
+    headed = "head_only" in prepared.settings.baselines and job.task.head_alone
     wanted = (job, head_only_job(job)) if headed else (job,)
     if job.training.augmentation is not None:
         open_augmentation(job.training.augmentation)

@@ -5,19 +5,19 @@ checkpoint, a comparison that was finished is read back; one that was not starts
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import choose_device, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.simulation import Simulation as SimulationSettings
 from fedgraft.common.console import Console, Steps
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import Stage
-from fedgraft.common.tasks import METRICS
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.app import coordinate
 from fedgraft.server.export.adapter import export_adapter
 from fedgraft.server.plan import Plan, make_plan
@@ -102,10 +102,10 @@ def simulate(
         "peak_memory_mb": round(memory.megabytes, 1),
         "skipped_files": prepared.skipped,
         "faults": fates.summary(run.events()) if settings.faults.any else None,
-        "final": final_metrics(measured, job.job.seed, job.measures),
+        "final": final_metrics(measured, job.job.seed, job.measures, job.task),
         "moved": [one.to_json() for one in moved_modules(bench, (plan.exchanged, adapter))],
         "site_map": map_sites(job, [Path(node["state"]) for node in nodes], names),
-        "sites": site_results(sites, measured, job.job.seed, job.measures),
+        "sites": site_results(sites, measured, job.job.seed, job.measures, job.task),
     }
     run.finish(summary)
     export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
@@ -130,7 +130,8 @@ class _Simulation:
     def federate(self, console: Console, engine: str, done: int) -> Vector:
         """The federation itself, ``done`` rounds of it behind us; the final exchanged adapter."""
         with console.steps("round", self.job.rounds.count, done) as steps:
-            shown = _Shown(steps, Pace(self.memory, self.job.rounds.count - done))
+            pace = Pace(self.memory, self.job.rounds.count - done)
+            shown = _Shown(steps, pace, self.job.task.metrics[0])
             federation = self.masking.federation if self.masking else None
             if engine == "ray":
                 return coordinate_on_ray(
@@ -202,18 +203,18 @@ class _Simulation:
                     steps.within(number / len(tasks), f"{name} {number}/{len(tasks)}")
                 steps.done(name)
                 save_measured(folder / f"{name}.json", running.result() if running else None)
-        return {name: load_measured(folder / f"{name}.json") for name in wanted}
+        return {name: load_measured(folder / f"{name}.json", self.job.measures) for name in wanted}
 
     def _head_only(self, console: Console) -> Trial | None:
         """The same federation with only the head training; None if that is this one, or nothing."""
         job = head_only_job(self.job)
-        if job.method == self.job.method or self.job.measures.parts:
+        if job.method == self.job.method or not job.task.head_alone:
             return None
         bench = open_workbench(job)
         plan = make_plan(job, bench, self.run.session, self.masking)
         state = State(0, bench.initial_of(plan.exchanged))
         with console.steps("head only", job.rounds.count) as steps:
-            shown = _Shown(steps, Pace(self.memory, job.rounds.count))
+            shown = _Shown(steps, Pace(self.memory, job.rounds.count), job.task.metrics[0])
             state = run_job(
                 plan,
                 self.transport(shown.watch),
@@ -230,6 +231,7 @@ class _Shown:
 
     steps: Steps
     pace: Pace
+    metric: Metric
 
     def watch(self, stage: Stage, done: int, total: int) -> None:
         """A site has answered."""
@@ -238,7 +240,8 @@ class _Shown:
 
     def on_round(self, record: RoundRecord) -> None:
         """A round is over."""
-        self.steps.done(f"{_round_line(record)}  {self.pace.after(record.sites, record.seconds)}")
+        line = _round_line(record, self.metric)
+        self.steps.done(f"{line}  {self.pace.after(record.sites, record.seconds)}")
 
 
 def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:
@@ -249,17 +252,10 @@ def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:
     )
 
 
-def _quality(validation: Mapping[str, Any]) -> str:
-    """The headline of ``validation``, whichever of the tasks it is of."""
-    shown = METRICS.values()
-    metric = next(one for one, other in shown if {one.key, other.key} <= validation.keys())
-    return metric.text(validation[metric.key])
-
-
-def _round_line(record: RoundRecord) -> str:
+def _round_line(record: RoundRecord, metric: Metric) -> str:
     parts = [f"loss {record.train_loss:.3f}"]
     if record.validation is not None:
-        parts.append(f"valid. {_quality(record.validation)}")
+        parts.append(f"valid. {metric.text(record.validation[metric.key])}")
     if record.dropped:
         some = ", ".join(f"{d.site} ({d.reason})" for d in record.dropped[:3])
         more = f" and {len(record.dropped) - 3} more" if len(record.dropped) > 3 else ""

@@ -16,7 +16,8 @@ from fedgraft.client.data.rows import encode, read_split
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError
-from fedgraft.common.modalities import ImageProcessor, TextProcessor
+from fedgraft.common.modalities.image import ImageProcessor
+from fedgraft.common.modalities.text import TextProcessor
 
 
 def make_job(task: str = "text", labels: tuple[str, ...] = ("no", "yes"), **section: Any) -> Job:

@@ -14,7 +14,7 @@ from fedgraft.client.training.evaluate import evaluate
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import DataError
 from fedgraft.common.examples import concatenate
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 ROWS = [("a", "yes", "f"), ("b", "no", ""), ("c", "yes", "m"), ("d", "no", "m")]
 

@@ -24,9 +24,9 @@ from torch import nn
 
 from fedgraft.client.model.batched_model import Stack, check_stacking, open_stack
 from fedgraft.client.model.batched_modules import Draws, stacked_module
-from fedgraft.common.adapters.attach import Vector, is_factor_a
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import AdapterError, InputError
+from fedgraft.common.layout import Vector, is_factor_a
 
 EVERY: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in KINDS),

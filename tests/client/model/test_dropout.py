@@ -10,7 +10,7 @@ from fedgraft.client.model.batched_modules import Draws, Rows, SiteDropout
 from fedgraft.client.training.evaluate import evaluate
 from fedgraft.common.config.training import Training
 from fedgraft.common.examples import Examples
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 STILL = 1e-12  # a learning rate at which nothing moves
 

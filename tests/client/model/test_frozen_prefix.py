@@ -18,7 +18,7 @@ from fedgraft.client.training.evaluate import evaluate
 from fedgraft.client.training.trainer import Trained, train
 from fedgraft.common.config.training import Training
 from fedgraft.common.examples import Examples
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((kind, {"targets": targets, "dropout": 0.2}) for kind, targets in TOP.items()),

@@ -5,15 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedgraft.client.objectives.labels import (
-    IGNORED,
-    BlockCounts,
-    Counts,
-    distances,
-    losses,
-    restrict,
-)
-from fedgraft.common.examples import TextExamples
+from fedgraft.client.objectives.labels import BlockCounts, Counts, distances, losses, restrict
+from fedgraft.common.examples import IGNORED, TextExamples
 
 
 def texts(*lengths: int, left: bool = False) -> TextExamples:

@@ -17,10 +17,10 @@ from fedgraft.client.participant import open_participant
 from fedgraft.client.results import store as results
 from fedgraft.client.results.store import find_result, keep_result, list_results
 from fedgraft.client.training.evaluate import evaluate
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.errors import InputError
+from fedgraft.common.layout import Vector
 from fedgraft.common.messages.payloads import (
     PastRound,
     PlanReply,
@@ -28,7 +28,7 @@ from fedgraft.common.messages.payloads import (
     ResultReply,
     ResultRequest,
 )
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 RUN = "20261126-t-1a2b"
 OPEN = {"secure_aggregation": "allowed", "min_cohort": 1}

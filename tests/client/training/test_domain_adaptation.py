@@ -15,20 +15,13 @@ from torch.nn import functional
 
 from fedgraft.client.model.batched_model import Stack, open_stack
 from fedgraft.client.model.forward import open_feed, predict
-from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.client.training.domain_adaptation import (
-    Alignment,
-    growth,
-    has_labels,
-    pooled,
-    watch_features,
-)
+from fedgraft.client.training.domain_adaptation import Alignment, growth, pooled, watch_features
 from fedgraft.client.training.trainer import Span, Trained, train
-from fedgraft.common.adapters.attach import DOMAIN, Layout, Vector
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size, frequencies
-from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.config.training import DomainAdaptation
-from fedgraft.common.examples import Examples
+from fedgraft.common.examples import IGNORED, Examples, has_labels
+from fedgraft.common.layout import DOMAIN, Layout, Vector
 
 ADAPTING = ("coral", "mmd", "dann")
 LATE = Span(0.5, 0.6)  # when the weight has grown

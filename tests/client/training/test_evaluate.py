@@ -6,7 +6,7 @@ import torch
 from support.trainings import digits, noisy, open_small, rows_for, settings, texts, trained
 
 from fedgraft.client.training.evaluate import evaluate
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet", "bert", "gpt2"])

@@ -23,8 +23,8 @@ from support.trainings import (
 
 from fedgraft.client.training.layer_rates import Pace, open_pace
 from fedgraft.client.training.trainer import Span
-from fedgraft.common.adapters.attach import OUTER, is_head
 from fedgraft.common.backbones.blocks import blocks_in, depths
+from fedgraft.common.layout import OUTER, is_head
 
 PARTIAL: dict[str, Any] = {"kind": "partial", "blocks": 2, "head": "shared"}
 BLOCKS = {

@@ -8,9 +8,9 @@ from support.places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client.participant import FIRST
 from fedgraft.client.training.evaluate import evaluate
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.errors import SiteFailure
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.layout import Vector
+from fedgraft.common.metrics.evaluation import Measures
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from support.companies import CLOSE, TURNED, Company, uneven
 from support.trainings import KINDS, open_small, settings, texts
 
-from fedgraft.common.adapters.attach import cut_rank, is_factor_a, is_head
+from fedgraft.common.layout import cut_rank, is_factor_a, is_head
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,11 +24,11 @@ from support.trainings import (
 from fedgraft.client.model.batched_model import Stack, open_stack
 from fedgraft.client.training.evaluate import evaluate
 from fedgraft.client.training.trainer import Span, Trained, train, train_alone
-from fedgraft.common.adapters.attach import Layout, Vector, is_factor_a, is_head
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import ImageExamples
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.layout import Layout, Vector, is_factor_a, is_head
+from fedgraft.common.metrics.evaluation import Measures
 
 
 def part_of(stack: Stack, part: str) -> Layout:

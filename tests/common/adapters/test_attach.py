@@ -28,19 +28,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedgraft.common.adapters.attach import (
-    Layout,
-    Vector,
-    adapter_layout,
-    attach,
-    is_factor_a,
-    is_head,
-    read,
-    write,
-)
+from fedgraft.common.adapters.attach import adapter_layout, attach, read, write
 from fedgraft.common.backbones.load import find_backbone, load
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import AdapterError
+from fedgraft.common.layout import Layout, Vector, is_factor_a, is_head
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 

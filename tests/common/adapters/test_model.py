@@ -13,12 +13,14 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import BertConfig, BertForSequenceClassification
 
-from fedgraft.common.adapters.attach import Layout, Vector, is_factor_a, is_head, read
+from fedgraft.common.adapters.attach import read
 from fedgraft.common.adapters.model import Workbench, cache_folder, choose_device, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import AdapterError, BackboneError, InputError
+from fedgraft.common.layout import Layout, Vector, is_factor_a, is_head
 from fedgraft.common.messages.codec import array_hash
-from fedgraft.common.modalities import ImageProcessor, TextProcessor
+from fedgraft.common.modalities.image import ImageProcessor
+from fedgraft.common.modalities.text import TextProcessor
 
 ROOT = Path(__file__).parents[3]
 

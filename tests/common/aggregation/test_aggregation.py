@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.aggregation import RULES, RunningMean
 from fedgraft.common.aggregation.median import PIECE
-from fedgraft.common.config.job import INDIVIDUAL, Aggregation, ServerOptimizer
+from fedgraft.common.config.job import INDIVIDUAL
+from fedgraft.common.config.sections import Aggregation, ServerOptimizer
+from fedgraft.common.layout import Layout
 from fedgraft.server.optimizers import apply
 from fedgraft.server.state import Moments
 

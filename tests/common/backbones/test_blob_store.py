@@ -24,7 +24,7 @@ from fedgraft.common.backbones.blob_store import (
 )
 from fedgraft.common.backbones.load import find_backbone
 from fedgraft.common.backbones.manifest import CHUNK
-from fedgraft.common.config.job import Backbone
+from fedgraft.common.config.sections import Backbone
 from fedgraft.common.errors import BackboneError, MessageError, RunError, TransferError
 from fedgraft.common.locks import lock_folder
 

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fedgraft.common.adapters.attach import is_head
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.modalities import ImageProcessor
+from fedgraft.common.layout import is_head
+from fedgraft.common.modalities.image import ImageProcessor
 
 CUT: dict[str, Any] = {"input_size": [3, 32, 32], "crop_pct": 0.8, "interpolation": "bilinear",
        "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}  # fmt: skip

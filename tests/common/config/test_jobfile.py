@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgraft.common.config.job import Job
-from fedgraft.common.config.jobfile import dump_job, load_job, parse_job, read_text
+from fedgraft.common.config.jobfile import dump_job, load_job, parse_job
 from fedgraft.common.config.simulation import Simulation
 from fedgraft.common.errors import JobError
 from fedgraft.common.methods import LoraMethod, PartialMethod
+from fedgraft.common.toml import read_text
 
 MINIMAL = """\
 [job]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.masked_terms import (
     TALLY_LIMIT,
     describe,

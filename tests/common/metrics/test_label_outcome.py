@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from scipy.stats import binom, binomtest
 from sklearn.metrics import f1_score
 
-from fedgraft.common.metrics.label_outcome import (
+from fedgraft.common.metrics.intervals import (
     macro_f1_difference,
     macro_f1_interval,
-    verdict,
     wilson_interval,
 )
+from fedgraft.common.metrics.label_evaluation import verdict
 from fedgraft.common.metrics.tally import Tally
 
 Bools = NDArray[np.bool_]

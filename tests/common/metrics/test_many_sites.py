@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedgraft.common.adapters.attach import Layout, cut_rank
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job, parse_job
 from fedgraft.common.errors import JobError
+from fedgraft.common.layout import Layout, cut_rank
 from fedgraft.common.section import Cache
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.metrics.measures import CALIBRATION_BINS, Measures
+from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.measures import CALIBRATION_BINS
 from fedgraft.common.metrics.tally import Tally
 
 Logits = NDArray[np.float32]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedgraft.common.metrics.part_outcome import BlockVerdict, block_verdict, part_intervals
+from fedgraft.common.metrics.part_evaluation import block_verdict, part_intervals
+from fedgraft.common.metrics.part_outcome import BlockVerdict
 
 RNG = np.random.default_rng
 

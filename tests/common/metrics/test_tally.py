@@ -16,7 +16,7 @@ from sklearn.metrics import (
 )
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 from fedgraft.common.metrics.tally import Tally
 
 Labels = NDArray[np.int64]

@@ -12,13 +12,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedgraft.common.errors import BackboneError, DataError
-from fedgraft.common.modalities import (
-    ImageProcessor,
-    TextProcessor,
-    load_processor,
-    open_image,
-    to_channels,
-)
+from fedgraft.common.modalities import load_processor
+from fedgraft.common.modalities.image import ImageProcessor, open_image, to_channels
+from fedgraft.common.modalities.text import TextProcessor
 
 CONFIG = SimpleNamespace(num_channels=1, image_size=8)
 

@@ -15,14 +15,14 @@ from support.trainings import noisy
 from fedgraft.client.data.cache import WORTH_A_FILE, Store
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.client.training.evaluate import PartEvaluation, evaluate_parts, measure
+from fedgraft.client.training.evaluate import evaluate_parts, measure
 from fedgraft.common.adapters.model import open_processor
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError
-from fedgraft.common.examples import TextExamples
-from fedgraft.common.modalities import TextProcessor
+from fedgraft.common.examples import IGNORED, TextExamples
+from fedgraft.common.metrics.part_evaluation import PartEvaluation
+from fedgraft.common.modalities.text import TextProcessor
 from fedgraft.common.tasks.causal_lm import cut_blocks, encode_blocks
 
 TEXTS = [

@@ -18,12 +18,13 @@ from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.model.batched_modules import Rows
 from fedgraft.client.objectives.labels import CLOSE
-from fedgraft.client.training.evaluate import PartEvaluation, measure
+from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import open_processor, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError, JobError
 from fedgraft.common.examples import concatenate
+from fedgraft.common.metrics.part_evaluation import PartEvaluation
 from fedgraft.common.modalities.patches import cut_patches, painting_settings
 from fedgraft.common.tasks.masked_image_modeling import UNSEEN, PatchExamples
 from fedgraft.server.plan import make_plan

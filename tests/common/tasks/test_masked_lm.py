@@ -23,14 +23,13 @@ from support.trainings import noisy, settings, trained
 
 from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.model.batched_modules import Rows
-from fedgraft.client.objectives.labels import IGNORED
 from fedgraft.client.training.evaluate import evaluate_parts, measure
 from fedgraft.common.adapters.model import open_processor, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.examples import concatenate
-from fedgraft.common.modalities import TextProcessor
+from fedgraft.common.examples import IGNORED, concatenate
+from fedgraft.common.modalities.text import TextProcessor
 from fedgraft.common.tasks.masked_lm import ClozeExamples, encode_cloze
 
 TEXTS = ["to be, or not to be", "a", "that is the question: whether 'tis nobler in the mind"]

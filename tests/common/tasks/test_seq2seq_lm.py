@@ -9,14 +9,14 @@ from support.language_models import CHARACTERS, job_settings, save_language_mode
 from support.trainings import noisy, settings, trained
 
 from fedgraft.client.model.batched_model import check_stacking, open_stack
-from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.client.training.evaluate import PartEvaluation, measure
+from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.model import open_processor
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError
-from fedgraft.common.examples import concatenate
-from fedgraft.common.modalities import TextProcessor
+from fedgraft.common.examples import IGNORED, concatenate
+from fedgraft.common.metrics.part_evaluation import PartEvaluation
+from fedgraft.common.modalities.text import TextProcessor
 from fedgraft.common.tasks.seq2seq_lm import PairedExamples, encode_pairs
 
 SOURCES = ["to be", "or not to be, that is", "a"]

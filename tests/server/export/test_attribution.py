@@ -14,7 +14,7 @@ from support.federations import run_digits, write_digits
 from support.trainings import noisy, open_small
 
 from fedgraft.common.errors import InputError
-from fedgraft.common.modalities import TextProcessor
+from fedgraft.common.modalities.text import TextProcessor
 from fedgraft.server.export.attribution import explain_image, explain_text
 
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgraft.common.adapters.attach import Layout
-from fedgraft.common.config.job import Aggregation
+from fedgraft.common.config.sections import Aggregation
 from fedgraft.common.errors import MessageError
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import EvaluateReply, TrainReply
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.server.protocol.validation import (
     Expected,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import CheckpointError, InputError, RunError
+from fedgraft.common.layout import Layout
 from fedgraft.server.runs.run_folder import Run, list_runs
 from fedgraft.server.state import Dropped, RoundRecord, State
 

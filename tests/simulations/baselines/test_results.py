@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedgraft.client.training.evaluate import Evaluation
-from fedgraft.common.metrics.label_outcome import macro_f1_interval, verdict, wilson_interval
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
+from fedgraft.common.metrics.intervals import macro_f1_interval, wilson_interval
+from fedgraft.common.metrics.label_evaluation import LabelEvaluation, verdict
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.simulations.baselines.compare import Measured
@@ -25,13 +25,13 @@ from fedgraft.simulations.data.partition import SimulatedSite
 
 def evaluations(
     sites: int, *, classes: int, seed: int, examples: int = 20
-) -> list[Evaluation | None]:
+) -> list[LabelEvaluation | None]:
     draw = np.random.default_rng(seed)
-    found: list[Evaluation | None] = []
+    found: list[LabelEvaluation | None] = []
     for _ in range(sites):
         true = draw.integers(0, classes, examples)
         predicted = np.where(draw.random(examples) < 0.6, true, draw.integers(0, classes, examples))
-        found.append(Evaluation(float(draw.random()), true, predicted, classes))
+        found.append(LabelEvaluation(float(draw.random()), true, predicted, classes))
     return found
 
 
@@ -39,7 +39,7 @@ def site(number: int) -> SimulatedSite:
     return SimulatedSite(f"site-{number:02}", 60, 20, (30, 30, 0), "")
 
 
-def tallied(one: Evaluation) -> Tally:
+def tallied(one: LabelEvaluation) -> Tally:
     confusion = np.zeros((one.classes, one.classes), np.int64)
     for true, predicted in zip(one.true, one.predicted, strict=True):
         confusion[true, predicted] += 1
@@ -117,7 +117,7 @@ def test_what_was_kept_is_read_back_to_the_last_bit(
         if before is None or after is None:
             assert before is after
             continue
-        assert isinstance(after, Evaluation)
+        assert isinstance(after, LabelEvaluation)
         assert (after.loss, after.classes) == (before.loss, before.classes)
         assert after.true.dtype == after.predicted.dtype == np.int64
         assert np.array_equal(after.tally.confusion, tallied(before).confusion)

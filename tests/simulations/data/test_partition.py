@@ -15,8 +15,9 @@ from PIL import Image
 
 from fedgraft.client.data.rows import read_split
 from fedgraft.client.site_config import load_site
-from fedgraft.common.config.job import Job, Rounds
+from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.config.sections import Rounds
 from fedgraft.common.config.simulation import Partition
 from fedgraft.common.errors import JobError
 from fedgraft.simulations.data import partition as partition_module

@@ -11,9 +11,9 @@ import torch
 from support.federations import adapter_of, digits_job, run_digits, write_digits
 
 from fedgraft.client.participant import open_participant
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
+from fedgraft.common.layout import Vector
 from fedgraft.simulations.data.partition import PreparedSites
 from fedgraft.simulations.grid import engine
 from fedgraft.simulations.grid.engine import MOST, Nodes, choose_sites_per_pass, make_nodes

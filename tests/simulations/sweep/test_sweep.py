@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.federations import SMALL, digits_job
 
-from fedgraft.common.config.job import EarlyStopping
+from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.errors import InputError
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.server.rounds import _judge

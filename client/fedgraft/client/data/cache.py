@@ -9,6 +9,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,9 +19,10 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fedgraft.common.encoding import NameParts, digest_of
 from fedgraft.common.files import write_atomically
 
-__all__ = ["Arrays", "Files", "Recent", "Store", "filled_array", "open_store"]
+__all__ = ["Arrays", "Files", "Keeper", "Recent", "Store", "open_store"]
 
 SUFFIX, MAPPED = ".kept.safetensors", ".kept.npy"
 ABANDONED = 86400.0  # seconds after which a half-written file is nobody's
@@ -211,23 +213,43 @@ class Store:
         return size * LARGEST_SHARE <= self.recent.budget
 
 
-def filled_array(
-    store: Store | None,
-    shape: tuple[int, ...],
-    fill: Callable[[NDArray[Any]], None],
-    name: Callable[[], str],
-) -> NDArray[np.float32]:
-    """A float32 array that ``fill`` makes: in memory, or where it is large in a file of ``store``.
+@dataclass(frozen=True)
+class Keeper:
+    """Where encoders keep what they make (``common.encoding.Keep``): in files of ``store``.
 
-    The file is found again by ``name()``, which is asked for only then.
+    ``key`` is what a name depends on besides, the backbone's fingerprint. Without a store nothing
+    is kept.
     """
-    if store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
-        mapped = store.files.mapped(name(), shape, np.float32, fill)
-        if mapped is not None:
-            return mapped
-    array = np.empty(shape, np.float32)
-    fill(array)
-    return array
+
+    store: Store | None
+    key: str
+
+    def tokens(self, name: NameParts, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
+        """Named arrays: those that were kept under ``name``, or what ``make`` gives."""
+        if self.store is None:
+            return Arrays(make())
+        digest = digest_of(self.key, *name)
+        found = self.store.files.load(digest)
+        if found is None:
+            found = Arrays(make())
+            self.store.files.save(digest, found)
+        return found
+
+    def array(
+        self,
+        shape: tuple[int, ...],
+        fill: Callable[[NDArray[Any]], None],
+        name: Callable[[], NameParts],
+    ) -> NDArray[np.float32]:
+        """A float32 array that ``fill`` makes: in memory, or where it is large in a mapped file."""
+        if self.store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
+            digest = digest_of(self.key, *name())
+            mapped = self.store.files.mapped(digest, shape, np.float32, fill)
+            if mapped is not None:
+                return mapped
+        array = np.empty(shape, np.float32)
+        fill(array)
+        return array
 
 
 @lru_cache(maxsize=4)

@@ -3,18 +3,20 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedgraft.client.data.cache import Store
-from fedgraft.client.data.rows import Examples, Rows, encode, read_split, split_validation
-from fedgraft.client.data.teacher import taught_by
+from fedgraft.client.data.rows import SplitRows, encode, read_split
+from fedgraft.client.data.teacher import teacher_logits
 from fedgraft.client.site_config import SiteConfig
 from fedgraft.common.adapters.model import choose_device, open_processor
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import SiteFailure
+from fedgraft.common.examples import Examples, Indices
 from fedgraft.common.methods import HeadMethod
 from fedgraft.common.seeds import numpy_generator
 
-__all__ = ["Splits"]
+__all__ = ["Splits", "split_validation"]
 
 NOTHING = np.empty(0, np.int64)
 OVERHEAD = 4096  # bytes of Python objects around the examples of a file
@@ -61,7 +63,7 @@ class Splits:
         return found
 
     def _read_train(self) -> "_Encoded":
-        train, own = self._taught(self.config.data.train), self.config.data.validation
+        train, own = self._with_teacher(self.config.data.train), self.config.data.validation
         if own:
             return _Encoded((train, self._encoded(own)))
         if not self.config.data.labelled:
@@ -78,7 +80,7 @@ class Splits:
     def _encoded(self, path: str) -> Examples:
         return self._encoded_rows(self._rows(path))
 
-    def _taught(self, path: str) -> Examples:
+    def _with_teacher(self, path: str) -> Examples:
         """The rows of ``path`` with what the site's teacher says of them, where the job has one."""
         rows = self._rows(path, labelled=self.config.data.labelled)
         examples = self._encoded_rows(rows)
@@ -87,18 +89,18 @@ class Splits:
         if self.config.teacher is None:
             raise SiteFailure("no-teacher")
         device = choose_device(self.config.device)
-        logits = taught_by(
+        logits = teacher_logits(
             self.config.teacher, rows.dataset, self.job, store=self.store, device=device
         )
         return examples.with_teacher(logits)
 
-    def _rows(self, path: str, *, labelled: bool = True) -> Rows:
+    def _rows(self, path: str, *, labelled: bool = True) -> SplitRows:
         data = self.config.data
         return read_split(
             path, self.job, columns=data.columns, labels=data.labels, labelled=labelled
         )
 
-    def _encoded_rows(self, rows: Rows) -> Examples:
+    def _encoded_rows(self, rows: SplitRows) -> Examples:
         backbone, processor = open_processor(self.job)
         key = backbone.fingerprint
         return encode(rows.dataset, processor, self.job, store=self.store, key=key)
@@ -111,3 +113,29 @@ class _Encoded(tuple[Examples, ...]):
     def nbytes(self) -> int:
         """Bytes in memory."""
         return OVERHEAD + sum(one.nbytes for one in self)
+
+
+def split_validation(
+    labels: NDArray[np.int64], share: float, generator: np.random.Generator
+) -> tuple[Indices, Indices]:
+    """Split the indices of ``labels`` [n] into (train, validation), each sorted, int64.
+
+    Validation has about ``share`` of all examples and of every class (largest remainders, ties by
+    lot), but every class keeps at least one training example, so a tiny set may have none.
+    """
+    classes, of_class = np.unique(labels, return_inverse=True)
+    counts = np.bincount(of_class, minlength=len(classes))
+    wanted = counts * share
+    taken = np.minimum(np.floor(wanted).astype(np.int64), np.maximum(counts - 1, 0))
+    missing = round(len(labels) * share) - int(taken.sum())
+    lot = generator.permutation(len(classes))
+    by_remainder = lot[np.argsort(-(wanted - np.floor(wanted))[lot], kind="stable")]
+    able = [c for c in by_remainder if taken[c] < counts[c] - 1 and wanted[c] > taken[c]]
+    taken[able[: max(0, missing)]] += 1
+    chosen = [
+        generator.permutation(np.flatnonzero(of_class == c))[: taken[c]]
+        for c in range(len(classes))
+    ]
+    validation = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *chosen])).astype(np.int64)
+    train = np.setdiff1d(np.arange(len(labels), dtype=np.int64), validation)
+    return train, validation

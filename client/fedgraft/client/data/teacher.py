@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.rows import encode
 from fedgraft.common.backbones.load import find_backbone, load, read_config
-from fedgraft.common.config.job import Backbone, Job
+from fedgraft.common.config.job import Job
+from fedgraft.common.config.sections import Backbone
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.modalities import TextProcessor, load_processor
-from fedgraft.common.tasks import TASKS
 
-__all__ = ["taught_by"]
+__all__ = ["teacher_logits"]
 
 BATCH = 64
 
 
-def taught_by(
+def teacher_logits(
     source: str, dataset: datasets.Dataset, job: Job, *, store: Store, device: torch.device
 ) -> NDArray[np.float32]:
     """The logits of the teacher ``source`` (as ``backbone.source``), float32 [rows, classes].
@@ -38,7 +37,7 @@ def taught_by(
     """
     mine = job.model_copy(update={"backbone": Backbone(source=source)})
     backbone = find_backbone(source)
-    processor = load_processor(backbone.folder, TASKS[job.job.task].modality, read_config(backbone))
+    processor = job.task.modality.load(backbone.folder, read_config(backbone))
     examples = encode(dataset, processor, mine, store=store, key=backbone.fingerprint)
 
     def make() -> dict[str, NDArray[Any]]:
@@ -49,8 +48,7 @@ def taught_by(
                 hint="a model trained for exactly these, say an `export --format merged` of a run",
             )
         model: Any = loaded.model
-        if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last token
-            model.config.pad_token_id = processor.pad_id
+        processor.configure(model.config)
         return {"logits": _logits(model.to(device), examples, device)}
 
     facts = ("teacher", backbone.fingerprint, examples.digest, device.type, torch.__version__,
@@ -63,7 +61,8 @@ def _logits(model: Any, examples: Any, device: torch.device) -> NDArray[np.float
     order = np.argsort(np.asarray(examples.lengths), kind="stable")
     found: list[NDArray[np.float32]] = []
     for index in np.split(order, range(BATCH, len(order), BATCH)):
-        inputs = {key: value.to(device) for key, value in examples.batch(index).items()}
+        batch = examples.batch(index)
+        inputs = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
         found.append(model(**inputs).logits.float().cpu().numpy())
     logits: NDArray[np.float32] = np.concatenate(found)[np.argsort(order)]
     return logits

@@ -95,7 +95,7 @@ def _train(chosen: "torch.device") -> tuple[bool, int]:
     from fedgraft.client.training.trainer import Task, train_alone
     from fedgraft.common.config.jobfile import parse_job
     from fedgraft.common.examples import ImageExamples
-    from fedgraft.common.modalities import ImageProcessor
+    from fedgraft.common.modalities.image import ImageProcessor
     from fedgraft.common.seeds import numpy_generator, torch_generator
 
     job = parse_job(JOB, where="the doctor's job")

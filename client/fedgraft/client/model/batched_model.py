@@ -19,18 +19,17 @@ from torch import nn
 
 from fedgraft.client.model.batched_modules import (
     MAGNITUDE,
-    Draws,
-    SiteDropout,
     Stacked,
     stacked_module,
 )
 from fedgraft.client.model.quantization import quantized_layers
-from fedgraft.common.adapters.attach import OUTER, Layout, Vector, is_head
+from fedgraft.client.model.randomness import Randomness, SiteDropout
+from fedgraft.client.objectives import OBJECTIVES, Objective
 from fedgraft.common.adapters.model import Workbench, close_workbenches, open_workbench, shaping_of
 from fedgraft.common.backbones.load import body_names
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
-from fedgraft.common.modalities.patches import predicted
+from fedgraft.common.layout import OUTER, Layout, Vector, is_head
 
 if TYPE_CHECKING:
     from fedgraft.client.model.frozen_prefix import Prefix
@@ -54,11 +53,16 @@ class Stack:
     bench: Workbench
     model: nn.Module
     device: torch.device
-    draws: Draws
+    randomness: Randomness
     modules: dict[str, tuple[Stacked, str]]
     fixed: dict[str, torch.Tensor]
     bits: int = 0
     prefixes: "dict[tuple[str, ...], Prefix | None]" = field(default_factory=dict)
+
+    @property
+    def objective(self) -> Objective:
+        """How predictions of the job's task are compared with targets."""
+        return OBJECTIVES[self.bench.task.target]
 
     def put(self, trained: Layout, flat: torch.Tensor) -> list[torch.Tensor]:
         """Compute with ``flat``, float32 [sites, trained.size]; all other tensors are initial.
@@ -66,7 +70,7 @@ class Stack:
         Nothing is copied: the modules hold views, which are returned in the order of ``trained``.
         """
         sites = len(flat)
-        self.draws.sites = sites
+        self.randomness.sites = sites
         views: dict[str, torch.Tensor] = {}
         for name, (module, attribute) in self.modules.items():
             where = trained.slices.get(name)
@@ -87,7 +91,7 @@ class Stack:
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Logits, float32 [sites x rows, classes], or whatever else the model predicts."""
-        return predicted(self.model(**self.ready(inputs)), self.model)
+        return self.objective.predicted(self.model(**self.ready(inputs)), self.model)
 
     def ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """``inputs`` on the device, and what is not an index in the backbone's dtype."""
@@ -130,9 +134,9 @@ def _build(bench: Workbench, device: torch.device, precision: str, bits: int) ->
         model.set_attn_implementation(attention)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # of keys and values, for generation: here each row is whole
-    draws = Draws()
-    modules = _replace_adapters(model, bench.layout.of_model, draws)
-    _seed_head_dropout(model, draws)
+    randomness = Randomness()
+    modules = _replace_adapters(model, bench.layout.of_model, randomness)
+    _seed_head_dropout(model, randomness)
     model.requires_grad_(False).eval()
     values = torch.from_numpy(bench.initial).to(device)
     fixed = {
@@ -141,7 +145,7 @@ def _build(bench: Workbench, device: torch.device, precision: str, bits: int) ->
             bench.layout.slices.items(), bench.layout.shapes, strict=True
         )
     }
-    stack = Stack(bench, model, device, draws, modules, fixed, bits)
+    stack = Stack(bench, model, device, randomness, modules, fixed, bits)
     stack.put_one(bench.layout, bench.initial)
     return stack
 
@@ -172,7 +176,7 @@ def _twin(model: Any, device: torch.device, dtype: torch.dtype, bits: int) -> An
 
 
 def _replace_adapters(
-    model: nn.Module, layout: Layout, draws: Draws
+    model: nn.Module, layout: Layout, randomness: Randomness
 ) -> dict[str, tuple[Stacked, str]]:
     """Put stacked modules in the place of peft's; which holds each tensor of ``layout``."""
     found: dict[str, tuple[str, str]] = {}
@@ -189,7 +193,7 @@ def _replace_adapters(
     made: dict[str, Stacked] = {}
     paths = dict.fromkeys(path for path, _ in found.values())
     for path in sorted(paths, key=lambda path: -path.count(".")):  # what is inside others first
-        made[path] = stacked_module(model.get_submodule(path), draws, head=path in heads)
+        made[path] = stacked_module(model.get_submodule(path), randomness, head=path in heads)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made[path])
     return {name: (made[path], attribute) for name, (path, attribute) in found.items()}
@@ -203,14 +207,14 @@ def _unwrap_heads(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), leaf, copies["default"])
 
 
-def _seed_head_dropout(model: Any, draws: Draws) -> None:
+def _seed_head_dropout(model: Any, randomness: Randomness) -> None:
     """Put seeded dropout in the place of every dropout of the head: all outside the body."""
     bodies = tuple(f"{name}." for name in body_names(model))
     for name, module in list(model.named_modules()):
         inside = f"{name}.".startswith(bodies)
         if isinstance(module, nn.Dropout) and not inside:
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, SiteDropout(draws, None))
+            setattr(model.get_submodule(parent), leaf, SiteDropout(randomness, None))
 
 
 def check_stacking(stack: Stack, inputs: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,6 @@ Inputs and outputs are [K x R, ...], the R rows of one site after the other's. `
 parameter's name to a tensor [K, *shape]; whoever owns the stack sets it.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,66 +14,12 @@ from torch.func import functional_call
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from fedgraft.client.model.randomness import Randomness, SiteDropout
 from fedgraft.common.errors import AdapterError
 
-__all__ = ["MAGNITUDE", "Draws", "Rows", "SiteDropout", "Stacked", "stacked_module"]
+__all__ = ["MAGNITUDE", "Stacked", "stacked_module"]
 
 MAGNITUDE = "lora_magnitude_vector"  # as peft calls DoRA's
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What one site has in the batch under way: ``count`` of R rows, ``width`` of the tokens.
-
-    ``width`` is 0 where rows are not sequences; ``left`` says that padding stands before them.
-    """
-
-    count: int
-    width: int
-    left: bool
-    generator: torch.Generator
-
-
-@dataclass
-class Draws:
-    """What is random in the pass under way: nothing while ``rows`` is empty, as in evaluation.
-
-    ``width`` is the batch's number of tokens, ``head`` the head's dropout probability.
-    """
-
-    sites: int = 1
-    rows: tuple[Rows, ...] = ()
-    width: int = 0
-    head: float = 0.0
-
-    def drop(self, x: torch.Tensor, probability: float) -> torch.Tensor:
-        """Dropout of ``x``, [K x R, ...], each site's part drawn from its own generator.
-
-        Only its real rows and tokens are drawn for, so that a site draws the same numbers
-        whoever is in the pass with it.
-        """
-        if not probability or not self.rows:
-            return x
-        keep = torch.ones(x.shape, dtype=torch.bool)
-        for part, mine in zip(keep.chunk(self.sites), self.rows, strict=True):
-            own = part[: mine.count]
-            if self.width and x.ndim > 2 and x.shape[1] == self.width:
-                start = self.width - mine.width if mine.left else 0
-                own = own[:, start : start + mine.width]
-            own.copy_(torch.rand(own.shape, generator=mine.generator) >= probability)
-        return x * keep.to(x.device) / (1 - probability)
-
-
-class SiteDropout(nn.Module):
-    """Dropout with the generators of ``draws``; without a probability it is the head's."""
-
-    def __init__(self, draws: Draws, probability: float | None) -> None:
-        super().__init__()
-        self.draws, self.p = draws, probability
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Zero each element with the probability and scale the rest up, in training only."""
-        return self.draws.drop(x, self.draws.head if self.p is None else self.p)
 
 
 class Stacked(nn.Module):
@@ -250,7 +195,7 @@ class StackedModule(Stacked):
         return out.view(*x.shape[:-1], -1)
 
 
-def stacked_module(module: nn.Module, draws: Draws, *, head: bool = False) -> Stacked:
+def stacked_module(module: nn.Module, randomness: Randomness, *, head: bool = False) -> Stacked:
     """What takes the place of ``module``, one of peft's layers or a part of a head.
 
     Raises:
@@ -258,7 +203,7 @@ def stacked_module(module: nn.Module, draws: Draws, *, head: bool = False) -> St
     """
     if isinstance(module, PeftLinear | PeftConv2d):
         inner = module.lora_dropout["default"]
-        dropout = SiteDropout(draws, float(getattr(inner, "p", 0.0)))
+        dropout = SiteDropout(randomness, float(getattr(inner, "p", 0.0)))
         scaling = float(module.scaling["default"])
         path = _low_rank_path(module, scaling, dropout)
         return StackedDora(module.base_layer, path) if MAGNITUDE in _trained(module) else path

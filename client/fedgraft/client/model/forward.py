@@ -12,16 +12,31 @@ from numpy.typing import NDArray
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.frozen_prefix import FEWEST, Inputs, Prefix, find_prefix
-from fedgraft.client.objectives.labels import restrict
-from fedgraft.common.adapters.attach import Layout
+from fedgraft.client.objectives import restrict
 from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.examples import Inputs as Arrays
+from fedgraft.common.layout import Layout
 
-__all__ = ["Feed", "VaryFeed", "compute", "logits_of", "open_feed", "predict", "taught_of"]
+__all__ = [
+    "Feed",
+    "VaryFeed",
+    "as_tensors",
+    "compute",
+    "logits_of",
+    "open_feed",
+    "predict",
+    "teacher_logits_of",
+]
 
 COMPUTED = 64  # examples in one pass through the frozen layers
 WHOLE = 16  # tokens: sums over widths that are no multiple of a vector add in another order
 
 VaryFeed = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
+
+
+def as_tensors(arrays: Arrays) -> Inputs:
+    """A batch as PyTorch has it, on the same memory."""
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Feed:
@@ -45,6 +60,14 @@ class Feed:
     def width(self, index: Indices) -> int:
         """Tokens that the longest of the examples at ``index`` needs; 0 for images."""
         return self.examples.width(index)
+
+    def batch(self, index: Indices, width: int) -> Inputs:
+        """The model's inputs for the examples at ``index``, padded to ``width`` tokens."""
+        return as_tensors(self.examples.batch(index, width))
+
+    def targets(self, index: Indices, width: int) -> torch.Tensor:
+        """What should be predicted for ``batch(index, width)``."""
+        return torch.from_numpy(self.examples.targets(index, width))
 
     def hidden(self, prefix: Prefix, index: Indices, width: int) -> torch.Tensor:
         """What enters the first trained layer: [rows, (width,) ...], padded with zeros."""
@@ -81,7 +104,7 @@ def logits_of(
     pairs = list(zip(feeds, indices, strict=True))
     inputs: Inputs = {}
     if prefix is None or prefix.whole:
-        parts = given or [feed.examples.batch(index, width) for feed, index in pairs]
+        parts = given or [feed.batch(index, width) for feed, index in pairs]
         inputs = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     if prefix is None:
         return stack.logits(inputs)
@@ -101,10 +124,10 @@ def predict(
     with a number, where feeds keep nothing.
     """
     pairs = list(zip(feeds, indices, strict=True))
-    found = [feed.examples.targets(index, width) for feed, index in pairs]
+    found = [feed.targets(index, width) for feed, index in pairs]
     given: list[Inputs] | None = None
     if vary is not None:
-        batches = [feed.examples.batch(index, width) for feed, index in pairs]
+        batches = [feed.batch(index, width) for feed, index in pairs]
         varied = [vary(n, *pair) for n, pair in enumerate(zip(batches, found, strict=True))]
         given, found = [inputs for inputs, _ in varied], [targets for _, targets in varied]
     logits = logits_of(feeds, indices, width, given)
@@ -112,10 +135,11 @@ def predict(
     return restrict(logits, targets, feeds[0].stack.bench.heads), targets
 
 
-def taught_of(feeds: Sequence[Feed], indices: Sequence[Indices]) -> torch.Tensor | None:
-    """What the teacher says of those examples, float32 [feeds x rows, classes]; None without."""
-    found = [(feed.examples.taught, index) for feed, index in zip(feeds, indices, strict=True)]
-    parts = [torch.from_numpy(taught[index]) for taught, index in found if taught is not None]
+def teacher_logits_of(feeds: Sequence[Feed], indices: Sequence[Indices]) -> torch.Tensor | None:
+    """What teachers say of those examples, float32 [feeds x rows, classes]; None without."""
+    pairs = zip(feeds, indices, strict=True)
+    found = [(feed.examples.teacher_logits, index) for feed, index in pairs]
+    parts = [torch.from_numpy(logits[index]) for logits, index in found if logits is not None]
     return torch.cat(parts) if len(parts) == len(feeds) else None
 
 
@@ -170,7 +194,7 @@ def _prefix(stack: Stack, trained: Layout, examples: Examples) -> Prefix | None:
         if not len(examples):
             return None
         some = np.resize(np.arange(len(examples)), FEWEST)
-        inputs = examples.batch(some, int(_widths(examples)[some].max()))
+        inputs = as_tensors(examples.batch(some, int(_widths(examples)[some].max())))
         # With a decoder beside the encoder two sequences would have to be kept, of two lengths.
         paired = "decoder_input_ids" in inputs
         stack.prefixes[trained.names] = None if paired else find_prefix(stack, trained, inputs)
@@ -189,7 +213,7 @@ def compute(prefix: Prefix, examples: Examples, index: Indices, out: torch.Tenso
         places = np.flatnonzero(widths == width)
         for some in np.split(places, range(COMPUTED, len(places), COMPUTED)):
             rows = np.resize(some, max(len(some), FEWEST))
-            inputs = examples.batch(index[rows], int(width))
+            inputs = as_tensors(examples.batch(index[rows], int(width)))
             hidden = prefix.stop(inputs)[: len(some)].cpu()
             if not prefix.by_token:
                 out[torch.from_numpy(some)] = hidden

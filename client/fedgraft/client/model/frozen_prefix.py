@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.backbones.load import body_names
+from fedgraft.common.layout import Layout
 
 __all__ = ["FEWEST", "Inputs", "Prefix", "find_prefix", "identity_of"]
 

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.codec import encode, wire_bytes
 from fedgraft.common.messages.dry_run import blank_replies
 from fedgraft.common.privacy import FEWEST

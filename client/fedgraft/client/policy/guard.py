@@ -21,10 +21,10 @@ from fedgraft.client.policy.approvals import Agreement, Agreements, hash_plan
 from fedgraft.client.policy.disclosure import Disclosure
 from fedgraft.client.policy.message_log import MessageLog, Occasion
 from fedgraft.client.policy.policy_file import METRICS, Policy, RoundFacts, check_plan, load_policy
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import FedgraftError, SiteFailure
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.codec import RecordDict, encode, wire_bytes
 from fedgraft.common.messages.payloads import (
     ConfirmAsk,

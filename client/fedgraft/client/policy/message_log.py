@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.federation.audit_log import Audit
 from fedgraft.common.files import write_atomically
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.codec import RecordDict, arrays_in, parts
 from fedgraft.common.messages.payloads import Refusal, Reply, Request, TrainReply
 from fedgraft.common.secagg.statements import MaskedInput

@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedgraft.common.config.job import Job
-from fedgraft.common.config.jobfile import read_text
 from fedgraft.common.errors import JobError, SiteFailure
 from fedgraft.common.privacy import FEWEST
 from fedgraft.common.section import IllegalJob, Section, Size
+from fedgraft.common.toml import read_text
 
 __all__ = ["Hours", "Policy", "RoundFacts", "check_plan", "load_policy"]
 

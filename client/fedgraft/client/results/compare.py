@@ -18,15 +18,15 @@ from typing import Any
 from fedgraft.client.participant import Participant
 from fedgraft.client.results.judge import figures, judge
 from fedgraft.client.results.store import Result
-from fedgraft.client.training.domain_adaptation import has_labels
-from fedgraft.client.training.evaluate import Measured, measure
+from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import Task, Trained, train
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.examples import Examples
+from fedgraft.common.examples import Examples, has_labels
+from fedgraft.common.layout import Vector
+from fedgraft.common.metrics.evaluation import Evaluation
 from fedgraft.common.seeds import torch_generator
 
 __all__ = ["compare", "epochs_of"]
@@ -95,11 +95,11 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
 
 def _models(
     at: Participant, result: Result, bench: Workbench, train_on: Examples, tested: Examples
-) -> Iterator[tuple[str, Measured | None]]:
+) -> Iterator[tuple[str, Evaluation | None]]:
     """Each model's name and how it did; None for one that could not be trained."""
     job, stack = result.job, at.stack(result.job)
 
-    def test(vector: Vector) -> Measured:
+    def test(vector: Vector) -> Evaluation:
         measures = job.measures
         return measure(stack, bench.layout, vector, tested, measures=measures, store=at.store)
 

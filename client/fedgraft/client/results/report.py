@@ -14,8 +14,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 from fedgraft.common.files import write_text
-from fedgraft.common.metrics.label_outcome import as_points
-from fedgraft.common.tasks import TASKS, Metric
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.metrics.verdict import as_points
+from fedgraft.common.tasks import TASKS
 
 __all__ = ["read_report", "write_report"]
 
@@ -32,14 +33,14 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write ``report`` (as ``comparison.compare`` makes it) into ``folder`` in all three forms."""
     rounds = [{**line, **_known(line)} for line in report["rounds"]]
     report = report | {"rounds": rounds}
-    metrics = TASKS[report["task"]].metrics
-    share = next(one for one in metrics if one.percent)  # what bars and the curve are of
+    task = TASKS[report["task"]]
     facts = {
         "report": report,
         "names": NAMES,
         "points": _curve(rounds),
-        "metrics": metrics,
-        "share": share,
+        "task": task,
+        "metrics": task.metrics,
+        "share": task.share,  # what bars and the curve are of
     }
     for name in ("report.md", "report.html"):
         text = _templates().get_template(f"{name}.j2").render(facts)

@@ -17,6 +17,7 @@ from torch import nn
 
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.model.frozen_prefix import Inputs, identity_of
 from fedgraft.common.backbones.load import head_names
 from fedgraft.common.errors import BackboneError
@@ -69,7 +70,7 @@ def features_of(stack: Stack, examples: Examples) -> Features:
     values: list[torch.Tensor] = []
     predicted: list[torch.Tensor] = []
     for index in np.split(order, range(BATCH, len(order), BATCH)):
-        one, logits = _forward(stack, examples.batch(index, examples.width(index)))
+        one, logits = _forward(stack, as_tensors(examples.batch(index, examples.width(index))))
         values.append(one)
         predicted.append(logits.softmax(-1)[:, : 0 if stack.bench.fresh_head else None])
     back = torch.from_numpy(np.argsort(order))

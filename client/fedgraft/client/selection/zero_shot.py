@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.examples import Examples, Indices
 
-__all__ = ["DualEncoder", "is_dual", "open_dual_encoder"]
+__all__ = ["DUAL_MODALITY", "DualEncoder", "is_dual", "open_dual_encoder"]
 
 BATCH = 64
+DUAL_MODALITY = "image"  # what the encoder beside the one of texts reads
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -41,7 +43,7 @@ class DualEncoder:
         found = [np.empty(0, np.int64)]
         every = np.arange(len(examples))
         for index in np.split(every, range(BATCH, len(every), BATCH)):
-            inputs = examples.batch(index)
+            inputs = as_tensors(examples.batch(index))
             embedded = _embedding(self.model.get_image_features(**inputs))
             found.append((embedded @ self.prompts.T).argmax(1).numpy())
         answers: Indices = np.concatenate(found)

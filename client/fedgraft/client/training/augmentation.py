@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fedgraft.client.model.batched_modules import Rows
 from fedgraft.client.model.frozen_prefix import Inputs
+from fedgraft.client.model.randomness import SiteRows
 from fedgraft.common.config.augmentation import (
     AudioAugmentation,
     Augmentation,
@@ -23,21 +23,21 @@ from fedgraft.common.errors import InputError
 
 __all__ = ["Vary", "open_augmentation"]
 
-Vary = Callable[[Inputs, torch.Tensor, Rows], tuple[Inputs, torch.Tensor]]
+Vary = Callable[[Inputs, torch.Tensor, SiteRows], tuple[Inputs, torch.Tensor]]
 
 
 def open_augmentation(settings: Augmentation) -> Vary:
-    """What varies inputs, not targets, of one site; ``Rows.count`` come first and are real.
+    """What varies inputs, not targets, of one site; ``SiteRows.count`` come first and are real.
 
     Raises:
         InputError: kornia is not installed, and images are to be varied.
     """
     images = _open_images(settings.image) if settings.image is not None else None
 
-    def vary(inputs: Inputs, targets: torch.Tensor, rows: Rows) -> tuple[Inputs, torch.Tensor]:
+    def vary(inputs: Inputs, targets: torch.Tensor, rows: SiteRows) -> tuple[Inputs, torch.Tensor]:
         return varied(inputs, rows), targets
 
-    def varied(inputs: Inputs, rows: Rows) -> Inputs:
+    def varied(inputs: Inputs, rows: SiteRows) -> Inputs:
         if not rows.count:  # of a batch that others in the pass have more of: nothing is drawn
             return inputs
         if images is not None and "pixel_values" in inputs:
@@ -51,7 +51,7 @@ def open_augmentation(settings: Augmentation) -> Vary:
     return vary
 
 
-def _open_images(settings: ImageAugmentation) -> Callable[[torch.Tensor, Rows], torch.Tensor]:
+def _open_images(settings: ImageAugmentation) -> Callable[[torch.Tensor, SiteRows], torch.Tensor]:
     try:
         import kornia.augmentation as kornia
     except ImportError:
@@ -70,7 +70,7 @@ def _open_images(settings: ImageAugmentation) -> Callable[[torch.Tensor, Rows], 
     if settings.noise:
         steps.append(kornia.RandomGaussianNoise(std=settings.noise, p=1.0))
 
-    def vary(pixels: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def vary(pixels: torch.Tensor, rows: SiteRows) -> torch.Tensor:
         seed = int(torch.randint(2**62, (), generator=rows.generator))
         varied = pixels[: rows.count]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -82,7 +82,7 @@ def _open_images(settings: ImageAugmentation) -> Callable[[torch.Tensor, Rows], 
     return vary
 
 
-def _vary_texts(settings: TextAugmentation, inputs: Inputs, rows: Rows) -> Inputs:
+def _vary_texts(settings: TextAugmentation, inputs: Inputs, rows: SiteRows) -> Inputs:
     """Ids and mask of each text, of which the first and the last token stay as they are."""
     ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
     for row in range(rows.count):
@@ -98,7 +98,7 @@ def _vary_texts(settings: TextAugmentation, inputs: Inputs, rows: Rows) -> Input
     return {**inputs, "input_ids": ids, "attention_mask": mask}
 
 
-def _vary_audio(settings: AudioAugmentation, inputs: Inputs, rows: Rows) -> Inputs:
+def _vary_audio(settings: AudioAugmentation, inputs: Inputs, rows: SiteRows) -> Inputs:
     """Samples [b, samples] or a spectrogram [b, bands, frames]; what is padding may move too."""
     name = "input_values" if "input_values" in inputs else "input_features"
     sound, draw = inputs[name].clone(), rows.generator

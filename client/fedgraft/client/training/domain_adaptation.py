@@ -28,15 +28,14 @@ from torch.nn import functional
 
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import Feed
-from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.common.adapters.attach import DOMAIN, Layout, Vector
 from fedgraft.common.adapters.domain_statistics import GROUPS, frequencies
 from fedgraft.common.backbones.load import head_names
-from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.config.training import DomainAdaptation
-from fedgraft.common.examples import Examples
+from fedgraft.common.examples import Examples, has_labels
+from fedgraft.common.layout import DOMAIN, Layout, Vector
 
-__all__ = ["Alignment", "Statistics", "growth", "has_labels", "watch_features"]
+__all__ = ["Alignment", "Statistics", "growth", "watch_features"]
 
 STEEPNESS = 10.0  # of the weight's growth, as in Ganin et al.
 
@@ -46,11 +45,6 @@ Statistics = dict[str, torch.Tensor]
 def growth(progress: float) -> float:
     """What the weight is multiplied by at ``progress`` (0 to 1): from 0 to nearly 1."""
     return 2 / (1 + math.exp(-STEEPNESS * progress)) - 1
-
-
-def has_labels(examples: Examples) -> bool:
-    """Whether these are a labelled site's."""
-    return not len(examples) or bool((examples.labels != IGNORED).any())
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.fisher import ANCHOR, NEW, OLD
-from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.config.training import Consolidation as Settings
+from fedgraft.common.layout import Layout, Vector
 
 __all__ = ["Consolidation"]
 

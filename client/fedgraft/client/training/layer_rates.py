@@ -11,9 +11,9 @@ from math import prod
 import torch
 
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.common.adapters.attach import OUTER, Layout
 from fedgraft.common.backbones.blocks import depths
 from fedgraft.common.config.training import Training
+from fedgraft.common.layout import OUTER, Layout
 
 __all__ = ["Pace", "open_pace"]
 

@@ -6,19 +6,26 @@ from dataclasses import dataclass
 import torch
 
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.client.model.forward import Feed, VaryFeed, predict, taught_of
-from fedgraft.client.objectives.labels import distances, losses, restrict
+from fedgraft.client.model.forward import (
+    Feed,
+    VaryFeed,
+    as_tensors,
+    predict,
+    teacher_logits_of,
+)
+from fedgraft.client.model.frozen_prefix import Inputs
+from fedgraft.client.model.randomness import SiteRows
+from fedgraft.client.objectives import distances, restrict
 from fedgraft.client.training.augmentation import Vary, open_augmentation
 from fedgraft.client.training.domain_adaptation import Alignment, Statistics, watch_features
 from fedgraft.client.training.ewc import Consolidation
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.config.training import Training
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import Examples, Indices
-from fedgraft.common.tasks.masked_image_modeling import PatchExamples
-from fedgraft.common.tasks.masked_lm import ClozeExamples
+from fedgraft.common.layout import Layout, Vector
+from fedgraft.common.tasks.base import Corrupt
 
-__all__ = ["Batch", "Objective", "Value"]
+__all__ = ["Batch", "PassLoss", "Value"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Batch:
 class Value:
     """``summed`` [sites]: the loss of the real rows; ``minimised``: what gradients are taken of.
 
-    ``statistics`` are for ``Objective.take``, once gradients are there.
+    ``statistics`` are for ``PassLoss.take``, once gradients are there.
     """
 
     summed: torch.Tensor
@@ -49,8 +56,8 @@ class Value:
     statistics: Sequence[Statistics] = ()
 
 
-class Objective:
-    """The objective of a pass over sites with these ``examples``, starting from ``flat``."""
+class PassLoss:
+    """What is minimised in a pass over sites with these ``examples``, starting from ``flat``."""
 
     def __init__(
         self,
@@ -67,8 +74,8 @@ class Objective:
             epochs = [len(one) for one in examples]
             self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
         self.vary: Vary | None = None  # what is seen anew each time
-        if isinstance(examples[0], ClozeExamples | PatchExamples):
-            self.vary = examples[0].hide_anew
+        if corrupt := stack.bench.task.corruption(examples[0]):
+            self.vary = _on_tensors(corrupt)
         elif settings.augmentation is not None:
             self.vary = open_augmentation(settings.augmentation)
         self.anchor = flat.clone() if settings.proximal else None
@@ -125,19 +132,30 @@ class Objective:
         vary = self.vary
         if vary is None:
             return None
-        rows = self.stack.draws.rows
+        rows = self.stack.randomness.rows
         return lambda number, inputs, targets: vary(inputs, targets, rows[number])
 
     def _each(self, batch: Batch) -> torch.Tensor:
         """Of every row, float32 [sites x rows]."""
         logits, targets = predict(batch.feeds, batch.padded, batch.width, self._varied())
-        each = losses(logits, targets, smoothing=self.settings.label_smoothing)
+        each = self.stack.objective.losses(logits, targets, smoothing=self.settings.label_smoothing)
         distillation = self.settings.distillation
         if distillation is None:
             return each
-        taught = taught_of(batch.feeds, batch.padded)
-        if taught is None:
+        teacher = teacher_logits_of(batch.feeds, batch.padded)
+        if teacher is None:
             raise SiteFailure("no-teacher")
-        taught = restrict(taught.to(logits.device), targets, self.stack.bench.heads)
-        far = distances(logits, taught, distillation.temperature)
+        teacher = restrict(teacher.to(logits.device), targets, self.stack.bench.heads)
+        far = distances(logits, teacher, distillation.temperature)
         return (1 - distillation.weight) * each + distillation.weight * far
+
+
+def _on_tensors(corrupt: Corrupt) -> Vary:
+    """What a task does to NumPy arrays, on tensors of the same memory."""
+
+    def vary(inputs: Inputs, targets: torch.Tensor, rows: SiteRows) -> tuple[Inputs, torch.Tensor]:
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        changed, wanted = corrupt(arrays, targets.numpy(), rows)
+        return as_tensors(changed), torch.from_numpy(wanted)
+
+    return vary

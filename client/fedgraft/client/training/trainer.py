@@ -20,15 +20,15 @@ from torch import nn
 
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.client.model.batched_modules import Rows
 from fedgraft.client.model.forward import open_feed
+from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.training.layer_rates import open_pace
-from fedgraft.client.training.objective import Batch, Objective
+from fedgraft.client.training.objective import Batch, PassLoss
 from fedgraft.client.training.sampler import shuffled
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.config.training import Schedule, Training
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.layout import Layout, Vector
 
 __all__ = [
     "Span",
@@ -236,7 +236,7 @@ class _Pass:
         self.gradient = torch.zeros_like(self.flat)
         self.pace = open_pace(stack, trained, settings)
         every = [site.task.examples for site in sites]
-        self.objective = Objective(stack, trained, settings, every, self.flat)
+        self.objective = PassLoss(stack, trained, settings, every, self.flat)
         varied = self.objective.vary is not None
         self.feeds = [
             open_feed(stack, trained, site.task.examples, site.task.store, varied=varied)
@@ -271,7 +271,7 @@ class _Pass:
                 self._step(step, active)
             self._finish(0, active)
         finally:
-            self.stack.draws.rows = ()  # from here on nothing is random
+            self.stack.randomness.rows = ()  # from here on nothing is random
 
     def _step(self, step: int, active: int) -> None:
         self.gradient.zero_()
@@ -343,10 +343,10 @@ class _Pass:
         ]
         feeds = self.feeds[: len(batches)]
         width = max(feed.width(index) for feed, index in zip(feeds, padded, strict=True))
-        draws = self.stack.draws
-        draws.width, draws.head = width, self.settings.dropout
-        draws.rows = tuple(
-            Rows(len(index), feed.width(index), feed.left, site.task.generator)
+        randomness = self.stack.randomness
+        randomness.width, randomness.head = width, self.settings.dropout
+        randomness.rows = tuple(
+            SiteRows(len(index), feed.width(index), feed.left, site.task.generator)
             for index, feed, site in zip(parts, feeds, self.sites, strict=False)
         )
         sizes = [len(batch) for batch in batches]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedgraft.common.adapters.attach import DOMAIN, Layout, Vector
 from fedgraft.common.backbones.load import head_names
 from fedgraft.common.config.training import DomainAdaptation
 from fedgraft.common.errors import BackboneError
+from fedgraft.common.layout import DOMAIN, Layout, Vector
 from fedgraft.common.seeds import torch_generator
 
 __all__ = ["GROUPS", "domain_tensors", "feature_size", "frequencies"]

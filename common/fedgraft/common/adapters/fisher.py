@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from fedgraft.common.adapters.attach import EWC, Layout, Vector
-from fedgraft.common.config.adapting import SCALE
+from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.config.training import Consolidation
 from fedgraft.common.errors import InputError
+from fedgraft.common.layout import EWC, Layout, Vector
 
 __all__ = [
     "ANCHOR",

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.fisher import ANCHOR, OLD, load_fisher
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
+from fedgraft.common.layout import Layout, Vector
 
 __all__ = ["starting_point"]
 

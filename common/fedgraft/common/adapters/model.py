@@ -15,16 +15,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from fedgraft.common.adapters.attach import (
-    Layout,
-    Vector,
-    adapter_layout,
-    attach,
-    is_factor_b,
-    is_head,
-    read,
-    write,
-)
+from fedgraft.common.adapters.attach import adapter_layout, attach, read, write
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size
 from fedgraft.common.adapters.fisher import consolidation_tensors
 from fedgraft.common.backbones.load import (
@@ -37,9 +28,10 @@ from fedgraft.common.backbones.load import (
 )
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
+from fedgraft.common.layout import Layout, Vector, is_head
 from fedgraft.common.messages.codec import array_hash
-from fedgraft.common.modalities import Processor, TextProcessor, load_processor
-from fedgraft.common.tasks import TASKS
+from fedgraft.common.modalities import MODALITIES
+from fedgraft.common.tasks import Task
 
 __all__ = [
     "Workbench",
@@ -58,7 +50,7 @@ class Workbench:
 
     ``own`` names the tensors that stay at a site: a head whose policy is ``local``, the factors B
     of the rule ``fedsa``. ``heads`` names each label's head where a job has several
-    (``General.head_of``); ``seed`` is the job's.
+    (``General.head_of``); ``task`` and ``seed`` are the job's.
 
     ``layout`` names every adapter tensor, ``initial`` (float32 [layout.size]) is what they start
     from; ``fresh_head`` says that the head has no pre-training, so zero-shot means nothing.
@@ -68,10 +60,11 @@ class Workbench:
 
     own: tuple[str, ...]
     heads: tuple[int, ...]
+    task: Task
     seed: int
     backbone: Backbone
     model: PeftModel
-    processor: Processor
+    processor: Any
     layout: Layout
     initial: Vector
     fresh_head: bool
@@ -114,12 +107,8 @@ def _carried(layout: Layout, own: Iterable[str]) -> Layout:
 
 
 def _own(layout: Layout, job: Job) -> tuple[str, ...]:
-    heads, factors = job.method.head == "local", job.aggregation.rule == "fedsa"
-    return tuple(
-        name
-        for name in layout.names
-        if (heads and is_head(name)) or (factors and is_factor_b(name))
-    )
+    heads = job.method.head == "local"
+    return tuple(name for name in layout.names if (heads and is_head(name)) or job.rule.keeps(name))
 
 
 def open_workbench(job: Job) -> Workbench:
@@ -136,7 +125,7 @@ def open_workbench(job: Job) -> Workbench:
 def shaping_of(job: Job) -> str:
     """The sections of a job, as JSON, that its model and its layout follow from."""
     shaping: dict[str, Any] = dict.fromkeys(("job", "backbone", "method"), True)
-    if job.aggregation.rule == "fedsa":  # of the rules this one says what stays at a site
+    if job.rule.keeps_own:  # else the rule has no say in what stays at a site
         shaping["aggregation"] = {"rule"}
     return job.model_dump_json(include={**shaping, "training": {"domain", "consolidation"}})
 
@@ -147,9 +136,7 @@ def _open(shaping: str) -> Workbench:
     backbone, processor = open_processor(job)
     loaded = load(backbone, job)
     drawn = _drawn_hash(loaded, head_trains=job.method.head != "frozen")
-    if isinstance(processor, TextProcessor):  # GPT-like classifiers look for the last real token
-        config: Any = loaded.model.config
-        config.pad_token_id = processor.pad_id
+    processor.configure(loaded.model.config)
     size = feature_size(loaded.model) if job.training.domain is not None else 0
     model = attach(loaded.model, job)
     layout = adapter_layout(model)
@@ -165,6 +152,7 @@ def _open(shaping: str) -> Workbench:
     return Workbench(
         own=own,
         heads=job.job.head_of,
+        task=job.task,
         seed=job.job.seed,
         backbone=backbone,
         model=model,
@@ -183,19 +171,19 @@ def close_workbenches() -> None:
     _open_processor.cache_clear()
 
 
-def open_processor(job: Job) -> tuple[Backbone, Processor]:
+def open_processor(job: Job) -> tuple[Backbone, Any]:
     """The job's backbone, checked but not loaded, and what prepares inputs for it.
 
     Raises:
         BackboneError: the backbone cannot be found, or has no tokenizer or image settings.
     """
-    return _open_processor(job.backbone.source, job.backbone.weights, TASKS[job.job.task].modality)
+    return _open_processor(job.backbone.source, job.backbone.weights, job.task.modality.name)
 
 
 @lru_cache(maxsize=2)
-def _open_processor(source: str, weights: str, modality: str) -> tuple[Backbone, Processor]:
+def _open_processor(source: str, weights: str, modality: str) -> tuple[Backbone, Any]:
     backbone = find_backbone(source, weights=weights)
-    return backbone, load_processor(backbone.folder, modality, read_config(backbone))
+    return backbone, MODALITIES[modality].load(backbone.folder, read_config(backbone))
 
 
 def _drawn_hash(loaded: LoadedBackbone, *, head_trains: bool) -> str:

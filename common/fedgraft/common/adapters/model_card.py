@@ -19,29 +19,12 @@ from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.backbones.load import public_source
 from fedgraft.common.backbones.manifest import licence_of
 from fedgraft.common.config.job import Job
-from fedgraft.common.tasks import TASKS, Metric
+from fedgraft.common.metrics.metric import Metric
 
 __all__ = ["Form", "Origin", "backbone_name", "model_card"]
 
 Form = Literal["peft", "merged", "onnx"]
-PIPELINES = {"causal-lm": "text-generation", "masked-lm": "fill-mask"}  # as the hub says it
-USES = {
-    "causal-lm": "continue texts",
-    "masked-lm": "fill gaps in texts",
-    "masked-image-modeling": "paint hidden parts of an image",
-    "seq2seq-lm": "write a text for each",
-}
 LIBRARIES = {"peft": "peft", "merged": "transformers", "onnx": "onnx"}
-# Keys of a model's metrics, the name of each on the hub, and what people call it.
-METRICS = (
-    ("perplexity", "perplexity", "perplexity"),
-    ("accuracy", "accuracy", "accuracy"),
-    ("macro_f1", "f1", "macro F1"),
-    ("weighted_f1", "f1", "weighted F1"),
-    ("balanced_accuracy", "accuracy", "balanced accuracy"),
-    ("auroc", "roc_auc", "AUROC"),
-    ("calibration_error", "expected_calibration_error", "calibration error"),
-)
 
 
 @dataclass(frozen=True)
@@ -86,11 +69,14 @@ def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str
         licence=licence,
         base=backbone_name(bench),
         base_code=_base_code(source),
-        auto=TASKS[job.job.task].auto_class,
+        task=job.task,
         form=form,
-        uses=USES,
-        shown=_shown(federated, origin.final),
-        names={key: name for key, _, name in METRICS},
+        usage=job.task.usage(job.job.labels),
+        prepared=job.task.describe_input(bench.processor, job.settings),
+        kept_note=job.rule.card_note(
+            own_parts=origin.own_parts, shared_head=job.method.head == "shared"
+        ),
+        shown=_shown(job, federated, origin.final),
         groups=federated.get("groups") or {},
         gap=federated.get("accuracy_gap"),
     )
@@ -107,43 +93,46 @@ def _metadata(
 ) -> ModelCardData:
     """The front matter; a licence only where the backbone's card names one that hubs know."""
     kind, _, name = source.partition(":")
-    pipeline = PIPELINES.get(job.job.task, job.job.task)
     tags = ["federated-learning", "fedgraft", *([job.method.kind] if form == "peft" else [])]
     return ModelCardData(
         base_model=name.partition("@")[0] if kind == "hf" else None,
         license=licence if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else None,
         library_name=LIBRARIES[form],
-        pipeline_tag=pipeline,
+        pipeline_tag=job.task.pipeline,
         tags=tags,
         model_name=job.job.name,
-        eval_results=list(_results(pipeline, federated)) or None,
+        eval_results=list(_results(job, federated)) or None,
     )
 
 
-def _results(pipeline: str, federated: Mapping[str, Any]) -> Iterator[EvalResult]:
-    for key, kind, name in METRICS:
-        if federated.get(key) is not None:
+def _results(job: Job, federated: Mapping[str, Any]) -> Iterator[EvalResult]:
+    for metric in job.task.card_metrics:
+        if federated.get(metric.key) is not None:
             yield EvalResult(
-                task_type=pipeline,
+                task_type=job.task.pipeline,
                 dataset_type="private",
                 dataset_name="examples of the federation's sites",
-                metric_type=kind,
-                metric_name=name,
-                metric_value=round(federated[key], 4),
+                metric_type=metric.hub or metric.key,
+                metric_name=metric.name,
+                metric_value=round(federated[metric.key], 4),
             )
 
 
-def _shown(federated: Mapping[str, Any], final: Mapping[str, Any]) -> list[str]:
+def _shown(job: Job, federated: Mapping[str, Any], final: Mapping[str, Any]) -> list[Metric]:
     """The metrics that have a column, those of any model."""
     models = [federated, *(one for one in final.values() if one)]
-    return [key for key, _, _ in METRICS if any(one.get(key) is not None for one in models)]
+    return [
+        metric
+        for metric in job.task.card_metrics
+        if any(one.get(metric.key) is not None for one in models)
+    ]
 
 
-def _cell(metrics: Mapping[str, Any], key: str) -> str:
-    """A metric, in percent unless it is perplexity, with its interval where there is one."""
-    metric, ends = Metric(key, key, key != "perplexity"), metrics.get(f"{key}_interval")
+def _cell(metrics: Mapping[str, Any], metric: Metric) -> str:
+    """A metric with its interval where there is one."""
+    ends = metrics.get(f"{metric.key}_interval")
     span = " (" + " to ".join(metric.text(end, unit="") for end in ends) + ")" if ends else ""
-    return metric.text(metrics.get(key)) + span
+    return metric.text(metrics.get(metric.key)) + span
 
 
 def _base_code(source: str) -> str:

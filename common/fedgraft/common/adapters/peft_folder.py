@@ -14,7 +14,7 @@ from typing import Any
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from fedgraft.common.adapters.attach import OUTER, Layout, Vector, is_head, read
+from fedgraft.common.adapters.attach import read
 from fedgraft.common.adapters.fisher import fisher_of, save_fisher
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.adapters.model_card import Origin, backbone_name, model_card
@@ -22,6 +22,7 @@ from fedgraft.common.backbones.load import head_names, load
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import sync_folder
+from fedgraft.common.layout import OUTER, Layout, Vector, is_head
 
 __all__ = ["folder_facts", "read_adapter", "replace_folder", "save_adapter"]
 

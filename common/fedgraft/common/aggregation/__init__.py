@@ -1,4 +1,6 @@
-"""How updates combine: one file per rule, and the optimiser that applies what they yield."""
+"""How updates combine: one file a rule, and the table of them."""
+
+from typing import TYPE_CHECKING, Literal
 
 from fedgraft.common.aggregation.base import Collector, Rule, RunningMean
 from fedgraft.common.aggregation.fedavg import FedAvg
@@ -6,6 +8,11 @@ from fedgraft.common.aggregation.fedsa import FedSa
 from fedgraft.common.aggregation.ffa import Ffa
 from fedgraft.common.aggregation.median import Median
 
-__all__ = ["RULES", "Collector", "Rule", "RunningMean"]
+__all__ = ["RULES", "Collector", "Rule", "RuleName", "RunningMean"]
 
 RULES: dict[str, Rule] = {"fedavg": FedAvg(), "ffa": Ffa(), "fedsa": FedSa(), "median": Median()}
+
+if TYPE_CHECKING:
+    RuleName = str
+else:
+    RuleName = Literal[tuple(RULES)]

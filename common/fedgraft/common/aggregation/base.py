@@ -1,28 +1,65 @@
 """The contract of a rule, and the running sum that every rule which needs only sums shares."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Layout, Vector
+from fedgraft.common.layout import Layout, Vector
+from fedgraft.common.section import Refuses
 
-__all__ = ["Collector", "MeanRule", "Rule", "RunningMean", "Tensors"]
+__all__ = [
+    "PLAIN_MEAN",
+    "Collector",
+    "MeanRule",
+    "Rule",
+    "RunningMean",
+    "Tensors",
+    "WholeAdapter",
+]
 
 Tensors = dict[str, NDArray[Any]]
+
+PLAIN_MEAN = (
+    "training.{beside} needs the plain mean over sites, of their statistics too",
+    'aggregation.rule = "fedavg" with server_optimizer.kind = "none"',
+)
+"""Why statistics that travel beside an adapter (domain, consolidation) are refused."""
 
 
 class Rule(Protocol):
     """How the updates of one round become one.
 
     ``needs`` is ``"sum"`` if the weighted sum of the updates is enough, so that masked sums work,
-    or ``"individual"`` if the rule must see each site's own.
+    or ``"individual"`` if the rule must see each site's own. ``refuses`` says what does not go
+    together with it, by the names of ``config/compatibility.py``.
     """
 
     @property
     def needs(self) -> Literal["sum", "individual"]:
         """What the rule must see."""
+        ...
+
+    @property
+    def refuses(self) -> Refuses:
+        """What does not go together with the rule."""
+        ...
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether each site keeps tensors to itself."""
+        ...
+
+    def keeps(self, name: str) -> bool:
+        """Whether the adapter tensor ``name`` trains and stays at each site."""
+        ...
+
+    def card_note(self, *, own_parts: bool, shared_head: bool) -> str:
+        """What the model card says of tensors that stay at sites; empty where none do.
+
+        ``own_parts``: the folder has those of one site; ``shared_head``: the head travels.
+        """
         ...
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
@@ -100,8 +137,27 @@ class RunningMean:
         return self._sum / self.weight
 
 
+class WholeAdapter:
+    """A base for rules under which every tensor trains and travels."""
+
+    refuses: ClassVar[Refuses] = {}
+    keeps_own: ClassVar[bool] = False
+
+    def keeps(self, name: str) -> bool:
+        """No tensor stays at a site."""
+        return False
+
+    def card_note(self, *, own_parts: bool, shared_head: bool) -> str:
+        """Nothing."""
+        return ""
+
+    def exchanges(self, layout: Layout) -> tuple[str, ...]:
+        """Every tensor of the adapter."""
+        return layout.names
+
+
 @dataclass(frozen=True)
-class MeanRule:
+class MeanRule(WholeAdapter):
     """What rules have in common whose step is the weighted mean of what travels."""
 
     needs: Literal["sum", "individual"] = "sum"

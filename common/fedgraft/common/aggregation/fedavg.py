@@ -11,14 +11,9 @@ mean(B A). The difference is the rule's aggregation error; ``ffa`` has none.
 
 from dataclasses import dataclass
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.aggregation.base import MeanRule
 
 
 @dataclass(frozen=True)
 class FedAvg(MeanRule):
     """Every tensor of the adapter trains and travels."""
-
-    def exchanges(self, layout: Layout) -> tuple[str, ...]:
-        """All of them."""
-        return layout.names

@@ -9,24 +9,31 @@ under secure aggregation.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Layout, Vector
-from fedgraft.common.aggregation.base import Tensors
+from fedgraft.common.aggregation.base import PLAIN_MEAN, Tensors, WholeAdapter
+from fedgraft.common.layout import Vector
+from fedgraft.common.section import Refuses
 
 
 @dataclass(frozen=True)
-class Median:
+class Median(WholeAdapter):
     """Every tensor of the adapter trains and travels."""
 
     needs: Literal["sum", "individual"] = "individual"
-
-    def exchanges(self, layout: Layout) -> tuple[str, ...]:
-        """All of them."""
-        return layout.names
+    refuses: ClassVar[Refuses] = {
+        "consolidation": PLAIN_MEAN,
+        "domain": PLAIN_MEAN,
+        "secure_aggregation": (
+            'rule "{rule}" must see each site\'s own update, and secure aggregation shows the '
+            "coordinator only their sum",
+            "aggregation.rule = one of {rules_of_sums}, "
+            "or privacy.secure_aggregation.enabled = false",
+        ),
+    }
 
     def collect(self, size: int) -> "Updates":
         """All updates, for their median."""

@@ -18,9 +18,8 @@ from fedgraft.common.backbones.folder import FINGERPRINTED, fingerprint, refuse_
 from fedgraft.common.backbones.timm import is_timm, name_timm_labels, timm_heads
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.modalities.patches import painting_settings
 from fedgraft.common.seeds import derive_seed
-from fedgraft.common.tasks import TASKS, TaskName
+from fedgraft.common.tasks import Task
 
 __all__ = [
     "Backbone",
@@ -98,7 +97,7 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
     labels = job.job.labels
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(job.job.seed, "backbone"))
-        model, missing = _build(backbone, job.job.task, labels)
+        model, missing = _build(backbone, job.task, labels)
         if is_timm(model):
             name_timm_labels(model.config, labels)
         fresh = _head_is_fresh(model, missing, backbone, labels)
@@ -227,7 +226,7 @@ def _builtin(name: str) -> Path:
     return BUILTIN / name
 
 
-def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:
+def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:
     """The model and the names of the weights the folder did not have."""
     import transformers
 
@@ -235,18 +234,12 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    auto = getattr(transformers, TASKS[task].auto_class)
-    heads: dict[str, Any] = {}
-    if labels:
-        heads["id2label"] = dict(enumerate(labels))
-        heads["label2id"] = {name: index for index, name in enumerate(labels)}
-        heads["num_labels"] = len(labels)  # timm's configuration counts apart
-    if TASKS[task].target == "patches":
-        heads |= painting_settings(backbone.config, backbone.source)
+    auto = getattr(transformers, task.auto_class)
+    options = task.model_options(backbone.config, labels, backbone.source)
     try:
         if backbone.weights == "random":
             config = transformers.AutoConfig.from_pretrained(
-                backbone.folder, trust_remote_code=False, local_files_only=True, **heads
+                backbone.folder, trust_remote_code=False, local_files_only=True, **options
             )
             return auto.from_config(config, trust_remote_code=False).float(), set()
         model, info = auto.from_pretrained(
@@ -257,28 +250,25 @@ def _build(backbone: Backbone, task: TaskName, labels: Sequence[str]) -> tuple[n
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
-            **heads,
+            **options,
         )
     except Exception as error:  # loaders of hostile or torn files raise almost anything
         raise BackboneError(
-            f"{backbone.source} cannot be loaded for {task}: {_first_line(error)}",
-            hint=f"it must be a model that {TASKS[task].auto_class} can load",
+            f"{backbone.source} cannot be loaded for {task.name}: {_first_line(error)}",
+            hint=f"it must be a model that {task.auto_class} can load",
         ) from None
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | mismatched
-    trains = TASKS[task].target != "tokens"
-    _refuse_random_layers(model, missing, backbone.source, task, head_trains=trains)
+    _refuse_random_layers(model, missing, backbone.source, task)
     return model, missing
 
 
-def _refuse_random_layers(
-    model: nn.Module, missing: set[str], source: str, task: TaskName, *, head_trains: bool
-) -> None:
+def _refuse_random_layers(model: nn.Module, missing: set[str], source: str, task: Task) -> None:
     """A head that trains may be missing, a pooler often is; another gap would be frozen noise.
 
     What stands for a hidden patch begins as zeros, which are no noise.
     """
-    heads = tuple(f"{name}." for name in head_names(model)) if head_trains else ()
+    heads = tuple(f"{name}." for name in head_names(model)) if task.head_trains else ()
     gaps = sorted(
         key
         for key in missing
@@ -286,10 +276,7 @@ def _refuse_random_layers(
     )
     own = tuple(f"{name}." for name in head_names(model))
     if gaps and all(name.startswith(own) for name in gaps):
-        raise BackboneError(
-            f"{source} was saved without the head that {task} predicts tokens with",
-            hint="a backbone that still has it, such as the model that this one was made from",
-        )
+        raise task.no_head(source)
     if gaps:
         raise BackboneError(
             f"{source}: {len(gaps)} weights of the backbone are missing or of another shape, "

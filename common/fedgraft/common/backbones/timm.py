@@ -10,21 +10,14 @@ from typing import Any
 from torch import nn
 
 from fedgraft.common.errors import BackboneError
+from fedgraft.common.layout import TIMM_HEADS, TIMM_MODEL
 
-__all__ = ["TIMM_HEADS", "is_timm", "name_timm_labels", "timm_heads", "timm_pipeline"]
-
-WRAPPED = "timm_model"  # what the wrapper calls the model of timm
-TIMM_HEADS = frozenset(
-    f"{WRAPPED}.{name}"
-    for name in ("classif", "classifier", "fc", "head", "head.fc", "head.fc2", "head.l",
-                 "head.linear", "head_dist", "last_linear")
-)  # fmt: skip
-"""Where timm's models have their classifiers: a tensor is told to be a head's by its name."""
+__all__ = ["is_timm", "name_timm_labels", "timm_heads"]
 
 
 def is_timm(model: nn.Module) -> bool:
     """Whether ``model`` is transformers' wrapper around one of timm."""
-    return hasattr(model, WRAPPED)
+    return hasattr(model, TIMM_MODEL)
 
 
 def timm_heads(model: Any) -> tuple[str, ...]:
@@ -48,23 +41,3 @@ def timm_heads(model: Any) -> tuple[str, ...]:
 def name_timm_labels(config: Any, labels: Sequence[str]) -> None:
     """Let a configuration say ``labels``: it would go on to be saved with those of its folder."""
     config.num_classes, config.label_names = len(labels), list(labels)
-
-
-def timm_pipeline(config: Any) -> Any:
-    """Resize, crop and normalise as the pre-training's evaluation did (``pretrained_cfg``).
-
-    The resized side is the model's divided by ``crop_pct``; then the middle is cropped, with
-    timm's defaults for what is not said.
-    """
-    from transformers import CLIPImageProcessorPil
-
-    told = getattr(config, "pretrained_cfg", None) or {}
-    side = int(told.get("input_size", (3, 224, 224))[-1])
-    resample = {"nearest": 0, "bilinear": 2, "bicubic": 3}.get(str(told.get("interpolation")), 3)
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": int(side / told.get("crop_pct", 0.875))},
-        crop_size={"height": side, "width": side},
-        resample=resample,
-        image_mean=list(told.get("mean", (0.485, 0.456, 0.406))),
-        image_std=list(told.get("std", (0.229, 0.224, 0.225))),
-    )

@@ -5,7 +5,6 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fedgraft.common.section import IllegalJob, Section
-from fedgraft.common.tasks import Modality, Task
 
 __all__ = ["Data"]
 
@@ -32,24 +31,13 @@ class Data(Section):
     group: str | None = Field(default=None, description="column that says whose example it is")
     groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
 
-    def column(self, modality: Modality) -> str:
-        """What the column is called that holds what a model reads."""
-        columns: dict[Modality, str] = {
-            "text": self.text, "image": self.image, "audio": self.audio, "video": self.video,
-        }  # fmt: skip
-        return columns[modality]
+    def column(self, key: str) -> str:
+        """What the column is called that ``key`` stands for: its own value, or the key itself."""
+        return str(getattr(self, key, key))
 
-    def skips(self, modality: Modality) -> bool:
+    def skips(self, modality: str) -> bool:
         """Whether what does not decode is left out instead of refused; texts need no decoding."""
-        choices = {"image": self.on_bad_image, "audio": self.on_bad_audio,
-                   "video": self.on_bad_video}  # fmt: skip
-        return choices.get(modality) == "skip"
-
-    def beside(self, task: Task) -> str | None:
-        """The column beside what is read: labels, or the texts to be written; None without."""
-        if task.paired:
-            return self.target
-        return self.label if task.target == "label" else None
+        return getattr(self, f"on_bad_{modality}", "refuse") == "skip"
 
     @model_validator(mode="after")
     def _groups_are_listed(self) -> Self:

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import JobError
-from fedgraft.common.methods import KINDS
+from fedgraft.common.methods import METHODS
+from fedgraft.common.toml import read_text
 
-__all__ = ["dump_job", "load_job", "parse_job", "read_text"]
+__all__ = ["dump_job", "load_job", "parse_job"]
 
 PATH_KEYS = ("train", "test")
 
@@ -65,25 +66,6 @@ def parse_job(raw: dict[str, Any], *, where: str) -> Job:
 def dump_job(job: Job) -> str:
     """The job as TOML, every default spelled out; ``parse_job`` reads back an equal job."""
     return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True))
-
-
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a file a person named.
-
-    Raises:
-        JobError: it is missing, a folder, unreadable or not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a label
-    except FileNotFoundError:
-        raise JobError(f"no file {path}", hint="`fedgraft init` writes one to start from") from None
-    except UnicodeDecodeError as error:
-        raise JobError(
-            f"{path} is not UTF-8 (byte {error.start})", hint="save the file as UTF-8"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a path"
-        raise JobError(f"{str(path)!r} cannot be read: {reason}", hint="check the path") from None
 
 
 def _override(raw: dict[str, Any], item: str) -> None:
@@ -177,7 +159,7 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     """One pydantic problem as (what is wrong, what to do)."""
     # The discriminator's tag stands in loc but not in the file: method.lora.rank is method.rank.
     loc = [str(part) for part in problem["loc"]]
-    if len(loc) > 1 and loc[0] == "method" and loc[1] in KINDS:
+    if len(loc) > 1 and loc[0] == "method" and loc[1] in METHODS:
         loc = [loc[0], *loc[2:]]
     if "targets" in loc:  # pydantic names every kind it could have been
         return "method.targets is no list of module names", 'targets = ["query", "value"]'
@@ -192,7 +174,7 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     if kind == "missing":
         return f"{key} is missing", f"add {loc[-1]} to [{'.'.join(loc[:-1])}]" if loc[1:] else ""
     if kind.startswith("union_tag"):
-        return f"{key}: {problem['msg']}", " or ".join(f'kind = "{kind}"' for kind in KINDS)
+        return f"{key}: {problem['msg']}", " or ".join(f'kind = "{kind}"' for kind in METHODS)
     if kind == "model_type":
         return f"{key}: a section, not a value", f"write [{key}] and its keys below it"
     message = problem["msg"].removeprefix("Value error, ")
@@ -207,7 +189,7 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     """Keys of the section at ``loc`` in the job's models."""
     models: list[type[BaseModel]] = [Job]
     for part in loc:
-        if part in KINDS and len(models) > 1:
+        if part in METHODS and len(models) > 1:
             models = [m for m in models if m.__name__.lower().startswith(str(part))]
             continue
         fields = [model.model_fields.get(str(part)) for model in models]

@@ -12,11 +12,11 @@ from typing import Annotated
 import tomli_w
 from pydantic import Field, ValidationError, model_validator
 
-from fedgraft.common.config.jobfile import read_text
 from fedgraft.common.errors import JobError
 from fedgraft.common.secagg.errors import ParameterError
 from fedgraft.common.secagg.transcript import Policy, Roster
 from fedgraft.common.section import IllegalJob, Section
+from fedgraft.common.toml import read_text
 
 __all__ = [
     "Federation",

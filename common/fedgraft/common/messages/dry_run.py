@@ -5,8 +5,8 @@ The site says with it what would leave, the coordinator what a job costs.
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.masked_terms import evaluation_terms, training_terms
 from fedgraft.common.messages.payloads import EvaluateReply, Reply, TrainReply
 from fedgraft.common.metrics.tally import Tally

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest, Work
 from fedgraft.common.secagg.quantize import Coding
 from fedgraft.common.secagg.transcript import (
@@ -23,16 +23,12 @@ from fedgraft.common.secagg.transcript import (
 )
 
 __all__ = [
-    "TALLY_LIMIT",
     "describe",
     "evaluation_terms",
     "floor_for",
     "hash_work",
     "training_terms",
 ]
-
-TALLY_LIMIT = 131072.0  # nats: the largest sum of losses over one site's validation examples
-TOKENS_LIMIT = 2.0**24  # the same over its tokens, of which an example has hundreds
 
 
 def training_terms(
@@ -62,11 +58,9 @@ def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Paramet
     bits = (((1 << 31) - 1) // parties + 1).bit_length()
     levels = (1 << (bits - 1)) - 1
     measures = job.measures
-    limit = TOKENS_LIMIT if measures.parts else TALLY_LIMIT
+    limit = measures.loss_limit
     coding = Coding(parties, float(levels), 32, bits, max_weight=1, metric_limit=limit)
-    # What is not asked for is not named: older terms hold.
-    beside = (f"bins {measures.bins}", *measures.groups) if measures.size else ()
-    layout = digest("tally", *job.job.labels, *beside)
+    layout = digest("tally", *job.job.labels, *measures.named)
     length = measures.classes**2 + measures.size
     return _terms(job, session, cohort, layout, length, coding)
 

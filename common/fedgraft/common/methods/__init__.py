@@ -1,65 +1,23 @@
-"""``[method]``: what trains of a model, and so what travels. One section for each ``kind``."""
+"""What trains of a model, and so what travels: one file a method, and the table of them."""
 
-from typing import Literal, Self
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from fedgraft.common.methods.base import Anatomy, HeadPolicy, MethodSection
+from fedgraft.common.methods.head import HeadMethod
+from fedgraft.common.methods.lora import LoraMethod
+from fedgraft.common.methods.partial import PartialMethod
 
-from fedgraft.common.section import IllegalJob, Section
+__all__ = ["METHODS", "Anatomy", "HeadMethod", "HeadPolicy", "Method", "MethodSection"]
 
-__all__ = ["KINDS", "HeadMethod", "HeadPolicy", "LoraMethod", "Method", "PartialMethod"]
+METHODS: dict[str, type[MethodSection]] = {
+    "lora": LoraMethod,
+    "head": HeadMethod,
+    "partial": PartialMethod,
+}
 
-HeadPolicy = Literal["shared", "local", "frozen"]
-
-
-class LoraMethod(Section):
-    """``kind = "lora"``: low-rank factors at ``targets``, and the head by its own policy."""
-
-    kind: Literal["lora"]
-    rank: int = Field(default=8, ge=1, le=1024)
-    alpha: float = Field(default=16.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: Literal["all-linear", "all-conv"] | tuple[str, ...] = "all-linear"
-    rslora: bool = Field(
-        default=False, description="scale by alpha / sqrt(rank), not alpha / rank (Kalajdzievski)"
-    )
-    dora: bool = Field(
-        default=False, description="a weight's magnitude trains apart from its direction (Liu)"
-    )
-    head: HeadPolicy
-
-    @model_validator(mode="after")
-    def _has_targets(self) -> Self:
-        if not self.targets:
-            raise IllegalJob("targets is empty", 'name modules, or use kind = "head"')
-        return self
-
-
-class HeadMethod(Section):
-    """``kind = "head"``: the backbone as feature extractor, only the shared head trains."""
-
-    kind: Literal["head"]
-    head: Literal["shared"] = "shared"
-
-
-class PartialMethod(Section):
-    """``kind = "partial"``: some weights of the backbone itself train, and the head by its policy.
-
-    The last ``blocks`` as a whole, and beside them every normalisation layer or every bias (Ben
-    Zaken et al. 2022, "BitFit").
-    """
-
-    kind: Literal["partial"]
-    blocks: int = Field(default=1, ge=0, description="last blocks that train as a whole")
-    norms: bool = Field(default=False, description="all normalisation layers train")
-    biases: bool = Field(default=False, description="all biases train")
-    head: HeadPolicy
-
-    @model_validator(mode="after")
-    def _something_trains(self) -> Self:
-        if not (self.blocks or self.norms or self.biases):
-            raise IllegalJob("nothing of the backbone would train", 'blocks = 1, or kind = "head"')
-        return self
-
-
-Method = LoraMethod | HeadMethod | PartialMethod
-KINDS = ("lora", "head", "partial")
+if TYPE_CHECKING:
+    Method = MethodSection
+else:
+    Method: Any = reduce(or_, METHODS.values())  # the union that ``kind`` tells apart

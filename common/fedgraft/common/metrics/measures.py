@@ -16,41 +16,39 @@ and 1, so it is off by at most half the share of such pairs (``auroc_error``). T
 bin's middle for the probabilities in it, and is off by at most half a bin, ``1 / (2 bins)``.
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from fedgraft.common.metrics.tally import Tally
-    from fedgraft.common.tasks import Target
+from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.metrics.evaluation import TALLY_LIMIT
+from fedgraft.common.metrics.label_evaluation import LabelEvaluation
+from fedgraft.common.metrics.tally import Counts, Tally
 
-__all__ = ["CALIBRATION_BINS", "Counts", "Measures"]
-
-Counts = NDArray[np.int64]
+__all__ = ["CALIBRATION_BINS", "LabelMeasures"]
 
 CALIBRATION_BINS = 10  # of the calibration error; ``bins`` is a multiple, so that edges are shared
-LARGEST_EXPONENT = 700.0  # of e: beyond is no float, and JSON has no infinity
 LOG_ODDS = 16.0  # beyond, 1 in 9 million, all scores are in the last bin
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What a job counts of ``classes`` classes: scores in ``bins`` (0: none), these ``groups``.
+class LabelMeasures:
+    """What a job counts of ``classes`` labels: scores in ``bins`` (0: none), these ``groups``.
 
-    A group with fewer than ``fewest`` examples is not shown. Where the ``target`` is no label, an
-    example has up to ``parts`` tokens or patches (0: it has a label).
+    A group with fewer than ``fewest`` examples is not shown.
     """
 
     classes: int
     bins: int = 0
     groups: tuple[str, ...] = ()
     fewest: int = 1
-    parts: int = 0
-    target: "Target" = "label"
+
+    most_parts = 1  # an example is counted once
+    loss_limit = TALLY_LIMIT
 
     @cached_property
     def size(self) -> int:
@@ -60,6 +58,19 @@ class Measures:
             if self.bins
             else (2 * len(self.groups))
         )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """What is counted beside; what is not asked for is not named."""
+        return (f"bins {self.bins}", *self.groups) if self.size else ()
+
+    def collect(self, examples: Examples) -> "_Collector":
+        """Takes what a model predicts for ``examples``, batch by batch."""
+        return _Collector(self, examples)
+
+    def evaluation(self, value: Mapping[str, Any]) -> LabelEvaluation:
+        """The evaluation that ``to_json`` wrote."""
+        return LabelEvaluation.from_json(value)
 
     def count_scores(self, logits: NDArray[np.floating[Any]], true: Counts) -> Counts:
         """Count a batch of predictions: [size], zero where ``count_groups`` counts.
@@ -101,7 +112,7 @@ class Measures:
         groups[groups.sum(1) < self.fewest] = 0
         return kept
 
-    def fits(self, tally: "Tally") -> bool:
+    def fits(self, tally: Tally) -> bool:
         """Whether the counts of ``tally`` can belong to its confusion matrix."""
         if tally.more.shape != (self.size,) or (tally.more < 0).any():
             return False
@@ -115,21 +126,11 @@ class Measures:
             and (groups.sum(0) <= by_outcome).all()
         )
 
-    def figures(self, tally: "Tally") -> dict[str, Any]:
-        """All that ``tally`` says of a model: fractions 0..1, the mean ``loss`` in nats.
-
-        Of tokens that is ``accuracy``, ``loss`` and ``perplexity``, e to the power of it; of
-        patches ``accuracy`` and ``loss``, the mean absolute error of pixels.
-        """
-        if self.parts:
-            loss = tally.mean_loss
-            if self.target == "patches":
-                return {"accuracy": tally.accuracy, "loss": loss}
-            perplexity = math.exp(min(loss, LARGEST_EXPONENT)) if tally.examples else 0.0
-            return {"accuracy": tally.accuracy, "perplexity": perplexity, "loss": loss}
+    def figures(self, tally: Tally) -> dict[str, Any]:
+        """All that ``tally`` says of a model: fractions 0..1, the mean ``loss`` in nats."""
         return {**tally.summary(), **self.summary(tally)}
 
-    def summary(self, tally: "Tally") -> dict[str, Any]:
+    def summary(self, tally: Tally) -> dict[str, Any]:
         """What the counts of ``tally`` come to; {} if nothing beside the confusion matrix is asked.
 
         ``auroc`` (one class against the others, mean over the classes for which there are both)
@@ -171,6 +172,34 @@ class Measures:
             counts[first:second].reshape(2, self.bins),
             counts[second:].reshape(len(self.groups), 2),
         )
+
+
+class _Collector:
+    """Predictions of some examples, put back into their order."""
+
+    def __init__(self, measures: LabelMeasures, examples: Examples) -> None:
+        self._measures, self._groups = measures, examples.groups
+        self._true, self._predicted = np.zeros((2, len(examples)), np.int64)
+        self._more = np.zeros(measures.size, np.int64)
+        self._loss = 0.0
+
+    def add(self, index: Indices, found: Mapping[str, Any]) -> None:
+        """Take a batch: its summed ``loss`` (nats), ``true`` and ``predicted`` labels, ``logits``.
+
+        ``index`` int64 [b] are the examples; labels int64 [b], ``logits`` float [b, classes].
+        """
+        self._loss += found["loss"]
+        self._true[index], self._predicted[index] = found["true"], found["predicted"]
+        if self._measures.bins:
+            self._more += self._measures.count_scores(found["logits"], found["true"])
+
+    def evaluation(self) -> LabelEvaluation:
+        """All of them."""
+        if self._groups is not None:
+            right = self._true == self._predicted
+            self._more += self._measures.count_groups(self._groups, right)
+        classes = self._measures.classes
+        return LabelEvaluation(self._loss, self._true, self._predicted, classes, self._more)
 
 
 def _softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:

@@ -2,21 +2,37 @@
 
 A ``Tally`` of several sites is the sum of their tallies: accuracy and macro F1 of the pooled
 examples follow from the summed confusion matrix, without any example leaving its site. What a job
-counts beside it, scores and groups, is said in ``measures``.
+counts beside it is said by the measures of its task.
 """
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.errors import MessageError
-from fedgraft.common.metrics.measures import Counts, Measures
 
-__all__ = ["Tally"]
+__all__ = ["Counted", "Counts", "Tally"]
+
+Counts = NDArray[np.int64]
 
 LARGEST = 2.0**40  # of any count: sums of them stay exact in int64 and float64
+
+
+class Counted(Protocol):
+    """What a job counts: the shape of its tallies."""
+
+    @property
+    def classes(self) -> int:
+        """Rows and columns of the confusion matrix."""
+
+    @property
+    def size(self) -> int:
+        """Counts beside the confusion matrix."""
+
+    def fits(self, tally: "Tally") -> bool:
+        """Whether the counts beside can belong to the confusion matrix."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,7 @@ class Tally:
     """Sums over examples: ``loss`` (nats) and ``confusion`` int64 [classes, classes].
 
     ``confusion[i, j]`` counts examples of true class i that were predicted as j; ``more`` int64
-    [``Measures.size``] is what the job counts beside.
+    [``Counted.size``] is what the job counts beside.
     """
 
     loss: float
@@ -32,7 +48,7 @@ class Tally:
     more: Counts = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
-    def empty(cls, measures: Measures) -> Self:
+    def empty(cls, measures: Counted) -> Self:
         """No examples yet."""
         square = (measures.classes, measures.classes)
         return cls(0.0, np.zeros(square, np.int64), np.zeros(measures.size, np.int64))
@@ -112,7 +128,7 @@ class Tally:
         return np.concatenate([self.confusion.reshape(-1), self.more])
 
     @classmethod
-    def of_counts(cls, loss: float, counts: Counts, measures: Measures) -> Self:
+    def of_counts(cls, loss: float, counts: Counts, measures: Counted) -> Self:
         """The tally with these ``counts``.
 
         Raises:
@@ -132,7 +148,7 @@ class Tally:
         return np.concatenate([[self.loss], self.counts]).astype(np.float64)
 
     @classmethod
-    def from_vector(cls, vector: NDArray[np.float64], measures: Measures) -> Self:
+    def from_vector(cls, vector: NDArray[np.float64], measures: Counted) -> Self:
         """The tally that ``to_vector`` wrote.
 
         Raises:

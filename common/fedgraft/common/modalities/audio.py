@@ -19,9 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgraft.common.encoding import Keep, NameParts, Rows, Settings
 from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.examples import AudioExamples, Indices, Inputs
+from fedgraft.common.modalities.base import Modality
 
-__all__ = ["SHORTEST", "AudioProcessor", "Recording", "load_audio", "open_recording"]
+__all__ = ["SHORTEST", "Audio", "AudioProcessor", "Recording", "load_audio", "open_recording"]
 
 SHORTEST = 0.025  # seconds: one analysis window of wav2vec 2.0, HuBERT and Whisper
 HOP, RATE = 160, 16_000  # of Whisper's spectrogram: samples from frame to frame, samples a second
@@ -74,6 +77,17 @@ class AudioProcessor:
         """Whether the model is told by an attention mask which samples are padding."""
         return self.frames and bool(self.extractor.return_attention_mask)
 
+    def configure(self, config: Any) -> None:
+        """Nothing of a model depends on it."""
+
+    def blank(self, settings: Settings) -> Inputs:
+        """One silent recording, float32 [1, ...], by the model's name for it."""
+        return {self.name: np.zeros((1, *self.shape(settings.seconds)), np.float32)}
+
+    def describe(self, settings: Settings) -> str:
+        """Nothing."""
+        return ""
+
     def size(self, seconds: float) -> int:
         """Samples in ``seconds``.
 
@@ -120,6 +134,49 @@ class AudioProcessor:
         """A digest of everything that decides what a recording becomes."""
         text = f"{type(self.extractor).__name__}:{self.extractor.to_json_string()}:{self.frames}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Audio(Modality):
+    """Recordings in wav files, padded to one length, as images are to one size.
+
+    Large arrays are kept. A recording can be heard again from its samples: what is kept belongs to
+    the site.
+    """
+
+    name = "audio"
+    one_cell = "recording"
+    one_file = "wav file"
+
+    def load(self, folder: Path, config: Any) -> AudioProcessor:
+        """The feature extractor in ``folder`` (``load_audio``)."""
+        return load_audio(folder, config)
+
+    def check(self, value: Any) -> None:
+        """A cell reads as a wav file with sound in it."""
+        open_recording(self.require(value))
+
+    def encode(
+        self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
+    ) -> AudioExamples:
+        """What the backbone reads of the first ``data.seconds`` of each recording."""
+        seconds = settings.seconds
+        shape = (len(labels), *processor.shape(seconds))
+        sources = rows.column(self.name)
+
+        def fill(values: NDArray[Any]) -> None:
+            for at, source in enumerate(sources):
+                values[at] = processor.features([open_recording(source)], seconds)[0]
+
+        def name() -> NameParts:
+            return (processor.identity, str(seconds), rows.digest(self.name))
+
+        filled = None
+        if processor.masked:
+            found = [processor.filled(open_recording(source), seconds) for source in sources]
+            filled = np.array(found, np.int64)
+        values = keep.array(shape, fill, name)
+        every = np.arange(len(labels), dtype=np.int64)
+        return AudioExamples(labels, values, every, name=processor.name, filled=filled)
 
 
 def open_recording(source: Mapping[str, Any]) -> Recording:

@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fedgraft.common.encoding import Keep, NameParts, Rows, Settings
 from fedgraft.common.errors import BackboneError, DataError, InputError
+from fedgraft.common.examples import ImageExamples, Indices, Inputs
+from fedgraft.common.modalities.base import Modality
+from fedgraft.common.modalities.image import load_image
 
-__all__ = ["VideoProcessor", "load_video", "open_clip"]
+__all__ = ["Video", "VideoProcessor", "load_video", "open_clip"]
 
 FORMATS = frozenset({"mov", "mp4", "matroska", "webm", "avi", "gif", "mpeg", "mpegts", "ogg"})
 ALONE = {"protocol_whitelist": "none"}  # nothing beside the bytes that are there
@@ -42,14 +46,59 @@ class VideoProcessor:
         found: NDArray[np.float32] = self.images.pixels(clip, normalize)
         return found
 
+    def configure(self, config: Any) -> None:
+        """Nothing of a model depends on it."""
+
+    def blank(self, settings: Settings) -> Inputs:
+        """``pixel_values`` of one black clip, float32 [1, *shape]."""
+        return {"pixel_values": np.zeros((1, *self.shape), np.float32)}
+
+    def describe(self, settings: Settings) -> str:
+        """Nothing."""
+        return ""
+
     @cached_property
     def identity(self) -> str:
         """A digest of everything that decides which pixels a clip becomes."""
         return hashlib.sha256(f"{self.images.identity}:{self.frames}".encode()).hexdigest()
 
 
-def load_video(folder: Path, config: Any, images: Any) -> VideoProcessor:
-    """What prepares clips for the backbone in ``folder``; ``images`` loads its image processor.
+class Video(Modality):
+    """Clips in files: some frames of each, as images of one size."""
+
+    name = "video"
+    one_cell = one_file = "clip"
+    augmented = False
+    unvaried = "there is none for clips"
+
+    def load(self, folder: Path, config: Any) -> VideoProcessor:
+        """The image processor in ``folder``, and how many frames a clip has (``load_video``)."""
+        return load_video(folder, config)
+
+    def check(self, value: Any) -> None:
+        """A cell decodes, and has a frame."""
+        open_clip(self.require(value), 1)
+
+    def encode(
+        self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
+    ) -> ImageExamples:
+        """``pixel_values`` [n, frames, channels, height, width], kept where they are many."""
+        shape, normalize = (len(labels), *processor.shape), settings.normalize
+        sources = rows.column(self.name)
+
+        def fill(values: NDArray[Any]) -> None:
+            for at, source in enumerate(sources):
+                values[at] = processor.pixels(open_clip(source, processor.frames), normalize)
+
+        def name() -> NameParts:
+            return (processor.identity, normalize, rows.digest(self.name))
+
+        every = np.arange(len(labels), dtype=np.int64)
+        return ImageExamples(labels, keep.array(shape, fill, name), every)
+
+
+def load_video(folder: Path, config: Any) -> VideoProcessor:
+    """What prepares clips for the backbone in ``folder``.
 
     Raises:
         BackboneError: the configuration does not say how many frames a clip has.
@@ -60,7 +109,7 @@ def load_video(folder: Path, config: Any, images: Any) -> VideoProcessor:
             f"the backbone in {folder} does not say how many frames it takes",
             hint="num_frames in its config.json, as VideoMAE and ViViT have it",
         )
-    return VideoProcessor(images(folder, config), frames)
+    return VideoProcessor(load_image(folder, config), frames)
 
 
 def open_clip(source: Mapping[str, Any], frames: int) -> list[Image.Image]:

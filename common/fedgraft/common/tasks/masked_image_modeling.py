@@ -5,30 +5,33 @@ evaluated. What counts of a patch is the mean absolute error of its pixels, as t
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.model.batched_modules import Rows
-from fedgraft.client.model.frozen_prefix import Inputs
-from fedgraft.common.adapters.attach import Vector
-from fedgraft.common.adapters.model import open_processor
-from fedgraft.common.backbones.load import read_config
-from fedgraft.common.config.job import Job
-from fedgraft.common.examples import ImageExamples, Indices, Wrapped, concatenate
-from fedgraft.common.modalities.patches import cut_patches
+from fedgraft.common.encoding import Draws, Keep, Rows, Settings
+from fedgraft.common.errors import BackboneError
+from fedgraft.common.examples import Examples, ImageExamples, Indices, Inputs, Wrapped, concatenate
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.metrics.part_evaluation import PATCHES, PartMeasures
+from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.tasks.base import Cell, Corrupt, Differences, Reading, Task
+from fedgraft.common.tasks.language import over_parts
 
-__all__ = ["PatchExamples", "hide_patches"]
+__all__ = ["MaskedImageModeling", "MaskedPatches", "cut_patches", "hide_patches"]
 
+MOST = 4096  # patches of an image: none has more
+PAINTERS = ("deit", "vit")
+"""Kinds of models of transformers whose patches in and out are of one size."""
 UNSEEN = "bool_masked_pos"  # as models of transformers call what is hidden
 
 
 @dataclass(frozen=True)
-class PatchExamples(Wrapped):
+class MaskedPatches(Wrapped):
     """Images in patches of ``side`` x ``side`` pixels; ``hidden`` bool [n, patches]."""
 
     source: ImageExamples
@@ -46,57 +49,144 @@ class PatchExamples(Wrapped):
         """Bytes in memory."""
         return self.source.nbytes + self.hidden.nbytes
 
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
         """``pixel_values`` and ``bool_masked_pos``, bool [b, patches]."""
-        hidden = torch.from_numpy(self.hidden[index])
-        return {**self.source.batch(index), UNSEEN: hidden}
+        return {**self.source.batch(index), UNSEEN: self.hidden[index]}
 
-    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+    def targets(self, index: Indices, width: int = 0) -> NDArray[np.float32]:
         """Pixels of the hidden patches, float32 [b, patches, values], NaN in all others."""
         batch = self.batch(index)
         return _wanted(cut_patches(batch["pixel_values"], self.side), batch[UNSEEN])
 
-    def subset(self, index: Indices) -> "PatchExamples":
+    def subset(self, index: Indices) -> "MaskedPatches":
         """The images at ``index``, in that order; pixels are shared."""
         return replace(self, source=self.source.subset(index), hidden=self.hidden[index])
 
-    def joined(self, others: Sequence["PatchExamples"]) -> "PatchExamples":
+    def joined(self, others: Sequence["MaskedPatches"]) -> "MaskedPatches":
         """These examples and those of ``others``, in order."""
         every = (self, *others)
         images = concatenate([one.source for one in every])
-        assert isinstance(images, ImageExamples)  # noqa: S101  # as their parts are
         return replace(self, source=images, hidden=np.concatenate([one.hidden for one in every]))
 
-    def hide_anew(
-        self, inputs: Inputs, targets: torch.Tensor, rows: Rows
-    ) -> tuple[Inputs, torch.Tensor]:
+    def corrupt(
+        self, inputs: Inputs, targets: NDArray[np.float32], draws: Draws
+    ) -> tuple[Inputs, NDArray[np.float32]]:
         """A batch of one site with other patches hidden, drawn from the site's own generator."""
-        hidden = inputs[UNSEEN].clone()
-        for row in range(rows.count):  # as many as before, elsewhere
-            order = torch.randperm(hidden.shape[1], generator=rows.generator)
-            hidden[row] = inputs[UNSEEN][row][order]
+        hidden = inputs[UNSEEN].copy()
+        for row in range(draws.count):  # as many as before, elsewhere
+            hidden[row] = inputs[UNSEEN][row][draws.permutation(hidden.shape[1])]
         wanted = _wanted(cut_patches(inputs["pixel_values"], self.side), hidden)
         return {**inputs, UNSEEN: hidden}, wanted
 
 
-def hide_patches(images: ImageExamples, job: Job) -> PatchExamples:
-    """``images`` with ``data.masked`` of their patches hidden, of an image the same ones anywhere.
+class MaskedImageModeling(Task):
+    """Paint hidden patches of images, as SimMIM pre-trains vision transformers."""
 
-    Raises:
-        BackboneError: transformers does not know the backbone.
+    name = pipeline = "masked-image-modeling"
+    auto_class = "AutoModelForMaskedImageModeling"
+    modality = MODALITIES["image"]
+    target = "patches"
+    head_alone = False
+    hidden_share = 0.6
+    metrics = (PATCHES.metric, Metric("accuracy", "close patches", short="right"))
+    card_metrics = (Metric("accuracy", "accuracy"),)
+    intervals = (
+        "Reconstruction error and close patches have bootstrap intervals over images, each redrawn "
+        "with all of its patches."
+    )
+    verdicts = (
+        '"Helped" and "hurt" need both a paired permutation test over images below 5 % and a 95 % '
+        "bootstrap interval of the difference in error a pixel that excludes zero. Both models "
+        "read the same images."
+    )
+    differences = Differences(
+        "error of a pixel, on the site's own test images: below 0 the federated model is better. "
+        "Below it its 95 % interval, by bootstrap over images",
+        ("Loss", "Permutation p"),
+        points=False,
+    )
+    use = "paint hidden parts of an image"
+    refuses = over_parts(
+        "patches",
+        more={
+            "label_smoothing": (
+                "{task} has no labels to smooth",
+                "leave training.label_smoothing out",
+            )
+        },
+    )
+
+    def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
+        """Nothing: what is predicted is in the image itself."""
+        return {"label": 0}
+
+    def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> MaskedPatches:
+        """Images with ``data.masked`` of their patches hidden."""
+        labels = np.zeros(len(rows), np.int64)
+        images: Any = self.modality.encode(rows, labels, processor, settings, keep)
+        return hide_patches(images, processor.patch, settings)
+
+    def corruption(self, examples: Examples) -> Corrupt:
+        """Other patches are hidden each time."""
+        assert isinstance(examples, MaskedPatches)  # noqa: S101  # as encode gives them
+        return examples.corrupt
+
+    def measures(self, settings: Settings) -> PartMeasures:
+        """Hidden patches that come close, and all that are hidden."""
+        return PartMeasures(MOST, PATCHES)
+
+    def model_options(
+        self, config: Mapping[str, Any], labels: Sequence[str], source: str
+    ) -> dict[str, Any]:
+        """The stride by which a model paints whole images.
+
+        Raises:
+            BackboneError: it is of a kind that was not tried.
+        """
+        kind = config.get("model_type")
+        if kind not in PAINTERS or not isinstance(config.get("patch_size"), int):
+            raise BackboneError(
+                f"{source} is of the kind {kind!r}, whose patches cannot be hidden here",
+                hint=f"a model of a kind that can: {', '.join(PAINTERS)}",
+            )
+        return {"encoder_stride": config["patch_size"]}
+
+
+def hide_patches(images: ImageExamples, side: int, settings: Settings) -> MaskedPatches:
+    """``images`` with a share of their patches hidden, of an image the same ones anywhere.
+
+    ``side`` is a patch's, in pixels.
     """
-    side = int(read_config(open_processor(job)[0]).patch_size)
     height, width = images.values.shape[2:]
     patches = (height // side) * (width // side)
-    count = min(patches, max(1, round(job.masked_share * patches)))
+    share = settings.masked or MaskedImageModeling.hidden_share
+    count = min(patches, max(1, round(share * patches)))
     hidden = np.zeros((len(images), patches), np.bool_)
     for at, row in enumerate(images.rows):
-        pixels: Vector = images.values[row]
+        pixels: NDArray[np.float32] = images.values[row]
         seen = hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
-        draw = numpy_generator(job.job.seed, "hidden", seen)
+        draw = numpy_generator(settings.seed, "hidden", seen)
         hidden[at, draw.permutation(patches)[:count]] = True
-    return PatchExamples(images, hidden, side)
+    return MaskedPatches(images, hidden, side)
 
 
-def _wanted(patches: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    return patches.masked_fill(~hidden[..., None], torch.nan)
+def cut_patches(pixels: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    """Images [b, c, h, w] in patches, row by row: [b, patches, c x side x side].
+
+    What is left of a side over whole patches is cut off.
+    """
+    count, channels, height, width = pixels.shape
+    rows, columns = height // side, width // side
+    whole = pixels[:, :, : rows * side, : columns * side]
+    split = whole.reshape(count, channels, rows, side, columns, side)
+    patches: NDArray[np.float32] = split.transpose(0, 2, 4, 1, 3, 5)
+    return patches.reshape(count, rows * columns, channels * side * side)
+
+
+def _wanted(patches: NDArray[np.float32], hidden: NDArray[np.bool_]) -> NDArray[np.float32]:
+    wanted: NDArray[np.float32] = np.where(hidden[..., None], patches, np.float32(np.nan))
+    return wanted

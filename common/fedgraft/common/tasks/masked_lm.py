@@ -8,23 +8,34 @@ where it is evaluated, so that models are compared on the same tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.data.cache import Store
-from fedgraft.client.model.batched_modules import Rows
-from fedgraft.client.model.frozen_prefix import Inputs
-from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.common.config.job import Job
+from fedgraft.common.encoding import Draws, Keep, Rows, Settings
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.examples import Indices, TextExamples, Wrapped, concatenate
-from fedgraft.common.modalities import TextProcessor
-from fedgraft.common.modalities.text_arrays import as_examples, digest_of, find_tokens, texts_digest
+from fedgraft.common.examples import (
+    IGNORED,
+    Examples,
+    Indices,
+    Inputs,
+    TextExamples,
+    Wrapped,
+    concatenate,
+)
+from fedgraft.common.modalities import Processor
+from fedgraft.common.modalities.text import (
+    TextProcessor,
+    as_examples,
+    check_length,
+    find_tokens,
+)
 from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.tasks.base import Corrupt
+from fedgraft.common.tasks.language import TokenTask
 
-__all__ = ["ClozeExamples", "Hiding", "encode_cloze"]
+__all__ = ["Hiding", "MaskedLm", "MaskedTokens"]
 
 MASKED, REPLACED = 0.8, 0.1  # of hidden tokens; the rest stay as they are, but must be guessed too
 
@@ -47,7 +58,7 @@ class Hiding:
 
 
 @dataclass(frozen=True)
-class ClozeExamples(Wrapped):
+class MaskedTokens(Wrapped):
     """Stretches of text; of the tokens of ``source.ids`` those are ``hidden``, bool [tokens]."""
 
     source: TextExamples
@@ -70,80 +81,101 @@ class ClozeExamples(Wrapped):
         """Bytes in memory."""
         return self.source.nbytes + self.source.ids.nbytes + self.hidden.nbytes
 
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
         """Those at ``index``, int64 [b, width], as ``TextExamples`` has them."""
         return self._shown.batch(index, width)
 
-    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+    def targets(self, index: Indices, width: int = 0) -> NDArray[np.int64]:
         """The hidden tokens, int64 [b, width], and ``IGNORED`` at all others."""
         shown, ids = (one.batch(index, width)["input_ids"] for one in (self._shown, self.source))
-        return ids.where(ids != shown, IGNORED)  # the mask itself, if a text has it, is not hidden
+        # The mask itself, if a text has it, is not hidden.
+        hidden: NDArray[np.int64] = np.where(ids != shown, ids, IGNORED)
+        return hidden
 
-    def subset(self, index: Indices) -> "ClozeExamples":
+    def subset(self, index: Indices) -> "MaskedTokens":
         """The stretches at ``index``, in that order; the token ids are shared."""
         return replace(self, source=self.source.subset(index))
 
-    def joined(self, others: Sequence["ClozeExamples"]) -> "ClozeExamples":
+    def joined(self, others: Sequence["MaskedTokens"]) -> "MaskedTokens":
         """These examples and those of ``others``, in order."""
         every = (self, *others)
         source = concatenate([one.source for one in every])
-        assert isinstance(source, TextExamples)  # noqa: S101  # as their parts are
         return replace(self, source=source, hidden=np.concatenate([one.hidden for one in every]))
 
-    def hide_anew(
-        self, inputs: Inputs, targets: torch.Tensor, rows: Rows
-    ) -> tuple[Inputs, torch.Tensor]:
+    def corrupt(
+        self, inputs: Inputs, targets: NDArray[np.int64], draws: Draws
+    ) -> tuple[Inputs, NDArray[np.int64]]:
         """A batch of one site with other tokens hidden, drawn from the site's own generator."""
-        original = torch.where(targets == IGNORED, inputs["input_ids"], targets)
-        special = torch.isin(original, torch.tensor(self.hiding.special, dtype=torch.int64))
-        free = inputs["attention_mask"].bool() & ~special
-        ids, wanted = original.clone(), torch.full_like(targets, IGNORED)
-        for row in range(rows.count):
-            places = free[row].nonzero().flatten()
-            order = torch.randperm(len(places), generator=rows.generator)
+        original = np.where(targets == IGNORED, inputs["input_ids"], targets)
+        special = np.isin(original, np.array(self.hiding.special, np.int64))
+        free = inputs["attention_mask"].astype(np.bool_) & ~special
+        ids, wanted = original.copy(), np.full_like(targets, IGNORED)
+        for row in range(draws.count):
+            places = np.flatnonzero(free[row])
+            order = draws.permutation(len(places))
             chosen = places[order[: self.hiding.count(len(places))]]
             wanted[row, chosen] = original[row, chosen]
-            ids[row, chosen] = self._disguised(original[row, chosen], rows.generator)
+            ids[row, chosen] = self._disguised(original[row, chosen], draws)
         return {**inputs, "input_ids": ids}, wanted
 
-    def _disguised(self, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _disguised(self, tokens: NDArray[np.int64], draws: Draws) -> NDArray[np.int64]:
         """What stands in the place of hidden ``tokens``: mostly the mask, sometimes any token."""
-        lot = torch.rand(len(tokens), generator=generator)
-        others = torch.randint(self.hiding.words, tokens.shape, generator=generator)
-        replaced = torch.where(lot < MASKED + REPLACED, others, tokens)
-        return replaced.masked_fill(lot < MASKED, self.hiding.mask)
+        lot = draws.uniform(len(tokens))
+        others = draws.integers(self.hiding.words, len(tokens))
+        replaced = np.where(lot < MASKED + REPLACED, others, tokens)
+        disguised: NDArray[np.int64] = np.where(lot < MASKED, self.hiding.mask, replaced)
+        return disguised
 
 
-def encode_cloze(
-    texts: list[str], processor: TextProcessor, job: Job, *, store: Store | None, key: str
-) -> ClozeExamples:
-    """Stretches of at most ``data.max_length`` tokens, ``data.masked`` of which are hidden.
+class MaskedLm(TokenTask):
+    """Guess hidden tokens from the rest of a text, as BERT was pre-trained."""
 
-    Raises:
-        BackboneError: its tokenizer has no token for what is hidden.
-        DataError: a text becomes no tokens.
-    """
-    tokenizer, most = processor.tokenizer, job.data.max_length
-    if tokenizer.mask_token_id is None:
-        raise BackboneError(
-            "the backbone's tokenizer has no mask token",
-            hint='job.task = "causal-lm" if it continues texts, as GPT-2 does',
+    name = "masked-lm"
+    auto_class = "AutoModelForMaskedLM"
+    pipeline = "fill-mask"
+    use = "fill gaps in texts"
+    hidden_share = 0.15
+
+    def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> MaskedTokens:
+        """Stretches of at most ``data.max_length`` tokens, ``data.masked`` of which are hidden.
+
+        Raises:
+            BackboneError: its tokenizer has no token for what is hidden.
+            DataError: a text becomes no tokens.
+        """
+        tokenizer, most = processor.tokenizer, settings.max_length
+        check_length(processor, most)
+        if tokenizer.mask_token_id is None:
+            raise BackboneError(
+                "the backbone's tokenizer has no mask token",
+                hint='job.task = "causal-lm" if it continues texts, as GPT-2 does',
+            )
+        hiding = Hiding(
+            share=settings.masked or self.hidden_share,
+            mask=int(tokenizer.mask_token_id),
+            special=tuple(tokenizer.all_special_ids),
+            words=len(tokenizer),
         )
-    hiding = Hiding(
-        share=job.masked_share,
-        mask=int(tokenizer.mask_token_id),
-        special=tuple(tokenizer.all_special_ids),
-        words=len(tokenizer),
-    )
 
-    def tokenize(some: Sequence[str]) -> dict[str, list[list[int]]]:
-        return processor.tokenize_stretches(some, most)
+        def tokenize(some: Sequence[str]) -> dict[str, list[list[int]]]:
+            stretches: dict[str, list[list[int]]] = processor.tokenize_stretches(some, most)
+            return stretches
 
-    digest = digest_of(key, processor.identity, "stretches", most, texts_digest(texts))
-    tokens = find_tokens(texts, tokenize, store, digest)
-    labels = np.zeros(len(tokens["lengths"]), np.int64)
-    source = as_examples(tokens, labels, processor, most, predicted=True)
-    return ClozeExamples(source, _hidden(source, hiding, job.job.seed), hiding)
+        name = (processor.identity, "stretches", most, rows.digest("text"))
+        tokens = find_tokens(rows.column("text"), tokenize, keep, name)
+        labels = np.zeros(len(tokens["lengths"]), np.int64)
+        source = as_examples(tokens, labels, processor, most)
+        return MaskedTokens(source, _hidden(source, hiding, settings.seed), hiding)
+
+    def corruption(self, examples: Examples) -> Corrupt:
+        """Other tokens are hidden each time."""
+        assert isinstance(examples, MaskedTokens)  # noqa: S101  # as encode gives them
+        return examples.corrupt
+
+    def describe_input(self, processor: Processor, settings: Settings) -> str:
+        """Texts are cut into blocks."""
+        assert isinstance(processor, TextProcessor)  # noqa: S101  # of this task's modality
+        return processor.describe(settings, blocks=True)
 
 
 def _hidden(source: TextExamples, hiding: Hiding, seed: int) -> NDArray[np.bool_]:

@@ -5,25 +5,39 @@ last token (teacher forcing). Both texts of a batch are padded to one width, so 
 several sites and the dropout of each need to know only one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from fedgraft.client.objectives.labels import IGNORED
-from fedgraft.common.config.job import Job
+from fedgraft.common.encoding import Arrays, Keep, NameParts, Rows, Settings
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.examples import Indices, TextExamples, Wrapped, concatenate
-from fedgraft.common.modalities import TextProcessor
-from fedgraft.common.modalities.text_arrays import find_tokens
+from fedgraft.common.examples import (
+    IGNORED,
+    Indices,
+    Inputs,
+    TextExamples,
+    Wrapped,
+    concatenate,
+)
+from fedgraft.common.modalities.text import (
+    TextProcessor,
+    check_length,
+    check_string,
+    find_tokens,
+)
+from fedgraft.common.tasks.base import Cell, Reading
+from fedgraft.common.tasks.language import TokenTask
 
-__all__ = ["PairedExamples", "encode_pairs"]
+__all__ = ["PairedTexts", "Seq2SeqLm"]
 
 
 @dataclass(frozen=True)
-class PairedExamples(Wrapped):
+class PairedTexts(Wrapped):
     """``source`` is read, ``target`` is to be written after the token ``start``."""
 
     source: TextExamples
@@ -50,67 +64,89 @@ class PairedExamples(Wrapped):
         """Bytes in memory."""
         return self.source.nbytes + self.target.nbytes
 
-    def batch(self, index: Indices, width: int = 0) -> dict[str, torch.Tensor]:
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
         """``input_ids``, ``attention_mask`` and ``decoder_input_ids``, int64 [b, width].
 
         The decoder attends to what comes before alone: its padding, at the end, needs no mask.
         """
         width = width or self.width(index)
         written = self.target.batch(index, width)["input_ids"]
-        shifted = torch.cat([torch.full_like(written[:, :1], self.start), written[:, :-1]], 1)
+        start = np.full_like(written[:, :1], self.start)
+        shifted = np.concatenate([start, written[:, :-1]], 1)
         return {**self.source.batch(index, width), "decoder_input_ids": shifted}
 
-    def targets(self, index: Indices, width: int = 0) -> torch.Tensor:
+    def targets(self, index: Indices, width: int = 0) -> NDArray[np.int64]:
         """The tokens of the target, int64 [b, width], padded with ``IGNORED``."""
         written = self.target.batch(index, width or self.width(index))
-        return written["input_ids"].where(written["attention_mask"].bool(), IGNORED)
+        real = written["attention_mask"].astype(np.bool_)
+        targets: NDArray[np.int64] = np.where(real, written["input_ids"], IGNORED)
+        return targets
 
-    def subset(self, index: Indices) -> "PairedExamples":
+    def subset(self, index: Indices) -> "PairedTexts":
         """The examples at ``index``, in that order; the token ids are shared."""
         parts = (self.source.subset(index), self.target.subset(index))
-        return PairedExamples(*parts, self.start)
+        return PairedTexts(*parts, self.start)
 
-    def joined(self, others: Sequence["PairedExamples"]) -> "PairedExamples":
+    def joined(self, others: Sequence["PairedTexts"]) -> "PairedTexts":
         """These examples and those of ``others``, in order."""
         every = (self, *others)
         source = concatenate([one.source for one in every])
         target = concatenate([one.target for one in every])
-        assert isinstance(source, TextExamples)  # noqa: S101  # as their parts are
-        assert isinstance(target, TextExamples)  # noqa: S101
-        return PairedExamples(source, target, self.start)
+        return PairedTexts(source, target, self.start)
 
 
-def encode_pairs(
-    texts: list[str], targets: list[str], processor: TextProcessor, job: Job
-) -> PairedExamples:
-    """One example a row, both of its texts cut to ``data.max_length`` tokens.
+class Seq2SeqLm(TokenTask):
+    """Write a text for each text, as T5 and BART do."""
 
-    Raises:
-        BackboneError: it does not say what its decoder starts with.
-        DataError: a text becomes no tokens.
-    """
-    if processor.decoder_start is None:
-        raise BackboneError(
-            "the backbone's config.json has no decoder_start_token_id",
-            hint=f"{job.job.task} wants an encoder with a decoder, such as T5 or BART",
-        )
-    most = job.data.max_length
-    return PairedExamples(
-        _encoded(texts, processor, most, written=False),
-        _encoded(targets, processor, most, written=True),
-        processor.decoder_start,
-    )
+    name = pipeline = "seq2seq-lm"
+    auto_class = "AutoModelForSeq2SeqLM"
+    peft_type = "SEQ_2_SEQ_LM"
+    use = "write a text for each"
+    beside = "target"
+    stored: Mapping[str, str] = MappingProxyType({"target": "string"})
+
+    def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
+        """The text to be written."""
+        check_string(cell.beside, "target")
+        return {"label": 0, "target": cell.beside}
+
+    def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """The text to be written."""
+        return {"target": row["target"]}
+
+    def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> PairedTexts:
+        """One example a row, both of its texts cut to ``data.max_length`` tokens.
+
+        Raises:
+            BackboneError: it does not say what its decoder starts with.
+            DataError: a text becomes no tokens.
+        """
+        check_length(processor, settings.max_length)
+        if processor.decoder_start is None:
+            raise BackboneError(
+                "the backbone's config.json has no decoder_start_token_id",
+                hint=f"{self.name} wants an encoder with a decoder, such as T5 or BART",
+            )
+        parts = [
+            _encoded(rows, column, processor, settings.max_length, keep)
+            for column in ("text", "target")
+        ]
+        return PairedTexts(parts[0], parts[1], processor.decoder_start)
 
 
 def _encoded(
-    texts: list[str], processor: TextProcessor, most: int, *, written: bool
+    rows: Rows, column: str, processor: TextProcessor, most: int, keep: Keep
 ) -> TextExamples:
-    tokens = find_tokens(
-        texts, lambda some: processor.tokenize(some, most, written=written), None, ""
-    )
+    written = column == "target"
+
+    def tokenize(some: Sequence[str]) -> dict[str, list[list[int]]]:
+        return processor.tokenize(some, most, written=written)
+
+    name: NameParts = (processor.identity, f"pairs {column}", most, rows.digest(column))
+    tokens: Arrays = find_tokens(rows.column(column), tokenize, keep, name)
     lengths = tokens["lengths"]
     return TextExamples(
-        labels=np.zeros(len(texts), np.int64),
+        labels=np.zeros(len(lengths), np.int64),
         ids=tokens["input_ids"],
         starts=np.cumsum(lengths) - lengths,
         lengths=lengths,

@@ -24,14 +24,14 @@ def explain(
 
     The input is read here and stays here.
     """
-    from fedgraft.common.tasks import TASKS
-    from fedgraft.server.export.attribution import explain_image, explain_text, write_heat
+    from fedgraft.common.config.compatibility import refusal_of
+    from fedgraft.server.export.attribution import EXPLAINERS, write_heat
     from fedgraft.server.runs.reopen import reopen
 
     opened = reopen(run)
     job = opened.run.job
-    labels, modality = job.job.labels, TASKS[job.job.task].modality
-    if TASKS[job.job.task].target != "label" or modality not in ("text", "image"):
+    labels, explainer = job.job.labels, EXPLAINERS.get(job.task.modality.name)
+    if refusal_of(job, "explanation") or explainer is None:
         raise InputError(
             f"{job.job.task} has no explanations", hint="text- or image-classification"
         )
@@ -39,16 +39,11 @@ def explain(
         raise InputError(f"no label {label}", hint=f"there is: {', '.join(labels[:10])}")
     wanted = None if label is None else labels.index(label)
     with opened.adapted() as bench:
-        if modality == "text":
-            length = job.data.max_length
-            found = explain_text(bench, given, max_length=length, label=wanted)
-        else:
-            normalize = job.data.normalize
-            found = explain_image(bench, Path(given), normalize=normalize, label=wanted)
+        found = explainer(bench, given, job.settings, wanted)
     console, probability = Console(as_json=as_json), float(found.probabilities[found.label])
     told = {"label": labels[found.label], "probability": probability, "missing": found.missing}
     headline = f"{labels[found.label]}: {100 * probability:.1f} %"
-    if modality == "image":
+    if not found.parts:
         write_heat(found, Path(given), out)
         console.json({**told, "picture": str(out)})
         console.text(f"{headline}\nwrote {out}")

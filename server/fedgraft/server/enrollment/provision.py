@@ -14,7 +14,6 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from fedgraft.common.config.jobfile import read_text
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation.certificates import (
     fingerprint,
@@ -28,6 +27,7 @@ from fedgraft.common.federation.federation_file import Floor, SiteName
 from fedgraft.common.federation.kit import Endpoint, Kit, write_kit
 from fedgraft.common.files import write_private, write_text
 from fedgraft.common.section import Duration, Section
+from fedgraft.common.toml import read_text
 from fedgraft.server.enrollment.registry import Registry, Site, hash_token
 
 __all__ = ["FederationSpec", "Founded", "found", "load_federation_spec", "renew_kit", "revoke"]

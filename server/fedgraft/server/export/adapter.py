@@ -8,10 +8,10 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.adapters.model_card import Origin, model_card
 from fedgraft.common.adapters.peft_folder import folder_facts, replace_folder, save_adapter
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.server.runs.run_folder import Run
 
 __all__ = ["export_adapter", "export_merged", "origin_of"]

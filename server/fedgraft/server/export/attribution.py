@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.encoding import Settings
 from fedgraft.common.errors import BackboneError, InputError
-from fedgraft.common.modalities import ImageProcessor, TextProcessor, open_image
+from fedgraft.common.modalities.image import open_image
 
-__all__ = ["Explanation", "explain_image", "explain_text", "write_heat"]
+__all__ = ["EXPLAINERS", "Explanation", "explain_image", "explain_text", "write_heat"]
 
 STEPS = 64  # of the line
 
@@ -44,17 +45,16 @@ class Explanation:
 
 
 def explain_text(
-    bench: Workbench, text: str, *, max_length: int, label: int | None = None
+    bench: Workbench, given: str, settings: Settings, label: int | None = None
 ) -> Explanation:
-    """The tokens of ``text`` with their weights, for ``label`` or the likeliest.
+    """The tokens of the text ``given`` with their weights, for ``label`` or the likeliest.
 
     Raises:
         InputError: captum is not installed, or the text becomes no tokens.
         BackboneError: the model has no table of embeddings to start from.
     """
     processor = bench.processor
-    assert isinstance(processor, TextProcessor)  # noqa: S101  # the caller asked the task
-    read = processor.tokenize([text], max_length)
+    read = processor.tokenize([given], settings.max_length)
     ids = torch.tensor(read["input_ids"])
     if not ids.numel():
         raise InputError("the text becomes no tokens", hint="give it some words")
@@ -79,18 +79,17 @@ def explain_text(
 
 
 def explain_image(
-    bench: Workbench, path: Path, *, normalize: Any, label: int | None = None
+    bench: Workbench, given: str, settings: Settings, label: int | None = None
 ) -> Explanation:
-    """The pixels of the image at ``path``, at the backbone's size, with their weights.
+    """The pixels of the image file ``given``, at the backbone's size, with their weights.
 
     Raises:
         InputError: captum is not installed.
         DataError: it is no image.
     """
     processor = bench.processor
-    assert isinstance(processor, ImageProcessor)  # noqa: S101  # the caller asked the task
-    image = open_image({"bytes": None, "path": str(path)})
-    pixels = torch.from_numpy(processor.pixels([image], normalize))
+    image = open_image({"bytes": None, "path": given})
+    pixels = torch.from_numpy(processor.pixels([image], settings.normalize))
     model: Any = bench.model
 
     def logits(given: torch.Tensor) -> torch.Tensor:
@@ -100,6 +99,11 @@ def explain_image(
     blank = torch.zeros_like(pixels)
     attributed, probabilities, target, missing = _integrated(logits, pixels, blank, label, None)
     return Explanation(target, probabilities, attributed[0].sum(0), (), missing)
+
+
+Explainer = Callable[[Workbench, str, Settings, int | None], Explanation]
+EXPLAINERS: dict[str, Explainer] = {"text": explain_text, "image": explain_image}
+"""By modality: explains the answer to one input, a text or the path of a file."""
 
 
 def _integrated(

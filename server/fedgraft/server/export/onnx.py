@@ -20,13 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.adapters.model_card import model_card
 from fedgraft.common.adapters.peft_folder import folder_facts, replace_folder
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError, InputError
-from fedgraft.common.modalities import ImageProcessor, TextProcessor
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.server.export.adapter import origin_of
 from fedgraft.server.runs.run_folder import Run
 
@@ -99,27 +98,9 @@ def example_inputs(bench: Workbench, job: Job, examples: int, tokens: int) -> In
         InputError: the job reads neither texts nor images.
     """
     draw = np.random.default_rng(examples)
-    processor = bench.processor
-    if isinstance(processor, ImageProcessor):
-        shape = (examples, processor.channels, *processor.size)
-        return {"pixel_values": torch.from_numpy(draw.normal(size=shape).astype(np.float32))}
-    if isinstance(processor, TextProcessor):
-        width = min(tokens, job.data.max_length, processor.limit or tokens)
-        ids = draw.integers(0, _vocabulary(bench), (examples, width))
-        mask = np.ones_like(ids)
-        if examples > 1:  # one is shorter than the others
-            short = slice(0, width // 2) if processor.pad_left else slice(width - width // 2, width)
-            ids[-1, short], mask[-1, short] = processor.pad_id, 0
-        found = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        if "token_type_ids" in processor.tokenize(["a"], job.data.max_length):
-            found["token_type_ids"] = torch.zeros_like(found["input_ids"])
-        return found
-    raise InputError(f"no ONNX export for {job.job.task}", hint="--format peft, or --merge")
-
-
-def _vocabulary(bench: Workbench) -> int:
-    config: Any = bench.model.config
-    return int(config.vocab_size)
+    modality, config = job.task.modality, bench.model.config
+    found = modality.samples(bench.processor, config, job.settings, draw, (examples, tokens))
+    return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
 def _require_packages() -> None:

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.aggregation import RULES
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import MessageError, TooFewSites
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.codec import Stage
 from fedgraft.common.messages.payloads import (
     EvaluateReply,

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Layout
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import MessageError, RoundAborted, TooFewSites
 from fedgraft.common.federation.federation_file import Federation
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.codec import Stage
 from fedgraft.common.messages.masked_terms import (
     describe,

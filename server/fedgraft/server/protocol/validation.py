@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Layout
-from fedgraft.common.config.job import Aggregation
+from fedgraft.common.config.sections import Aggregation
 from fedgraft.common.errors import FedgraftError
+from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import EvaluateReply, TrainReply
-from fedgraft.common.metrics.measures import Measures
+from fedgraft.common.metrics.evaluation import Measures
 from fedgraft.common.metrics.tally import Tally
 
 __all__ = ["Expected", "InvalidReply", "check_evaluation", "check_update"]
@@ -68,7 +68,7 @@ def check_evaluation(
     """
     _check_origin(reply, expected)
     tally = Tally.from_vector(reply.tally, measures)
-    most = limits.max_examples * max(measures.parts, 1)
+    most = limits.max_examples * measures.most_parts
     _raise_first({"bad-count": tally.examples > most, "bad-loss": tally.loss < 0.0})
     return tally
 

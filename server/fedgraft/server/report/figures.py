@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from fedgraft.common.tasks import Metric
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.report import plots as report_plots
 from fedgraft.server.report.plots import MODELS, Curve, Estimate, Picture
 from fedgraft.server.report.site_overview import MANY_SITES
@@ -27,8 +27,8 @@ PLOTTED = ("federated", "federated_tuned", "local_only")
 
 
 def pooled_picture(final: Record, share: Metric) -> Picture | None:
-    """The ``share`` that every model has on the pooled test set, which is under ``accuracy``."""
-    rows = [(model, read_estimate(read_record(final, model))) for model in POOLED]
+    """The ``share`` that every model has on the pooled test set, by its key."""
+    rows = [(model, read_estimate(read_record(final, model), share.key)) for model in POOLED]
     rows = [(model, found) for model, found in rows if found.value is not None]
     if not rows:
         return None
@@ -43,7 +43,7 @@ def pooled_picture(final: Record, share: Metric) -> Picture | None:
 def curve_pictures(rounds: Sequence[Record], share: Metric) -> list[Picture]:
     """Validation quality and losses over rounds; one that nothing was measured for is left out."""
     checks = [read_record(entry, "validation") for entry in rounds]
-    accuracy = Curve(share.name, read_column(checks, "accuracy"))
+    accuracy = Curve(share.name, read_column(checks, share.key))
     macro_f1 = Curve("macro F1", read_column(checks, "macro_f1"), second=True)
     validation = Curve("validation loss", read_column(checks, "loss"))
     train = Curve("train loss", read_column(rounds, "train_loss"), second=True)
@@ -83,7 +83,8 @@ def _course(line: Curve, percent: bool) -> str:
 def site_picture(sites: Sequence[Record], share: Metric) -> Picture | None:
     """A dot plot with intervals, or for many sites one dot per site."""
     estimates = [
-        {model: read_estimate(read_record(site, model)) for model in PLOTTED} for site in sites
+        {model: read_estimate(read_record(site, model), share.key) for model in PLOTTED}
+        for site in sites
     ]
     if len(sites) > DOT_PLOT_SITES:
         return _site_scatter(estimates, share)

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fedgraft.common.errors import RunError
 from fedgraft.common.files import write_atomically
-from fedgraft.common.tasks import Metric
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.report.figures import POOLED, curve_pictures, pooled_picture, site_picture
 from fedgraft.server.report.insights import map_facts, movement_facts
 from fedgraft.server.report.measures import measure_facts
@@ -37,9 +37,9 @@ from fedgraft.server.report.values import (
     as_size,
     natural_order,
     read_estimate,
-    read_metrics,
     read_record,
     read_records,
+    read_task,
 )
 
 __all__ = ["write_report"]
@@ -98,8 +98,8 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         read_records(summary, "sites"), key=lambda site: natural_order(str(site.get("name")))
     )
     rounds = [entry for entry in history if isinstance(entry, Mapping)]
-    metrics = read_metrics(summary)
-    share = next(one for one in metrics if one.percent)  # what figures are drawn of
+    task = read_task(summary)
+    metrics, share = task.metrics, task.share  # figures are drawn of the share
     return _template().render(
         summary=summary,
         job=job,
@@ -107,6 +107,7 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         environment=sorted(read_record(summary, "environment").items()),
         models=MODELS,
         final={model: read_record(final, model) for model in POOLED},
+        task=task,
         metrics=metrics,
         headline=_partners_headline(summary, metrics[0]) or headline(sites),
         pooled_sentence=_pooled_sentence(final, metrics[0]),

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedgraft.common.tasks import METRICS, TASKS, Metric
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.tasks import TASKS, Task
 from fedgraft.server.report.plots import Estimate
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "read_number",
     "read_record",
     "read_records",
+    "read_task",
     "round_numbers",
 ]
 
@@ -84,8 +86,13 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
 
 def read_metrics(summary: Record) -> tuple[Metric, Metric]:
     """What is shown of a model of the run's task, the headline first."""
+    return read_task(summary).metrics
+
+
+def read_task(summary: Record) -> Task:
+    """The run's task; of a record without a known one the first of the table."""
     name = read_record(summary, "job").get("task")
-    return next((task.metrics for known, task in TASKS.items() if known == name), METRICS["label"])
+    return TASKS.get(str(name), next(iter(TASKS.values())))
 
 
 def outcome_of(site: Record) -> str:

@@ -21,9 +21,6 @@ from fedgraft.common.messages.payloads import (
     TrainRequest,
     UnmaskAsk,
 )
-from fedgraft.common.modalities import ImageProcessor
-from fedgraft.common.modalities.audio import AudioProcessor
-from fedgraft.common.modalities.video import VideoProcessor
 from fedgraft.common.privacy import FEWEST
 from fedgraft.common.secagg.statements import (
     Advertisement,
@@ -142,18 +139,8 @@ def _activations_mb(job: Job, bench: Workbench) -> float:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    processor = bench.processor
-    if isinstance(processor, ImageProcessor):
-        height, width = processor.size
-        inputs = {"pixel_values": torch.zeros(1, processor.channels, height, width)}
-    elif isinstance(processor, VideoProcessor):
-        inputs = {"pixel_values": torch.zeros(1, *processor.shape)}
-    elif isinstance(processor, AudioProcessor):
-        inputs = {processor.name: torch.zeros(1, *processor.shape(job.data.seconds))}
-    else:
-        length = min(job.data.max_length, processor.limit or job.data.max_length)
-        ids = torch.full((1, length), processor.pad_id)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    blank = bench.processor.blank(job.settings)
+    inputs = {name: torch.from_numpy(array) for name, array in blank.items()}
     parameters = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
     bench.model.requires_grad_(False)
     for name, parameter in bench.model.named_parameters():

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.backbones.blob_store import PLACE, set_store
 from fedgraft.common.errors import RunError
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 

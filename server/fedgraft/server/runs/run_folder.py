@@ -41,7 +41,7 @@ from fedgraft.server.runs.checkpoints import (
 from fedgraft.server.state import Dropped, Partial, RoundRecord, State
 
 if TYPE_CHECKING:
-    from fedgraft.common.adapters.attach import Layout
+    from fedgraft.common.layout import Layout
 
 __all__ = ["Run", "list_runs"]
 

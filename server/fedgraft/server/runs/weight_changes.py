@@ -17,8 +17,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from fedgraft.common.adapters.attach import OUTER, Layout, Vector, is_factor_b
 from fedgraft.common.adapters.model import Workbench
+from fedgraft.common.layout import OUTER, Layout, Vector, is_factor_b
 
 __all__ = ["WeightChange", "moved_modules"]
 

@@ -14,34 +14,29 @@ model is tested on each site's own test set; the pooled test set is all of them 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import add
 from typing import Any
-
-import numpy as np
 
 from fedgraft.client.data.splits import Splits
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.results.compare import epochs_of
-from fedgraft.client.training.domain_adaptation import has_labels
-from fedgraft.client.training.evaluate import Evaluation, PartEvaluation, measure
-from fedgraft.client.training.evaluate import Measured as Judged
+from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import Task, Trained, train
-from fedgraft.common.adapters.attach import Layout, Vector
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.training import Training
-from fedgraft.common.examples import Examples, concatenate
+from fedgraft.common.examples import Examples, concatenate, has_labels
+from fedgraft.common.layout import Layout, Vector
 from fedgraft.common.messages.payloads import EvaluateRequest
 from fedgraft.common.methods import HeadMethod
+from fedgraft.common.metrics.evaluation import Evaluation
 from fedgraft.common.seeds import numpy_generator, torch_generator
 from fedgraft.simulations.baselines.site_map import keep_direction, why_absent
 from fedgraft.simulations.grid.local_grid import NodeConfig
 from fedgraft.simulations.grid.workers import Workers, cores
 
-__all__ = ["Judged", "Measured", "Started", "Trial", "head_only_job", "start"]
+__all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
 
 MOST_OTHERS = 50
 TESTED = 64  # sites tested in one task: a task carries the adapter and the names of all sites
@@ -57,10 +52,10 @@ class Measured:
     ``Tally.summary`` of each model on the pooled test set (of many sites, on a sample of it).
     """
 
-    own: tuple[Judged | None, ...]
+    own: tuple[Evaluation | None, ...]
     models: tuple[dict[str, float], ...] | None = None
 
-    def pooled(self) -> Judged | None:
+    def pooled(self) -> Evaluation | None:
         """``own`` one after the other; None if no site has a result."""
         known = [evaluation for evaluation in self.own if evaluation is not None]
         return _pool(known) if known else None
@@ -108,7 +103,7 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
         return Started([workers.submit(_central, trial)], _one_model)
     if name == "zero_shot" and open_workbench(trial.job).fresh_head:
         return None
-    task = TASKS[name]
+    task = COMPARED[name]
     finish = _separate_models if name == "local_only" else _one_model
     # A site that is only tested is tested by itself: the size of its group changes nothing.
     trains = name in ("local_only", "federated_tuned")
@@ -117,29 +112,19 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
     return Started([workers.submit(task, trial, group) for group in groups], finish)
 
 
-def _one_model(own: list[Judged | None]) -> Measured:
+def _one_model(own: list[Evaluation | None]) -> Measured:
     return Measured(tuple(own))
 
 
-def _separate_models(results: list[tuple[Judged, dict[str, float]] | None]) -> Measured:
+def _separate_models(results: list[tuple[Evaluation, dict[str, float]] | None]) -> Measured:
     own = tuple(None if result is None else result[0] for result in results)
     # Without a test example a model would count as one that is never right.
     return Measured(own, tuple(result[1] for result in results if result is not None and result[1]))
 
 
-def _pool(evaluations: Sequence[Judged]) -> Judged:
+def _pool(evaluations: Sequence[Evaluation]) -> Evaluation:
     """All of them as one: its tally is the only one that ever exists."""
-    blocks = [one for one in evaluations if isinstance(one, PartEvaluation)]
-    if blocks:
-        columns = zip(*((one.losses, one.right, one.counted) for one in blocks), strict=True)
-        losses, right, counted = (np.concatenate(column) for column in columns)
-        return PartEvaluation(losses, right, counted, blocks[0].target)
-    labelled = [one for one in evaluations if isinstance(one, Evaluation)]
-    loss = reduce(add, (one.loss for one in labelled))  # sum() rounds differently from 3.12 on
-    true = np.concatenate([one.true for one in labelled])
-    predicted = np.concatenate([one.predicted for one in labelled])
-    more = reduce(add, (one.more for one in labelled))
-    return Evaluation(loss, true, predicted, labelled[0].classes, more)
+    return evaluations[0].joined(evaluations[1:])
 
 
 @dataclass(frozen=True)
@@ -157,7 +142,7 @@ class _Place:
         """All that trains at a site."""
         return self.bench.layout
 
-    def test(self, adapter: Vector, examples: Examples) -> Judged:
+    def test(self, adapter: Vector, examples: Examples) -> Evaluation:
         """``adapter``, float32 [layout.size], on ``examples``."""
         store, measures = self.participant.store, self.job.measures
         return measure(self.stack, self.layout, adapter, examples, measures=measures, store=store)
@@ -223,12 +208,12 @@ def _sample(trial: Trial, site: int) -> list[int]:
     return sorted(draw.choice(others, MOST_OTHERS, replace=False).tolist())
 
 
-def _federated(trial: Trial, sites: Sequence[int]) -> list[Judged]:
+def _federated(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
     places = (_place(trial, site) for site in sites)
     return [place.test(place.federated(trial), place.splits.test) for place in places]
 
 
-def _tuned(trial: Trial, sites: Sequence[int]) -> list[Judged | None]:
+def _tuned(trial: Trial, sites: Sequence[int]) -> list[Evaluation | None]:
     places = [_place(trial, site) for site in sites]
     settings = trial.job.training
     settings = settings.model_copy(update={"learning_rate": settings.learning_rate * TUNED_RATE})
@@ -240,13 +225,13 @@ def _tuned(trial: Trial, sites: Sequence[int]) -> list[Judged | None]:
     ]
 
 
-def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Judged]:
+def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
     places = (_place(trial, site) for site in sites)
     # Factors B start at zero: this is the backbone itself.
     return [place.test(place.bench.initial, place.splits.test) for place in places]
 
 
-def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Judged, dict[str, float]] | None]:
+def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, dict[str, float]] | None]:
     places, begin = [_place(trial, site) for site in sites], _begin(trial)
     tasks = [place.task(begin, "local-only") for place in places]
     trained = _train(places, tasks, trial.job.training, _budget(trial))
@@ -264,7 +249,7 @@ def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Judged, dict[str, f
 
 def _tried(
     trial: Trial, site: int, place: _Place, adapter: Vector
-) -> tuple[Judged, dict[str, float]]:
+) -> tuple[Evaluation, dict[str, float]]:
     """Its own test set, and ``Tally.summary`` of that and others'; {} if they have no example."""
     own = place.test(adapter, place.splits.test)
     # Of thousands of sites a sample will do: all of them would be a million evaluations.
@@ -277,7 +262,7 @@ def _tried(
     return own, {key: value for key, value in found.items() if isinstance(value, float)}
 
 
-def _central(trial: Trial) -> list[Judged | None]:
+def _central(trial: Trial) -> list[Evaluation | None]:
     places = [_place(trial, site) for site in range(len(trial.nodes))]
     place = places[0]
     settings = trial.job.training
@@ -293,7 +278,7 @@ def _central(trial: Trial) -> list[Judged | None]:
     return [place.test(adapter, other.splits.test) for other in places]
 
 
-TASKS: dict[str, Callable[[Trial, Sequence[int]], list[Any]]] = {
+COMPARED: dict[str, Callable[[Trial, Sequence[int]], list[Any]]] = {
     "federated": _federated,
     "federated_tuned": _tuned,
     "local_only": _local,

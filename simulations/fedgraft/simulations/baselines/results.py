@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from fedgraft.client.results.judge import figures, judge, outcome_of
-from fedgraft.client.training.evaluate import Evaluation, PartEvaluation
 from fedgraft.common.files import write_text
-from fedgraft.common.metrics.measures import Measures
-from fedgraft.common.tasks import METRICS
-from fedgraft.simulations.baselines.compare import Judged, Measured
+from fedgraft.common.metrics.evaluation import Evaluation, Measures
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.tasks import Task
+from fedgraft.simulations.baselines.compare import Measured
 from fedgraft.simulations.data.partition import SimulatedSite
 
 __all__ = ["COMPARISONS", "final_metrics", "load_measured", "save_measured", "site_results"]
@@ -21,7 +21,7 @@ COMPARISONS = ("federated", "central", "local_only", "head_only", "zero_shot")
 
 
 def final_metrics(
-    measured: Mapping[str, Measured | None], seed: int, measures: Measures
+    measured: Mapping[str, Measured | None], seed: int, measures: Measures, task: Task
 ) -> dict[str, Any]:
     """Every model on the pooled test set; for ``local_only`` the mean over the sites' models."""
     final: dict[str, Any] = {}
@@ -30,7 +30,7 @@ def final_metrics(
         if result is None:
             final[name] = None
         elif result.models is not None:
-            final[name] = _mean_of_models(result.models)
+            final[name] = _mean_of_models(result.models, task.share.key)
         elif (pooled := result.pooled()) is not None and pooled.tally.examples:
             final[name] = figures(pooled, measures, seed, "pooled", name)
         else:
@@ -43,16 +43,24 @@ def site_results(
     measured: Mapping[str, Measured | None],
     seed: int,
     measures: Measures,
+    task: Task,
 ) -> list[dict[str, Any]]:
     """Every model on each site's own test set, and whether federating helped that site."""
     return [
-        _site(site, _own(measured, index), seed, measures, measured.get("local_only") is not None)
+        _site(
+            site,
+            _own(measured, index),
+            seed,
+            measures,
+            task.metrics[0],
+            trained_alone=measured.get("local_only") is not None,
+        )
         for index, site in enumerate(sites)
     ]
 
 
-def _own(measured: Mapping[str, Measured | None], index: int) -> dict[str, Judged | None]:
-    own: dict[str, Judged | None] = {}
+def _own(measured: Mapping[str, Measured | None], index: int) -> dict[str, Evaluation | None]:
+    own: dict[str, Evaluation | None] = {}
     for name in (*COMPARISONS, "federated_tuned"):
         result = measured.get(name)
         own[name] = result.own[index] if result is not None else None
@@ -61,9 +69,11 @@ def _own(measured: Mapping[str, Measured | None], index: int) -> dict[str, Judge
 
 def _site(
     site: SimulatedSite,
-    own: Mapping[str, Judged | None],
+    own: Mapping[str, Evaluation | None],
     seed: int,
     measures: Measures,
+    metric: Metric,
+    *,
     trained_alone: bool,
 ) -> dict[str, Any]:
     metrics = {
@@ -77,7 +87,6 @@ def _site(
     judged = judge(own, seed, name=site.name)
     sentence, outcome = outcome_of(judged, missing=missing)
     if (tuned := own["federated_tuned"]) is not None and "local_only" in judged:
-        metric = METRICS[measures.target][0]
         came = metric.text(measures.figures(tuned.tally)[metric.key])
         said = "" if metric.percent else f"{metric.name} "
         sentence += f" After a short fine-tune there: {said}{came}."
@@ -94,12 +103,12 @@ def _site(
     }
 
 
-def _mean_of_models(summaries: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+def _mean_of_models(summaries: Sequence[Mapping[str, float]], share: str) -> dict[str, Any] | None:
     """Mean of several models' metrics. No interval: models of ten sites are not draws of one."""
     if not summaries:
         return None
     mean = {key: float(np.mean([one[key] for one in summaries])) for key in summaries[0]}
-    return {**mean, "best_accuracy": max(one["accuracy"] for one in summaries)}
+    return {**mean, f"best_{share}": max(one[share] for one in summaries)}
 
 
 def save_measured(path: Path, measured: Measured | None) -> None:
@@ -109,40 +118,17 @@ def save_measured(path: Path, measured: Measured | None) -> None:
     matrix a site would be thousands of zeros.
     """
     value = measured and {
-        "own": [one and _to_json(one) for one in measured.own],
+        "own": [one and one.to_json() for one in measured.own],
         "models": measured.models,
     }
     write_text(path, json.dumps(value, separators=(",", ":")))
 
 
-def load_measured(path: Path) -> Measured | None:
+def load_measured(path: Path, measures: Measures) -> Measured | None:
     """What ``save_measured`` kept."""
     value = json.loads(path.read_text(encoding="utf-8"))
     if value is None:
         return None
     models = value["models"]
-    own = tuple(one and _from_json(one) for one in value["own"])
+    own = tuple(one and measures.evaluation(one) for one in value["own"])
     return Measured(own, None if models is None else tuple(models))
-
-
-def _to_json(one: Judged) -> dict[str, Any]:
-    if isinstance(one, PartEvaluation):
-        return {
-            key: value.tolist() if isinstance(value, np.ndarray) else value
-            for key, value in vars(one).items()
-        }
-    arrays = {"true": one.true.tolist(), "predicted": one.predicted.tolist()}
-    at = np.flatnonzero(one.more)  # most bins are empty
-    return {**vars(one), **arrays, "more": [len(one.more), at.tolist(), one.more[at].tolist()]}
-
-
-def _from_json(value: Mapping[str, Any]) -> Judged:
-    if "losses" in value:
-        right, counted = (np.array(value[key], np.int64) for key in ("right", "counted"))
-        losses = np.array(value["losses"], np.float64)
-        return PartEvaluation(losses, right, counted, value.get("target", "tokens"))
-    true, predicted = (np.array(value[key], np.int64) for key in ("true", "predicted"))
-    size, at, counts = value.get("more", (0, [], []))  # older runs have none
-    more = np.zeros(size, np.int64)
-    more[at] = counts
-    return Evaluation(value["loss"], true, predicted, value["classes"], more)

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.job import Job
+from fedgraft.common.layout import Vector
 
 __all__ = ["MOST", "classical_scaling", "cosines", "keep_direction", "map_sites", "why_absent"]
 

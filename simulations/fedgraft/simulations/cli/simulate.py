@@ -7,7 +7,8 @@ import typer
 
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
-from fedgraft.common.tasks import TASKS, Metric
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.tasks import TASKS
 
 __all__ = ["simulate"]
 

@@ -25,15 +25,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet
 
+from fedgraft.client.data.rows import KINDS
 from fedgraft.client.site_config import SiteConfig, SiteData, dump_site
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.simulation import Partition, Simulation
 from fedgraft.common.errors import JobError
 from fedgraft.common.examples import Indices
-from fedgraft.common.modalities import open_image, to_channels
+from fedgraft.common.modalities.image import open_image, to_channels
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.tasks import TASKS
 from fedgraft.simulations.data.shifts import Shift, draw_shifts
 from fedgraft.simulations.data.sources import (
     DIGITS,
@@ -45,6 +45,7 @@ from fedgraft.simulations.data.sources import (
     load_pool,
     rows_digest,
 )
+from fedgraft.simulations.demo import digits
 from fedgraft.simulations.faults.plan import Fates, wrong_labels
 
 __all__ = ["PreparedSites", "SimulatedSite", "partition", "prepare_sites"]
@@ -206,9 +207,13 @@ def _simulation(job: Job) -> Simulation:
     natural = simulation.partition.kind == "natural"
     if not natural and simulation.sites is None:
         raise JobError("simulation.sites is missing", hint="how many sites? sites = 10")
-    if simulation.shift == "image" and TASKS[job.job.task].modality != "image":
-        raise JobError('shift = "image" needs images', hint='set simulation.shift = "none"')
-    if simulation.train == DIGITS and (natural or TASKS[job.job.task].modality != "image"):
+    reads = job.task.modality.name
+    if simulation.shift not in ("none", reads):
+        raise JobError(
+            f'shift = "{simulation.shift}" needs {simulation.shift}s',
+            hint='set simulation.shift = "none"',
+        )
+    if simulation.train == DIGITS and (natural or reads != digits.MODALITY):
         raise JobError(
             f"{DIGITS} are images of one source",
             hint='a task that reads images, and partition.kind "dirichlet" or "iid"',
@@ -220,10 +225,10 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
     pool = load_pool(job, simulation)
     shares = pool.natural or _drawn_shares(job, simulation, pool)
     shifts: list[Shift] | list[None] = [None] * len(shares)
-    if simulation.shift == "image":
+    if simulation.shift != "none":
         shifts = draw_shifts(len(shares), numpy_generator(job.job.seed, "simulation", "shifts"))
     index = []
-    labels, classes = labels_of(pool.train), job.job.classes
+    labels, classes = labels_of(pool.train), job.measures.classes
     # In one piece: taking rows from thousands of chunks, one a file, looks through all of them.
     train = pool.train.with_format("arrow")[:].combine_chunks()
     test = train if pool.test is None else pool.test.with_format("arrow")[:].combine_chunks()
@@ -285,34 +290,24 @@ def _as_files(
     job: Job, rows: pa.Table, shift: Shift | None, generator: np.random.Generator
 ) -> pa.Table:
     """The rows as a real site would have them: the job's column names, labels by name."""
-    if TASKS[job.job.task].target == "tokens":
-        return _as_texts(job, rows)
-    if TASKS[job.job.task].modality == "image":
-        column, kind = job.data.image, datasets.Image()
-        sources = rows["image"].to_pylist()
-        contents = [{"bytes": _shifted(one, shift, generator), "path": None} for one in sources]
-    elif (modality := TASKS[job.job.task].modality) in ("audio", "video"):
-        column = job.data.column(modality)
-        kind = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
-        sources = rows[modality].to_pylist()
-        contents = [{"bytes": _shifted(one, None, generator), "path": None} for one in sources]
-    else:
-        column, kind = job.data.text, datasets.Value("string")
-        contents = rows["text"].to_pylist()
-    words: dict[str, list[str | None]] = {}
-    if TASKS[job.job.task].target == "label":
-        words[job.data.label] = [job.job.labels[value] for value in rows["label"].to_pylist()]
+    task, name = job.task, job.task.modality.name
+    contents = rows[name].to_pylist()
+    if task.modality.files:
+        contents = [{"bytes": _shifted(one, shift, generator), "path": None} for one in contents]
+    kind = datasets.Features({name: KINDS[task.content_kind]}).arrow_schema.field(0).type
+    columns: dict[str, pa.Array] = {job.data.column(name): pa.array(contents, kind)}
+    stored = {one: rows[one].to_pylist() for one in ("label", *task.stored)}
+    written = [
+        task.write(dict(zip(stored, values, strict=True)), job.job.labels)
+        for values in zip(*stored.values(), strict=True)
+    ]
+    for key in written[0]:
+        columns[job.data.column(key)] = pa.array([row[key] for row in written])
     if job.data.group is not None:
         listed = rows["group"].to_pylist()
-        words[job.data.group] = [job.data.groups[at] if at >= 0 else None for at in listed]
-    features = datasets.Features({column: kind, **dict.fromkeys(words, datasets.Value("string"))})
-    return pa.table({column: contents, **words}, schema=features.arrow_schema)
-
-
-def _as_texts(job: Job, rows: pa.Table) -> pa.Table:
-    """The texts as a real site would have them, with the text that is to be written beside each."""
-    names = {"text": job.data.text, "target": job.data.target}
-    return pa.table({names[one]: rows[one] for one in rows.column_names if one in names})
+        names = [job.data.groups[at] if at >= 0 else None for at in listed]
+        columns[job.data.group] = pa.array(names, pa.string())
+    return pa.table(columns)
 
 
 def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.Generator) -> bytes:

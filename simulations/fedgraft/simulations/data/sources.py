@@ -18,13 +18,14 @@ import numpy as np
 
 from fedgraft.client.data.files import read_tables
 from fedgraft.client.data.groups import read_groups
-from fedgraft.client.data.rows import read_split, split_validation
+from fedgraft.client.data.rows import read_split
+from fedgraft.client.data.splits import split_validation
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.simulation import Simulation
 from fedgraft.common.errors import JobError
 from fedgraft.common.examples import Indices
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.tasks import TASKS, Task
+from fedgraft.common.tasks import Task
 from fedgraft.simulations.demo import digits
 
 __all__ = [
@@ -91,7 +92,12 @@ def _as_split(rows: datasets.Dataset, job: Job) -> datasets.Dataset:
     """The digits as ``read_split`` would give them: their labels are the job's, by name."""
     if job.data.groups:
         raise JobError(f"{DIGITS} has no groups", hint="leave data.group and data.groups out")
-    if TASKS[job.job.task].target != "label":
+    if job.task.stored:
+        raise JobError(
+            f"{DIGITS} have nothing but a label beside each image",
+            hint=f"data of your own for {job.job.task}: simulation.train = ...",
+        )
+    if not job.task.labelled:
         return rows.remove_columns("label").add_column("label", [0] * len(rows))
     names = rows.features["label"].names
     unknown = [name for name in names if name not in job.job.labels]
@@ -195,8 +201,7 @@ def labels_of(rows: datasets.Dataset) -> Indices:
 
 def rows_digest(job: Job, simulation: Simulation) -> str:
     """A hash over the rows as they are in the files and the settings that shape the sites."""
-    task = TASKS[job.job.task]
-    kind = task.modality
+    task, modality = job.task, job.task.modality
     settings: dict[str, Any] = {
         "format": FORMAT,
         "seed": job.job.seed,
@@ -211,7 +216,7 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
         settings["poisoned"] = simulation.faults.poisoned
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     natural = simulation.partition.kind == "natural"
-    beside = job.data.beside(task)
+    beside = job.data.column(task.beside) if task.beside else None
     for pattern in (simulation.train, simulation.test):
         # The digits are files of this program: their name and FORMAT identify them.
         sources = {"": pattern} if pattern else {}
@@ -222,7 +227,7 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
             if path == DIGITS:
                 _feed(digest, DIGITS)
                 continue
-            content, files = job.data.column(kind), kind != "text"
+            content, files = job.data.column(modality.name), modality.files
             for table in read_tables(path, content=content, label=beside, images=files):
                 _feed(digest, "table", str(table.typed))
                 for one, label in zip(table.contents, table.labels, strict=True):
@@ -235,11 +240,9 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
 
 def _deciding(task: Task) -> set[str]:
     """The settings of ``[data]`` that decide which rows there are; of some tasks others besides."""
-    own = (
-        {task.modality, f"on_bad_{task.modality}"} if task.modality in ("audio", "video") else set()
-    )
-    target = {"target"} if task.paired else set()
-    return {"text", "image", "label", "on_bad_image"} | own | target
+    name = task.modality.name
+    own = {name, f"on_bad_{name}", *([task.beside] if task.beside else [])}
+    return {"text", "image", "label", "on_bad_image"} | own
 
 
 def _feed(digest: Any, *parts: str | bytes) -> None:

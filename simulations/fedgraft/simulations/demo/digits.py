@@ -14,6 +14,7 @@ __all__ = ["NAMES", "load"]
 NAMES = [str(digit) for digit in range(10)]
 """The classes, in the order of their labels."""
 
+MODALITY = "image"
 _TEST_SHARE = 0.3
 _FULL_INK = 16  # the set counts the inked samples of a 4 x 4 block
 

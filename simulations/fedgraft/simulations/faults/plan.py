@@ -16,10 +16,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.faults import Faults
 from fedgraft.common.config.job import Job
 from fedgraft.common.examples import Indices
+from fedgraft.common.layout import Vector
 from fedgraft.common.seeds import derive_seed, numpy_generator
 
 __all__ = ["NEVER", "Fates", "Step", "choose_sites", "wrong_labels"]

@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedgraft.client.model.batched_model import check_stacking
-from fedgraft.client.model.forward import logits_of, open_feed
+from fedgraft.client.model.forward import as_tensors, logits_of, open_feed
 from fedgraft.client.participant import open_participant
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
@@ -109,7 +109,7 @@ def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
                 "texts are padded on the left here, by as much as the longest in the pass needs",
                 hint="simulation.sites_per_pass = 1",
             )
-        check_stacking(stack, examples.batch(some[:PROBED]))
+        check_stacking(stack, as_tensors(examples.batch(some[:PROBED])))
     except InputError:
         if asked == "auto":
             return 1

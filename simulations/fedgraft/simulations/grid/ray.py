@@ -13,11 +13,11 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from fedgraft.common.adapters.attach import Vector
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.simulation import Actor
 from fedgraft.common.errors import InputError, RunError
 from fedgraft.common.federation.federation_file import Federation
+from fedgraft.common.layout import Vector
 from fedgraft.server.app import coordinate
 from fedgraft.server.protocol.transport import Transport, Watch
 from fedgraft.server.runs.run_folder import Run

@@ -27,16 +27,21 @@ from fedgraft.client.selection.transferability import (
     site_sums,
     unit,
 )
-from fedgraft.client.selection.zero_shot import DualEncoder, is_dual, open_dual_encoder
+from fedgraft.client.selection.zero_shot import (
+    DUAL_MODALITY,
+    DualEncoder,
+    is_dual,
+    open_dual_encoder,
+)
 from fedgraft.common.adapters.model import cache_folder, choose_device, open_processor
 from fedgraft.common.backbones.load import find_backbone, own_labels, read_config
+from fedgraft.common.config.compatibility import refusal_of
 from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError, JobError
-from fedgraft.common.metrics.label_outcome import wilson_interval
+from fedgraft.common.metrics.intervals import wilson_interval
 from fedgraft.common.metrics.transferability import conditional, h_score, logme, nce
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.tasks import TASKS
 from fedgraft.simulations.baselines.compare import head_only_job
 from fedgraft.simulations.data.partition import PreparedSites, prepare_sites
 from fedgraft.simulations.grid.engine import Nodes, make_nodes
@@ -112,11 +117,8 @@ def select(
     Raises:
         InputError: the job has no labels, or its sites cannot be made.
     """
-    if TASKS[job.job.task].target != "label":
-        raise JobError(
-            f"{job.job.task} has no labels to score a backbone by",
-            hint="a classification job; or compare runs with `fedgraft sweep`",
-        )
+    if refused := refusal_of(job, "selection"):
+        raise JobError(refused[0], hint=refused[1])
     prepared = prepare_sites(job, cache_folder() / "sites")
     if any(shots) and not any(site.test_examples for site in prepared.sites):
         raise JobError("no site has test examples", hint="simulation.test = ..., or no --shots")
@@ -164,8 +166,8 @@ class _Place:
     def dual(self) -> DualEncoder | None:
         """The candidate's two encoders, where zero-shot is asked for and images have sentences."""
         backbone = open_processor(self.job)[0]
-        image = TASKS[self.job.job.task].modality == "image"
-        if 0 not in self.shots or not image or not is_dual(read_config(backbone)):
+        seen = self.job.task.modality.name == DUAL_MODALITY
+        if 0 not in self.shots or not seen or not is_dual(read_config(backbone)):
             return None
         labels, prompt = self.job.job.labels, self.job.evaluation.prompt
         return open_dual_encoder(backbone.folder, labels, prompt)
@@ -268,7 +270,7 @@ def _first_pass(site: int, place: _Place) -> SiteSums | None:
     return site_sums(
         blocks_of(place.stack, train, participant.store),
         train.labels,
-        place.job.job.classes,
+        place.job.measures.classes,
         shots=place.shots,
         generator=numpy_generator(place.job.job.seed, "shots", participant.config.name),
     )
@@ -296,8 +298,8 @@ def _knows_labels(place: _Place) -> bool:
 def _prototypes(place: _Place, sums: SiteSums) -> dict[int, Matrix]:
     """The prototypes of each number of shots; those of 0 are the names of the labels, of texts."""
     found = dict(sums.shots)
-    text = TASKS[place.job.job.task].modality == "text"
-    if 0 in place.shots and text and not _knows_labels(place):
+    named = not place.job.task.modality.files  # a label's name is a text like the examples
+    if 0 in place.shots and named and not _knows_labels(place):
         found[0] = _named(place)
     return found
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedgraft.common.config.job import Job
-from fedgraft.common.config.jobfile import load_job, read_text
+from fedgraft.common.config.jobfile import load_job
 from fedgraft.common.errors import InputError, JobError
+from fedgraft.common.toml import read_text
 
 __all__ = ["Axis", "Cell", "as_number", "make_cells", "read_axes", "short_names", "split_values"]
 

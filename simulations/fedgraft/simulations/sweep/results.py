@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgraft.common.config.job import EarlyStopping
+from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.files import write_text
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.baselines.over_seeds import Spread, spread

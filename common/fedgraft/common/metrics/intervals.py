@@ -1,4 +1,4 @@
-"""Was federating worth it for one site: paired tests and intervals that say what they assume.
+"""Confidence intervals and tests for shares, macro F1 and differences of two models.
 
 Both models answer the same test examples, so only the examples on which exactly one of them is
 right can tell them apart. That is the exact McNemar test: the discordant examples against a fair
@@ -11,97 +11,39 @@ Macro F1 is no share of examples: its difference has a paired bootstrap interval
 models answer the same redrawn examples (Efron and Tibshirani 1993, "An Introduction to the
 Bootstrap", chapter 13).
 
-All of it treats test examples as independent draws; many images of one patient are fewer
-examples than they seem, and then every interval here is too narrow.
+Sums over clusters of an example's parts (the tokens of a block of text) are redrawn cluster by
+cluster: Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for Inference with
+Clustered Errors", Review of Economics and Statistics 90. The paired permutation test flips at
+random which model a cluster's losses belong to (Good 2005, "Permutation, Parametric, and Bootstrap
+Tests of Hypotheses").
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "Outcome",
-    "Rival",
-    "Verdict",
-    "as_points",
+    "LEVEL",
     "macro_f1_difference",
     "macro_f1_interval",
-    "verdict",
+    "mcnemar",
+    "paired_interval",
+    "percentile_interval",
+    "permutation_test",
+    "redrawn_sums",
     "wilson_interval",
 ]
-
-Outcome = Literal["helped", "hurt", "unclear", "unknown"]
-Rival = Literal["local_only", "zero_shot"]
 
 LEVEL = 0.05
 DRAWN_AT_ONCE = 1 << 20  # counts, 8 bytes each
 _Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on either side
+DRAWS = 1000
+AT_ONCE = 1 << 22  # redrawn clusters in memory
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the comparison says; differences are federated minus the other, as fractions -1..1.
-
-    ``outcome`` is "helped" or "hurt" only where the exact test is below 5 % and the interval
-    excludes 0, "unclear" where the examples cannot tell, "unknown" where there are none.
-    """
-
-    outcome: Outcome
-    sentence: str
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
-
-
-def verdict(
-    federated_correct: npt.NDArray[np.bool_],
-    local_correct: npt.NDArray[np.bool_],
-    *,
-    name: str,
-    rival: Rival = "local_only",
-) -> Verdict:
-    """Compare two models on the same test examples of the site ``name``.
-
-    Args:
-        federated_correct: bool [n], where the federated model is right.
-        local_correct: bool [n], where the other model is right, in the same order.
-        name: the site as the sentence calls it; not escaped.
-        rival: what the other model is: the site's own, or the backbone untouched.
-
-    Raises:
-        ValueError: the two are not boolean vectors of one length.
-    """
-    federated, local = np.asarray(federated_correct), np.asarray(local_correct)
-    if federated.ndim != 1 or federated.shape != local.shape:
-        raise ValueError(f"two vectors of one length, not {federated.shape} and {local.shape}")
-    if federated.dtype != np.bool_ or local.dtype != np.bool_:
-        raise ValueError(f"boolean vectors, not {federated.dtype} and {local.dtype}")
-    if federated.size == 0:
-        sentence = f"Whether federating helped {name} is not known: it has no test examples."
-        return Verdict("unknown", sentence, 0.0, (-1.0, 1.0), 1.0)
-
-    both = int(np.sum(federated & local))
-    only_federated = int(np.sum(federated & ~local))
-    only_local = int(np.sum(~federated & local))
-    difference = (only_federated - only_local) / federated.size
-    interval = _paired_interval(both, only_federated, only_local, federated.size)
-    p_value = _mcnemar(only_federated, only_local)
-    outcome = _outcome(interval, p_value)
-    tell = _sentence if rival == "local_only" else _sentence_of_backbone
-    sentence = tell(
-        outcome,
-        name=name,
-        shares=(float(federated.mean()), float(local.mean())),
-        difference=difference,
-        interval=interval,
-        p_value=p_value,
-        examples=federated.size,
-    )
-    return Verdict(outcome, sentence, difference, interval, p_value)
+Clusters = npt.NDArray[Any]
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -239,7 +181,7 @@ def _macro_f1(
 
 
 @cache  # thousands of sites with small test sets share few pairs of counts
-def _mcnemar(only_federated: int, only_local: int) -> float:
+def mcnemar(only_federated: int, only_local: int) -> float:
     """Two-sided exact p-value; with no discordant example there is nothing against equality."""
     discordant = only_federated + only_local
     if discordant == 0:
@@ -249,7 +191,7 @@ def _mcnemar(only_federated: int, only_local: int) -> float:
     return float(binomtest(only_federated, discordant, 0.5).pvalue)
 
 
-def _paired_interval(
+def paired_interval(
     both: int, only_federated: int, only_local: int, total: int
 ) -> tuple[float, float]:
     """Newcombe's method 10 for federated minus local, 95 %."""
@@ -281,70 +223,33 @@ def _correlation(cross: int, federated: int, local: int, total: int) -> float:
     return corrected / math.sqrt(margins)
 
 
-def _outcome(interval: tuple[float, float], p_value: float) -> Outcome:
-    """Both must agree: test and interval differ at the margin, and the sentence shows both."""
-    if p_value < LEVEL and interval[0] > 0:
-        return "helped"
-    if p_value < LEVEL and interval[1] < 0:
-        return "hurt"
-    return "unclear"
+def redrawn_sums(sums: Clusters, generator: np.random.Generator) -> npt.NDArray[np.float64]:
+    """Sums [k, DRAWS] over redrawn columns of ``sums`` [k, clusters]."""
+    clusters = sums.shape[1]
+    shares = np.full(clusters, 1 / clusters)
+    most = max(1, AT_ONCE // clusters)
+    parts = [
+        sums @ generator.multinomial(clusters, shares, min(most, DRAWS - at)).T
+        for at in range(0, DRAWS, most)
+    ]
+    return np.concatenate(parts, axis=1)
 
 
-def _sentence(
-    outcome: Outcome,
-    *,
-    name: str,
-    shares: tuple[float, float],
-    difference: float,
-    interval: tuple[float, float],
-    p_value: float,
-    examples: int,
-) -> str:
-    federated, local = (f"{100 * share:.1f} %" for share in shares)
-    gap = f"difference {as_points(difference)} points"
-    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
-    if outcome in ("helped", "hurt"):
-        return (
-            f"Federating {outcome} {name}: {federated} right instead of {local} on its own "
-            f"({gap}, {span})."
-        )
-    count = "1 test example" if examples == 1 else f"{examples:,} test examples"
-    return (
-        f"Unclear for {name}: {federated} right federated, {local} on its own, and {count} "
-        f"cannot tell which is better ({gap}, {span}, p = {p_value:.2f})."
-    )
+def percentile_interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """The 95 % percentile interval of redrawn ``values``."""
+    low, high = np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
 
 
-def _sentence_of_backbone(
-    outcome: Outcome,
-    *,
-    name: str,
-    shares: tuple[float, float],
-    difference: float,
-    interval: tuple[float, float],
-    p_value: float,
-    examples: int,
-) -> str:
-    """The verdict on training at all, beside the one on training together."""
-    federated, untouched = (f"{100 * share:.1f} %" for share in shares)
-    gap = f"difference {as_points(difference)} points"
-    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
-    if outcome == "unclear":
-        count = "1 test example" if examples == 1 else f"{examples:,} test examples"
-        return (
-            f"Against the backbone untouched (zero-shot, {untouched}) {count} cannot tell "
-            f"({gap}, {span}, p = {p_value:.2f})."
-        )
-    better, moral = "better", ""
-    if outcome == "hurt":
-        better, moral = "worse", " This is negative transfer."
-    return (
-        f"At {name} the federated model is {better} than the backbone untouched: {federated} right "
-        f"instead of {untouched} zero-shot ({gap}, {span}).{moral}"
-    )
+def permutation_test(gaps: Clusters, generator: np.random.Generator) -> float:
+    """Two-sided p-value: how often chance alone would put the models as far apart.
 
-
-def as_points(fraction: float) -> str:
-    """Signed percentage points with one decimal; what rounds to zero has no sign."""
-    text = f"{100 * fraction:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text
+    The observed order is counted as one of the draws, so that it is never 0 (Phipson and Smyth
+    2010, "Permutation P-values Should Never Be Zero").
+    """
+    least = abs(gaps.sum()) * (1 - 1e-9)  # sums of the same numbers differ in the last bits
+    most, found = max(1, AT_ONCE // len(gaps)), 0
+    for at in range(0, DRAWS, most):
+        signs = generator.choice((-1.0, 1.0), (min(most, DRAWS - at), len(gaps)))
+        found += int(np.count_nonzero(np.abs(signs @ gaps) >= least))
+    return (found + 1) / (DRAWS + 1)

@@ -1,1 +1,0 @@
-"""What is minimised and counted for each kind of target."""

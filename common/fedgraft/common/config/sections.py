@@ -1,0 +1,169 @@
+"""Sections of a job that have no file of their own: what, on what, for how long, and how merged."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedgraft.common.aggregation import RuleName
+from fedgraft.common.section import Duration, IllegalJob, Section
+from fedgraft.common.tasks import TASKS, TaskName
+
+__all__ = [
+    "Aggregation",
+    "Backbone",
+    "EarlyStopping",
+    "General",
+    "Rounds",
+    "ServerOptimizer",
+    "Start",
+]
+
+
+class General(Section):
+    """``[job]``: the name, the task and its labels, and the seed everything random comes from."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    task: TaskName
+    labels: tuple[str, ...] = Field(default=(), description="of a classification")
+    heads: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="several tasks: the labels of each, every label in one"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**62)
+
+    @property
+    def head_of(self) -> tuple[int, ...]:
+        """Of each label the number of its head; empty with one for all."""
+        numbers = {label: n for n, labels in enumerate(self.heads.values()) for label in labels}
+        return tuple(numbers[label] for label in self.labels) if numbers else ()
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> Self:
+        if not TASKS[self.task].wants_labels:
+            if self.labels:
+                raise IllegalJob(f"{self.task} has no labels", "leave job.labels out")
+        elif len(self.labels) < 2:
+            raise IllegalJob(f"{self.task} needs at least two labels", "name them in job.labels")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
+        if twice:
+            raise IllegalJob(f"labels named twice: {', '.join(twice)}", "name each label once")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_divide_the_labels(self) -> Self:
+        named = [label for labels in self.heads.values() for label in labels]
+        if self.heads and sorted(named) != sorted(self.labels):
+            amiss = sorted(set(self.labels) ^ set(named)) or sorted(named)
+            raise IllegalJob(
+                f"job.heads and job.labels differ: {', '.join(amiss[:5])}",
+                "every label belongs to exactly one head, and a head has no others",
+            )
+        if small := [name for name, labels in self.heads.items() if len(labels) < 2]:
+            raise IllegalJob(f"head {small[0]} has fewer than two labels", "what would it decide?")
+        return self
+
+
+class Backbone(Section):
+    """``[backbone]``: the frozen model; ``weights = "random"`` takes only its ``config.json``.
+
+    ``quantize`` says in how many bits sites keep its frozen linear layers while they compute.
+    """
+
+    source: str = Field(pattern=r"^((hf|path|builtin):.+|manifest:[0-9a-f]{64})$")
+    weights: Literal["pretrained", "random"] = "pretrained"
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+
+    @property
+    def bits(self) -> int:
+        """Bits of a frozen linear layer's weight; 0 where it stays as it is."""
+        return {"none": 0, "8bit": 8, "4bit": 4}[self.quantize]
+
+
+class Start(Section):
+    """``[start]``: go on from the adapter of an earlier run, as ``fedgraft export`` writes it.
+
+    Without ``head`` the head starts anew, where the labels are others. Only the coordinator reads
+    the folder: sites get its adapter in the first round.
+    """
+
+    adapter: str = Field(min_length=1)
+    head: bool = True
+
+
+class EarlyStopping(Section):
+    """Stop when federated validation has not improved for ``patience`` evaluations."""
+
+    metric: Literal["loss", "accuracy", "macro_f1"] = "loss"
+    patience: int = Field(default=3, ge=1)
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class Rounds(Section):
+    """``[rounds]``: how many, with whom, and how long to wait for them."""
+
+    count: int = Field(default=10, ge=1)
+    cohort: int | None = Field(default=None, ge=1, description="sites of a round; all if absent")
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    min_sites: int = Field(default=1, ge=1)
+    deadline: Duration = 1800.0
+    evaluate_every: int = Field(default=1, ge=1)
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _one_cohort(self) -> Self:
+        if self.cohort is not None and self.fraction is not None:
+            raise IllegalJob("both cohort and fraction are given", "keep one of them")
+        if self.cohort is not None and self.min_sites > self.cohort:
+            raise IllegalJob(
+                f"min_sites = {self.min_sites} can never be reached with cohort = {self.cohort}",
+                "raise rounds.cohort or lower rounds.min_sites",
+            )
+        return self
+
+    def check_sites(self, sites: int) -> None:
+        """Whether rounds can work with ``sites`` sites.
+
+        Raises:
+            IllegalJob: the cohort is larger, or ``min_sites`` can never be reached.
+        """
+        if self.cohort is not None and self.cohort > sites:
+            raise IllegalJob(
+                f"cohort = {self.cohort} is larger than the {sites} sites",
+                f"rounds.cohort = {sites}, or leave it out to ask every site",
+            )
+        size = self.cohort_size(sites)
+        if self.min_sites > size:
+            raise IllegalJob(
+                f"min_sites = {self.min_sites} can never be reached: a round asks {size} of "
+                f"{sites} sites",
+                "lower rounds.min_sites or ask more sites in a round",
+            )
+
+    def cohort_size(self, sites: int) -> int:
+        """Sites asked in a round when ``sites`` are present (at least one)."""
+        if self.fraction is not None:
+            return max(1, round(self.fraction * sites))
+        return min(sites, self.cohort) if self.cohort is not None else sites
+
+
+class ServerOptimizer(Section):
+    """How the aggregate moves the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.")."""
+
+    kind: Literal["none", "momentum", "adam", "yogi", "reptile"] = "none"
+    learning_rate: float = Field(default=1.0, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    tau: float = Field(default=1e-3, gt=0)
+
+
+class Aggregation(Section):
+    """``[aggregation]``: the rule, the weights, and what a reply may at most be."""
+
+    rule: RuleName = "fedavg"
+    weights: Literal["examples", "uniform"] = "examples"
+    server_optimizer: ServerOptimizer = ServerOptimizer()
+    max_update_norm: float = Field(default=1000.0, gt=0)
+    max_examples: int = Field(default=1_000_000, ge=1)

@@ -1,0 +1,75 @@
+"""Partial fine-tuning: some weights of the backbone itself train."""
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedgraft.common.errors import AdapterError
+from fedgraft.common.methods.base import Anatomy, HeadPolicy, MethodSection
+from fedgraft.common.methods.head import heads_alone
+from fedgraft.common.section import IllegalJob, Refuses
+
+__all__ = ["PartialMethod"]
+
+
+class PartialMethod(MethodSection):
+    """``kind = "partial"``: some weights of the backbone itself train, and the head by its policy.
+
+    The last ``blocks`` as a whole, and beside them every normalisation layer or every bias (Ben
+    Zaken et al. 2022, "BitFit").
+    """
+
+    refuses: ClassVar[Refuses] = {
+        "larger_ranks": (
+            "simulation.ranks has {largest_rank}, more than the job's own rank",
+            'leave simulation.ranks out: method.kind = "partial" has no rank',
+        ),
+    }
+
+    kind: Literal["partial"]
+    blocks: int = Field(default=1, ge=0, description="last blocks that train as a whole")
+    norms: bool = Field(default=False, description="all normalisation layers train")
+    biases: bool = Field(default=False, description="all biases train")
+    head: HeadPolicy
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> Self:
+        if not (self.blocks or self.norms or self.biases):
+            raise IllegalJob("nothing of the backbone would train", 'blocks = 1, or kind = "head"')
+        return self
+
+    @property
+    def opens_backbone(self) -> bool:
+        """Some of its weights train."""
+        return True
+
+    def peft_config(self, model: Any, anatomy: Anatomy) -> Any:
+        """Trainable copies of the opened modules, and of each head unless it is frozen.
+
+        Raises:
+            AdapterError: the model has fewer blocks than should train.
+        """
+        trained = () if self.head == "frozen" else anatomy.heads
+        config = heads_alone((*trained, *self._opened(model, anatomy)))
+        config.bias = "all" if self.biases else "none"
+        return config
+
+    def _opened(self, model: Any, anatomy: Anatomy) -> list[str]:
+        """Names of the modules of the backbone that train as a whole."""
+        blocks = anatomy.blocks()
+        if self.blocks > len(blocks):
+            raise AdapterError(
+                f"method.blocks = {self.blocks}: this backbone has {len(blocks)}",
+                hint="fewer, or method.norms or method.biases",
+            )
+        opened = list(blocks[len(blocks) - self.blocks :])
+        if self.norms:
+            inside = tuple(f"{name}." for name in (*opened, *anatomy.heads))
+            opened += [
+                name
+                for name, module in model.named_modules()
+                if "Norm" in type(module).__name__  # whichever of the many, of torch or of a model
+                and any(True for _ in module.parameters(recurse=False))
+                and not f"{name}.".startswith(inside)
+            ]
+        return opened

@@ -1,0 +1,215 @@
+"""What a model predicted for a site's labelled examples, and whether federating was worth it there.
+
+All of it treats test examples as independent draws; many images of one patient are fewer
+examples than they seem, and then every interval here is too narrow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedgraft.common.metrics.intervals import (
+    LEVEL,
+    macro_f1_difference,
+    macro_f1_interval,
+    mcnemar,
+    paired_interval,
+    wilson_interval,
+)
+from fedgraft.common.metrics.tally import Tally
+from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict, as_points
+
+__all__ = ["LabelEvaluation", "verdict"]
+
+
+@dataclass(frozen=True)
+class LabelEvaluation:
+    """The summed ``loss`` (nats), true and predicted labels, both int64 [examples], in their order.
+
+    What follows from them is worked out when asked for: thousands of sites' confusion matrices,
+    most of them zeros, need not be held. ``more`` is what ``measures`` counts beside.
+    """
+
+    loss: float
+    true: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    classes: int
+    more: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def tally(self) -> Tally:
+        """The sums."""
+        return Tally.of(self.loss, self.true, self.predicted, self.classes, self.more)
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Which examples were predicted right, bool [examples]."""
+        correct: npt.NDArray[np.bool_] = self.predicted == self.true
+        return correct
+
+    def intervals(self, generator: np.random.Generator) -> dict[str, Any]:
+        """95 % intervals of accuracy and macro F1, as ``KEY_interval``."""
+        tally = self.tally
+        return {
+            "accuracy_interval": list(wilson_interval(tally.correct, tally.examples)),
+            "macro_f1_interval": list(macro_f1_interval(tally.confusion, generator)),
+        }
+
+    def compare(
+        self, other: "LabelEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
+    ) -> dict[str, Any]:
+        """This model, the federated one, against ``other`` on the same examples of site ``name``.
+
+        The ``Verdict`` and ``macro_f1_difference`` with its paired bootstrap interval; differences
+        are fractions -1..1.
+        """
+        judged = verdict(self.correct, other.correct, name=name, rival=rival)
+        gap, interval = macro_f1_difference(
+            self.true, self.predicted, other.predicted, generator=generator
+        )
+        return {
+            **asdict(judged),
+            "interval": judged.interval and list(judged.interval),
+            "macro_f1_difference": gap,
+            "macro_f1_difference_interval": list(interval),
+        }
+
+    def joined(self, others: "Sequence[LabelEvaluation]") -> "LabelEvaluation":
+        """The examples of this one and of ``others`` as one, in order."""
+        every = (self, *others)
+        loss = reduce(add, (one.loss for one in every))  # sum() rounds differently from 3.12 on
+        true = np.concatenate([one.true for one in every])
+        predicted = np.concatenate([one.predicted for one in every])
+        more = reduce(add, (one.more for one in every))
+        return LabelEvaluation(loss, true, predicted, self.classes, more)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values: two labels a test example."""
+        arrays = {"true": self.true.tolist(), "predicted": self.predicted.tolist()}
+        at = np.flatnonzero(self.more)  # most bins are empty
+        more = [len(self.more), at.tolist(), self.more[at].tolist()]
+        return {**vars(self), **arrays, "more": more}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "LabelEvaluation":
+        """What ``to_json`` gave."""
+        true, predicted = (np.array(value[key], np.int64) for key in ("true", "predicted"))
+        size, at, counts = value.get("more", (0, [], []))  # older runs have none
+        more = np.zeros(size, np.int64)
+        more[at] = counts
+        return cls(value["loss"], true, predicted, value["classes"], more)
+
+
+def verdict(
+    federated_correct: npt.NDArray[np.bool_],
+    local_correct: npt.NDArray[np.bool_],
+    *,
+    name: str,
+    rival: Rival = "local_only",
+) -> Verdict:
+    """Compare two models on the same test examples of the site ``name``.
+
+    Args:
+        federated_correct: bool [n], where the federated model is right.
+        local_correct: bool [n], where the other model is right, in the same order.
+        name: the site as the sentence calls it; not escaped.
+        rival: what the other model is: the site's own, or the backbone untouched.
+
+    Raises:
+        ValueError: the two are not boolean vectors of one length.
+    """
+    federated, local = np.asarray(federated_correct), np.asarray(local_correct)
+    if federated.ndim != 1 or federated.shape != local.shape:
+        raise ValueError(f"two vectors of one length, not {federated.shape} and {local.shape}")
+    if federated.dtype != np.bool_ or local.dtype != np.bool_:
+        raise ValueError(f"boolean vectors, not {federated.dtype} and {local.dtype}")
+    if federated.size == 0:
+        sentence = f"Whether federating helped {name} is not known: it has no test examples."
+        return Verdict("unknown", sentence, 0.0, (-1.0, 1.0), 1.0)
+
+    both = int(np.sum(federated & local))
+    only_federated = int(np.sum(federated & ~local))
+    only_local = int(np.sum(~federated & local))
+    difference = (only_federated - only_local) / federated.size
+    interval = paired_interval(both, only_federated, only_local, federated.size)
+    p_value = mcnemar(only_federated, only_local)
+    outcome = _outcome(interval, p_value)
+    tell = _sentence if rival == "local_only" else _sentence_of_backbone
+    sentence = tell(
+        outcome,
+        name=name,
+        shares=(float(federated.mean()), float(local.mean())),
+        difference=difference,
+        interval=interval,
+        p_value=p_value,
+        examples=federated.size,
+    )
+    return Verdict(outcome, sentence, difference, interval, p_value)
+
+
+def _outcome(interval: tuple[float, float], p_value: float) -> Outcome:
+    """Both must agree: test and interval differ at the margin, and the sentence shows both."""
+    if p_value < LEVEL and interval[0] > 0:
+        return "helped"
+    if p_value < LEVEL and interval[1] < 0:
+        return "hurt"
+    return "unclear"
+
+
+def _sentence(
+    outcome: Outcome,
+    *,
+    name: str,
+    shares: tuple[float, float],
+    difference: float,
+    interval: tuple[float, float],
+    p_value: float,
+    examples: int,
+) -> str:
+    federated, local = (f"{100 * share:.1f} %" for share in shares)
+    gap = f"difference {as_points(difference)} points"
+    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
+    if outcome in ("helped", "hurt"):
+        return (
+            f"Federating {outcome} {name}: {federated} right instead of {local} on its own "
+            f"({gap}, {span})."
+        )
+    count = "1 test example" if examples == 1 else f"{examples:,} test examples"
+    return (
+        f"Unclear for {name}: {federated} right federated, {local} on its own, and {count} "
+        f"cannot tell which is better ({gap}, {span}, p = {p_value:.2f})."
+    )
+
+
+def _sentence_of_backbone(
+    outcome: Outcome,
+    *,
+    name: str,
+    shares: tuple[float, float],
+    difference: float,
+    interval: tuple[float, float],
+    p_value: float,
+    examples: int,
+) -> str:
+    """The verdict on training at all, beside the one on training together."""
+    federated, untouched = (f"{100 * share:.1f} %" for share in shares)
+    gap = f"difference {as_points(difference)} points"
+    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
+    if outcome == "unclear":
+        count = "1 test example" if examples == 1 else f"{examples:,} test examples"
+        return (
+            f"Against the backbone untouched (zero-shot, {untouched}) {count} cannot tell "
+            f"({gap}, {span}, p = {p_value:.2f})."
+        )
+    better, moral = "better", ""
+    if outcome == "hurt":
+        better, moral = "worse", " This is negative transfer."
+    return (
+        f"At {name} the federated model is {better} than the backbone untouched: {federated} right "
+        f"instead of {untouched} zero-shot ({gap}, {span}).{moral}"
+    )

@@ -1,0 +1,317 @@
+"""What a model came to on examples made of parts: blocks of tokens, images of patches.
+
+The tokens of a block depend on one another: one word that a model does not know costs it several.
+To take each token for a draw of its own would make every interval far too narrow. So blocks are
+redrawn, each with all of its tokens. Both models read the same blocks, and what is compared is the
+loss in nats per token; perplexity is e to the power of it. An image is a block too, of hidden
+patches, and its loss the mean absolute error.
+
+Blocks are treated as independent draws. Neighbouring blocks of one document are not quite.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.metrics.evaluation import PARTS_LIMIT
+from fedgraft.common.metrics.intervals import (
+    LEVEL,
+    percentile_interval,
+    permutation_test,
+    redrawn_sums,
+)
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.metrics.tally import Counts, Tally
+from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict
+
+__all__ = [
+    "PATCHES",
+    "TOKENS",
+    "PartEvaluation",
+    "PartMeasures",
+    "PartWords",
+    "block_verdict",
+    "part_intervals",
+]
+
+LARGEST_EXPONENT = 700.0  # of e: beyond is no float, and JSON has no infinity
+NEGATIVE = " This is negative transfer."
+
+Blocks = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class PartWords:
+    """How examples made of parts are spoken of.
+
+    ``parts`` is the plural of a part; ``metric`` the headline, e to the power of the mean loss
+    where it is ``exponential``; ``difference`` is the pattern for a difference of two mean losses;
+    ``one`` and ``many`` count examples.
+    """
+
+    parts: str
+    metric: Metric
+    exponential: bool
+    difference: str
+    one: str
+    many: str
+
+    def value(self, loss: float) -> float:
+        """The headline of a mean loss."""
+        return math.exp(min(loss, LARGEST_EXPONENT)) if self.exponential else loss
+
+
+TOKENS = PartWords(
+    parts="tokens",
+    metric=Metric("perplexity", "perplexity", percent=False, higher=False),
+    exponential=True,
+    difference="loss {:+.3f} nats a token",
+    one="1 block of text",
+    many="blocks of text",
+)
+PATCHES = PartWords(
+    parts="patches",
+    metric=Metric("loss", "reconstruction error", percent=False, higher=False),
+    exponential=False,
+    difference="error {:+.3f} a pixel",
+    one="1 image",
+    many="images",
+)
+WORDS = {words.parts: words for words in (TOKENS, PATCHES)}
+
+
+@dataclass(frozen=True)
+class PartEvaluation:
+    """Of each block or image, in their order: the summed loss, and its parts that are right.
+
+    ``losses`` float64 (nats), ``right`` and ``counted`` int64, all [blocks]. Tokens of a block and
+    patches of an image depend on one another, so that blocks and not parts are what can be redrawn.
+    """
+
+    losses: npt.NDArray[np.float64]
+    right: npt.NDArray[np.int64]
+    counted: npt.NDArray[np.int64]
+    words: PartWords = TOKENS
+
+    @property
+    def tally(self) -> Tally:
+        """The sums: a right part is of class 0, as it should be, a wrong one of class 1."""
+        right, counted = int(self.right.sum()), int(self.counted.sum())
+        confusion = np.array([[right, counted - right], [0, 0]], np.int64)
+        return Tally(float(self.losses.sum()), confusion)
+
+    def intervals(self, generator: np.random.Generator) -> dict[str, Any]:
+        """95 % intervals of the headline metric and of accuracy (``part_intervals``)."""
+        return part_intervals(self.losses, self.right, self.counted, generator, self.words)
+
+    def compare(
+        self, other: "PartEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
+    ) -> dict[str, Any]:
+        """This model, the federated one, against ``other`` on the same blocks of site ``name``."""
+        judged = block_verdict(
+            self.losses,
+            other.losses,
+            self.counted,
+            name=name,
+            generator=generator,
+            rival=rival,
+            words=self.words,
+        )
+        return {**asdict(judged), "interval": judged.interval and list(judged.interval)}
+
+    def joined(self, others: "Sequence[PartEvaluation]") -> "PartEvaluation":
+        """The blocks of this one and of ``others`` as one, in order."""
+        columns = zip(
+            *((one.losses, one.right, one.counted) for one in (self, *others)), strict=True
+        )
+        losses, right, counted = (np.concatenate(column) for column in columns)
+        return PartEvaluation(losses, right, counted, self.words)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values: three sums a block."""
+        arrays = {key: getattr(self, key).tolist() for key in ("losses", "right", "counted")}
+        return {**arrays, "target": self.words.parts}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "PartEvaluation":
+        """What ``to_json`` gave."""
+        right, counted = (np.array(value[key], np.int64) for key in ("right", "counted"))
+        losses = np.array(value["losses"], np.float64)
+        return cls(losses, right, counted, WORDS[value.get("target", "tokens")])
+
+
+@dataclass(frozen=True)
+class PartMeasures:
+    """What a job counts of up to ``most_parts`` parts an example: right ones, and the others.
+
+    Nothing is counted beside.
+    """
+
+    most_parts: int
+    words: PartWords
+
+    classes = 2
+    size = 0
+    named: tuple[str, ...] = ()
+    loss_limit = PARTS_LIMIT
+
+    def fits(self, tally: Tally) -> bool:
+        """Whether nothing is counted beside."""
+        return tally.more.shape == (0,)
+
+    def without_few(self, counts: Counts) -> Counts:
+        """``counts``, of which there are none."""
+        return counts
+
+    def collect(self, examples: Examples) -> "_Collector":
+        """Takes what a model predicts for ``examples``, batch by batch."""
+        return _Collector(self, examples)
+
+    def evaluation(self, value: Mapping[str, Any]) -> PartEvaluation:
+        """The evaluation that ``to_json`` wrote."""
+        return PartEvaluation.from_json(value)
+
+    def figures(self, tally: Tally) -> dict[str, Any]:
+        """``accuracy``, the headline metric, and ``loss``, all per part."""
+        loss = tally.mean_loss
+        headline = self.words.value(loss) if tally.examples or not self.words.exponential else 0.0
+        return {"accuracy": tally.accuracy, self.words.metric.key: headline, "loss": loss}
+
+
+class _Collector:
+    """Sums of some examples, put back into their order."""
+
+    def __init__(self, measures: PartMeasures, examples: Examples) -> None:
+        self._words = measures.words
+        self._losses = np.zeros(len(examples))
+        self._right, self._counted = np.zeros((2, len(examples)), np.int64)
+
+    def add(self, index: Indices, found: Mapping[str, Any]) -> None:
+        """Take a batch: of each example the summed ``losses``, its ``right`` and ``counted`` parts.
+
+        ``index`` int64 [b] are the examples; each of the others is [b].
+        """
+        self._losses[index] = found["losses"]
+        self._right[index], self._counted[index] = found["right"], found["counted"]
+
+    def evaluation(self) -> PartEvaluation:
+        """All of them."""
+        return PartEvaluation(self._losses, self._right, self._counted, self._words)
+
+
+def part_intervals(
+    losses: Blocks,
+    right: Blocks,
+    counted: Blocks,
+    generator: np.random.Generator,
+    words: PartWords = TOKENS,
+) -> dict[str, list[float]]:
+    """95 % intervals of the headline metric and ``accuracy`` over blocks, as ``KEY_interval``.
+
+    Args:
+        losses: float [blocks], summed over a block's tokens, nats.
+        right: int [blocks], tokens that were predicted right.
+        counted: int [blocks], tokens.
+        generator: where the draws come from.
+        words: what blocks are made of, and how they are spoken of.
+
+    Returns:
+        {} for fewer than two blocks: nothing can be redrawn.
+    """
+    if np.count_nonzero(counted) < 2:
+        return {}
+    sums = redrawn_sums(np.stack([losses, right, counted]), generator)
+    loss, accuracy = (percentile_interval(sums[at] / sums[2]) for at in (0, 1))
+    shown = [words.value(end) for end in loss]
+    return {f"{words.metric.key}_interval": shown, "accuracy_interval": list(accuracy)}
+
+
+def block_verdict(
+    federated: Blocks,
+    other: Blocks,
+    counted: Blocks,
+    *,
+    name: str,
+    generator: np.random.Generator,
+    rival: Rival = "local_only",
+    words: PartWords = TOKENS,
+) -> Verdict:
+    """Compare the losses of two models on the same blocks of the site ``name``.
+
+    Args:
+        federated: float [blocks], the federated model's loss summed over a block, nats.
+        other: float [blocks], that of the other model on the same blocks.
+        counted: int [blocks], tokens of a block.
+        name: the site as the sentence calls it; not escaped.
+        generator: where the draws come from.
+        rival: what the other model is: the site's own, or the backbone untouched.
+        words: what blocks are made of, and how they are spoken of.
+
+    Raises:
+        ValueError: the three are not vectors of one length.
+    """
+    if federated.ndim != 1 or not federated.shape == other.shape == counted.shape:
+        raise ValueError(f"three vectors of one length, not {federated.shape} and {other.shape}")
+    kept = counted > 0
+    federated, other, counted = federated[kept], other[kept], counted[kept]
+    parts = int(counted.sum())
+    if not parts:
+        sentence = f"Whether federating helped {name} is not known: it has no test {words.parts}."
+        return Verdict("unknown", sentence, 0.0, None, 1.0)
+    gaps = federated - other
+    difference = float(gaps.sum() / parts)
+    interval, p_value = None, 1.0
+    if len(gaps) > 1:
+        sums = redrawn_sums(np.stack([gaps, counted]), generator)
+        interval = percentile_interval(sums[0] / sums[1])
+        p_value = permutation_test(gaps, generator)
+    outcome = _outcome(interval, p_value)
+    shown = tuple(
+        words.metric.text(words.value(float(losses.sum()) / parts)) for losses in (federated, other)
+    )
+    span = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
+    gap = f"{words.difference.format(difference)}{span}"
+    blocks = words.one if len(gaps) == 1 else f"{len(gaps):,} {words.many}"
+    measured = (words.metric.name, *shown)
+    sentence = _sentence(outcome, name, rival, measured, f"{gap}, {blocks}", p_value)
+    return Verdict(outcome, sentence, difference, interval, p_value)
+
+
+def _outcome(interval: tuple[float, float] | None, p_value: float) -> Outcome:
+    """Test and interval must agree, as where labels are predicted; less loss is better."""
+    if interval is None or p_value >= LEVEL:
+        return "unclear"
+    if interval[1] < 0:
+        return "helped"
+    return "hurt" if interval[0] > 0 else "unclear"
+
+
+def _sentence(
+    outcome: Outcome,
+    name: str,
+    rival: Rival,
+    measured: tuple[str, ...],
+    facts: str,
+    p_value: float,
+) -> str:
+    metric, ours, theirs = measured
+    alone = rival == "local_only"
+    if outcome not in ("helped", "hurt"):
+        beside = "on its own" if alone else "for the backbone untouched"
+        return (
+            f"Unclear for {name}: {metric} {ours} federated, {theirs} {beside}, and that cannot "
+            f"tell which is better ({facts}, p = {p_value:.2f})."
+        )
+    if alone:
+        said = f"Federating {outcome} {name}: {metric} {ours} instead of {theirs} on its own"
+        return f"{said} ({facts})."
+    better, moral = ("better", "") if outcome == "helped" else ("worse", NEGATIVE)
+    return (
+        f"At {name} the federated model is {better} than the backbone untouched: {metric} {ours} "
+        f"instead of {theirs} ({facts}).{moral}"
+    )

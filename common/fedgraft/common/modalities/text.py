@@ -1,0 +1,291 @@
+"""Texts as token ids: the backbone's tokenizer, and rows that are tokenised once and kept."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedgraft.common.encoding import Arrays, Keep, NameParts, Rows, Settings
+from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.examples import Indices, Inputs, TextExamples
+from fedgraft.common.modalities.base import Modality
+
+__all__ = [
+    "Text",
+    "TextProcessor",
+    "as_examples",
+    "check_length",
+    "check_string",
+    "find_tokens",
+    "load_text",
+]
+
+BATCH = 1000  # texts tokenised at once
+KINDS = {"input_ids": np.int32, "token_type_ids": np.int8}
+
+Tokenize = Callable[[Sequence[str]], Mapping[str, list[list[int]]]]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tekken.json",
+)
+
+
+@dataclass(frozen=True)
+class TextProcessor:
+    """A tokenizer and what padding takes; ``limit`` is the longest input in tokens, or none.
+
+    Where the tokenizer has no padding token, ``pad_id`` is its end-of-text token: a model that
+    finds the last token by ``config.pad_token_id`` must be told this one. ``decoder_start`` is what
+    the decoder reads first, of models that have an encoder and a decoder.
+    """
+
+    tokenizer: Any
+    pad_id: int
+    pad_left: bool
+    limit: int | None
+    decoder_start: int | None = None
+
+    def tokenize(
+        self, texts: Sequence[str], max_length: int, *, written: bool = False
+    ) -> dict[str, list[list[int]]]:
+        """Tokenise each text, cut to ``max_length``, unpadded; keys as the tokenizer names them.
+
+        Some tokenizers treat what is to be ``written`` differently.
+        """
+        cut = {"truncation": True, "max_length": max_length}
+        if written:
+            encoded = self.tokenizer(text_target=list(texts), **cut)
+        else:
+            encoded = self.tokenizer(list(texts), **cut)
+        return {name: encoded[name] for name in encoded}
+
+    def tokenize_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text as a whole, and behind them the end-of-text token, if there is."""
+        found: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)[
+            "input_ids"
+        ]
+        end = self.tokenizer.eos_token_id
+        return [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in found]
+
+    def tokenize_stretches(
+        self, texts: Sequence[str], max_length: int
+    ) -> dict[str, list[list[int]]]:
+        """All of each text in stretches of ``max_length``, each with the special tokens around."""
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=max_length, return_overflowing_tokens=True
+        )
+        return {name: encoded[name] for name in encoded}
+
+    @cached_property
+    def identity(self) -> str:
+        """A digest of everything that decides which ids a text becomes."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        state = json.loads(fast.to_str()) if fast is not None else self.tokenizer.get_vocab()
+        for setting in ("truncation", "padding"):  # they change with every call
+            state.pop(setting, None)
+        parts = [getattr(self.tokenizer, "truncation_side", ""), state]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def configure(self, config: Any) -> None:
+        """Name the padding token: GPT-like classifiers look for the last token that is none."""
+        config.pad_token_id = self.pad_id
+
+    def blank(self, settings: Settings) -> Inputs:
+        """``input_ids`` and ``attention_mask`` of one text of full length, int64 [1, tokens]."""
+        length = min(settings.max_length, self.limit or settings.max_length)
+        ids = np.full((1, length), self.pad_id)
+        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+    def describe(self, settings: Settings, *, blocks: bool = False) -> str:
+        """How texts are cut; ``blocks``: into several examples, not only to a length."""
+        cut = "into blocks of" if blocks else "to"
+        return f"Text: the backbone's own tokenizer, cut {cut} {settings.max_length} tokens."
+
+
+class Text(Modality):
+    """Strings, each cut to ``data.max_length`` tokens."""
+
+    name = "text"
+    kind = "string"
+    files = False
+    one_cell = one_file = "text"
+
+    def load(self, folder: Path, config: Any) -> TextProcessor:
+        """The tokenizer in ``folder`` (``load_text``)."""
+        return load_text(folder, config)
+
+    def check(self, value: Any) -> None:
+        """A cell is a string with something in it, in whole characters."""
+        check_string(value, "text")
+
+    def encode(
+        self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
+    ) -> TextExamples:
+        """One example a text; the ids are kept."""
+        most = settings.max_length
+        check_length(processor, most)
+        name = (processor.identity, most, rows.digest(self.name))
+        texts = rows.column(self.name)
+        tokens = find_tokens(texts, lambda some: processor.tokenize(some, most), keep, name)
+        return as_examples(tokens, labels, processor, most)
+
+    def samples(
+        self,
+        processor: Any,
+        config: Any,
+        settings: Settings,
+        draw: np.random.Generator,
+        shape: tuple[int, int],
+    ) -> Inputs:
+        """Random ids with their mask (and types), int64 [examples, tokens]; one text is shorter."""
+        examples, tokens = shape
+        width = min(tokens, settings.max_length, processor.limit or tokens)
+        ids = draw.integers(0, int(config.vocab_size), (examples, width))
+        mask = np.ones_like(ids)
+        if examples > 1:
+            short = slice(0, width // 2) if processor.pad_left else slice(width - width // 2, width)
+            ids[-1, short], mask[-1, short] = processor.pad_id, 0
+        found = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in processor.tokenize(["a"], settings.max_length):
+            found["token_type_ids"] = np.zeros_like(ids)
+        return found
+
+
+def check_string(value: Any, what: str) -> None:
+    """Check that a cell is a string with something in it, in whole characters.
+
+    Raises:
+        DataError: it is not; ``what`` names it.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"no {what}", hint="fill it in or remove the row")
+    if not isinstance(value, str):
+        raise DataError(
+            f"the {what} is a {type(value).__name__}, not a string",
+            hint="write it in quotes, or map the right column in [data.columns] of site.toml",
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        raise DataError(
+            f"the {what} has a broken character (half a surrogate pair)",
+            hint="remove the lone \\ud8xx escape",
+        ) from None
+
+
+def load_text(folder: Path, config: Any) -> TextProcessor:
+    """Load the tokenizer in ``folder``.
+
+    Raises:
+        BackboneError: there is none, it does not load, or it has no token to pad with.
+    """
+    from transformers import AutoTokenizer  # seconds to import, and images never need it
+
+    # Without this look, transformers builds a tokenizer with an empty vocabulary for some models.
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise BackboneError(
+            f"{folder} has no tokenizer",
+            hint="put tokenizer.json (and tokenizer_config.json) beside its config.json",
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
+        raise BackboneError(
+            f"the tokenizer in {folder} does not load: {_first_line(error)}",
+            hint="a tokenizer that needs its own code cannot be used; fetch the backbone again",
+        ) from None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise BackboneError(
+            f"the tokenizer in {folder} has neither a padding nor an end-of-text token",
+            hint="set pad_token in its tokenizer_config.json",
+        )
+    # transformers writes "no limit" as a huge number.
+    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    start = getattr(config, "decoder_start_token_id", None)
+    left, limit = tokenizer.padding_side == "left", min(known, default=None)
+    return TextProcessor(tokenizer, int(pad), left, limit, start)
+
+
+def check_length(processor: TextProcessor, max_length: int) -> None:
+    """Check that the backbone reads examples of ``max_length`` tokens.
+
+    Raises:
+        BackboneError: it does not.
+    """
+    if processor.limit is not None and max_length > processor.limit:
+        raise BackboneError(
+            f"data.max_length = {max_length}, but the backbone reads {processor.limit} tokens",
+            hint=f"--set data.max_length={processor.limit}",
+        )
+
+
+def as_examples(
+    tokens: Arrays,
+    labels: Indices,
+    processor: TextProcessor,
+    max_length: int,
+) -> TextExamples:
+    """What ``find_tokens`` found, none longer than ``max_length``, as examples with ``labels``."""
+    lengths = tokens["lengths"]
+    return TextExamples(
+        labels=labels,
+        ids=tokens["input_ids"],
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        types=tokens.get("token_type_ids"),
+        pad_id=processor.pad_id,
+        pad_left=processor.pad_left,
+        longest=max_length,
+    )
+
+
+def find_tokens(texts: Sequence[str], tokenize: Tokenize, keep: Keep, name: NameParts) -> Arrays:
+    """``tokenize`` of all texts one after the other, and how many tokens each has (``lengths``).
+
+    Raises:
+        DataError: a text becomes no tokens.
+    """
+    tokens = keep.tokens(name, lambda: _tokenise(texts, tokenize))
+    lengths = tokens["lengths"]
+    if not lengths.all():
+        raise DataError(
+            f"text {int(np.argmin(lengths)) + 1} of {len(lengths)} becomes no tokens at all",
+            hint="remove the row: the tokenizer knows none of its characters",
+        )
+    return tokens
+
+
+def _tokenise(texts: Sequence[str], tokenize: Tokenize) -> Arrays:
+    given = tokenize(["a"])
+    found: dict[str, list[NDArray[Any]]] = {name: [] for name in KINDS if name in given}
+    lengths: list[int] = []
+    for at in range(0, len(texts), BATCH):
+        encoded = tokenize(texts[at : at + BATCH])
+        lengths += [len(ids) for ids in encoded["input_ids"]]
+        for name, parts in found.items():
+            parts.append(np.fromiter(chain.from_iterable(encoded[name]), KINDS[name]))
+    none = {name: np.empty(0, KINDS[name]) for name in found}
+    flat = {name: np.concatenate([none[name], *parts]) for name, parts in found.items()}
+    return {**flat, "lengths": np.array(lengths, np.int64)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,107 @@
+"""Classification: one of the job's labels for each text, image, recording or clip."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedgraft.common.encoding import Keep, Rows, Settings
+from fedgraft.common.examples import IGNORED, Examples
+from fedgraft.common.metrics.measures import LabelMeasures
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.modalities import Modality
+from fedgraft.common.section import Refuses
+from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
+from fedgraft.common.tasks.labels import label_index
+
+__all__ = ["Classification"]
+
+ACCURACY = Metric("accuracy", "accuracy")
+MACRO_F1 = Metric("macro_f1", "macro F1", hub="f1", short="F1")
+
+
+class Classification(Task):
+    """One label an example, whatever the example is."""
+
+    target = "label"
+    beside = "label"
+    labelled = wants_labels = True
+    metrics = (ACCURACY, MACRO_F1)
+    card_metrics = (
+        ACCURACY,
+        MACRO_F1,
+        Metric("weighted_f1", "weighted F1", hub="f1"),
+        Metric("balanced_accuracy", "balanced accuracy", hub="accuracy"),
+        Metric("auroc", "AUROC", hub="roc_auc"),
+        Metric("calibration_error", "calibration error", hub="expected_calibration_error"),
+    )
+    intervals = (
+        "Accuracy has Wilson intervals; macro F1, the mean F1 over the labels that occur, has "
+        "bootstrap intervals."
+    )
+    verdicts = (
+        '"Helped" and "hurt" need both an exact McNemar test below 5 % and a 95 % interval of the '
+        "paired difference (Newcombe 1998) that excludes zero. Because both models answer the same "
+        "examples, two overlapping intervals in the plot can still be a clear difference."
+    )
+    differences = Differences(
+        "in points, on the site's own test examples. Below each its 95 % interval: of accuracy "
+        "after Newcombe, of macro F1 by paired bootstrap",
+        ("Accuracy", "McNemar p", "Macro F1"),
+        points=True,
+    )
+    use = "choose one of the labels above for an example"
+
+    def __init__(self, modality: Modality, auto_class: str) -> None:
+        self.modality, self.auto_class = modality, auto_class
+        self.name = self.pipeline = f"{modality.name}-classification"
+        self.refuses = _augmentations(modality)
+
+    def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
+        """The index of the label, ``IGNORED`` where rows have none."""
+        if not reading.labelled:
+            return {"label": IGNORED}
+        index = label_index(cell.beside, reading, typed=cell.typed)
+        return {"label": index}
+
+    def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """The label by its name."""
+        return {"label": labels[row["label"]]}
+
+    def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> Examples:
+        """One example a row, with its label and its group."""
+        labels = np.array(rows.column("label"), np.int64)
+        examples = self.modality.encode(rows, labels, processor, settings, keep)
+        if settings.groups:
+            return examples.with_groups(np.array(rows.column("group"), np.int64))
+        return examples
+
+    def measures(self, settings: Settings) -> LabelMeasures:
+        """The confusion matrix, and what the job asks for beside."""
+        return LabelMeasures(
+            len(settings.labels), settings.score_bins, settings.groups, settings.min_group
+        )
+
+    def model_options(
+        self, config: Mapping[str, Any], labels: Sequence[str], source: str
+    ) -> dict[str, Any]:
+        """The labels; timm's configuration counts them apart."""
+        return {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: index for index, name in enumerate(labels)},
+            "num_labels": len(labels),
+        }
+
+    def usage(self, labels: Sequence[str]) -> dict[str, Any]:
+        """A head for as many labels, which the adapter then replaces."""
+        return {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+
+
+def _augmentations(modality: Modality) -> Refuses:
+    """Other modalities' augmentations mean nothing, and some modality has none."""
+    hint = f"training.augmentation.{modality.name}" if modality.augmented else modality.unvaried
+    return {
+        f"augmentation.{kind}": (f"training.augmentation.{kind} means nothing for {{task}}", hint)
+        for kind in ("image", "text", "audio")
+        if kind != modality.name
+    }
