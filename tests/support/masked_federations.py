@@ -52,7 +52,6 @@ from fedgraft.simulations.grid.local_grid import LocalGrid
 from fedgraft.simulations.grid.workers import Workers
 
 __all__ = [
-    "APP",
     "NAMES",
     "REPLIES",
     "SESSION",
@@ -64,7 +63,6 @@ __all__ = [
     "saying",
 ]
 
-APP = "support.masked_federations:app"
 NAMES = ("ash", "beech", "cedar", "elm", "fir", "oak")  # in the order of their ids
 SIZES = (9, 11, 8, 13, 10, 12)
 STAGES = ("keys", "shares", "train", "confirm", "unmask")
@@ -122,7 +120,7 @@ class Recorder(LocalGrid):
         *,
         together: int = 1,
     ) -> None:
-        super().__init__(nodes, workers, app=APP, together=together)
+        super().__init__(nodes, workers, answer=answer, together=together)
         self._names = dict(enumerate(names, 2))
         self.asked: list[tuple[str, str, RecordDict]] = []
         self.replies: list[tuple[str, str, RecordDict | None]] = []
@@ -312,9 +310,9 @@ def app(message: Message, context: Context) -> Message:
     return ACTIONS[action](message, context) if action else client.app(message, context)
 
 
-def train_all(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """The sites' own, which has no faults."""
-    return client.train_all(asked)
+def answer(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """One site with its faults; several together are asked without any."""
+    return client.train_all(asked) if len(asked) > 1 else [app(*asked[0])]
 
 
 def _stage(message: Message) -> str:
