@@ -37,7 +37,7 @@ def run(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from fedgraft.common.errors import AuditError
     from fedgraft.common.federation.audit_log import Audit
-    from fedgraft.common.locks import lock_folder
+    from fedgraft.common.files import lock_folder
     from fedgraft.server.coordinator.grpc_services import serve_operators, serve_sites
     from fedgraft.server.coordinator.nginx import check_listen
     from fedgraft.server.coordinator.process import Coordinator
