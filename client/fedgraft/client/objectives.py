@@ -38,8 +38,8 @@ class Objective(Protocol):
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
         """What the collector of the task's measures takes, as NumPy arrays and floats."""
 
-    def at_once(self, config: Any, longest: int) -> int:
-        """Examples to evaluate in one pass, of up to ``longest`` tokens each."""
+    def at_once(self, outputs: int, longest: int) -> int:
+        """Examples to evaluate in one pass, of up to ``longest`` tokens with ``outputs`` each."""
 
 
 class Labels:
@@ -66,7 +66,7 @@ class Labels:
             "logits": predicted.float().cpu().numpy(),
         }
 
-    def at_once(self, config: Any, longest: int) -> int:
+    def at_once(self, outputs: int, longest: int) -> int:
         """As many as usual."""
         return AT_ONCE
 
@@ -108,10 +108,9 @@ class Tokens:
         }
         return {name: value.cpu().numpy() for name, value in found.items()}
 
-    def at_once(self, config: Any, longest: int) -> int:
+    def at_once(self, outputs: int, longest: int) -> int:
         """Fewer where they are long and the vocabulary is large."""
-        words = int(getattr(config, "vocab_size", 1))
-        return max(1, min(AT_ONCE, LOGITS // (words * max(longest, 1))))
+        return max(1, min(AT_ONCE, LOGITS // (outputs * max(longest, 1))))
 
     def _by_position(
         self, logits: torch.Tensor, targets: torch.Tensor, smoothing: float
@@ -154,7 +153,7 @@ class Patches:
         found = {"losses": each.sum(1), "right": right.sum(1), "counted": counted.sum(1)}
         return {name: value.cpu().numpy() for name, value in found.items()}
 
-    def at_once(self, config: Any, longest: int) -> int:
+    def at_once(self, outputs: int, longest: int) -> int:
         """As many as usual."""
         return AT_ONCE
 

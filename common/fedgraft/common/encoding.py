@@ -1,8 +1,8 @@
 """What an encoder gets from its caller: settings, rows, a place to keep arrays, random numbers."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ class Settings:
 
     ``masked`` is the share of tokens or patches that is hidden, None where the job does not say;
     ``seconds`` are of a recording, ``max_length`` is in tokens. ``score_bins``, ``groups`` and
-    ``min_group`` say what is counted beside (``metrics.measures``).
+    ``min_group`` say what is counted beside (``metrics.measures``). ``keys`` are those of
+    ``[data]`` that only the job's task has, its defaults filled in.
     """
 
     labels: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class Settings:
     score_bins: int = 0
     groups: tuple[str, ...] = ()
     min_group: int = 1
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Rows(Protocol):

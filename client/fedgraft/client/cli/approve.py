@@ -85,7 +85,7 @@ def _in_words(agreement: "Agreement") -> list[str]:
     from fedgraft.common.config.job import Job
 
     job, facts = Job.model_validate_json(agreement.job), _facts(agreement)
-    rank = f" of rank {rank}" if (rank := getattr(job.method, "rank", None)) else ""
+    rank = f" of rank {rank}" if (rank := job.method.low_rank) else ""
     return [
         f"Run {agreement.session}, asked for at {facts['asked']}, now {agreement.status}.",
         f"Job {job.job.name}: {job.job.task} into {', '.join(job.job.labels)}.",

@@ -99,7 +99,7 @@ def read_split(
     Where nothing stands beside what is read, also a ``.txt`` file or a folder of them, or a folder
     of files, wherever they lie in it.
 
-    The data set has the content under the name of the job's modality, ``label`` (int64), what the
+    The data set has what is read under ``Task.content``, ``label`` (int64), what the
     task stores beside and, where the job has groups, ``group`` (``read_groups``). ``columns`` maps
     a column of the job's schema to the site's, ``labels`` a value of the site's to the job's name.
     Where rows are not ``labelled``, no column of labels is needed. Nothing is coerced, dropped or
@@ -109,7 +109,7 @@ def read_split(
         DataError: the first thing that is wrong with the files, and where.
     """
     task, modality = job.task, job.task.modality
-    content = job.data.column(modality.name)
+    content = job.data.column(task.content)
     beside = job.data.column(task.beside) if task.beside else None
     _check_mappings(job, [content, beside, job.data.group], columns, labels)
     read_beside = beside is not None and (labelled or not task.labelled)
@@ -133,7 +133,7 @@ def read_split(
     chosen = {name: [values[at] for at in kept] for name, values in found.items()}
     kinds = {name: KINDS[task.stored.get(name, "int64")] for name in found}
     dataset = _made(
-        {modality.name: contents, **chosen}, {modality.name: KINDS[task.content_kind], **kinds}
+        {task.content: contents, **chosen}, {task.content: KINDS[task.content_kind], **kinds}
     )
     return SplitRows(dataset, skipped=len(places) - len(kept))
 

@@ -13,11 +13,16 @@ from pathlib import Path
 
 from fedgraft.client.data.files import READERS, column_names, find_sources, images_in
 from fedgraft.common.errors import DataError
+from fedgraft.common.tasks import TASKS
 
 __all__ = ["Survey", "survey"]
 
 # What a job calls its columns if it does not say.
-DEFAULTS = ("text", "image", "audio", "video", "label")
+DEFAULTS = tuple(
+    dict.fromkeys(
+        key for task in TASKS.values() for key in (task.content, task.beside) if key is not None
+    )
+)
 MOST = 20  # names of columns that are told
 
 

@@ -95,7 +95,6 @@ def _train(chosen: "torch.device") -> tuple[bool, int]:
     from fedgraft.client.training.trainer import Task, train_alone
     from fedgraft.common.config.jobfile import parse_job
     from fedgraft.common.examples import ImageExamples
-    from fedgraft.common.modalities.image import ImageProcessor
     from fedgraft.common.seeds import numpy_generator, torch_generator
 
     job = parse_job(JOB, where="the doctor's job")
@@ -103,7 +102,6 @@ def _train(chosen: "torch.device") -> tuple[bool, int]:
         torch.cuda.reset_peak_memory_stats(chosen)
     stack = open_stack(job, device=str(chosen))
     processor = stack.bench.processor
-    assert isinstance(processor, ImageProcessor)  # noqa: S101  # the job is about images
     draw, count = numpy_generator(0, "doctor"), STEPS * BATCH
     shape = (count, processor.channels, *processor.size)
     examples = ImageExamples(

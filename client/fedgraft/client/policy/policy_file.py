@@ -209,7 +209,7 @@ def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:
         ("method", job.method.kind in model.allowed_methods),
         ("domain", job.training.domain is None or "domain" in model.allowed_methods),
         ("consolidation", _allows_consolidation(model, job)),
-        ("rank", getattr(job.method, "rank", 0) <= model.max_rank),
+        ("rank", job.method.low_rank <= model.max_rank),
         ("secure-aggregation", _masks(job) or privacy.secure_aggregation == "allowed"),
         ("cohort", min(cohort, facts.survivors or cohort) >= privacy.min_cohort),
         ("colluding", not _masks(job) or _withstands(job, cohort) >= privacy.max_colluding),

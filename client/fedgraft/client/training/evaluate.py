@@ -29,7 +29,8 @@ def measure(
     collector = measures.collect(examples)
     feed = open_feed(stack, trained, examples, store)
     order = np.argsort(np.asarray(examples.lengths), kind="stable")
-    size = stack.objective.at_once(stack.model.config, examples.longest)
+    outputs = stack.bench.task.outputs(stack.model.config)
+    size = stack.objective.at_once(outputs, examples.longest)
     stack.put_one(trained, vector)
     with torch.inference_mode():
         for start in range(0, len(order), size):

@@ -62,6 +62,7 @@ def check_compatible(job: "Job") -> None:
     Raises:
         IllegalJob: the first thing that does not, and what to write instead.
     """
+    job.task.check_keys(job.data.own_keys(job.task.keys))
     for feature, has in FEATURES.items():
         if has(job) and (refused := refusal_of(job, feature)):
             raise IllegalJob(*refused)

@@ -1,8 +1,10 @@
 """``[data]``: what every site's rows look like."""
 
-from typing import Literal, Self
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from fedgraft.common.section import IllegalJob, Section
 
@@ -10,7 +12,12 @@ __all__ = ["Data"]
 
 
 class Data(Section):
-    """``[data]``: the schema every site must offer, and how rows become tensors."""
+    """``[data]``: the schema every site must offer, and how rows become tensors.
+
+    A task may have keys of its own (``Task.keys``): they are in no job of another task.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     text: str = "text"
     image: str = "image"
@@ -30,6 +37,25 @@ class Data(Section):
     normalize: Literal["backbone", "per-image"] = "backbone"
     group: str | None = Field(default=None, description="column that says whose example it is")
     groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
+
+    def own_keys(self, defaults: Mapping[str, str | float]) -> dict[str, Any]:
+        """The keys that only a task has, with its ``defaults`` filled in.
+
+        Raises:
+            IllegalJob: a key is not known, or its value is of another type than the default.
+        """
+        given = self.model_extra or {}
+        known = [*type(self).model_fields, *defaults]
+        for key, value in given.items():
+            if key not in defaults:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise IllegalJob(f"unknown key data.{key}", hint)
+            wanted = (str,) if isinstance(defaults[key], str) else (int, float)
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                what = "the name of a column" if wanted == (str,) else "a number"
+                raise IllegalJob(f"data.{key} = {value!r}: {what} is wanted", f"mend data.{key}")
+        return {**defaults, **given}
 
     def column(self, key: str) -> str:
         """What the column is called that ``key`` stands for: its own value, or the key itself."""

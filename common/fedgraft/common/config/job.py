@@ -79,6 +79,7 @@ class Job(Section):
             score_bins=self.evaluation.score_bins,
             groups=self.data.groups,
             min_group=self.evaluation.min_group,
+            keys=self.data.own_keys(self.task.keys),
         )
 
     @property

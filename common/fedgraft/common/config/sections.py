@@ -38,11 +38,7 @@ class General(Section):
 
     @model_validator(mode="after")
     def _labels_fit(self) -> Self:
-        if not TASKS[self.task].wants_labels:
-            if self.labels:
-                raise IllegalJob(f"{self.task} has no labels", "leave job.labels out")
-        elif len(self.labels) < 2:
-            raise IllegalJob(f"{self.task} needs at least two labels", "name them in job.labels")
+        TASKS[self.task].check_labels(self.labels)
         return self
 
     @model_validator(mode="after")

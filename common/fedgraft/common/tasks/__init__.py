@@ -9,6 +9,7 @@ from fedgraft.common.tasks.classification import Classification
 from fedgraft.common.tasks.masked_image_modeling import MaskedImageModeling
 from fedgraft.common.tasks.masked_lm import MaskedLm
 from fedgraft.common.tasks.seq2seq_lm import Seq2SeqLm
+from fedgraft.common.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "Task", "TaskName"]
 
@@ -21,6 +22,7 @@ TASKS: dict[str, Task] = {
     "masked-lm": MaskedLm(),
     "seq2seq-lm": Seq2SeqLm(),
     "masked-image-modeling": MaskedImageModeling(),
+    "token-classification": TokenClassification(),
 }
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fedgraft.common.examples import Examples, Inputs
 from fedgraft.common.metrics.evaluation import Measures
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.modalities import Modality, Processor
-from fedgraft.common.section import Refuses
+from fedgraft.common.section import IllegalJob, Refuses
 
 __all__ = ["Cell", "Corrupt", "Differences", "Reading", "Task"]
 
@@ -76,8 +76,8 @@ class Task(ABC):
 
     ``auto_class`` of transformers loads the model, which reads ``modality``; ``target`` names the
     objective (``client/objectives.py``) and ``peft_type`` is how PEFT calls the task. ``beside`` is
-    the key of ``[data]`` that names the column beside what is read, and ``columns`` are keys that
-    only this task has, with their defaults.
+    the key of ``[data]`` that names the column beside what is read, and ``keys`` are keys of
+    ``[data]`` that only this task has, with their defaults: names of columns, or numbers.
 
     ``metrics`` are shown of a model, the headline first; one of the two is a share. ``examples``,
     ``example_words`` and ``reading`` are words of the report.
@@ -89,7 +89,7 @@ class Task(ABC):
     target: str
     peft_type: str | None = None
     beside: str | None = None
-    columns: Mapping[str, str] = MappingProxyType({})
+    keys: Mapping[str, str | float] = MappingProxyType({})
     stored: Mapping[str, str] = MappingProxyType({})
     """Columns of rows beside content and label, with their kinds (``client.data.rows.KINDS``)."""
 
@@ -126,9 +126,37 @@ class Task(ABC):
         return next(one for one in self.metrics if one.percent)
 
     @property
+    def content(self) -> str:
+        """The key of ``[data]`` that names the column of what is read; rows call it so, too."""
+        return self.modality.name
+
+    @property
     def content_kind(self) -> str:
         """How rows store what is read."""
         return self.modality.kind
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Check the labels that a job names.
+
+        Raises:
+            IllegalJob: there are some and the task has none, or they do not do.
+        """
+        if not self.wants_labels and labels:
+            raise IllegalJob(f"{self.name} has no labels", "leave job.labels out")
+        if self.wants_labels and len(labels) < 2:
+            raise IllegalJob(f"{self.name} needs at least two labels", "name them in job.labels")
+
+    def check_keys(self, keys: Mapping[str, Any]) -> None:
+        """Check the values of ``keys``, defaults filled in.
+
+        Raises:
+            IllegalJob: they contradict each other.
+        """
+        return
+
+    def outputs(self, config: Any) -> int:
+        """Numbers that a model with this configuration predicts at once, or at a position."""
+        return int(getattr(config, "num_labels", 1))
 
     def check_cell(self, content: Any) -> None:
         """Check what is read of a row.

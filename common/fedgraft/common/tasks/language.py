@@ -100,6 +100,10 @@ class TokenTask(Task):
         },
     )
 
+    def outputs(self, config: Any) -> int:
+        """The words of its vocabulary."""
+        return int(getattr(config, "vocab_size", 1))
+
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
         """Nothing: what is predicted is in the text itself."""
         return {"label": 0}

@@ -290,7 +290,7 @@ def _as_files(
     job: Job, rows: pa.Table, shift: Shift | None, generator: np.random.Generator
 ) -> pa.Table:
     """The rows as a real site would have them: the job's column names, labels by name."""
-    task, name = job.task, job.task.modality.name
+    task, name = job.task, job.task.content
     contents = rows[name].to_pylist()
     if task.modality.files:
         contents = [{"bytes": _shifted(one, shift, generator), "path": None} for one in contents]

@@ -201,20 +201,9 @@ def labels_of(rows: datasets.Dataset) -> Indices:
 
 def rows_digest(job: Job, simulation: Simulation) -> str:
     """A hash over the rows as they are in the files and the settings that shape the sites."""
-    task, modality = job.task, job.task.modality
-    settings: dict[str, Any] = {
-        "format": FORMAT,
-        "seed": job.job.seed,
-        "task": job.job.task,
-        "labels": job.job.labels,
-        "data": job.data.model_dump(include=_deciding(task)),
-        "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
-    }
-    if job.data.groups:
-        settings["groups"] = (job.data.group, job.data.groups)
-    if simulation.faults.poisons_labels:  # else absent: older digests hold
-        settings["poisoned"] = simulation.faults.poisoned
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    task = job.task
+    settings = json.dumps(_settings(job, simulation), sort_keys=True)
+    digest = hashlib.sha256(settings.encode())
     natural = simulation.partition.kind == "natural"
     beside = job.data.column(task.beside) if task.beside else None
     for pattern in (simulation.train, simulation.test):
@@ -227,7 +216,7 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
             if path == DIGITS:
                 _feed(digest, DIGITS)
                 continue
-            content, files = job.data.column(modality.name), modality.files
+            content, files = job.data.column(task.content), task.modality.files
             for table in read_tables(path, content=content, label=beside, images=files):
                 _feed(digest, "table", str(table.typed))
                 for one, label in zip(table.contents, table.labels, strict=True):
@@ -236,6 +225,25 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
                 _feed(digest, "groups", read_groups(path, job.data, {}).tobytes())
         _feed(digest, "end")
     return digest.hexdigest()[:32]
+
+
+def _settings(job: Job, simulation: Simulation) -> dict[str, Any]:
+    """What decides which rows a site gets; a setting that is not asked for is absent."""
+    settings: dict[str, Any] = {
+        "format": FORMAT,
+        "seed": job.job.seed,
+        "task": job.job.task,
+        "labels": job.job.labels,
+        "data": job.data.model_dump(include=_deciding(job.task)),
+        "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
+    }
+    if job.task.keys:
+        settings["keys"] = job.settings.keys
+    if job.data.groups:
+        settings["groups"] = (job.data.group, job.data.groups)
+    if simulation.faults.poisons_labels:  # else absent: older digests hold
+        settings["poisoned"] = simulation.faults.poisoned
+    return settings
 
 
 def _deciding(task: Task) -> set[str]:

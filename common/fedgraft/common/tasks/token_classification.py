@@ -1,0 +1,269 @@
+"""Token classification: a tag for each word, and the entities that the tags spell (IOB2).
+
+A word may be several tokens: its tag is that of the first, the others are not predicted. A sentence
+is one example, cut to ``data.max_length``. An entity that is cut off counts as missed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from fedgraft.common.encoding import Arrays, Keep, Rows, Settings
+from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.examples import (
+    IGNORED,
+    Indices,
+    Inputs,
+    TextExamples,
+    Wrapped,
+    concatenate,
+)
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.metrics.tag_evaluation import OUTSIDE, TagMeasures, entities, types_of
+from fedgraft.common.modalities import MODALITIES
+from fedgraft.common.modalities.text import as_examples, check_length, check_string
+from fedgraft.common.section import IllegalJob, Refuses
+from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
+from fedgraft.common.tasks.labels import label_index
+from fedgraft.common.tasks.language import over_parts
+
+__all__ = ["TaggedTexts", "TokenClassification"]
+
+BATCH = 1000  # sentences tokenised at once
+F1 = Metric("f1", "entity F1", short="F1")
+ACCURACY = Metric("accuracy", "token accuracy", short="right")
+
+
+@dataclass(frozen=True)
+class TaggedTexts(Wrapped):
+    """Sentences: ``tags`` int64 [tokens of source] are ``IGNORED`` but on the first of a word.
+
+    ``cut`` int64 [n, types] are entities of which a word is behind the end of the example.
+    """
+
+    source: TextExamples
+    tags: Indices
+    cut: Indices
+
+    @property
+    def digest(self) -> str:
+        """That of ``source``."""
+        return self.source.digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.source.nbytes + self.tags.nbytes + self.cut.nbytes
+
+    def batch(self, index: Indices, width: int = 0) -> Inputs:
+        """The sentences at ``index``, as ``TextExamples`` has them."""
+        return self.source.batch(index, width)
+
+    def targets(self, index: Indices, width: int = 0) -> Indices:
+        """The tags, int64 [b, width], and ``IGNORED`` on padding and inside words."""
+        mask = self.batch(index, width)["attention_mask"].astype(np.bool_)
+        targets: Indices = np.full(mask.shape, IGNORED, np.int64)
+        ranges = [
+            self.tags[start : start + length]
+            for start, length in zip(
+                self.source.starts[index].tolist(), self.source.lengths[index].tolist(), strict=True
+            )
+        ]
+        targets[mask] = np.concatenate([np.empty(0, np.int64), *ranges])
+        return targets
+
+    def subset(self, index: Indices) -> "TaggedTexts":
+        """The sentences at ``index``, in that order; ids and tags are shared."""
+        return replace(self, source=self.source.subset(index), cut=self.cut[index])
+
+    def joined(self, others: "Sequence[TaggedTexts]") -> "TaggedTexts":
+        """These sentences and those of ``others``, in order."""
+        every = (self, *others)
+        return TaggedTexts(
+            concatenate([one.source for one in every]),
+            np.concatenate([one.tags for one in every]),
+            np.concatenate([one.cut for one in every]),
+        )
+
+
+class TokenClassification(Task):
+    """A tag for each word of a sentence: named entities and the like."""
+
+    name = pipeline = "token-classification"
+    auto_class = "AutoModelForTokenClassification"
+    modality = MODALITIES["text"]
+    target = "tokens"
+    beside = "tags"
+    content = "tokens"
+    content_kind = "strings"
+    keys: Mapping[str, str | float] = MappingProxyType({"tokens": "tokens", "tags": "tags"})
+    stored: Mapping[str, str] = MappingProxyType({"tags": "int64s"})
+    wants_labels = True
+    metrics = (F1, ACCURACY)
+    card_metrics = (
+        F1,
+        Metric("precision", "entity precision"),
+        Metric("recall", "entity recall"),
+        Metric("macro_f1", "macro F1 over types", hub="f1"),
+        Metric("accuracy", "token accuracy"),
+    )
+    card_note = (
+        "An entity is right where its type and both its ends are. A word that is cut into several "
+        "tokens has the tag of the first. "
+    )
+    examples = "sentences"
+    person = "letters"
+    intervals = (
+        "Entity F1 and token accuracy have bootstrap intervals over sentences, each redrawn with "
+        "all of its entities."
+    )
+    verdicts = (
+        '"Helped" and "hurt" need both a paired permutation test over sentences below 5 % and a '
+        "95 % bootstrap interval of the difference in entity F1 that excludes zero. Both models "
+        "tag the same sentences."
+    )
+    differences = Differences(
+        "in points of entity F1, on the site's own test sentences. Below it its 95 % interval, by "
+        "bootstrap over sentences",
+        ("Entity F1", "Permutation p"),
+        points=True,
+    )
+    use = "tag the entities of a text"
+    refuses: Refuses = over_parts("tokens")
+
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """The labels are tags of IOB2."""
+        super().check_labels(labels)
+        kinds = [label.partition("-") for label in labels if label != OUTSIDE]
+        wrong = [p + dash + own for p, dash, own in kinds if p not in ("B", "I") or not own]
+        alone = sorted({own for _, _, own in kinds} - {own for p, _, own in kinds if p == "B"})
+        problems = [f"{one!r} is no tag" for one in wrong]
+        problems += [f"there is no tag B-{one}" for one in alone]
+        if OUTSIDE not in labels:
+            problems.append(f"there is no tag {OUTSIDE!r}")
+        if problems:
+            raise IllegalJob(
+                f"job.labels of {self.name} are tags of IOB2: {problems[0]}",
+                'labels = ["O", "B-person", "I-person", ...]',
+            )
+
+    def check_cell(self, content: Any) -> None:
+        """A cell is a list of words."""
+        if not isinstance(content, list) or not content:
+            raise DataError(
+                "no list of words",
+                hint='write tokens as a list, as in {"tokens": ["Ada", "lives"], "tags": [...]}; '
+                "CSV cannot hold lists: use JSONL or Parquet",
+            )
+        for word in content:
+            check_string(word, "word")
+
+    def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
+        """The indices of the tags, as many as words."""
+        words = cell.content if isinstance(cell.content, list) else []
+        if not isinstance(cell.beside, list) or len(cell.beside) != len(words):
+            count = len(cell.beside) if isinstance(cell.beside, list) else "no"
+            raise DataError(
+                f"{len(words)} words have {count} tags", hint="a list with one tag for each word"
+            )
+        return {
+            "label": 0,
+            "tags": [label_index(tag, reading, typed=cell.typed) for tag in cell.beside],
+        }
+
+    def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+        """The tags by their names."""
+        return {"tags": [labels[tag] for tag in row["tags"]]}
+
+    def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> TaggedTexts:
+        """One example a sentence; of each word the first token has its tag.
+
+        Raises:
+            BackboneError: the tokenizer does not say which word a token is of.
+            DataError: a sentence becomes no tokens.
+        """
+        most = settings.max_length
+        check_length(processor, most)
+        if not processor.tokenizer.is_fast:
+            raise BackboneError(
+                "the backbone's tokenizer does not say which word a token is of",
+                hint="a backbone with a tokenizer.json",
+            )
+        sentences = rows.column("tokens")
+        name = (processor.identity, "words", most, rows.digest("tokens"))
+        tokens = keep.tokens(name, lambda: _tokenize(sentences, processor.tokenizer, most))
+        if not tokens["lengths"].all():
+            raise DataError(
+                f"sentence {int(np.argmin(tokens['lengths'])) + 1} becomes no tokens at all",
+                hint="remove the row: the tokenizer knows none of its characters",
+            )
+        source = as_examples(tokens, np.zeros(len(sentences), np.int64), processor, most)
+        tags = [np.array(one, np.int64) for one in rows.column("tags")]
+        aligned, seen = _align(tokens["words"], source, tags)
+        return TaggedTexts(source, aligned, _cut_off(tags, seen, settings.labels))
+
+    def measures(self, settings: Settings) -> TagMeasures:
+        """Tokens that are right, and entities by type."""
+        return TagMeasures(settings.labels, settings.max_length)
+
+    def model_options(
+        self, config: Mapping[str, Any], labels: Sequence[str], source: str
+    ) -> dict[str, Any]:
+        """The tags."""
+        return {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {name: index for index, name in enumerate(labels)},
+        }
+
+    def usage(self, labels: Sequence[str]) -> dict[str, Any]:
+        """A head for as many tags, which the adapter then replaces."""
+        return {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+
+
+def _tokenize(sentences: Sequence[Sequence[str]], tokenizer: Any, most: int) -> Arrays:
+    """Ids (and types) of all sentences in a row, the word of each, -1 for none, and lengths."""
+    found: dict[str, list[int]] = {"input_ids": [], "words": []}
+    lengths: list[int] = []
+    for at in range(0, len(sentences), BATCH):
+        some = [list(words) for words in sentences[at : at + BATCH]]
+        encoded = tokenizer(some, is_split_into_words=True, truncation=True, max_length=most)
+        for name in ("input_ids", "token_type_ids"):
+            if name in encoded:
+                found.setdefault(name, []).extend(chain.from_iterable(encoded[name]))
+        for number, ids in enumerate(encoded["input_ids"]):
+            lengths.append(len(ids))
+            found["words"] += [-1 if w is None else w for w in encoded.word_ids(number)]
+    kinds = {"token_type_ids": np.int8}
+    flat = {name: np.array(values, kinds.get(name, np.int32)) for name, values in found.items()}
+    return {**flat, "lengths": np.array(lengths, np.int64)}
+
+
+def _align(
+    words: Indices, source: TextExamples, tags: Sequence[Indices]
+) -> tuple[Indices, list[int]]:
+    """The tag of each token, ``IGNORED`` but on a word's first; words seen of each sentence."""
+    aligned = np.full(len(source.ids), IGNORED, np.int64)
+    seen: list[int] = []
+    places = zip(source.starts.tolist(), source.lengths.tolist(), tags, strict=True)
+    for start, length, mine in places:
+        own = words[start : start + length]
+        first = (own >= 0) & (own != np.concatenate([[-1], own[:-1]]))
+        aligned[start : start + length][first] = mine[own[first]]
+        seen.append(int(own.max(initial=-1)) + 1)
+    return aligned, seen
+
+
+def _cut_off(tags: Sequence[Indices], seen: Sequence[int], labels: Sequence[str]) -> Indices:
+    """Entities of each sentence, by type, with a word behind the last one that is ``seen``."""
+    types = types_of(labels)
+    cut = np.zeros((len(tags), len(types)), np.int64)
+    for at, (mine, last) in enumerate(zip(tags, seen, strict=True)):
+        if last < len(mine):
+            inside = entities([labels[tag] for tag in mine[:last].tolist()])
+            for kind, *_ in entities([labels[tag] for tag in mine.tolist()]) - inside:
+                cut[at, types.index(kind)] += 1
+    return cut
