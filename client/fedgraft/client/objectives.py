@@ -166,10 +166,39 @@ class Patches:
         return off.new_zeros(counted.shape).masked_scatter(counted, off), counted
 
 
+class Numbers:
+    """One number an example: output [b] of a head with one output, targets float32 [b]."""
+
+    def predicted(self, output: Any, model: Any) -> torch.Tensor:
+        """The head's only output."""
+        logits: torch.Tensor = output.logits
+        return logits[..., 0].float()
+
+    def losses(
+        self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
+    ) -> torch.Tensor:
+        """The squared error."""
+        return (predicted - targets) ** 2
+
+    def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
+        """Of each example, [b]: the ``true`` and the ``predicted`` number, and ``losses``."""
+        found = {
+            "true": targets,
+            "predicted": predicted,
+            "losses": self.losses(predicted, targets),
+        }
+        return {name: value.cpu().numpy() for name, value in found.items()}
+
+    def at_once(self, outputs: int, longest: int) -> int:
+        """As many as usual."""
+        return AT_ONCE
+
+
 OBJECTIVES: dict[str, Objective] = {
     "label": Labels(),
     "tokens": Tokens(),
     "patches": Patches(),
+    "number": Numbers(),
 }
 
 

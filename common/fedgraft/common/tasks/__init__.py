@@ -8,6 +8,7 @@ from fedgraft.common.tasks.causal_lm import CausalLm
 from fedgraft.common.tasks.classification import Classification
 from fedgraft.common.tasks.masked_image_modeling import MaskedImageModeling
 from fedgraft.common.tasks.masked_lm import MaskedLm
+from fedgraft.common.tasks.regression import Regression
 from fedgraft.common.tasks.seq2seq_lm import Seq2SeqLm
 from fedgraft.common.tasks.token_classification import TokenClassification
 
@@ -23,6 +24,12 @@ TASKS: dict[str, Task] = {
     "seq2seq-lm": Seq2SeqLm(),
     "masked-image-modeling": MaskedImageModeling(),
     "token-classification": TokenClassification(),
+    "text-regression": Regression(
+        MODALITIES["text"], "AutoModelForSequenceClassification", "text-classification"
+    ),
+    "image-regression": Regression(
+        MODALITIES["image"], "AutoModelForImageClassification", "image-classification"
+    ),
 }
 
 if TYPE_CHECKING:

@@ -64,7 +64,7 @@ def headline(results: Results) -> str:
         return "No best setting: there is nothing to choose between."
     metric, best = results.chosen_by, results.rows[results.best]
     mean = spread(best.values(metric)).text(scale=100)
-    text = f"Best by {_NAMES[metric]} accuracy: {best.label}, {mean} %"
+    text = f"Best by {_NAMES[metric]} {results.share}: {best.label}, {mean} %"
     gaps = [
         (_gap(best, row, metric), row) for row in results.rows if row.complete and row is not best
     ]

@@ -64,7 +64,7 @@ def _over_key(figure: "Figure", results: Results, panels: Sequence[str]) -> None
             if _numeric(first):
                 _join(axes, points, metric, colour=LOOKS[at][0], aside=aside)
         _scale(axes, first, spots)
-        _frame(axes, PANELS[metric], x=names[first.key], y="accuracy, %")
+        _frame(axes, PANELS[metric], x=names[first.key], y=f"{results.share}, %")
         axes.grid(axis="y", color=LINE, linewidth=0.8)
     _within_percent(every[0].get_ylim, every[0].set_ylim)
     if second:
@@ -166,7 +166,7 @@ def _rows(figure: "Figure", results: Results, panels: Sequence[str]) -> None:
         labels = [_short(row.label) if axes is every[0] else "" for row in results.rows]
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        _frame(axes, PANELS[metric], x="accuracy, %", y="")
+        _frame(axes, PANELS[metric], x=f"{results.share}, %", y="")
         axes.grid(axis="x", color=LINE, linewidth=0.8)
     _within_percent(every[0].get_xlim, every[0].set_xlim)
 

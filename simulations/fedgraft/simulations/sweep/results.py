@@ -39,8 +39,8 @@ ChosenBy = Literal["validation_accuracy", "test_accuracy"]
 class CellResult:
     """One cell: its run's folder below ``runs/`` and ``metrics`` by the names of ``METRICS``.
 
-    Accuracies and macro F1 are fractions of the final federated adapter, None where not measured;
-    ``error`` says why a failed cell failed.
+    Accuracies (of other tasks their ``Task.share``) and macro F1 are fractions of the final
+    federated adapter, None where not measured; ``error`` says why a failed cell failed.
     """
 
     cell: int
@@ -79,7 +79,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A sweep so far. ``best`` is the index of a row, ``chosen_by`` the metric that says so."""
+    """A sweep so far. ``best`` is the index of a row, ``chosen_by`` the metric that says so.
+
+    ``share`` is what the task calls its share of right answers, by which settings are compared.
+    """
 
     folder: Path
     job: str
@@ -88,6 +91,7 @@ class Results:
     rows: tuple[Row, ...]
     chosen_by: ChosenBy | None
     best: int | None
+    share: str = "accuracy"
 
     @property
     def swept(self) -> tuple[Axis, ...]:
@@ -139,8 +143,8 @@ def cell_result(cell: Cell, run: Run | None, error: str | None = None) -> CellRe
         final = summary["final"].get("federated") or {}
         kept = kept_validation(run.history(), run.job.rounds.early_stopping)
         metrics = {
-            "validation_accuracy": kept["accuracy"] if kept else None,
-            "test_accuracy": final.get("accuracy"),
+            "validation_accuracy": kept[run.job.task.share.key] if kept else None,
+            "test_accuracy": final.get(run.job.task.share.key),
             **{metric: final.get(metric) for metric in ("macro_f1", "loss")},
             **{metric: summary[metric] for metric in METRICS[4:]},
         }
@@ -173,7 +177,14 @@ def kept_validation(
     return kept
 
 
-def gather(folder: Path, job: str, axes: tuple[Axis, ...], cells: Sequence[CellResult]) -> Results:
+def gather(
+    folder: Path,
+    job: str,
+    axes: tuple[Axis, ...],
+    cells: Sequence[CellResult],
+    *,
+    share: str = "accuracy",
+) -> Results:
     """Rows in the order of the grid, and the best of those whose seeds all finished."""
     names = short_names(list(cells[0].settings))
     together: dict[tuple[str, ...], list[CellResult]] = {}
@@ -185,7 +196,7 @@ def gather(folder: Path, job: str, axes: tuple[Axis, ...], cells: Sequence[CellR
     )
     chosen_by = _chosen_by(rows)
     best = _best(rows, chosen_by) if chosen_by and len(rows) > 1 else None
-    return Results(folder, job, axes, tuple(cells), rows, chosen_by, best)
+    return Results(folder, job, axes, tuple(cells), rows, chosen_by, best, share)
 
 
 def _row_label(names: Mapping[str, str], settings: Mapping[str, str], job: str) -> str:

@@ -203,7 +203,8 @@ def _run_cell(sweep: Sweep, cell: Cell, run: Run | None, console: Console) -> Ru
 
 def _written(sweep: Sweep, found: Mapping[int, CellResult]) -> Results:
     """The results so far, and on disk: a long sweep can be looked at while it runs."""
-    results = gather(sweep.folder, sweep.job, sweep.axes, tuple(found.values()))
+    share = sweep.cells[0].job.task.share.name
+    results = gather(sweep.folder, sweep.job, sweep.axes, tuple(found.values()), share=share)
     write_results(results)
     write_table(results)
     return results
