@@ -13,8 +13,8 @@ from typing import Any
 from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import Stage
 from fedgraft.common.messages.payloads import PastRound, ResultRequest
+from fedgraft.server.plan import Plan
 from fedgraft.server.protocol.transport import SILENT, Transport
-from fedgraft.server.rounds import Plan
 from fedgraft.server.runs.run_folder import Run
 
 __all__ = ["hand_over"]

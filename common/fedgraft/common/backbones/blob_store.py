@@ -33,8 +33,7 @@ from fedgraft.common.backbones.manifest import (
     make_manifest,
 )
 from fedgraft.common.errors import BackboneError, MessageError, TransferError
-from fedgraft.common.files import sync_folder, write_atomically
-from fedgraft.common.locks import lock_folder
+from fedgraft.common.files import lock_folder, sync_folder, write_atomically
 
 __all__ = ["BlobStore", "Manifest", "Receiver", "make_manifest", "open_store", "set_store"]
 

@@ -22,14 +22,14 @@ __all__ = [
     "Opening",
     "RevealedShare",
     "SealedShares",
+    "SecAggStage",
     "SharesRequest",
-    "Stage",
     "Survivors",
     "UnmaskRequest",
 ]
 
 
-class Stage(IntEnum):
+class SecAggStage(IntEnum):
     """The stages of a round, in order."""
 
     KEYS = 1
