@@ -25,8 +25,7 @@ PLAIN_MEAN = (
     "training.{beside} needs the plain mean over sites, of their statistics too",
     'aggregation.rule = "fedavg" with server_optimizer.kind = "none"',
 )
-"""The refusal of statistics that travel beside an adapter (domain, consolidation), with its hint.
-"""
+"""The error text and the hint that refuse statistics beside an adapter (domain, consolidation)."""
 
 
 class Rule(Protocol):
@@ -95,8 +94,10 @@ class Collector(Protocol):
         ...
 
     def combined(self) -> NDArray[np.float64]:
-        """Return the combination of all updates, float64 [size]; ZeroDivisionError if there are
-        none.
+        """Return the combination of all updates, float64 [size].
+
+        Raises:
+            ZeroDivisionError: there is no update.
         """
         ...
 

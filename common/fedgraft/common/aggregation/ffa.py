@@ -1,13 +1,12 @@
-"""FFA-LoRA: A is drawn once, is equal at all sites and is frozen; sites train and send B and the
-head.
+"""FFA-LoRA: A is drawn once, equal at all sites, and frozen; sites train and send B and the head.
 
 Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (ICLR).
 
     A_i = A fixed,   B <- B + sum_i p_i (B_i - B)
 
 All sites have the same A, so mean(B A) = mean(B) A: the average is exact. A round also sends about
-half as many bytes. A comes from a seed that is a hash of the job's seed; sites compare A by hash
-before the first round.
+half as many bytes. A comes from a seed that is a hash of the job's seed. Before the first round
+each site compares the hash of its A with the coordinator's hash.
 """
 
 from dataclasses import dataclass
