@@ -1,6 +1,6 @@
 """The training methods: one file for each method, and the table of all methods.
 
-A method decides which weights of a model train. Only these weights can travel.
+A method decides which weights of a model train, and so which weights travel.
 """
 
 from functools import reduce
