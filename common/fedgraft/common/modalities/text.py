@@ -85,7 +85,7 @@ class TextProcessor:
     def tokenize_stretches(
         self, texts: Sequence[str], max_length: int
     ) -> dict[str, list[list[int]]]:
-        """Return all tokens of each text in pieces of ``max_length``, with special tokens each."""
+        """Return all tokens of each text in blocks of ``max_length``, with special tokens each."""
         encoded = self.tokenizer(
             list(texts), truncation=True, max_length=max_length, return_overflowing_tokens=True
         )

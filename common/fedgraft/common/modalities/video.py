@@ -86,9 +86,7 @@ class Video(Modality):
     def encode(
         self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
     ) -> ImageExamples:
-        """Return ``pixel_values`` [n, frames, channels, height, width]; large arrays go to
-        a file.
-        """
+        """Return ``pixel_values`` [n, frames, channels, height, width]; a large array is kept."""
         shape, normalize = (len(labels), *processor.shape), settings.normalize
         sources = rows.column(self.name)
 
