@@ -120,9 +120,7 @@ class Task(ABC):
     differences: Differences
     pipeline: str
     use: str
-    """The use of the model, after the word "To"; ``pipeline`` is the Hugging Face hub's
-    name of it.
-    """
+    """The model's use, after the word "To"; ``pipeline`` is the Hugging Face hub's name of it."""
     card_note: str = ""
     refuses: Refuses
 

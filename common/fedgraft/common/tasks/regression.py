@@ -124,8 +124,9 @@ class NumberEvaluation:
     def compare(
         self, other: "NumberEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
     ) -> dict[str, Any]:
-        """Return the difference of absolute errors to ``other`` on the same examples, in the
-        target's unit.
+        """Return the difference of absolute errors to ``other``, in the target's unit.
+
+        Both models predict the same examples.
         """
         errors = [self.span * np.abs(one.predicted - one.true) for one in (self, other)]
         verdict = _verdict(errors[0], errors[1], generator, name, rival)
