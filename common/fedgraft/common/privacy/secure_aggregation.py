@@ -1,4 +1,4 @@
-"""``[privacy.secure_aggregation]``: masked sums, and the numbers that decide what they hide."""
+"""``[privacy.secure_aggregation]``: masked sums, and the numbers that decide their protection."""
 
 import math
 from typing import TYPE_CHECKING, Literal, Self
@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 
 __all__ = ["FEWEST", "SecureAggregation"]
 
-FINEST = 20  # bits of a quantised value: more would be lost in float32 anyway
-LOSS_LIMIT = 64.0  # nats times weight / max_weight: with a full weight, a loss that has diverged
+FINEST = 20  # bits of a quantised value; float32 would lose further bits anyway
+LOSS_LIMIT = 64.0  # nats x weight / max_weight; a larger loss at full weight has diverged
 FEWEST = 3
 
 
 class SecureAggregation(Section):
     """``[privacy.secure_aggregation]``: the coordinator sees sums over a cohort and nothing else.
 
-    Updates are clipped to ``clip`` in every coordinate and quantised; no sum of ``max_sites``
-    sites can overflow the ring. ``colluders`` and ``dropouts`` are shares of a cohort: so many
-    sites (at least one) may work together with the coordinator, so many may vanish in a round.
+    Updates are clipped to ``clip`` in every coordinate and quantised; no sum of ``max_sites`` sites
+    can overflow the ring. ``colluders`` and ``dropouts`` are shares of a cohort: that share of the
+    sites (for colluders at least one site) may work together with the coordinator, or may drop out
+    in a round.
     """
 
     enabled: bool = False
@@ -50,7 +51,10 @@ class SecureAggregation(Section):
         return self
 
     def coding(self, *, by_examples: bool) -> "Coding":
-        """How updates become ring elements; a uniform mean gives every site the weight 1."""
+        """Return the coding of updates as ring elements.
+
+        For a uniform mean every site has weight 1.
+        """
         from fedgraft.common.secagg.quantize import Coding
 
         ring = self.ring_bits or (24 if self.max_sites <= 128 else 32)
@@ -65,13 +69,15 @@ class SecureAggregation(Section):
         )
 
     def numbers(self, cohort: int) -> tuple[int, int]:
-        """Colluders and dropouts, as numbers of sites, that a round of ``cohort`` sites stands."""
+        """Return the numbers of colluders and dropouts that ``cohort`` sites tolerate in a
+        round.
+        """
         colluders = max(1, math.ceil(round(self.colluders * cohort, 6)))
-        most = cohort - ((cohort + colluders) // 2 + 1)  # the others must sign
+        most = cohort - ((cohort + colluders) // 2 + 1)  # the remaining sites must sign
         return colluders, max(min(math.ceil(round(self.dropouts * cohort, 6)), most), 0)
 
     def plan(self, cohort: int) -> "Plan":
-        """Graph degree and thresholds of a round of ``cohort`` sites.
+        """Return the graph degree and the thresholds of a round of ``cohort`` sites.
 
         Raises:
             IllegalJob: the cohort is too small or too large.
