@@ -69,9 +69,7 @@ class SecureAggregation(Section):
         )
 
     def numbers(self, cohort: int) -> tuple[int, int]:
-        """Return the numbers of colluders and dropouts that ``cohort`` sites tolerate in a
-        round.
-        """
+        """Return the numbers of colluders and dropouts that a round of ``cohort`` sites allows."""
         colluders = max(1, math.ceil(round(self.colluders * cohort, 6)))
         most = cohort - ((cohort + colluders) // 2 + 1)  # the remaining sites must sign
         return colluders, max(min(math.ceil(round(self.dropouts * cohort, 6)), most), 0)
