@@ -1,10 +1,11 @@
-"""A file that only grows, in which every line vouches for all lines before it.
+"""An append-only file in which the hash of each line covers all lines before it.
 
 A line is JSON: ``n`` (from 1), ``time`` (UTC), a random ``salt``, the hash of the ``previous``
-line, the facts, and last the SHA-256 ``hash`` of the line's own bytes up to there. Whoever knows
-the newest hash, the head, can tell whether a single byte below it was changed, removed, moved or
-added. Whoever does not know it cannot tell a chain from one that was written anew as a whole, so
-a head belongs in other hands. The salts make a head say nothing about the facts.
+line, the facts, and last the SHA-256 ``hash`` of the line's own bytes before it. A person who knows
+the newest hash, the head, can detect a single byte that was changed, removed, moved or added before
+it. A person who does not know the head cannot distinguish a chain from one that was written again
+as a whole. So another party should keep the head. Because of the salts a head reveals nothing about
+the facts.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ from fedgraft.common.errors import AuditError
 __all__ = ["Audit", "Head", "read", "rows", "verify"]
 
 NOTHING = "0" * 64  # the hash before the first line
-LONGEST = 1 << 24  # bytes of a line
+LONGEST = 1 << 24  # most bytes of a line
 BLOCK = 1 << 16
 CHANGED = "keep it as evidence, move it away, and find out who changed it"
 LINE = re.compile(
@@ -37,14 +38,14 @@ LINE = re.compile(
 
 @dataclass(frozen=True)
 class Head:
-    """The end of a chain: how many lines it has, and the hash of the last one."""
+    """The end of a chain: the number of its lines, and the hash of the last line."""
 
     lines: int
     hash: str
 
 
 class Audit:
-    """The audit at ``path``, which several processes may write at once."""
+    """The audit log at ``path``; several processes may write it at the same time."""
 
     def __init__(
         self,
@@ -58,10 +59,10 @@ class Audit:
 
     @property
     def head(self) -> Head:
-        """The end of the chain as it is on disk.
+        """Return the end of the chain on disk.
 
         Raises:
-            AuditError: the file cannot be read, or its last line is none of ours.
+            AuditError: the file cannot be read, or its last line is not a line of an audit log.
         """
         if not self.path.exists():
             return Head(0, NOTHING)
@@ -70,7 +71,7 @@ class Audit:
 
     @property
     def newest(self) -> tuple[Head, dict[str, Any]]:
-        """``head``, and the facts of the line that it is of; none where there is no line.
+        """Return ``head`` and the facts of its line; the facts are empty if there is no line.
 
         Raises:
             AuditError: as ``head``.
@@ -79,18 +80,18 @@ class Audit:
         if self.path.exists():
             with _locked(self.path, "rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                *before, _ = _tail(file, size)  # what follows the last line end is no line yet
+                *before, _ = _tail(file, size)  # text after the last line end is not yet a line
         if not before:
             return Head(0, NOTHING), {}
         return _head_of(self.path, before[-1]), json.loads(before[-1])
 
     def append(self, facts: Mapping[str, Any]) -> Head:
-        """Add a line; it is durable when this returns, and what is torn off is cut before.
+        """Add a line; it is durable when this returns. An incomplete last line is removed first.
 
         ``facts`` are JSON and have none of the chain's own keys.
 
         Raises:
-            AuditError: it cannot be written, or the line to chain it to was changed.
+            AuditError: the line cannot be written, or the last line was changed.
         """
         with _locked(self.path, "r+b") as file:
             head, end, lacking = _settled(self.path, file)
@@ -99,13 +100,13 @@ class Audit:
             try:
                 _write(file, lacking + line, end)
             except OSError:
-                file.truncate(end)  # no part of a line that could not be written
+                file.truncate(end)  # leave no part of an unwritten line
                 raise
         return new
 
 
 def _sealed(head: Head, facts: dict[str, Any], seconds: float, salt: bytes) -> tuple[bytes, Head]:
-    """The line after ``head``, and the head that it makes."""
+    """Return the line after ``head``, and the new head."""
     moment = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
     chain = {"n": head.lines + 1, "time": moment, "salt": salt.hex(), "previous": head.hash}
     if taken := facts.keys() & {*chain, "hash"}:
@@ -125,17 +126,17 @@ def _write(file: IO[bytes], content: bytes, start: int) -> None:
 
 
 def _settled(path: Path, file: IO[bytes]) -> tuple[Head, int, bytes]:
-    """The head of an open file, where the next line goes, and what is lacking before it.
+    """Return the head of an open file, the place of the next line, and the bytes missing before it.
 
-    What follows the last line end was being written when its writer died, and nobody relied on
-    it. It is cut if it is the beginning of the next line, and an error if it is anything else.
+    Bytes after the last line end were being written when their writer died; no one has relied on
+    them. If they are the start of the next line, they are cut off; otherwise they are an error.
     """
     size = file.seek(0, os.SEEK_END)
     *before, torn = _tail(file, size)
     head = _head_of(path, before[-1]) if before else Head(0, NOTHING)
     if not torn:
         return head, size, b""
-    if (whole := _follows(torn, head)) is not None:  # only its line end is lacking
+    if (whole := _follows(torn, head)) is not None:  # only its line end is missing
         return whole, size, b"\n"
     begins = f'{{"n":{head.lines + 1},'.encode()
     if not (torn.startswith(begins) or begins.startswith(torn)):
@@ -144,7 +145,7 @@ def _settled(path: Path, file: IO[bytes]) -> tuple[Head, int, bytes]:
 
 
 def _tail(file: IO[bytes], size: int) -> list[bytes]:
-    """The last line of a file, if it has one, and what follows its end."""
+    """Return the last line of a file, if there is one, and the bytes after its end."""
     found, start = b"", size
     while start and found.count(b"\n") < 2:
         step = min(BLOCK, start)
@@ -155,7 +156,7 @@ def _tail(file: IO[bytes], size: int) -> list[bytes]:
 
 
 def _head_of(path: Path, line: bytes) -> Head:
-    """The head that the last line makes, whatever came before it."""
+    """Return the head of the last line, without a check of the lines before it."""
     chain = _chain(line)
     if chain is None:
         raise AuditError(f"the last line of {path} was changed", hint=CHANGED)
@@ -163,7 +164,7 @@ def _head_of(path: Path, line: bytes) -> Head:
 
 
 def _chain(line: bytes) -> tuple[str, Head] | None:
-    """The hash that a line follows and the head that it makes; None if it was changed."""
+    """Return the hash before a line and the head after it; None if the line was changed."""
     found = LINE.fullmatch(line)
     if found is None or hashlib.sha256(found[1]).hexdigest() != found[4].decode():
         return None
@@ -171,7 +172,7 @@ def _chain(line: bytes) -> tuple[str, Head] | None:
 
 
 def _follows(line: bytes, before: Head) -> Head | None:
-    """The head that a line makes after ``before``; None if it does not belong there."""
+    """Return the head after a line that follows ``before``; None if the line does not follow it."""
     chain = _chain(line)
     if chain is None or chain[0] != before.hash or chain[1].lines != before.lines + 1:
         return None
@@ -180,7 +181,7 @@ def _follows(line: bytes, before: Head) -> Head | None:
 
 @contextmanager
 def _locked(path: Path, mode: str) -> Iterator[IO[bytes]]:
-    """The file, locked for one writer, or for readers; a writer makes it if it is not there."""
+    """Yield the file, locked for one writer or for readers; a writer creates a missing file."""
     writes = "+" in mode
     try:
         if writes and not path.exists():
@@ -198,7 +199,7 @@ def _locked(path: Path, mode: str) -> Iterator[IO[bytes]]:
 def _make(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-    folder = os.open(path.parent, os.O_RDONLY)  # a new file must survive a power cut too
+    folder = os.open(path.parent, os.O_RDONLY)  # a new file must also survive a power failure
     try:
         os.fsync(folder)
     finally:
@@ -206,17 +207,17 @@ def _make(path: Path) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """All lines in order, each checked before it is given; never more than one in memory.
+    """Yield all lines in order; each is checked first, and only one is in memory.
 
     Raises:
-        AuditError: with the first line that does not follow from the one before.
+        AuditError: with the first line that does not follow from the line before.
     """
     if not path.exists():
         raise AuditError(
             f"no audit {path}", hint="a site with a policy has one after its first job"
         )
     with _locked(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size  # what comes later is for the next reader
+        left = os.fstat(file.fileno()).st_size  # later lines are for the next reader
     head = Head(0, NOTHING)
     with path.open("rb") as file:
         while left > 0:
@@ -227,7 +228,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _checked(path: Path, line: bytes, before: Head) -> Head:
-    """The head after the line that comes after ``before``."""
+    """Return the head after ``line``, which must follow ``before``."""
     number = before.lines + 1
     if not line.endswith(b"\n"):
         raise AuditError(
@@ -245,12 +246,12 @@ def _checked(path: Path, line: bytes, before: Head) -> Head:
 
 
 def verify(path: Path, known: Head | None = None) -> int:
-    """Check the whole chain, in constant memory; the number of its lines.
+    """Check the whole chain in constant memory and return the number of its lines.
 
-    ``known`` is a head that somebody else kept: the chain must go through it.
+    ``known`` is a head that another party kept: the chain must contain it.
 
     Raises:
-        AuditError: with the first bad line, or that the chain does not reach or match ``known``.
+        AuditError: with the first bad line, or if the chain does not reach or match ``known``.
     """
     lines = 0
     for lines, facts in enumerate(read(path), 1):
@@ -265,7 +266,7 @@ def verify(path: Path, known: Head | None = None) -> int:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines as flat rows: one for every entry of a list of tables, such as the tensors.
+    """Yield the lines as flat rows: one for every entry of a list of tables, such as the tensors.
 
     Raises:
         AuditError: as ``read``.
