@@ -1,20 +1,22 @@
-"""Who shares secrets with whom, and how many must answer.
+"""The graph of parties that share secrets with each other, and the thresholds of the protocol.
 
-Up to 128 parties everyone is everyone's neighbour; above, the neighbours are the ``degree`` nearest
-on a circle whose order is a hash of all advertised keys (Bell et al. 2020, section 3, with Harary
-graphs). Degree and threshold are the smallest for which
+Up to 128 parties, every party is a neighbour of every other party. Above 128, the neighbours are
+the ``degree`` nearest parties on a circle; its order is a hash of all advertised keys (Bell et al.
+2020, section 3, with Harary graphs). Degree and threshold are the smallest numbers with these two
+properties:
 
 - privacy: no honest party has ``threshold`` corrupt neighbours, and honest survivors are connected,
   except with probability 2^-40;
 - correctness: every party has ``threshold`` survivors among itself and its neighbours, except
   with probability 2^-20.
 
-Union bounds over exact hypergeometric tails, in integers, so that all parties agree on every
-platform. They hold for corrupt and dropped parties that were fixed before the circle was drawn: a
-coordinator that picks who drops *after* it saw the circle can at best split the sum into sums over
-arcs of it, and one that tries many sets of keys gains a factor per try. The complete graph has
-neither weakness. The correctness bound counts an owner's own share also where the owner dropped,
-which makes it up to a factor 1.3 too hopeful.
+The bounds are union bounds over exact hypergeometric tails, computed in integers, so that all
+parties get the same result on every platform. They hold if the corrupt and the dropped parties were
+fixed before the circle was drawn. A coordinator that chooses the dropped parties *after* it has
+seen the circle can at best split the sum into sums over arcs of the circle. A coordinator that
+tries many sets of keys gains a factor per try. The complete graph has neither weakness. The
+correctness bound counts an owner's own share even if the owner dropped; this makes it too
+optimistic by a factor of up to 1.3.
 """
 
 import hashlib
@@ -27,18 +29,18 @@ from fedgraft.common.secagg.errors import ParameterError
 
 __all__ = ["COMPLETE", "FEWEST", "Graph", "Plan", "arrange", "plan_graph"]
 
-COMPLETE = 128  # parties up to which everyone is everyone's neighbour
+COMPLETE = 128  # most parties of a complete graph
 PRIVACY, CORRECTNESS = 40, 20  # bits
 FEWEST = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Degree and thresholds for ``parties`` of whom ``colluders`` collude and ``dropouts`` drop.
+    """Degree and thresholds for ``parties``, of which ``colluders`` collude and ``dropouts`` drop.
 
-    ``share_threshold`` shares open a secret; ``sign_threshold`` parties must sign the same
-    survivor set, more than half of the honest ones beyond all colluders, so no two sets can both
-    be signed.
+    ``share_threshold`` shares open a secret. ``sign_threshold`` parties must sign the same survivor
+    set. This is more than all colluders plus half of the honest parties, so two different sets
+    cannot both be signed.
     """
 
     parties: int
@@ -50,17 +52,17 @@ class Plan:
 
     @property
     def fewest_survivors(self) -> int:
-        """Survivors without which nothing is unmasked: the signers, and two honest ones."""
+        """Return the fewest survivors for unmasking: enough signers, and two honest parties."""
         return max(self.sign_threshold, self.colluders + 2)
 
     def among(self, advertised: int) -> "Plan":
-        """The plan for the ``advertised`` parties that are left after the first stage.
+        """Return the plan for the ``advertised`` parties that are left after the first stage.
 
-        All colluders may be among them, so a sparse graph is computed anew, for the same rate of
-        dropouts; signatures are still counted against all parties.
+        All colluders may be among them, so a sparse graph is computed again, for the same rate of
+        dropouts. Signatures are still counted against all parties.
 
         Raises:
-            ParameterError: fewer than ``sign_threshold`` are left, or more than there were.
+            ParameterError: fewer than ``sign_threshold`` parties are left, or more than before.
         """
         if not self.sign_threshold <= advertised <= self.parties:
             raise ParameterError("too few parties are left to sign")
@@ -73,11 +75,11 @@ class Plan:
 
 @lru_cache(maxsize=64)
 def plan_graph(parties: int, colluders: int, dropouts: int) -> Plan:
-    """Degree and thresholds for so many parties, colluders (T) and dropouts.
+    """Return degree and thresholds for this number of parties, colluders (T) and dropouts.
 
     Raises:
         ParameterError: fewer than 3 parties, no colluder assumed, fewer than 2 honest parties, or
-            more dropouts than the signature threshold can stand.
+            more dropouts than the signature threshold allows.
     """
     if parties < FEWEST or colluders < 1 or colluders + 2 > parties:
         raise ParameterError("secure aggregation needs 3 parties, 2 of them honest, and T >= 1")
@@ -93,10 +95,10 @@ def plan_graph(parties: int, colluders: int, dropouts: int) -> Plan:
 
 @lru_cache(maxsize=64)
 def _sparse(parties: int, colluders: int, dropouts: int) -> tuple[int, int]:
-    """Degree and Shamir threshold; the complete graph where no sparser one will do."""
+    """Return the degree and the Shamir threshold; the complete graph if no sparser one suffices."""
     threshold = 1
     for degree in range(4, parties - 1, 2) if parties > COMPLETE else ():
-        # A larger neighbourhood never needs a smaller threshold, so the search goes on from here.
+        # A larger neighbourhood never needs a smaller threshold: continue from the last one.
         while not _rare(parties, parties - 1, colluders, degree, threshold, PRIVACY):
             threshold += 1
         missing = degree + 2 - threshold  # of the owner and its neighbours
@@ -108,7 +110,7 @@ def _sparse(parties: int, colluders: int, dropouts: int) -> tuple[int, int]:
 
 
 def _rare(times: int, population: int, marked: int, drawn: int, least: int, bits: int) -> bool:
-    """Whether ``times * P[at least `least` marked among `drawn`] < 2^-bits``, exactly."""
+    """Return whether ``times * P[at least `least` marked among `drawn`] < 2^-bits``, exactly."""
     low = max(least, 0, drawn - (population - marked))
     high = min(marked, drawn)
     if low > high:
@@ -123,7 +125,10 @@ def _rare(times: int, population: int, marked: int, drawn: int, least: int, bits
 
 
 def _connected(parties: int, bad: int, reach: int) -> bool:
-    """Whether a cut is rarer than 2^-40: two places with ``reach`` bad parties in a row each."""
+    """Return whether a cut of the circle is rarer than 2^-40.
+
+    A cut needs two places with ``reach`` bad parties in a row each.
+    """
     if bad < 2 * reach:
         return True
     cuts = comb(parties, 2) * comb(parties - 2 * reach, bad - 2 * reach)
@@ -132,13 +137,13 @@ def _connected(parties: int, bad: int, reach: int) -> bool:
 
 @dataclass(frozen=True)
 class Graph:
-    """Parties on a circle, each joined to ``degree / 2`` on either side, or all to all."""
+    """Parties on a circle; each is joined to ``degree / 2`` parties on either side, or to all."""
 
     order: tuple[int, ...]
     degree: int
 
     def neighbours(self, site: int) -> tuple[int, ...]:
-        """Ids joined to ``site``, sorted, without itself.
+        """Return the ids that are joined to ``site``, sorted, without ``site`` itself.
 
         Raises:
             ParameterError: ``site`` is not on the circle.
@@ -154,12 +159,14 @@ class Graph:
         )
 
     def holders(self, site: int) -> tuple[int, ...]:
-        """Ids that hold a share of ``site``'s secrets, sorted: its neighbours and itself."""
+        """Return the sorted ids that hold a share of ``site``'s secrets: its neighbours
+        and itself.
+        """
         return tuple(sorted((site, *self.neighbours(site))))
 
 
 def arrange(sites: Iterable[int], seed: bytes, degree: int) -> Graph:
-    """Put ``sites`` on a circle in the order of SHA-256(label, ``seed``, id).
+    """Return ``sites`` on a circle in the order of SHA-256(label, ``seed``, id).
 
     ``seed`` is the 32-byte hash of all advertisements.
     """

@@ -1,9 +1,9 @@
-"""What is signed and hashed: one injective encoding, the context of a session, statements.
+"""The signed and hashed content: one injective encoding, the context of a session, statements.
 
 A signature covers ``encode("fedgraft-secagg/1", kind, context, round, model, sender, body)``. The
-context fixes every number that both parties must agree on, so a statement of another session,
-round, model or parameter set verifies nowhere else. The roster and the policy come with a site's
-kit, never from the coordinator.
+context fixes every number that both parties must agree on. So a statement verifies only in its own
+session, round, model and parameter set. The roster and the policy come with a site's kit, never
+from the coordinator.
 """
 
 import hashlib
@@ -61,8 +61,9 @@ Field = bytes | str | int | float
 def encode(*fields: Field) -> bytes:
     """Encode fields so that no two different tuples give the same bytes.
 
-    Number of fields, then for each a type letter, its length in 4 bytes and its content: bytes
-    as they are, text as UTF-8, integers in 8 bytes (signed), floats as IEEE 754 double.
+    The bytes are the number of fields, then for each field a type letter, its length in 4 bytes and
+    its content: bytes as they are, text as UTF-8, integers in 8 bytes (signed), floats as IEEE 754
+    double.
 
     Raises:
         ParameterError: another type, or an integer beyond 64 bits.
@@ -84,27 +85,27 @@ def encode(*fields: Field) -> bytes:
 
 
 def digest(*fields: Field) -> bytes:
-    """SHA-256 of the encoded fields."""
+    """Return the SHA-256 of the encoded fields."""
     return hashlib.sha256(encode(*fields)).digest()
 
 
 def hash_adapter(adapter: NDArray[np.float32]) -> bytes:
-    """Hash of a global adapter, float32 [d]."""
+    """Return the hash of a global adapter, float32 [d]."""
     content = np.ascontiguousarray(adapter, "<f4").tobytes()
     return digest("adapter", hashlib.sha256(content).digest(), adapter.size)
 
 
 def hash_model(adapter: bytes, settings: bytes) -> bytes:
-    """Hash of what a site is asked to do: with which adapter (its hash), and what."""
+    """Return the hash of a site's work: the adapter (its hash) and the settings."""
     return digest("model", adapter, settings)
 
 
 @dataclass(frozen=True)
 class Roster:
-    """Ed25519 public keys of the federation; a site's id is its place in it.
+    """Ed25519 public keys of the federation; a site's id is its position in ``keys``.
 
     Raises:
-        ParameterError: a key is not 32 bytes, repeats, or there are too many or none.
+        ParameterError: a key is not 32 bytes or repeats, or there are too many keys or none.
     """
 
     keys: tuple[bytes, ...]
@@ -117,19 +118,20 @@ class Roster:
 
     @property
     def hash(self) -> bytes:
-        """SHA-256 over all keys in order."""
+        """Return the SHA-256 over all keys in order."""
         return digest("roster", *self.keys)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The floor that came with the kit: a site answers to nothing below it.
+    """The floor from the kit: a site answers no request that is below the floor.
 
-    ``colluders`` (T) is the fewest that must be assumed to collude, ``min_cohort`` the fewest sites
-    in a sum, ``min_ring_bits`` and ``max_clip`` bound the coding.
+    ``colluders`` (T) is the smallest number of sites that must be assumed to collude,
+    ``min_cohort`` the smallest number of sites in a sum; ``min_ring_bits`` and ``max_clip`` limit
+    the coding.
 
     Raises:
-        ParameterError: a number that would let everything pass.
+        ParameterError: a number that would accept everything.
     """
 
     colluders: int
@@ -144,10 +146,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything about a session that the coordinator chooses; sites check it and sign over it.
+    """All settings of a session that the coordinator chooses; sites check them and sign over them.
 
-    ``session`` is 16 bytes that were never used before, ``cohort`` the ids that take part
-    (ascending), ``layout`` the SHA-256 of the names and shapes behind the ``length`` parameters.
+    ``session`` is 16 bytes that were never used before, ``cohort`` the ids of the sites that take
+    part (ascending), ``layout`` the SHA-256 of the names and shapes of the ``length`` parameters.
 
     Raises:
         ParameterError: a field is malformed, or the numbers cannot work together.
@@ -170,11 +172,11 @@ class Parameters:
             raise ParameterError("a cohort is ascending ids")
         if self.coding.parties < len(self.cohort):
             raise ParameterError("the coding is for fewer parties than the cohort has")
-        _ = self.plan  # raises now rather than in a round
+        _ = self.plan  # raises now, not in a round
 
     @property
     def plan(self) -> Plan:
-        """Graph degree and thresholds, computed, never taken from a message."""
+        """Return the graph degree and the thresholds: computed, never taken from a message."""
         return plan_graph(len(self.cohort), self.colluders, self.dropouts)
 
 
@@ -197,7 +199,7 @@ def check_policy(parameters: Parameters, roster: Roster, policy: Policy) -> None
 
 
 def context_hash(parameters: Parameters, roster: Roster, policy: Policy) -> bytes:
-    """SHA-256 over all that both sides must agree on before the first round."""
+    """Return the SHA-256 over all values that both sides must agree on before the first round."""
     coding, plan = parameters.coding, parameters.plan
     return digest(
         "context",
@@ -217,7 +219,7 @@ def context_hash(parameters: Parameters, roster: Roster, policy: Policy) -> byte
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a statement belongs: session context, round, and the model of that round."""
+    """The place of a statement: session context, round, and the model of that round."""
 
     context: bytes
     round: int
@@ -225,34 +227,34 @@ class Frame:
 
 
 def statement(frame: Frame, kind: str, sender: int, body: bytes) -> bytes:
-    """The bytes that a signature covers, and the info of a derived key."""
+    """Return the bytes that a signature covers; they are also the info of a derived key."""
     return encode(PROTOCOL, kind, frame.context, frame.round, frame.model, sender, body)
 
 
 def sign(identity: Identity, frame: Frame, kind: str, sender: int, body: bytes) -> bytes:
-    """Ed25519 signature, 64 bytes, of a statement."""
+    """Return the Ed25519 signature, 64 bytes, of a statement."""
     return identity.sign(statement(frame, kind, sender, body))
 
 
 def seal_info(frame: Frame, advertised: bytes, sender: int, recipient: int) -> bytes:
-    """HKDF info of the key that seals ``sender``'s shares for ``recipient``."""
+    """Return the HKDF info of the key that seals ``sender``'s shares for ``recipient``."""
     return statement(frame, "seal", sender, encode(advertised, recipient))
 
 
 def seed_info(frame: Frame, site: int) -> bytes:
-    """HKDF info of the mask that ``site`` makes from its seed."""
+    """Return the HKDF info of the mask that ``site`` makes from its seed."""
     return statement(frame, "seed", site, b"")
 
 
 def pair_info(frame: Frame, mask_keys: Mapping[int, bytes], one: int, other: int) -> bytes:
-    """HKDF info of the mask that two sites share; the same from both ends."""
+    """Return the HKDF info of the mask that two sites share; both sites get the same info."""
     low, high = sorted((one, other))
     keys = encode(high, mask_keys[low], mask_keys[high])
     return statement(frame, "pair", low, keys)
 
 
 def check_bytes(value: object, size: int, what: str) -> bytes:
-    """``value`` if it is ``size`` bytes.
+    """Return ``value`` if it is ``size`` bytes.
 
     Raises:
         StatementError: it is something else.
@@ -263,7 +265,7 @@ def check_bytes(value: object, size: int, what: str) -> bytes:
 
 
 def _ascending(ids: Sequence[object]) -> bool:
-    """Whether ``ids`` is a tuple of ints without repeats, smallest first."""
+    """Return whether ``ids`` is a tuple of ints without repeats, smallest first."""
     return (
         type(ids) is tuple
         and all(type(site) is int for site in ids)
@@ -272,7 +274,7 @@ def _ascending(ids: Sequence[object]) -> bool:
 
 
 def advertisement_body(advertisement: Advertisement) -> bytes:
-    """What an advertisement's signature covers besides the frame."""
+    """Return the content that an advertisement's signature covers besides the frame."""
     return encode(advertisement.mask_key, advertisement.seal_key, advertisement.commitment)
 
 
@@ -282,7 +284,7 @@ def check_advertisement(
     """Check sizes, membership and signature of one advertisement.
 
     Raises:
-        StatementError: one of them is wrong; the sender is named if it is of the cohort.
+        StatementError: one of them is wrong; the error names the sender if it is in the cohort.
     """
     site = advertisement.site
     if type(site) is not int or site not in cohort:
@@ -299,7 +301,7 @@ def check_advertisement(
 def check_advertisements(
     advertisements: Iterable[Advertisement], frame: Frame, roster: Roster, cohort: Sequence[int]
 ) -> dict[int, Advertisement]:
-    """Check a round's advertisements, each and together; by site, ascending.
+    """Check a round's advertisements, each and together; return them by site, ascending.
 
     Raises:
         StatementError: one is not valid, two are from one site, or two keys are equal.
@@ -320,7 +322,7 @@ def check_advertisements(
 
 
 def hash_advertisements(frame: Frame, advertisements: dict[int, Advertisement]) -> bytes:
-    """Hash of U1 with all its keys: seed of the graph, associated data of every sealed share."""
+    """Return the hash of U1 with all its keys: graph seed, associated data of sealed shares."""
     bodies = (
         encode(site, advertisement_body(advertisement))
         for site, advertisement in sorted(advertisements.items())
@@ -329,7 +331,7 @@ def hash_advertisements(frame: Frame, advertisements: dict[int, Advertisement]) 
 
 
 def check_survivors(survivors: Survivors, advertised: Iterable[int]) -> None:
-    """Check that U3 is in U2 is in U1.
+    """Check that U3 is a subset of U2, and U2 a subset of U1.
 
     Raises:
         StatementError: they are not, or they are not ascending ids.
@@ -344,7 +346,7 @@ def check_survivors(survivors: Survivors, advertised: Iterable[int]) -> None:
 
 
 def held_body(advertised: bytes, held: Iterable[int]) -> bytes:
-    """What a masked input's signature covers: U1 (its hash) and the owners of the shares held."""
+    """Return the content of a masked input's signature: hash of U1, owners of the held shares."""
     return encode(advertised, *sorted(held))
 
 
@@ -358,11 +360,11 @@ def check_held(
 ) -> None:
     """Check that ``site`` was given the shares of all its ``holders`` that are in U2.
 
-    Or else it may share masks only with sites that collude or are said to have dropped, and its
-    update would lie bare once its own mask is opened.
+    Otherwise it may share masks only with sites that collude or are reported as dropped; its update
+    would then be visible once its own mask is opened.
 
     Raises:
-        StatementError: its signature says something else.
+        StatementError: its signature covers other owners.
     """
     signature = survivors.signatures[survivors.masked.index(site)]
     held = held_body(advertised, set(holders) & set(survivors.shared))
@@ -372,7 +374,7 @@ def check_held(
 
 
 def hash_survivors(advertised: bytes, survivors: Survivors) -> bytes:
-    """Hash of U1 (its hash, ``advertised``), U2 and U3: what CONFIRM signs."""
+    """Return the hash of U1 (its hash, ``advertised``), U2 and U3, which CONFIRM signs."""
     return digest("survivors", advertised, encode(*survivors.shared), encode(*survivors.masked))
 
 
