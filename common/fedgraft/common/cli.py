@@ -1,4 +1,4 @@
-"""The ``fedgraft`` command: a table of verbs, each loaded only when called."""
+"""The ``fedgraft`` command: a table of verbs; each verb is loaded only when it is called."""
 
 import sys
 import traceback
@@ -18,7 +18,7 @@ __all__ = ["VERBS", "main"]
 
 VERBOSE = ("-v", "--verbose")  # before or after the verb
 
-# verb -> (where it lives, one line of help); a room left out of an install is simply not offered
+# verb -> (place of its function, one line of help); verbs of a missing room are not offered
 VERBS = {
     "init": ("fedgraft.server.cli.jobs:init", "Write a commented job file to start from."),
     "check": (
@@ -60,13 +60,13 @@ GROUPS = {
     "coordinator": "Run the coordinator of a federation.",
     "site": "Take part in a federation.",
 }
-SHORT = {"provision": "kits"}  # `provision FILE` needs no verb
+SHORT = {"provision": "kits"}  # `provision FILE` means `provision kits FILE`
 
 
 class LazyGroup(click.Group):
-    """Import a verb's module on use, so that ``--help`` never pays for torch.
+    """A group that imports a verb's module on use, so that ``--help`` does not load torch.
 
-    ``within`` is the verb that the verbs of this group come after, if any.
+    ``within`` is the verb that precedes the verbs of this group, if any.
     """
 
     def __init__(self, *arguments: Any, within: str = "", **more: Any) -> None:
@@ -74,7 +74,7 @@ class LazyGroup(click.Group):
         self.within = within
 
     def _verbs(self) -> dict[str, str]:
-        """The verbs of the installed rooms that follow this group's, and their line of help."""
+        """Return the group's verbs of the installed rooms, with their line of help."""
         found: dict[str, str] = {}
         for verb, (place, text) in VERBS.items():
             first, _, second = verb.partition(" ")
@@ -87,11 +87,14 @@ class LazyGroup(click.Group):
         return found
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Verbs of the rooms that are installed, in the table's order."""
+        """Return the verbs of the installed rooms, in the table's order."""
         return list(self._verbs())
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does it; a group's short form is spelt out, also where options come first."""
+        """Parse as click does, after the short form of a group is replaced by its full form.
+
+        This also works if options come first.
+        """
         short = SHORT.get(self.within)
         if short and args and args[0] not in (*self._verbs(), "--help"):
             args = [short, *args]
@@ -124,7 +127,7 @@ class LazyGroup(click.Group):
 
 
 def _room_is_there(place: str) -> bool:
-    """Whether the room of ``fedgraft.room.wing.module:function`` is part of this install."""
+    """Return whether the room of ``fedgraft.room.wing.module:function`` is part of this install."""
     room = place.partition(":")[0].split(".")[:2]
     return len(room) < 2 or find_spec(".".join(room)) is not None
 
@@ -137,8 +140,8 @@ def command(verbose: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; turn what goes wrong into a message and an exit code."""
-    typer.core.HAS_RICH = False  # it would escape "[default: ...]" for rich where it prints plain
+    """Run the command; turn an error into a message and an exit code."""
+    typer.core.HAS_RICH = False  # rich would escape "[default: ...]" even in plain output
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     arguments = [argument for argument in sys.argv[1:] if argument not in VERBOSE]
     try:
@@ -152,7 +155,7 @@ def main() -> None:
 
 
 def _explain(error: BaseException) -> int:
-    """Say what went wrong and what to do; the exit code."""
+    """Print the error and the next step, and return the exit code."""
     if isinstance(error, FedgraftError):
         print_error(error)
         return error.exit_code

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also when the machine dies half-way."""
+"""Files that are written completely or not at all, even if the machine stops in between."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ __all__ = ["hash_file", "sync_folder", "write_atomically", "write_private", "wri
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then fsync and rename it into place."""
+    """Let ``write`` fill a temporary file beside ``path``; then fsync and rename it to ``path``."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         write(temporary)
@@ -23,7 +23,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut too."""
+    """Make renames in ``folder`` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,12 +32,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 ``text`` to ``path``, whole or not at all."""
+    """Write UTF-8 ``text`` to ``path``, completely or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, whole or not at all, readable by this user alone."""
+    """Write ``content`` to ``path``, completely or not at all, readable by this user only."""
 
     def write(temporary: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -48,6 +48,6 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits; read piece by piece."""
+    """Return the SHA-256 of a file, 64 hex digits; the file is read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

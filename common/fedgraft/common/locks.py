@@ -1,4 +1,4 @@
-"""A folder in which one process works at a time."""
+"""The lock of a folder: only one process works in the folder at a time."""
 
 import fcntl
 from pathlib import Path
@@ -10,14 +10,14 @@ __all__ = ["lock_folder"]
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Lock ``folder`` until the file that comes back is closed, or this process ends.
+    """Lock ``folder`` until the returned file is closed or this process ends.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds the lock.
     """
     file = (folder / "lock").open("w")
     try:
-        # lockf, not flock: forked workers must not inherit it and outlive us with it
+        # lockf, not flock: forked workers must not inherit the lock and hold it after our end
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()

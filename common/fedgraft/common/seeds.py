@@ -1,7 +1,7 @@
-"""Every random number comes from a seed hashed from what it is for, never from a global generator.
+"""Every random number comes from a seed that is a hash of its purpose, never a global generator.
 
-A site's batches in round 7 are then the same whoever else took part, in whatever order or
-process the sites ran, and after any restart.
+So a site's batches in round 7 are always the same. They do not depend on the other sites in the
+round, on the order or process of the sites, or on a restart.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ __all__ = ["derive_seed", "numpy_generator", "torch_generator"]
 
 
 def derive_seed(run_seed: int, *purpose: str | int) -> int:
-    """Hash ``run_seed`` and what the seed is for into 63 bits (SHA-256, injective encoding)."""
+    """Hash ``run_seed`` and the purpose of the seed into 63 bits (SHA-256, injective encoding)."""
     digest = hashlib.sha256()
     for part in (run_seed, *purpose):
         text = f"{type(part).__name__}:{part}".encode()
@@ -22,12 +22,12 @@ def derive_seed(run_seed: int, *purpose: str | int) -> int:
 
 
 def numpy_generator(run_seed: int, *purpose: str | int) -> np.random.Generator:
-    """A numpy generator of its own for this purpose."""
+    """Return a separate numpy generator for this purpose."""
     return np.random.default_rng(derive_seed(run_seed, *purpose))
 
 
 def torch_generator(
     run_seed: int, *purpose: str | int, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """A torch generator of its own for this purpose, on ``device``."""
+    """Return a separate torch generator for this purpose, on ``device``."""
     return torch.Generator(device=device).manual_seed(derive_seed(run_seed, *purpose))

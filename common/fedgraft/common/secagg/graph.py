@@ -159,9 +159,7 @@ class Graph:
         )
 
     def holders(self, site: int) -> tuple[int, ...]:
-        """Return the sorted ids that hold a share of ``site``'s secrets: its neighbours
-        and itself.
-        """
+        """Return the sorted ids that hold a share of ``site``'s secrets: neighbours and itself."""
         return tuple(sorted((site, *self.neighbours(site))))
 
 

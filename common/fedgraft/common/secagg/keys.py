@@ -143,9 +143,7 @@ class Exchange:
 def derive(
     secret: bytes | bytearray, info: bytes, *, salt: bytes = SALT, size: int = KEY_BYTES
 ) -> bytes:
-    """Return ``size`` bytes bound to ``info`` by HKDF-SHA256 (RFC 5869); ``info`` encodes
-    the use.
-    """
+    """Return ``size`` bytes bound to ``info`` by HKDF-SHA256 (RFC 5869); ``info`` names the use."""
     return HKDF(hashes.SHA256(), size, salt, info).derive(bytes(secret))
 
 
