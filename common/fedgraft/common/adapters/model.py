@@ -122,7 +122,7 @@ def open_workbench(job: Job) -> Workbench:
         BackboneError: the backbone cannot be found or loaded.
         AdapterError: the method's targets match nothing.
     """
-    # Only these sections decide the model: other round or training settings must not reload it.
+    # Only these sections decide the model: other rounds or training settings must not reload it.
     return _open(shaping_of(job))
 
 

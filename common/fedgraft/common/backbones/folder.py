@@ -31,7 +31,7 @@ def refuse_unsafe(folder: Path, source: str, weights: str = "pretrained") -> Non
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        remote = "auto_map" in config.keys()  # noqa: SIM118  # only an object has keys
+        remote = "auto_map" in config.keys()  # noqa: SIM118  # fails unless it is an object
     except (ValueError, AttributeError):
         raise BackboneError(f"{source}: config.json is not JSON", hint="copy it again") from None
     if remote:

@@ -123,7 +123,7 @@ def read_config(backbone: Backbone) -> Any:
     """
     import transformers
 
-    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # an architecture by its name
+    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # registers an architecture
 
     if "pretrained_cfg" in backbone.config and not find_spec("timm"):
         raise BackboneError(
@@ -234,7 +234,7 @@ def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Mo
     """Return the model and the names of the weights that the folder does not have."""
     import transformers
 
-    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # an architecture by its name
+    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # registers an architecture
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

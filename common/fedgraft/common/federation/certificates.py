@@ -160,7 +160,7 @@ def revoked(crl: bytes) -> set[int]:
 def _read(pem: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
-    except x509.InvalidVersion as error:  # all other errors are a ValueError already
+    except x509.InvalidVersion as error:  # not a ValueError, unlike all other errors
         raise ValueError(str(error)) from None
 
 

@@ -23,7 +23,7 @@ from fedgraft.common.section import IllegalJob, Section
 
 __all__ = ["Endpoint", "Kit", "enrolment_statement", "open_kit", "sign_kit", "write_kit"]
 
-FEWEST_DIGITS = 32  # of a fingerprint: 128 bits cannot be found by trials
+FEWEST_DIGITS = 32  # of a fingerprint: no trial can hit the same 128 bits
 LARGEST = 1_000_000
 Endpoint = Annotated[str, Field(pattern=r"^[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}$")]
 

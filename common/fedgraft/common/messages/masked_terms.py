@@ -1,8 +1,8 @@
 """The terms of a masked round, which coordinator and sites compute separately from job and cohort.
 
 A masked round either trains or evaluates. A site derives the terms from the job, its own model and
-its own federation file; only the cohort comes from the coordinator. If another party computes other
-terms, it has another context, and no signature matches.
+its own federation file; it relies on the coordinator only for the cohort. If another party computes
+other terms, it has another context, and no signature matches.
 """
 
 from dataclasses import replace

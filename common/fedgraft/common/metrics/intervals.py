@@ -140,7 +140,7 @@ def macro_f1_difference(
         raise ValueError(f"at least one draw, not {draws}")
     if not len(true):
         return 0.0, (-1.0, 1.0)
-    # The label and both predictions describe an example fully: cells replace examples.
+    # The label and both predictions define an example: resampling examples is resampling cells.
     cells, counts = np.unique(np.stack([true, first, second]), axis=1, return_counts=True)
     labels, ours, others = cells
 

@@ -34,7 +34,7 @@ from fedgraft.common.metrics.tally import Counts, Tally
 __all__ = ["CALIBRATION_BINS", "LabelMeasures"]
 
 CALIBRATION_BINS = 10  # of the calibration error; ``bins`` is a multiple, so that edges agree
-LOG_ODDS = 16.0  # scores beyond it (1 in 9 million) are in the last bin
+LOG_ODDS = 16.0  # all log-odds beyond it (1 in 9 million) are in the last bin
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def open_recording(source: Mapping[str, Any]) -> Recording:
     what = str(path) if path and data is None else "an embedded recording"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about chunks of notes and pictures
+            warnings.simplefilter("ignore")  # warnings about chunks of notes and pictures
             warnings.filterwarnings("error", message="Reached EOF")
             rate, read = wavfile.read(io.BytesIO(Path(path).read_bytes() if data is None else data))
     except FileNotFoundError:

@@ -154,7 +154,7 @@ class Text(Modality):
     ) -> Inputs:
         """Return random ids with their mask (and types), int64 [examples, tokens].
 
-        The last of several examples is shorter, so that the mask has zeros.
+        If there are several examples, the last one is shorter.
         """
         examples, tokens = shape
         width = min(tokens, settings.max_length, processor.limit or tokens)

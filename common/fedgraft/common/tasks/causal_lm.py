@@ -86,7 +86,7 @@ class CausalLm(TokenTask):
 
     def describe_input(self, processor: Processor, settings: Settings) -> str:
         """Return a text that says that texts are cut into blocks."""
-        assert isinstance(processor, TextProcessor)  # noqa: S101  # of this task's modality
+        assert isinstance(processor, TextProcessor)  # noqa: S101  # the text modality's processor
         return processor.describe(settings, blocks=True)
 
 

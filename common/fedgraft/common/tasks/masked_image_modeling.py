@@ -24,7 +24,7 @@ from fedgraft.common.tasks.language import over_parts
 
 __all__ = ["MaskedImageModeling", "MaskedPatches", "cut_patches", "hide_patches"]
 
-MOST = 4096  # patches of one image
+MOST = 4096  # most patches of one image
 PAINTERS = ("deit", "vit")
 """Kinds of transformers models whose input patches and output patches have one size."""
 UNSEEN = "bool_masked_pos"  # the input name in transformers models
@@ -132,7 +132,7 @@ class MaskedImageModeling(Task):
 
     def corruption(self, examples: Examples) -> Corrupt:
         """Return a function that hides other patches in each training step."""
-        assert isinstance(examples, MaskedPatches)  # noqa: S101  # as encode gives them
+        assert isinstance(examples, MaskedPatches)  # noqa: S101  # the type that encode returns
         return examples.corrupt
 
     def measures(self, settings: Settings) -> PartMeasures:

@@ -173,12 +173,12 @@ class MaskedLm(TokenTask):
 
     def corruption(self, examples: Examples) -> Corrupt:
         """Return a function that hides other tokens in each training step."""
-        assert isinstance(examples, MaskedTokens)  # noqa: S101  # as encode gives them
+        assert isinstance(examples, MaskedTokens)  # noqa: S101  # the type that encode returns
         return examples.corrupt
 
     def describe_input(self, processor: Processor, settings: Settings) -> str:
         """Return a text that says that texts are cut into blocks."""
-        assert isinstance(processor, TextProcessor)  # noqa: S101  # of this task's modality
+        assert isinstance(processor, TextProcessor)  # noqa: S101  # the text modality's processor
         return processor.describe(settings, blocks=True)
 
 
