@@ -28,7 +28,7 @@ class TextAugmentation(Section):
 
 
 class AudioAugmentation(Section):
-    """Augmentation of samples, or of spectrogram frames, where only ``delay`` and ``noise`` act."""
+    """Augmentation of samples or spectrogram frames; frames take only ``delay`` and ``noise``."""
 
     gain: float = Field(default=0.0, ge=0, le=60, description="at most louder or softer, decibels")
     delay: float = Field(default=0.0, ge=0, lt=1, description="at most, share of the length, round")

@@ -111,7 +111,7 @@ def issue_site(
     now: datetime,
     lifetime: timedelta,
 ) -> bytes:
-    """Return a site's certificate, PEM; its subject is CN=``site``, whatever the request says."""
+    """Return a site's certificate, PEM; its subject is CN=``site``, independent of the request."""
     builder = _begin(_named(site), _subject(ca), public, now, lifetime)
     return _signed(_leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH), ca_key)
 

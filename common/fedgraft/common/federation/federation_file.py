@@ -33,7 +33,7 @@ PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Floor(Section):
-    """``[secure_aggregation]``: the least protection that every site requires, whatever a job says.
+    """``[secure_aggregation]``: the least protection that every site requires, for every job.
 
     ``colluders`` is the smallest number of sites that must be assumed to work with the coordinator.
     ``min_cohort`` is the smallest number of sites in a sum. ``max_clip`` limits the effect of one

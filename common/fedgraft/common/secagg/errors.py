@@ -37,7 +37,7 @@ class SecAggError(Exception):
 
 
 class ParameterError(SecAggError):
-    """The parameters cannot work, whatever the parties do."""
+    """The parameters cannot work, regardless of the parties' behaviour."""
 
     hint = "change the job's secure aggregation settings"
 

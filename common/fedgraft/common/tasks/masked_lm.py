@@ -183,7 +183,7 @@ class MaskedLm(TokenTask):
 
 
 def _hidden(source: TextExamples, hiding: Hiding, seed: int) -> NDArray[np.bool_]:
-    """Return the tokens to hide in evaluation; they are the same wherever the block appears."""
+    """Return the tokens to hide in evaluation; equal blocks have the same hidden tokens."""
     hidden = np.zeros(len(source.ids), np.bool_)
     free = ~np.isin(source.ids, np.array(hiding.special, np.int32))
     for start, length in zip(source.starts.tolist(), source.lengths.tolist(), strict=True):
