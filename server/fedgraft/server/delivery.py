@@ -75,16 +75,17 @@ def _result(
         job=plan.request.job,
         names=plan.exchanged.names,
         sites=sites,
-        rounds=tuple(_past(line) for line in history),
+        rounds=tuple(_past(line, plan.job.task.share.key) for line in history),
         adapter=final,
     )
 
 
-def _past(line: dict[str, Any]) -> PastRound:
+def _past(line: dict[str, Any], share: str) -> PastRound:
+    """One round as a site is told of it; ``share`` is the key of the task's share."""
     validation = line["validation"] or {}
     return PastRound(
         round=line["round"],
         sites=line["sites"],
         loss=float(line["train_loss"]),
-        accuracy=float(validation.get("accuracy", math.nan)),
+        accuracy=float(validation.get(share, math.nan)),
     )

@@ -22,7 +22,9 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.toml"),
-    template: Annotated[str, typer.Option(help="text, vision, audio or language.")] = "text",
+    template: Annotated[
+        str, typer.Option(help="text, vision, audio, language, entities or regression.")
+    ] = "text",
     as_json: Json = False,
 ) -> None:
     """Write a commented job file to start from."""
@@ -132,12 +134,13 @@ def runs(
             line["run"],
             line["created"][:16].replace("T", " "),
             f"{line['rounds']}/{line['of_rounds']}",
-            "-" if line["accuracy"] is None else f"{100 * line['accuracy']:.1f} %",
+            "-" if line["share"] is None else f"{100 * line['share']:.1f} %",
+            line["share_name"],
             line["status"],
         ]
         for line in found
     ]
-    console.table(f"Runs in {folder}", ["run", "started", "rounds", "accuracy", "status"], rows)
+    console.table(f"Runs in {folder}", ["run", "started", "rounds", "result", "of", "status"], rows)
 
 
 def _run_line(run: "Run") -> dict[str, Any]:
@@ -149,7 +152,9 @@ def _run_line(run: "Run") -> dict[str, Any]:
         "created": run.created,
         "rounds": len(run.history()),
         "of_rounds": run.job.rounds.count,
-        "accuracy": final and final["accuracy"],
+        "accuracy": final and final.get("accuracy"),
+        "share": final and final.get(run.job.task.share.key),
+        "share_name": run.job.task.share.name,
         "status": "finished" if summary else "not finished",
     }
 
