@@ -18,7 +18,7 @@ from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.participant import Participant
 from fedgraft.client.secagg.masking_party import MaskingParty
 from fedgraft.client.secagg.round_secrets import Memory
-from fedgraft.client.secagg.stage_log import Claims, Pledges
+from fedgraft.client.secagg.stage_log import AgreedSums, StageLog
 from fedgraft.client.training.trainer import Trained, Wanted
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import SiteFailure
@@ -163,8 +163,8 @@ class MaskedParticipant:
             roster=federation.roster,
             policy=policy,
             parameters=parameters,
-            claim=Claims(at.state / parameters.session.hex() / "claims"),
-            pledge=Pledges(at.state / "sums"),
+            claim=StageLog(at.state / parameters.session.hex() / "claims"),
+            pledge=AgreedSums(at.state / "sums"),
             memory=memory,
             threads=torch.get_num_threads(),  # as many as training uses; one in a simulation
         )

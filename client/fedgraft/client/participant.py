@@ -16,7 +16,7 @@ from fedgraft.client.data.splits import Splits
 from fedgraft.client.membership.backbone_fetch import ensure_backbone
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.client.policy.disclosure import what_leaves
+from fedgraft.client.policy.disclosure import estimate_disclosure
 from fedgraft.client.policy.guard import SESSION, Guard
 from fedgraft.client.site_config import SiteConfig, load_site
 from fedgraft.client.training.evaluate import measure
@@ -87,7 +87,7 @@ class Participant:
             raise SiteFailure("no-examples")
         if self.guard is not None:
             sites = len(self.federation().sites) if masked.enabled else 1
-            leaving = what_leaves(job, bench.layout.only(request.names), sites)
+            leaving = estimate_disclosure(job, bench.layout.only(request.names), sites)
             self.guard.consent(request, job, leaving, examples)
         return PlanReply(request.session, self.config.name)
 

@@ -22,7 +22,7 @@ from fedgraft.client.results.store import Result, list_results
 from fedgraft.client.site_config import load_site
 from fedgraft.common.errors import FedgraftError
 
-__all__ = ["SpareTime"]
+__all__ = ["IdleEvaluation"]
 
 log = logging.getLogger("fedgraft.client")
 
@@ -32,7 +32,7 @@ PATIENCE = 10.0  # seconds in which a process must end
 NICE = 19
 
 
-class SpareTime:
+class IdleEvaluation:
     """Measures the results of the site whose ``site.toml`` is at ``site``."""
 
     def __init__(

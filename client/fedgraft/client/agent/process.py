@@ -18,19 +18,19 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 
 from fedgraft.client.agent.superlink_session import (
-    Fleet,
-    FleetError,
-    Gone,
-    Over,
+    MessageExpired,
+    ReceivedMessage,
     Refused,
-    StillThere,
-    Task,
+    SessionAlive,
+    SessionError,
+    SessionUnknown,
+    SuperLinkSession,
     Unreachable,
 )
 from fedgraft.client.app import app
 from fedgraft.common.messages.signatures import seal
 
-__all__ = ["Agent", "Chores", "Pace", "make_tls"]
+__all__ = ["Agent", "Chores", "PollInterval", "make_tls"]
 
 log = logging.getLogger("fedgraft.client")
 
@@ -38,11 +38,15 @@ RUNS = 4  # whose state is kept in memory
 SOON, LATER = 1.0, 60.0  # seconds before the coordinator is tried again
 PATIENCE = 5  # times that a coordinator which has just started may know nobody
 STILL_THERE = 5.0  # seconds between tries while the last session of a killed site is alive
-PAUSES: dict[type[FleetError], float] = {StillThere: STILL_THERE, Gone: SOON, Refused: LATER}
+PAUSES: dict[type[SessionError], float] = {
+    SessionAlive: STILL_THERE,
+    SessionUnknown: SOON,
+    Refused: LATER,
+}
 
 
 @dataclass(frozen=True)
-class Pace:
+class PollInterval:
     """Seconds between two questions for work: ``brisk`` up to ``during`` after a message."""
 
     brisk: float = 0.05
@@ -87,7 +91,7 @@ class Agent:
     node_config: Mapping[str, str]
     tls: Callable[[], ssl.SSLContext | None]
     chores: Chores = field(default_factory=Chores)
-    pace: Pace = Pace()
+    poll_interval: PollInterval = PollInterval()
     contexts: dict[int, Context] = field(default_factory=dict)
     stopping: bool = False
 
@@ -102,48 +106,48 @@ class Agent:
         failures = 0
         while not self.stopping:
             try:
-                with Fleet(self.endpoint, self.tls(), self.key) as fleet:
+                with SuperLinkSession(self.endpoint, self.tls(), self.key) as session:
                     log.info("joined as %s", self.site)
                     failures = 0
-                    self._work(fleet)
-            except FleetError as error:
+                    self._work(session)
+            except SessionError as error:
                 failures += 1
                 self._wait(_explain(error, failures, self.endpoint))
 
-    def _work(self, fleet: Fleet) -> None:
+    def _work(self, session: SuperLinkSession) -> None:
         """Take and answer messages; returns when the certificate was renewed, or on ``stopping``.
 
         Raises:
-            FleetError: the connection is no longer what it was.
+            SessionError: the connection is no longer what it was.
         """
-        last = time.monotonic() - self.pace.during
+        last = time.monotonic() - self.poll_interval.during
         while not self.stopping:
             try:
-                if self._answer_next(fleet):
+                if self._answer_next(session):
                     last = time.monotonic()
                     continue
-            except Over:
+            except MessageExpired:
                 log.info("a message is not answered: its run was stopped, or it is not whole")
             if self.chores.idle():
                 return
-            self._wait(self.pace.pause(time.monotonic() - last))
+            self._wait(self.poll_interval.pause(time.monotonic() - last))
 
-    def _answer_next(self, fleet: Fleet) -> bool:
+    def _answer_next(self, session: SuperLinkSession) -> bool:
         """Take and answer one message, if there is one."""
-        task = fleet.receive()
-        if task is None:
+        received = session.receive()
+        if received is None:
             return False
         self.chores.came()
         started = time.monotonic()
-        fleet.reply(task, self.answer(task, fleet.node_id), time.monotonic() - started)
+        session.reply(received, self.answer(received, session.node_id), time.monotonic() - started)
         self.chores.answered()
         return True
 
-    def answer(self, task: Task, node_id: int) -> Message:
+    def answer(self, received: ReceivedMessage, node_id: int) -> Message:
         """The site's reply to one message, sealed."""
-        message = task.message
+        message = received.message
         try:
-            reply = app(message, self._context(task.run_id, node_id))
+            reply = app(message, self._context(received.run_id, node_id))
             assert reply.has_content()  # noqa: S101  # our handlers answer, whatever happens
             seal(reply.content, site=self.site, request=message.metadata.message_id, sign=self.sign)
         except Exception as error:
@@ -180,9 +184,9 @@ def make_tls(ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
-def _explain(error: FleetError, failures: int, endpoint: str) -> float:
+def _explain(error: SessionError, failures: int, endpoint: str) -> float:
     """Say in the site's log what went wrong and what mends it; seconds until the next try."""
-    if isinstance(error, StillThere):
+    if isinstance(error, SessionAlive):
         log.warning(
             "the coordinator has a session of this site that is still alive, or does not know its "
             "key: a killed site is back within 90 s; a second process of this site never is"
@@ -194,7 +198,7 @@ def _explain(error: FleetError, failures: int, endpoint: str) -> float:
             endpoint,
             error,
         )
-    elif isinstance(error, Gone) and failures > PATIENCE:
+    elif isinstance(error, SessionUnknown) and failures > PATIENCE:
         log.warning(
             "%s knows no session of this site (%s): if this goes on, it was removed, or this clock "
             "is wrong: run `fedgraft site doctor`",

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from fedgraft.client.agent.idle_evaluation import SpareTime
+from fedgraft.client.agent.idle_evaluation import IdleEvaluation
 from fedgraft.client.agent.process import Agent, Chores, make_tls
 from fedgraft.client.membership.credentials import (
     Membership,
@@ -18,7 +18,7 @@ from fedgraft.client.membership.credentials import (
 )
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.membership.roster import refresh_roster
-from fedgraft.client.policy.audit_reporter import HeadReporter
+from fedgraft.client.policy.audit_reporter import AuditReporter
 from fedgraft.client.policy.policy_file import load_policy
 from fedgraft.client.site_config import load_site
 from fedgraft.common.errors import FedgraftError, InputError
@@ -64,8 +64,8 @@ class _MemberChores(Chores):
     def __init__(self, member: Membership, state: Path, site: Path) -> None:
         self.member, self.state = member, state
         self._last = time.monotonic() - EVERY
-        self._heads = HeadReporter(member, state)
-        self._results = SpareTime(site, state)
+        self._heads = AuditReporter(member, state)
+        self._results = IdleEvaluation(site, state)
         self._heads.wake()  # what was not reported before it was killed
 
     def came(self) -> None:

@@ -49,12 +49,12 @@ def approve(
 
 def _record(state: Path, policy: Path, agreement: "Agreement", decision: str) -> None:
     """Record the decision in the audit first: without a record, nothing is decided."""
-    from fedgraft.client.policy.message_log import Ledger, Occasion
+    from fedgraft.client.policy.message_log import MessageLog, Occasion
     from fedgraft.client.policy.policy_file import load_policy
 
     rules = load_policy(policy)
     occasion = Occasion(agreement.session, 0, "approve", rules.hash)
-    Ledger(state, keep=rules.limits.keep_sent).decided(occasion, decision)
+    MessageLog(state, keep=rules.limits.keep_sent).decided(occasion, decision)
 
 
 def _list(console: Console, pending: "list[Agreement]") -> None:
@@ -69,14 +69,14 @@ def _list(console: Console, pending: "list[Agreement]") -> None:
 
 
 def _facts(agreement: "Agreement") -> dict[str, Any]:
-    from fedgraft.client.policy.disclosure import Leaving
+    from fedgraft.client.policy.disclosure import Disclosure
     from fedgraft.common.config.job import Job
 
     return {
         "run": agreement.session,
         "asked": datetime.fromtimestamp(agreement.asked).isoformat(" ", "seconds"),
         "job": Job.model_validate_json(agreement.job).job.name,
-        "leaving": Leaving(**agreement.leaving).in_words(),
+        "leaving": Disclosure(**agreement.leaving).in_words(),
         "status": agreement.status,
     }
 

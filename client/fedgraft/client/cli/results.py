@@ -71,7 +71,7 @@ def _measure(site: Path, result: "Result") -> None:
     from fedgraft.client.results.compare import compare
     from fedgraft.client.results.report import write_report
     from fedgraft.common.backbones.blob_store import set_store
-    from fedgraft.common.locks import lock_folder
+    from fedgraft.common.files import lock_folder
 
     at = open_participant({"site": str(site.resolve())})
     set_store(at.state / "backbones")

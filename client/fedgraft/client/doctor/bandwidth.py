@@ -81,10 +81,10 @@ def _fetched(stub: BackbonesStub, digest: str, indexes: list[int]) -> tuple[int,
 def _round(patient: Patient, most: int) -> tuple[int, str]:
     """Return the bytes that leave in a round of the newest job, else the limit; with words."""
     from fedgraft.client.policy.approvals import Agreements
-    from fedgraft.client.policy.disclosure import Leaving
+    from fedgraft.client.policy.disclosure import Disclosure
 
     newest = Agreements(patient.state / "approvals").newest()
     if newest is None:
         return most, f"the most that may leave in a round, {most / 1e6:g} MB"
-    leaving = Leaving(**newest.leaving)
+    leaving = Disclosure(**newest.leaving)
     return leaving.bytes_per_round, f"in the newest job would leave {leaving.in_words()}"

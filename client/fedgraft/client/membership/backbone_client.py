@@ -65,8 +65,8 @@ def fetch_backbone(
         RunError: another process fetches into this store.
     """
     stub = BackbonesStub(channel)
-    line = _Line(sleep)
-    manifest = _known(store, digest) or _ask_manifest(stub, digest, line)
+    backoff = _Backoff(sleep)
+    manifest = _known(store, digest) or _ask_manifest(stub, digest, backoff)
     if allowed is not None:
         allowed(manifest)
     with store.receive(manifest) as receiver, ThreadPoolExecutor(HASHING) as hashers:
@@ -75,11 +75,11 @@ def fetch_backbone(
             try:
                 arrival.take(stub, wanted)
             except grpc.RpcError as error:
-                line.wait_after(error, came=arrival.came())
+                backoff.wait_after(error, came=arrival.came())
     return store.folder(digest)
 
 
-class _Line:
+class _Backoff:
     """Patience with a line that fails: longer each time, and afresh once something came."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
@@ -165,12 +165,12 @@ def _known(store: BlobStore, digest: str) -> Manifest | None:
         return None
 
 
-def _ask_manifest(stub: BackbonesStub, digest: str, line: _Line) -> Manifest:
+def _ask_manifest(stub: BackbonesStub, digest: str, backoff: _Backoff) -> Manifest:
     while True:
         try:
             reply = stub.GetManifest(rpc.ManifestRequest(digest=digest), timeout=ANSWER)
         except grpc.RpcError as error:
-            line.wait_after(error)
+            backoff.wait_after(error)
             continue
         manifest = Manifest.from_json(reply.manifest)
         if manifest.digest != digest:

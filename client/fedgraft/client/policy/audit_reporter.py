@@ -12,11 +12,11 @@ from pathlib import Path
 from fedgraft.client.membership.credentials import Membership, ask, open_member_channel
 from fedgraft.client.policy.message_log import FILE
 from fedgraft.common.errors import FedgraftError
-from fedgraft.common.federation.audit_log import Audit, Head
+from fedgraft.common.federation.audit_log import Audit, AuditHead
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 
-__all__ = ["HeadReporter", "report_head"]
+__all__ = ["AuditReporter", "report_audit_head"]
 
 log = logging.getLogger("fedgraft.client")
 
@@ -25,7 +25,9 @@ AGAIN = 60.0  # seconds before the next try after one that failed
 LAST = 5.0  # seconds that a site which stops gives its last report
 
 
-def report_head(member: Membership, state: Path, known: Head | None = None) -> Head | None:
+def report_audit_head(
+    member: Membership, state: Path, known: AuditHead | None = None
+) -> AuditHead | None:
     """Tell the coordinator the head as it is, unless it is ``known`` there; the head, if any.
 
     Raises:
@@ -45,7 +47,7 @@ def report_head(member: Membership, state: Path, known: Head | None = None) -> H
     return head
 
 
-class HeadReporter:
+class AuditReporter:
     """Reports the head some time after each ``wake``; ``every`` and ``again`` are in seconds."""
 
     def __init__(
@@ -53,7 +55,7 @@ class HeadReporter:
     ) -> None:
         self._member, self._state = member, state
         self._every, self._again = every, again
-        self._known: Head | None = None
+        self._known: AuditHead | None = None
         self._news, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="audit head", daemon=True)
 
@@ -81,7 +83,7 @@ class HeadReporter:
 
     def _report(self) -> bool:
         try:
-            self._known = report_head(self._member, self._state, self._known)
+            self._known = report_audit_head(self._member, self._state, self._known)
         except FedgraftError as error:
             log.warning("the head of the audit was not reported: %s; %s", error, error.hint)
         except Exception as error:  # whatever it is, rounds go on

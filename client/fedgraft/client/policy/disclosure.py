@@ -9,11 +9,11 @@ from fedgraft.common.messages.codec import encode, wire_bytes
 from fedgraft.common.messages.dry_run import blank_replies
 from fedgraft.common.privacy import FEWEST
 
-__all__ = ["Leaving", "what_leaves"]
+__all__ = ["Disclosure", "estimate_disclosure"]
 
 
 @dataclass(frozen=True)
-class Leaving:
+class Disclosure:
     """``tensors`` by name with ``parameters`` values in all; bytes of a round with evaluation."""
 
     tensors: tuple[str, ...]
@@ -35,9 +35,9 @@ class Leaving:
         )
 
 
-def what_leaves(job: Job, exchanged: Layout, sites: int) -> Leaving:
+def estimate_disclosure(job: Job, exchanged: Layout, sites: int) -> Disclosure:
     """What one of ``sites`` sites sends in one round that trains ``exchanged`` and evaluates."""
     masking = job.privacy.secure_aggregation
     cohort = min(max(job.rounds.cohort_size(sites), FEWEST), masking.max_sites)
     size = sum(wire_bytes(encode(reply)) for reply in blank_replies(job, exchanged, cohort))
-    return Leaving(exchanged.names, exchanged.size, size, job.rounds.count, masking.enabled)
+    return Disclosure(exchanged.names, exchanged.size, size, job.rounds.count, masking.enabled)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from fedgraft.client.policy.approvals import Agreement, Agreements, hash_plan
-from fedgraft.client.policy.disclosure import Leaving
-from fedgraft.client.policy.message_log import Ledger, Occasion
+from fedgraft.client.policy.disclosure import Disclosure
+from fedgraft.client.policy.message_log import MessageLog, Occasion
 from fedgraft.client.policy.policy_file import METRICS, Policy, RoundFacts, check_plan, load_policy
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
@@ -79,7 +79,7 @@ class Guard:
             JobError: the policy cannot be read.
         """
         try:
-            self._ledger.received(self._occasion(stage, request, under_way), request, content)
+            self._message_log.received(self._occasion(stage, request, under_way), request, content)
         except Exception as error:
             log.error("%s cannot be recorded: %s", stage, type(error).__name__)
             raise SiteFailure("audit-failed") from None
@@ -123,7 +123,7 @@ class Guard:
             raise SiteFailure("not-agreed")
         return agreement
 
-    def consent(self, request: PlanRequest, job: Job, leaving: Leaving, examples: int) -> None:
+    def consent(self, request: PlanRequest, job: Job, leaving: Disclosure, examples: int) -> None:
         """Agree to a job that this site can do, or have a person asked.
 
         Raises:
@@ -191,12 +191,12 @@ class Guard:
             most = self.policy.limits.max_bytes_out_per_round
             size = wire_bytes(content)
             self.agreements.spend(occasion.run, occasion.round, size, most=most)
-        self._ledger.sent(occasion, reply, content, _layout(request, reply))
+        self._message_log.sent(occasion, reply, content, _layout(request, reply))
         return reply, content
 
     @cached_property
-    def _ledger(self) -> Ledger:
-        return Ledger(self._state, keep=self._policy_if_any.limits.keep_sent)
+    def _message_log(self) -> MessageLog:
+        return MessageLog(self._state, keep=self._policy_if_any.limits.keep_sent)
 
     @cached_property
     def _policy_if_any(self) -> Policy:

@@ -28,7 +28,7 @@ from fedgraft.common.secagg.statements import MaskedInput
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["FILE", "Ledger", "Occasion"]
+__all__ = ["FILE", "MessageLog", "Occasion"]
 
 FILE = "audit.jsonl"
 
@@ -43,7 +43,7 @@ class Occasion:
     policy: str
 
 
-class Ledger:
+class MessageLog:
     """The records of one site; ``keep`` is for how many rounds what was sent is kept."""
 
     def __init__(self, state: Path, *, keep: int) -> None:

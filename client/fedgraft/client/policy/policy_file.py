@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from datetime import datetime, time
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import JobError, SiteFailure
+from fedgraft.common.methods import METHODS
 from fedgraft.common.privacy import FEWEST
 from fedgraft.common.section import IllegalJob, Section, Size
 from fedgraft.common.toml import read_text
@@ -28,6 +29,10 @@ __all__ = ["Hours", "Policy", "RoundFacts", "check_plan", "load_policy"]
 
 Metric = Literal["loss", "accuracy", "f1", "scores", "groups"]
 METRICS: tuple[Metric, ...] = ("loss", "accuracy", "f1")
+if TYPE_CHECKING:
+    Allowed = str
+else:  # every method, and what may train or travel beside one
+    Allowed = Literal[(*METHODS, "domain", "consolidation")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 EPSILON, DELTA = 8.0, 1e-5
 CLOCKS = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)")
@@ -61,7 +66,7 @@ class ModelRules(Section):
     """``[model]``: backbones by name, each with the SHA-256 of its manifest or its fingerprint."""
 
     allowed_backbones: dict[str, Digest] = Field(default_factory=dict)
-    allowed_methods: tuple[Literal["lora", "head", "partial", "domain", "consolidation"], ...] = ()
+    allowed_methods: tuple[Allowed, ...] = ()
     max_rank: int = Field(default=16, ge=1)
 
 

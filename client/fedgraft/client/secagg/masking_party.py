@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.client.secagg.round_secrets import Memory, Round, State
+from fedgraft.client.secagg.round_secrets import Memory, PartyState, RoundSecrets
 from fedgraft.common.secagg.errors import (
     InputRefused,
     ParameterError,
@@ -29,7 +29,7 @@ from fedgraft.common.secagg.errors import (
     TooFewParties,
     blame,
 )
-from fedgraft.common.secagg.graph import Graph, Plan, arrange
+from fedgraft.common.secagg.graph import Graph, GraphPlan, arrange
 from fedgraft.common.secagg.keys import (
     KEY_BYTES,
     TAG_BYTES,
@@ -57,8 +57,8 @@ from fedgraft.common.secagg.statements import (
     Opening,
     RevealedShare,
     SealedShares,
+    SecAggStage,
     SharesRequest,
-    Stage,
     Survivors,
     UnmaskRequest,
 )
@@ -109,7 +109,7 @@ class MaskingParty:
         roster: Roster,
         policy: Policy,
         parameters: Parameters,
-        claim: Callable[[int, Stage], None],
+        claim: Callable[[int, SecAggStage], None],
         pledge: Callable[[bytes, bytes], None],
         memory: Memory | None = None,
         entropy: Entropy = os.urandom,
@@ -128,8 +128,8 @@ class MaskingParty:
         self._pledge = pledge
         self._entropy = entropy
         self._threads = threads
-        self._state = State(memory.state) if memory else State.IDLE
-        self._round = Round.recall(memory) if memory else None
+        self._state = PartyState(memory.state) if memory else PartyState.IDLE
+        self._round = RoundSecrets.recall(memory) if memory else None
 
     @property
     def parameters(self) -> Parameters:
@@ -137,7 +137,7 @@ class MaskingParty:
         return self._parameters
 
     @property
-    def state(self) -> State:
+    def state(self) -> PartyState:
         """How far this site is in the round."""
         return self._state
 
@@ -148,7 +148,7 @@ class MaskingParty:
             StageError: between ``accept`` and ``mask``: a copy could mask a second input alike.
         """
         now = self._round
-        if self._state is State.READY:
+        if self._state is PartyState.READY:
             raise StageError("a round is not interrupted while it trains")
         return now.remember(self._parameters, self._state) if now is not None else None
 
@@ -157,14 +157,16 @@ class MaskingParty:
         if self._round is not None:
             self._round.wipe()
         self._round = None
-        self._state = State.IDLE
+        self._state = PartyState.IDLE
 
     def __getstate__(self) -> NoReturn:
         """Secrets stay in this process: no pickle, no copy."""
         raise StageError("a masking party cannot be stored or copied")
 
     @contextmanager
-    def _stage(self, needed: State, then: State, stage: Stage | None = None) -> Iterator[Round]:
+    def _stage(
+        self, needed: PartyState, then: PartyState, stage: SecAggStage | None = None
+    ) -> Iterator[RoundSecrets]:
         """One step: in order, claimed if it begins a stage, and complete or the round is wiped."""
         try:
             if self._state is not needed or self._round is None:
@@ -195,14 +197,14 @@ class MaskingParty:
         check_bytes(request.model, DIGEST_BYTES, "a model hash")
         if type(request.round) is not int or not request.round < 1 << 63:
             raise StatementError("a round is not a 64-bit number")
-        self._claim(request.round, Stage.KEYS)
+        self._claim(request.round, SecAggStage.KEYS)
         frame = Frame(context, request.round, request.model)
         seed = draw(self._entropy, KEY_BYTES)
         pairs = Exchange.generate(self._entropy), Exchange.generate(self._entropy)
         unsigned = Advertisement(self._site, pairs[0].public, pairs[1].public, commit(seed), b"")
         signature = sign(self._identity, frame, "keys", self._site, advertisement_body(unsigned))
         own = replace(unsigned, signature=signature)
-        self._round, self._state = Round(frame, seed, *pairs, own), State.ADVERTISED
+        self._round, self._state = RoundSecrets(frame, seed, *pairs, own), PartyState.ADVERTISED
         return own
 
     def share(self, request: SharesRequest) -> SealedShares:
@@ -212,7 +214,7 @@ class MaskingParty:
             StatementError: an id, key or signature that is not valid, or another entry for us.
             TooFewParties: fewer advertisements than must sign later.
         """
-        with self._stage(State.ADVERTISED, State.SHARED, Stage.SHARES) as now:
+        with self._stage(PartyState.ADVERTISED, PartyState.SHARED, SecAggStage.SHARES) as now:
             found = check_advertisements(
                 request.advertisements, now.frame, self._roster, self._parameters.cohort
             )
@@ -226,15 +228,17 @@ class MaskingParty:
             now.mask_keys = {other.site: other.mask_key for other in neighbours}
             return SealedShares(self._site, self._seal_shares(now, neighbours))
 
-    def _plan(self, now: Round) -> Plan:
+    def _plan(self, now: RoundSecrets) -> GraphPlan:
         """Degree and thresholds among those who advertised."""
         return self._parameters.plan.among(len(now.advertised))
 
-    def _graph(self, now: Round) -> Graph:
+    def _graph(self, now: RoundSecrets) -> Graph:
         """Who shares secrets with whom."""
         return arrange(now.advertised, now.advertised_hash, self._plan(now).degree)
 
-    def _seal_shares(self, now: Round, neighbours: list[Advertisement]) -> tuple[Envelope, ...]:
+    def _seal_shares(
+        self, now: RoundSecrets, neighbours: list[Advertisement]
+    ) -> tuple[Envelope, ...]:
         seal_keys = {other.site: other.seal_key for other in neighbours}
         threshold, holders = self._plan(now).share_threshold, sorted((self._site, *seal_keys))
         secret = now.seed + now.mask_pair.private
@@ -264,7 +268,7 @@ class MaskingParty:
                 a neighbour, not for us, not authentic or there twice.
             TooFewParties: fewer shares than open a secret.
         """
-        with self._stage(State.SHARED, State.READY, Stage.TRAIN) as now:
+        with self._stage(PartyState.SHARED, PartyState.READY, SecAggStage.TRAIN) as now:
             if not same(check_bytes(model, DIGEST_BYTES, "a model hash"), now.frame.model):
                 raise StatementError("the model is not the one that all sites signed for")
             for envelope in delivery.envelopes:
@@ -299,7 +303,7 @@ class MaskingParty:
             InputRefused: not finite, out of range, or of another length.
             StatementError: a neighbour's mask key cannot be used.
         """
-        with self._stage(State.READY, State.MASKED) as now:
+        with self._stage(PartyState.READY, PartyState.MASKED) as now:
             if update.shape != (self._parameters.length,):
                 raise InputRefused("the update has another length than the layout")
             coding = self._parameters.coding
@@ -326,7 +330,7 @@ class MaskingParty:
                 shares we were given.
             TooFewParties: fewer survivors than signatures, honesty or the policy need.
         """
-        with self._stage(State.MASKED, State.CONFIRMED, Stage.CONFIRM) as now:
+        with self._stage(PartyState.MASKED, PartyState.CONFIRMED, SecAggStage.CONFIRM) as now:
             check_survivors(survivors, now.advertised)
             if self._site not in survivors.masked:
                 raise StatementError("our own input was left out")
@@ -360,7 +364,7 @@ class MaskingParty:
             StatementError: a confirmation that is not valid, or two from one site.
             TooFewParties: fewer confirmations than must agree.
         """
-        with self._stage(State.CONFIRMED, State.IDLE, Stage.UNMASK) as now:
+        with self._stage(PartyState.CONFIRMED, PartyState.IDLE, SecAggStage.UNMASK) as now:
             agreed = hash_survivors(now.advertised_hash, now.survivors)
             signers = set()
             for confirmation in request.confirmations:

@@ -13,10 +13,10 @@ from fedgraft.common.secagg.keys import Exchange, wipe
 from fedgraft.common.secagg.statements import Advertisement, Survivors
 from fedgraft.common.secagg.transcript import Frame, Parameters
 
-__all__ = ["Memory", "Round", "State"]
+__all__ = ["Memory", "PartyState", "RoundSecrets"]
 
 
-class State(IntEnum):
+class PartyState(IntEnum):
     """What a site has done in a round; IDLE also after the end and after an abort."""
 
     IDLE = 0
@@ -53,7 +53,7 @@ class Memory:
 
 
 @dataclass(repr=False, eq=False)
-class Round:
+class RoundSecrets:
     """Everything of one round, secrets included; never printed, compared, copied or stored."""
 
     frame: Frame
@@ -69,7 +69,7 @@ class Round:
     survivors: Survivors = field(default_factory=lambda: Survivors((), (), ()))
 
     @classmethod
-    def recall(cls, memory: Memory) -> "Round":
+    def recall(cls, memory: Memory) -> "RoundSecrets":
         """The round that ``remember`` described."""
         neighbours = memory.neighbours
         return cls(
@@ -86,7 +86,7 @@ class Round:
             memory.survivors,
         )
 
-    def remember(self, parameters: Parameters, state: State) -> Memory:
+    def remember(self, parameters: Parameters, state: PartyState) -> Memory:
         """The round as plain values, secrets included."""
         return Memory(
             parameters=parameters,

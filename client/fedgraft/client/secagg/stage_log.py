@@ -13,34 +13,34 @@ from pathlib import Path
 from typing import IO
 
 from fedgraft.common.secagg.errors import StageError
-from fedgraft.common.secagg.statements import Stage
+from fedgraft.common.secagg.statements import SecAggStage
 
-__all__ = ["Claims", "Pledges"]
+__all__ = ["AgreedSums", "StageLog"]
 
 
-class Claims:
+class StageLog:
     """The stages begun in one session: a file with a line ``ROUND STAGE`` for each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def __call__(self, number: int, stage: Stage) -> None:
+    def __call__(self, number: int, stage: SecAggStage) -> None:
         """Claim a stage: durable when this returns, and never granted a second time.
 
         Raises:
             StageError: this stage, or a later one, was claimed before.
         """
-        with _ledger(self._path) as (lines, append):
+        with _open_log(self._path) as (lines, append):
             latest = (0, 0)
             for first, second in lines:
-                if first.isdecimal() and second in Stage.__members__:
-                    latest = max(latest, (int(first), Stage[second].value))
+                if first.isdecimal() and second in SecAggStage.__members__:
+                    latest = max(latest, (int(first), SecAggStage[second].value))
             if (number, stage) <= latest:
                 raise StageError("this stage of the round, or a later one, was served before")
             append(f"{number} {stage.name}")
 
 
-class Pledges:
+class AgreedSums:
     """The sums that this site ever agreed to: a file with a line ``WORK SUM`` (hex) for each."""
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class Pledges:
         Raises:
             StageError: this site agreed to another sum of the same work.
         """
-        with _ledger(self._path) as (lines, append):
+        with _open_log(self._path) as (lines, append):
             agreed = {second for first, second in lines if first == work.hex()}
             if agreed - {total.hex()}:
                 raise StageError("this work was summed before, over other sites")
@@ -61,7 +61,7 @@ class Pledges:
 
 
 @contextmanager
-def _ledger(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
+def _open_log(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
     """The pairs in a file that only grows, locked, and how to add a line durably."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.open("a+b") as file:
@@ -76,7 +76,7 @@ def _ledger(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
 
 
 class _Append:
-    """Adds lines to an open ledger that holds ``text``."""
+    """Adds lines to an open log that holds ``text``."""
 
     def __init__(self, path: Path, file: IO[bytes], text: bytes) -> None:
         self._path, self._file, self._text = path, file, text

@@ -1,7 +1,8 @@
-"""Token classification: a tag for each word, and the entities that the tags spell (IOB2).
+"""Token classification: predict a tag for each word, and the entities that the tags mark (IOB2).
 
-A word may be several tokens: its tag is that of the first, the others are not predicted. A sentence
-is one example, cut to ``data.max_length``. An entity that is cut off counts as missed.
+A word can have several tokens: the first token has the word's tag, and the other tokens are not
+predicted. A sentence is one example, cut to ``data.max_length``. An entity beyond the cut counts as
+missed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,9 +71,10 @@ REFUSES: Refuses = {
 
 @dataclass(frozen=True)
 class TaggedTexts(Wrapped):
-    """Sentences: ``tags`` int64 [tokens of source] are ``IGNORED`` but on the first of a word.
+    """Sentences with tags.
 
-    ``cut`` int64 [n, types] are entities of which a word is behind the end of the example.
+    ``tags``, int64 [tokens of source], are ``IGNORED`` except at the first token of a word.
+    ``cut``, int64 [n, types], counts the entities with a word beyond the end of the example.
     """
 
     source: TextExamples
@@ -81,20 +83,20 @@ class TaggedTexts(Wrapped):
 
     @property
     def digest(self) -> str:
-        """That of ``source``."""
+        """Return the digest of ``source``."""
         return self.source.digest
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         return self.source.nbytes + self.tags.nbytes + self.cut.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """The sentences at ``index``, as ``TextExamples`` has them."""
+        """Return the sentences at ``index`` in the form of ``TextExamples``."""
         return self.source.batch(index, width)
 
     def targets(self, index: Indices, width: int = 0) -> Indices:
-        """The tags, int64 [b, width], and ``IGNORED`` on padding and inside words."""
+        """Return the tags, int64 [b, width]; ``IGNORED`` at padding and inside words."""
         mask = self.batch(index, width)["attention_mask"].astype(np.bool_)
         targets: Indices = np.full(mask.shape, IGNORED, np.int64)
         ranges = [
@@ -107,11 +109,11 @@ class TaggedTexts(Wrapped):
         return targets
 
     def subset(self, index: Indices) -> "TaggedTexts":
-        """The sentences at ``index``, in that order; ids and tags are shared."""
+        """Return the sentences at ``index``, in that order; ids and tags are shared."""
         return replace(self, source=self.source.subset(index), cut=self.cut[index])
 
     def joined(self, others: "Sequence[TaggedTexts]") -> "TaggedTexts":
-        """These sentences and those of ``others``, in order."""
+        """Return these sentences and the sentences of ``others``, in order."""
         every = (self, *others)
         return TaggedTexts(
             concatenate([one.source for one in every]),
@@ -121,7 +123,7 @@ class TaggedTexts(Wrapped):
 
 
 class TokenClassification(Task):
-    """A tag for each word of a sentence: named entities and the like."""
+    """Predict a tag for each word of a sentence, such as the tags of named entities."""
 
     name = pipeline = "token-classification"
     auto_class = "AutoModelForTokenClassification"
@@ -166,7 +168,7 @@ class TokenClassification(Task):
     refuses = REFUSES
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """The labels are tags of IOB2."""
+        """Check that the labels are IOB2 tags."""
         super().check_labels(labels)
         kinds = [label.partition("-") for label in labels if label != OUTSIDE]
         wrong = [p + dash + own for p, dash, own in kinds if p not in ("B", "I") or not own]
@@ -182,7 +184,7 @@ class TokenClassification(Task):
             )
 
     def check_cell(self, content: Any) -> None:
-        """A cell is a list of words."""
+        """Check that a cell is a list of words."""
         if not isinstance(content, list) or not content:
             raise DataError(
                 "no list of words",
@@ -193,7 +195,7 @@ class TokenClassification(Task):
             check_string(word, "word")
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """The indices of the tags, as many as words."""
+        """Return the indices of the tags, one for each word."""
         words = cell.content if isinstance(cell.content, list) else []
         if not isinstance(cell.beside, list) or len(cell.beside) != len(words):
             count = len(cell.beside) if isinstance(cell.beside, list) else "no"
@@ -206,15 +208,15 @@ class TokenClassification(Task):
         }
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """The tags by their names."""
+        """Return the names of the tags."""
         return {"tags": [labels[tag] for tag in row["tags"]]}
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> TaggedTexts:
-        """One example a sentence; of each word the first token has its tag.
+        """Return one example per sentence; the first token of each word has the word's tag.
 
         Raises:
-            BackboneError: the tokenizer does not say which word a token is of.
-            DataError: a sentence becomes no tokens.
+            BackboneError: the tokenizer does not give the word of a token.
+            DataError: a sentence gives no tokens.
         """
         most = settings.max_length
         check_length(processor, most)
@@ -237,25 +239,28 @@ class TokenClassification(Task):
         return TaggedTexts(source, aligned, _cut_off(tags, seen, settings.labels))
 
     def measures(self, settings: Settings) -> TagMeasures:
-        """Tokens that are right, and entities by type."""
+        """Return the measures: the number of correct tokens, and the entities by type."""
         return TagMeasures(settings.labels, settings.max_length)
 
     def model_options(
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
-        """The tags."""
+        """Return the tags."""
         return {
             "id2label": dict(enumerate(labels)),
             "label2id": {name: index for index, name in enumerate(labels)},
         }
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
-        """A head for as many tags, which the adapter then replaces."""
+        """Return the options for a head with one output per tag; the adapter then replaces it."""
         return {"num_labels": len(labels), "ignore_mismatched_sizes": True}
 
 
 def _tokenize(sentences: Sequence[Sequence[str]], tokenizer: Any, most: int) -> Arrays:
-    """Ids (and types) of all sentences in a row, the word of each, -1 for none, and lengths."""
+    """Return ids (and types) of all sentences in one row, the word of each token, and lengths.
+
+    The word is -1 for a token that belongs to no word.
+    """
     found: dict[str, list[int]] = {"input_ids": [], "words": []}
     lengths: list[int] = []
     for at in range(0, len(sentences), BATCH):
@@ -275,9 +280,9 @@ def _tokenize(sentences: Sequence[Sequence[str]], tokenizer: Any, most: int) -> 
 def _align(
     words: Indices, source: TextExamples, tags: Sequence[Indices], labels: Sequence[str]
 ) -> tuple[Indices, list[int]]:
-    """The tag of each token, ``IGNORED`` but on a word's first; words seen of each sentence.
+    """Return the tag of each token, and the number of words that each example contains.
 
-    The words of an entity that is cut in its middle are ignored, too: it can only be missed.
+    The tag is ``IGNORED`` except at a word's first token.
     """
     aligned = np.full(len(source.ids), IGNORED, np.int64)
     seen: list[int] = []
@@ -305,7 +310,7 @@ def _begun(tags: Indices, seen: int, labels: Sequence[str]) -> int | None:
 
 
 def _cut_off(tags: Sequence[Indices], seen: Sequence[int], labels: Sequence[str]) -> Indices:
-    """Entities of each sentence, by type, with a word behind the last one that is ``seen``."""
+    """Return the entities of each sentence, by type, with a word after the last ``seen`` word."""
     types = types_of(labels)
     cut = np.zeros((len(tags), len(types)), np.int64)
     for at, (mine, last) in enumerate(zip(tags, seen, strict=True)):
