@@ -1,8 +1,8 @@
-"""A site's session with the coordinator's SuperLink, in one process that lives as the site does.
+"""A site's session with the coordinator's SuperLink, in one process that runs as long as the site.
 
-Flower starts a process for every message and asks the coordinator for the app it should run. A site
-of ours does neither: it takes a message, hands it to the installed code and sends what comes back.
-What is used here of Flower's insides is held to the real thing by tests/e2e/test_contract.py.
+Flower starts a process for every message, and asks the coordinator for the app to run. Our site
+does neither: it takes a message, gives it to the installed code and sends the result.
+tests/e2e/test_contract.py compares the internals of Flower that are used here with the real ones.
 """
 
 import logging
@@ -69,7 +69,7 @@ __all__ = [
 
 log = logging.getLogger("fedgraft.client")
 
-FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
+FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds to wait for missing objects
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
 
 
@@ -78,23 +78,23 @@ class SessionError(Exception):
 
 
 class Unreachable(SessionError):
-    """No answer, or none that a SuperLink gives: try again."""
+    """There was no answer, or none that a SuperLink gives: try again."""
 
 
 class SessionAlive(SessionError):
-    """The coordinator takes this site's last session for alive: it ends within a minute or so."""
+    """For the coordinator, this site's last session is alive; it ends in about a minute."""
 
 
 class SessionUnknown(SessionError):
-    """The coordinator does not know this session any more: begin another."""
+    """The coordinator does not know this session any more: begin a new one."""
 
 
 class Refused(SessionError):
-    """The certificate, its revocation, the clock or the path: a person must look at it."""
+    """Certificate, revocation, clock or path are the cause: a person must look at it."""
 
 
 class MessageExpired(SessionError):
-    """Nobody waits for a message any more, as when its run was stopped."""
+    """Nobody waits for a message any more, for example because its run was stopped."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ReceivedMessage:
 
 
 class SuperLinkSession:
-    """One session of a site. Use as a context manager: it says goodbye.
+    """One session of a site. Use it as a context manager, which ends the session on exit.
 
     ``endpoint`` is ``host:port`` of the coordinator's public port; ``tls`` holds the federation's
     CA and this site's certificate; ``key`` is the P-256 key that was enrolled.
@@ -134,7 +134,7 @@ class SuperLinkSession:
         """Begin the session.
 
         Raises:
-            SessionError: of the kind that says what to do.
+            SessionError: its class says what to do.
         """
         request = ActivateNodeRequest(
             public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
@@ -154,23 +154,23 @@ class SuperLinkSession:
         if self._beating:
             self._beating.join()
         if self.node and not isinstance(error, SessionError):
-            with suppress(SessionError):  # it notices by itself
+            with suppress(SessionError):  # the coordinator notices by itself
                 goodbye = DeactivateNodeRequest(node_id=self.node.node_id)
                 _asked(self._client.DeactivateNode, goodbye)
         self._client._client.close()
 
     @property
     def node_id(self) -> int:
-        """The id the SuperLink gave this session."""
+        """The id that the SuperLink gave this session."""
         assert self.node is not None, "not entered"  # noqa: S101
         return int(self.node.node_id)
 
     def receive(self) -> ReceivedMessage | None:
-        """The next message for this site with all its content; None if there is none.
+        """Return the next message for this site with all its content; None if there is none.
 
         Raises:
-            MessageExpired: there was one, for which nobody waits or whose parts make no message.
-            SessionError: of the kind that says what to do.
+            MessageExpired: nobody waits for the message, or its parts make no message.
+            SessionError: its class says what to do.
         """
         if self._lost:
             raise self._lost
@@ -181,23 +181,23 @@ class SuperLinkSession:
             return self._collect(reply)
         except SessionError:
             raise
-        except ObjectPullError:  # it was there when it was announced
+        except ObjectPullError:  # the object was there when it was announced
             raise MessageExpired from None
-        except Exception as error:  # whatever was sent, it must not end the site
+        except Exception as error:  # no message may end the site
             log.warning("a message is not whole: %s", type(error).__name__)
             raise MessageExpired from None
 
     def _collect(self, reply: PullMessagesResponse) -> ReceivedMessage:
-        """The message that was announced."""
+        """Return the message that was announced."""
         run_id, tree = reply.messages_list[0].metadata.run_id, reply.message_object_trees[0]
-        # Flower's records look these up, wherever they are made.
+        # Flower's records read these values wherever the records are made.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, self.node_id
         pull = make_pull_object_fn_protobuf(self._ask(self._client.PullObject), self.node, run_id)
         confirm = make_confirm_message_received_fn_protobuf(
             self._ask(self._client.ConfirmMessageReceived), self.node, run_id
         )
-        # The coordinator's objects follow its message: with Flower's first wait, a second, each
-        # stage of a round would take one.
+        # The coordinator's objects come after its message. Flower first waits for a second, so each
+        # stage of a round would take a second.
         parts = [part.object_id for part in iterate_object_tree(tree)]
         contents = known_objects(parts, reply.messages_list[0])
         contents |= pull_objects(
@@ -217,7 +217,7 @@ class SuperLinkSession:
 
         Raises:
             MessageExpired: nobody waits for it.
-            SessionError: of the kind that says what to do.
+            SessionError: its class says what to do.
         """
         message.metadata.__dict__["_message_id"] = message.object_id
         with no_object_id_recompute():
@@ -253,14 +253,14 @@ class SuperLinkSession:
                 if not _asked(self._client.SendNodeHeartbeat, request).success:
                     raise SessionUnknown
             except Unreachable:
-                continue  # the next question finds out
+                continue  # the next request reports it
             except SessionError as error:
                 self._lost = error
                 return
 
 
 def _asked(call: Callable[[Any], Any], request: Any) -> Any:
-    """What ``call`` answers to ``request``; a SessionError without any text of the other side."""
+    """Return the answer of ``call``; an error becomes a SessionError without the other's text."""
     try:
         return call(request)
     except ValueError:
@@ -283,7 +283,7 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
 
 
 def _run_is_over(response: httpx.Response) -> bool:
-    """Whether it is Flower that refuses, and not the front, which speaks no JSON."""
+    """Return whether Flower refuses, and not the proxy before it, which sends no JSON."""
     try:
         return bool(response.json()["code"] == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED)
     except (ValueError, KeyError, TypeError):

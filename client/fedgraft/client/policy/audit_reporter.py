@@ -1,8 +1,9 @@
 """Report the head of this site's audit to the coordinator, so that its past cannot be rewritten.
 
-In a thread of its own: a round does not wait for it, and a coordinator that does not answer costs
-nothing but a warning. Each round is reported, where rounds take longer than ``EVERY``; of faster
-ones the newest head, which vouches for all lines before it, and always the last one of a run.
+Reports are sent from a separate thread. A round does not wait for them, and a coordinator that does
+not answer costs only a warning. If rounds take longer than ``EVERY``, each round is reported. If
+they are faster, the newest head is reported, which vouches for all lines before it. The last head
+of a run is always reported.
 """
 
 import logging
@@ -21,14 +22,14 @@ __all__ = ["AuditReporter", "report_audit_head"]
 log = logging.getLogger("fedgraft.client")
 
 EVERY = 10.0  # seconds between two reports, each of which is a line in the coordinator's audit
-AGAIN = 60.0  # seconds before the next try after one that failed
-LAST = 5.0  # seconds that a site which stops gives its last report
+AGAIN = 60.0  # seconds between a failed try and the next one
+LAST = 5.0  # seconds that a stopping site waits for its last report
 
 
 def report_audit_head(
     member: Membership, state: Path, known: AuditHead | None = None
 ) -> AuditHead | None:
-    """Tell the coordinator the head as it is, unless it is ``known`` there; the head, if any.
+    """Report the current head to the coordinator, unless it is ``known`` there; return the head.
 
     Raises:
         FedgraftError: the audit cannot be read, or the coordinator cannot be reached or refuses.
@@ -60,13 +61,13 @@ class AuditReporter:
         self._thread = threading.Thread(target=self._run, name="audit head", daemon=True)
 
     def wake(self) -> None:
-        """The audit has grown."""
+        """Start a report, because the audit has grown."""
         self._news.set()
         if not self._thread.is_alive() and not self._stop.is_set():
             self._thread.start()
 
     def close(self) -> None:
-        """Report once more what is new, if that is quick."""
+        """Report the newest head once more, if that is quick."""
         self._stop.set()
         self._news.set()
         if self._thread.is_alive():
@@ -86,9 +87,9 @@ class AuditReporter:
             self._known = report_audit_head(self._member, self._state, self._known)
         except FedgraftError as error:
             log.warning("the head of the audit was not reported: %s; %s", error, error.hint)
-        except Exception as error:  # whatever it is, rounds go on
+        except Exception as error:  # rounds go on after any error
             log.warning("the head of the audit was not reported: %s", type(error).__name__)
         else:
             return True
-        self._news.set()  # it still is to be
+        self._news.set()  # the head still has to be reported
         return False

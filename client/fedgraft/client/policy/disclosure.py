@@ -1,4 +1,4 @@
-"""What would leave a site in one round of a job, counted before anything does."""
+"""An estimate of the data that would leave a site in one round of a job, made in advance."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +14,10 @@ __all__ = ["Disclosure", "estimate_disclosure"]
 
 @dataclass(frozen=True)
 class Disclosure:
-    """``tensors`` by name with ``parameters`` values in all; bytes of a round with evaluation."""
+    """The data that would leave: ``tensors`` by name, with ``parameters`` values in all.
+
+    ``bytes_per_round`` includes evaluation.
+    """
 
     tensors: tuple[str, ...]
     parameters: int
@@ -23,11 +26,11 @@ class Disclosure:
     masked: bool
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON."""
+        """Return all of it as JSON."""
         return asdict(self) | {"tensors": list(self.tensors)}
 
     def in_words(self) -> str:
-        """One sentence."""
+        """Return one sentence."""
         how = "masked, so that only sums over sites can be read" if self.masked else "in clear"
         return (
             f"{len(self.tensors)} tensors with {self.parameters:,} values, "
@@ -36,7 +39,10 @@ class Disclosure:
 
 
 def estimate_disclosure(job: Job, exchanged: Layout, sites: int) -> Disclosure:
-    """What one of ``sites`` sites sends in one round that trains ``exchanged`` and evaluates."""
+    """Return the data that one of ``sites`` sites sends in one round of training and evaluation.
+
+    The round trains the tensors of ``exchanged``.
+    """
     masking = job.privacy.secure_aggregation
     cohort = min(max(job.rounds.cohort_size(sites), FEWEST), masking.max_sites)
     size = sum(wire_bytes(encode(reply)) for reply in blank_replies(job, exchanged, cohort))

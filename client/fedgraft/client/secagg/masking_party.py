@@ -1,13 +1,13 @@
 """The masking party: one site's side of secure aggregation, as a state machine.
 
-KEYS -> SHARES -> TRAIN -> CONFIRM -> UNMASK, each once a round and in this order (Bonawitz et al.
-2017, figure 4, active variant). Every method checks what the coordinator says *before* it answers;
-whatever goes wrong, the secrets of the round are wiped and the site abstains until a later round.
+KEYS -> SHARES -> TRAIN -> CONFIRM -> UNMASK, each once per round and in this order (Bonawitz et al.
+2017, figure 4, active variant). Every method checks what the coordinator says *before* it answers.
+After any error, the secrets of the round are wiped, and the site abstains until a later round.
 
-Invariants: no stage of a round is served twice, also across restarts and by processes that run at
-once (``claim``); so at most one survivor set is signed a round, and of a neighbour's two secrets a
-share of at most one is ever revealed; the update leaves this object only under its own mask and
-those it shares with its neighbours.
+Invariants: no stage of a round is served twice, not even after a restart or by processes that run
+at the same time (``claim``). So at most one survivor set is signed per round, and a share of at
+most one of a neighbour's two secrets is ever revealed. The update leaves this object only under the
+site's own mask and the masks that the site shares with its neighbours.
 """
 
 import os
@@ -94,11 +94,12 @@ class MaskingParty:
     """One site in one session.
 
     ``roster`` and ``policy`` are the site's own files. ``claim(round, stage)`` is called before a
-    stage is answered: it raises ``StageError`` unless this is later than everything this site ever
-    claimed in the session, and is durable when it returns. ``pledge(model, sum)`` is called before
-    survivors are confirmed: it raises ``StageError`` if this site ever, in any session, confirmed
-    another sum of the same work, since the difference of the two could be one site's. ``memory``
-    is what ``remember`` gave after the stage before. ``entropy`` is the source of all secrets.
+    stage is answered. It raises ``StageError`` unless the stage is later than everything that this
+    site ever claimed in the session; the claim is durable when it returns. ``pledge(model, sum)``
+    is called before survivors are confirmed. It raises ``StageError`` if this site ever, in any
+    session, confirmed another sum of the same work: the difference of the two could be the input
+    of one site. ``memory`` is the result of ``remember`` after the stage before. ``entropy`` is the
+    source of all secrets.
     """
 
     def __init__(
@@ -138,14 +139,15 @@ class MaskingParty:
 
     @property
     def state(self) -> PartyState:
-        """How far this site is in the round."""
+        """The last step of this site in the round."""
         return self._state
 
     def remember(self) -> Memory | None:
-        """What the next stage needs, secrets included; None when no round is under way.
+        """Return the memory for the next stage, secrets included; None if no round is under way.
 
         Raises:
-            StageError: between ``accept`` and ``mask``: a copy could mask a second input alike.
+            StageError: between ``accept`` and ``mask``: with a copy of the memory, a second input
+                could be masked with the same masks.
         """
         now = self._round
         if self._state is PartyState.READY:
@@ -153,21 +155,21 @@ class MaskingParty:
         return now.remember(self._parameters, self._state) if now is not None else None
 
     def abort(self) -> None:
-        """Wipe the round; call it when the coordinator has been silent for too long."""
+        """Wipe the round; call this if the coordinator has been silent for too long."""
         if self._round is not None:
             self._round.wipe()
         self._round = None
         self._state = PartyState.IDLE
 
     def __getstate__(self) -> NoReturn:
-        """Secrets stay in this process: no pickle, no copy."""
+        """Refuse to be pickled or copied: secrets stay in this process."""
         raise StageError("a masking party cannot be stored or copied")
 
     @contextmanager
     def _stage(
         self, needed: PartyState, then: PartyState, stage: SecAggStage | None = None
     ) -> Iterator[RoundSecrets]:
-        """One step: in order, claimed if it begins a stage, and complete or the round is wiped."""
+        """Run one step in order, and claim it if it begins a stage; an error wipes the round."""
         try:
             if self._state is not needed or self._round is None:
                 raise StageError(f"a round in state {self._state.name} is not {needed.name}")
@@ -180,12 +182,13 @@ class MaskingParty:
         self._state = then
 
     def advertise(self, request: KeysRequest) -> Advertisement:
-        """KEYS: begin a round, with fresh keys; a round still under way is wiped.
+        """KEYS: begin a round with fresh keys; wipe a round that is still under way.
 
         Raises:
-            PolicyRefused: below the policy's floor, not the agreed context, or not in the cohort.
-            StageError: not later than every round ever served in the session.
-            StatementError: a malformed request.
+            PolicyRefused: the parameters are below the policy's floor, the context is not the
+                agreed one, or this site is not in the cohort.
+            StageError: the round is not later than every round ever served in the session.
+            StatementError: the request is malformed.
         """
         self.abort()
         check_policy(self._parameters, self._roster, self._policy)
@@ -208,11 +211,11 @@ class MaskingParty:
         return own
 
     def share(self, request: SharesRequest) -> SealedShares:
-        """SHARES: check everyone's keys, then seal shares of seed and mask key for neighbours.
+        """SHARES: check all keys, then seal shares of seed and mask key for the neighbours.
 
         Raises:
-            StatementError: an id, key or signature that is not valid, or another entry for us.
-            TooFewParties: fewer advertisements than must sign later.
+            StatementError: an id, key or signature is not valid, or our own entry was changed.
+            TooFewParties: fewer sites advertised keys than must sign later.
         """
         with self._stage(PartyState.ADVERTISED, PartyState.SHARED, SecAggStage.SHARES) as now:
             found = check_advertisements(
@@ -229,11 +232,11 @@ class MaskingParty:
             return SealedShares(self._site, self._seal_shares(now, neighbours))
 
     def _plan(self, now: RoundSecrets) -> GraphPlan:
-        """Degree and thresholds among those who advertised."""
+        """Return degree and thresholds for the sites that advertised keys."""
         return self._parameters.plan.among(len(now.advertised))
 
     def _graph(self, now: RoundSecrets) -> Graph:
-        """Who shares secrets with whom."""
+        """Return the graph of the sites that share secrets with each other."""
         return arrange(now.advertised, now.advertised_hash, self._plan(now).degree)
 
     def _seal_shares(
@@ -261,12 +264,14 @@ class MaskingParty:
         return tuple(envelopes)
 
     def accept(self, delivery: Delivery, model: bytes) -> None:
-        """TRAIN, before training: open what neighbours sealed; ``model`` is what we were sent.
+        """TRAIN, before training: open the neighbours' envelopes.
+
+        ``model`` is the hash of the work that we were sent.
 
         Raises:
-            StatementError: ``model`` is not the one we advertised for, or an envelope is not from
-                a neighbour, not for us, not authentic or there twice.
-            TooFewParties: fewer shares than open a secret.
+            StatementError: ``model`` is not the one that we advertised for, or an envelope is not
+                from a neighbour, not for us, not authentic, or there twice.
+            TooFewParties: there are fewer shares than are needed to open a secret.
         """
         with self._stage(PartyState.SHARED, PartyState.READY, SecAggStage.TRAIN) as now:
             if not same(check_bytes(model, DIGEST_BYTES, "a model hash"), now.frame.model):
@@ -296,11 +301,11 @@ class MaskingParty:
     ) -> MaskedInput:
         """TRAIN, after training: quantise, mask and pack ``update`` (float [length]).
 
-        ``metrics`` are at most two numbers to be summed over sites; ``generator`` rounds, or None
-        where ``update`` is of whole levels.
+        ``metrics`` are at most two numbers to be summed over sites. ``generator`` draws the
+        rounding; it is None if ``update`` has whole levels only.
 
         Raises:
-            InputRefused: not finite, out of range, or of another length.
+            InputRefused: ``update`` is not finite, out of range, or of another length.
             StatementError: a neighbour's mask key cannot be used.
         """
         with self._stage(PartyState.READY, PartyState.MASKED) as now:
@@ -326,9 +331,10 @@ class MaskingParty:
         """CONFIRM: sign the survivors, once.
 
         Raises:
-            StatementError: not a chain U3 in U2 in U1, without us, or not the neighbours whose
-                shares we were given.
-            TooFewParties: fewer survivors than signatures, honesty or the policy need.
+            StatementError: the survivors are no chain U3 in U2 in U1, are without us, or are not
+                the neighbours whose shares we were given.
+            TooFewParties: fewer survivors than the signatures, the two honest parties or the policy
+                need.
         """
         with self._stage(PartyState.MASKED, PartyState.CONFIRMED, SecAggStage.CONFIRM) as now:
             check_survivors(survivors, now.advertised)
@@ -361,8 +367,8 @@ class MaskingParty:
         """UNMASK: reveal one share of each neighbour, then wipe everything.
 
         Raises:
-            StatementError: a confirmation that is not valid, or two from one site.
-            TooFewParties: fewer confirmations than must agree.
+            StatementError: a confirmation is not valid, or a site sent two.
+            TooFewParties: fewer sites confirmed than must agree.
         """
         with self._stage(PartyState.CONFIRMED, PartyState.IDLE, SecAggStage.UNMASK) as now:
             agreed = hash_survivors(now.advertised_hash, now.survivors)

@@ -1,8 +1,9 @@
-"""What this site has begun and agreed to in masked rounds, on its disk, so that nothing is twice.
+"""Replay protection of masked rounds: the stages begun and the sums agreed to, on the site's disk.
 
-A coordinator that could have a stage answered twice (two messages at once, a restart, memory
-brought back from a copy) could have two survivor sets signed and open one site's update. One that
-could have the same work summed over two sets of sites would learn their difference.
+Suppose that a coordinator could have a stage answered twice (by two messages at once, a restart, or
+memory restored from a copy). It could then have two survivor sets signed and open one site's
+update. Or suppose that it could have the same work summed over two sets of sites. It would then
+learn the difference of the two sums.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ class StageLog:
         self._path = path
 
     def __call__(self, number: int, stage: SecAggStage) -> None:
-        """Claim a stage: durable when this returns, and never granted a second time.
+        """Claim a stage: the claim is durable when this returns, and is never granted again.
 
         Raises:
             StageError: this stage, or a later one, was claimed before.
@@ -47,7 +48,7 @@ class AgreedSums:
         self._path = path
 
     def __call__(self, work: bytes, total: bytes) -> None:
-        """Agree that ``work`` is summed over the sites that ``total`` stands for; durable.
+        """Agree that ``work`` is summed over the sites that ``total`` stands for, durably.
 
         Raises:
             StageError: this site agreed to another sum of the same work.
@@ -62,13 +63,13 @@ class AgreedSums:
 
 @contextmanager
 def _open_log(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
-    """The pairs in a file that only grows, locked, and how to add a line durably."""
+    """Lock a file that only grows; yield its pairs, and a function that adds a line durably."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
         file.seek(0)
         text = file.read()
-        # What follows the last line end was torn by a power cut, and never answered.
+        # Text after the last line end was torn by a power cut; its stage was never answered.
         file.truncate(text.rfind(b"\n") + 1)
         whole = text.decode(errors="replace").split("\n")[:-1]
         lines = [(first, second) for first, _, second in (line.partition(" ") for line in whole)]
@@ -86,14 +87,14 @@ class _Append:
         self._file.write(f"{line}\n".encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        for folder in () if self._text else self._path.parents[:2]:  # both may be new
+        for folder in () if self._text else self._path.parents[:2]:  # both may be new folders
             _sync_folder(folder)
 
 
 def _sync_folder(path: Path) -> None:
     try:
         folder = os.open(path, os.O_RDONLY)
-    except PermissionError:  # not ours, so we did not make it
+    except PermissionError:  # the folder is not ours, so we did not make it
         return
     try:
         os.fsync(folder)
