@@ -1,6 +1,6 @@
 """Write C-MAPSS as four sites, one a set: sensors of a cycle as words, and the cycles left.
 
-    python simulations/examples/turbofan_sites.py "$FEDGRAFT_DATA/data/turbofan" turbofan
+    cd simulations/examples && python turbofan_sites.py "$FEDGRAFT_DATA/data/turbofan" turbofan
 
 A row is one of every ``EVERY`` cycles of an engine. Each sensor that moves becomes its name and its
 place between the lowest and the highest value of the set's training engines, 0 to 99. The target is

@@ -32,7 +32,7 @@ from fedgraft.common.messages.payloads import (
     TrainReply,
     TrainRequest,
 )
-from fedgraft.server.rounds import Plan, make_plan
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.simulations.demo import digits
 from fedgraft.simulations.grid.identities import FILE
 

@@ -50,7 +50,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPro
 
 def offered() -> dict[str, str]:
     """First words of verbs, and their line of help: a group's own where verbs come in a group."""
-    first = {verb.partition(" ")[0]: line for verb, (_, line) in cli.VERBS.items()}
+    first = {verb.partition(" ")[0]: line for verb, (*_, line) in cli.VERBS.items()}
     return {verb: cli.GROUPS.get(verb, line) for verb, line in first.items()}
 
 
@@ -67,12 +67,18 @@ def test_help_lists_every_verb_without_loading_anything_heavy() -> None:
     assert result.stdout.endswith("loaded: []\n")
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_the_help_of_a_verb_loads_nothing_heavy(verb: str) -> None:
-    result = python("-c", PROBE, verb, "--help")
+def test_every_verb_has_help() -> None:
+    """In one process: tests/test_layout.py checks what that loads."""
+    code = """
+from fedgraft.common.cli import VERBS, command
+for verb in VERBS:
+    command([*verb.split(), "--help"], prog_name="fedgraft", standalone_mode=False)
+"""
+    result = python("-c", code)
     assert result.returncode == 0, result.stderr
-    assert f"{verb} [OPTIONS]" in result.stdout
-    assert result.stdout.endswith("loaded: []\n")
+    usages = [line for line in result.stdout.splitlines() if line.startswith("Usage:")]
+    for verb, usage in zip(cli.VERBS, usages, strict=True):
+        assert f"fedgraft {verb} [OPTIONS]" in usage
     assert result.stderr == ""
 
 
@@ -133,6 +139,47 @@ def test_a_verb_of_a_room_that_is_not_installed_says_so() -> None:
         assert result.returncode == 2
         assert f"`{verb}` is not part of this install" in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_a_verb_with_two_places_is_that_of_the_first_room_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("fedgraft_one", "fedgraft_two"):
+        module = types.ModuleType(name)
+        module.verb = lambda name=name: print(name)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(cli.VERBS, "twice", ("fedgraft_one:verb", "fedgraft_two:verb", "Say."))
+    monkeypatch.setattr(sys, "argv", ["fedgraft", "twice"])
+    for installed, said in (("onetwo", "fedgraft_one\n"), ("two", "fedgraft_two\n")):
+        found = {f"fedgraft_{name}:verb" for name in ("one", "two") if name in installed}
+        monkeypatch.setattr(cli, "_room_is_there", found.__contains__)
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 0
+        assert capsys.readouterr().out == said
+
+
+CHECK = """
+import sys
+sys.path[:] = [path for path in sys.path if not path.endswith(("/simulations", "/client"))]
+from fedgraft.common.cli import main
+try:
+    main()
+finally:
+    print("simulations:", any("simulations" in name for name in sys.modules))
+"""
+
+
+def test_without_simulations_check_is_the_coordinators_own_and_knows_no_sites() -> None:
+    """The job has a simulation; everything else of it is checked."""
+    job = str(ROOT / "simulations/fedgraft/simulations/demo/digits.toml")
+    done = python("-c", CHECK, "check", job, "--json", rooms=["common", "server"])
+    assert done.returncode == 0, done.stderr
+    facts, _, loaded = done.stdout.rpartition("simulations:")
+    said = json.loads(facts)
+    assert (said["sites"], said["skipped_files"]) == ([], 0)
+    assert said["bytes_up_per_site_round"] > 0
+    assert loaded.strip() == "False"
 
 
 # --- what becomes of an error

@@ -9,7 +9,7 @@ import pytest
 
 from fedgraft.client.policy.policy_file import _rules, load_policy
 from fedgraft.client.site_config import load_site
-from fedgraft.server.enrollment.provision import POLICY, load_plan
+from fedgraft.server.enrollment.provision import POLICY, load_federation_spec
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -66,7 +66,7 @@ def test_the_policy_and_the_site_are_ones_that_a_site_reads(tmp_path: Path) -> N
 
 def test_the_federation_is_one_that_can_be_founded(tmp_path: Path) -> None:
     (tmp_path / "federation.toml").write_text(tables("coordinator.md")[0])
-    assert load_plan(tmp_path / "federation.toml").federation.name == "intents"
+    assert load_federation_spec(tmp_path / "federation.toml").federation.name == "intents"
 
 
 def test_the_policy_of_a_kit_is_the_one_of_the_guide() -> None:

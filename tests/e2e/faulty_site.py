@@ -27,7 +27,7 @@ from flwr.supernode import node_auth_http_interceptor
 
 from fedgraft.client.agent.process import Agent
 from fedgraft.client.agent.startup import make_agent
-from fedgraft.client.agent.superlink_session import Task
+from fedgraft.client.agent.superlink_session import ReceivedMessage
 from fedgraft.client.participant import Participant
 from fedgraft.common.messages.codec import Stage, decode, encode
 from fedgraft.common.messages.payloads import TrainReply
@@ -67,7 +67,7 @@ class FaultyAgent(Agent):
     faults: list[str] = field(default_factory=list)
     before: RecordDict = field(default_factory=RecordDict)
 
-    def answer(self, task: Task, node_id: int) -> Message:
+    def answer(self, task: ReceivedMessage, node_id: int) -> Message:
         """The reply as it should be, and then not."""
         trains = task.message.metadata.message_type == Stage.TRAIN
         if trains and self.faults and self.faults[0].startswith(CRASH):

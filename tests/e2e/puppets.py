@@ -11,7 +11,7 @@ from e2e.partners import Partners
 from flwr.app import Message, RecordDict
 
 from fedgraft.client.agent.process import Agent
-from fedgraft.client.agent.superlink_session import Fleet, Task
+from fedgraft.client.agent.superlink_session import ReceivedMessage, SuperLinkSession
 from fedgraft.client.membership.credentials import load_tls_key
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.common.federation.certificates import public_pem
@@ -36,7 +36,7 @@ class Puppet:
             node_config={"site": str(folder / "site.toml")},
             tls=lambda: partners.tls(name),
         )
-        self.fleet = Fleet(partners.endpoint, partners.tls(name), self.agent.key)
+        self.fleet = SuperLinkSession(partners.endpoint, partners.tls(name), self.agent.key)
 
     def __enter__(self) -> Self:
         self.fleet.__enter__()
@@ -55,11 +55,11 @@ class Puppet:
         """Its node key as Flower's header has it."""
         return base64.b64encode(public_pem(self.agent.key.public_key())).decode()
 
-    def answer(self, task: Task) -> Message:
+    def answer(self, task: ReceivedMessage) -> Message:
         """What an honest site says, under its seal."""
         return self.agent.answer(task, self.fleet.node_id)
 
-    def send(self, task: Task, content: RecordDict) -> None:
+    def send(self, task: ReceivedMessage, content: RecordDict) -> None:
         """Send ``content`` in this site's session as the reply to ``task``, whoever was asked."""
         self.fleet.reply(task, Message(deepcopy(content), reply_to=task.message), 0.0)
 
@@ -67,7 +67,7 @@ class Puppet:
 def answering(
     puppets: tuple[Puppet, ...],
     until: Callable[[], bool],
-    attack: Callable[[Puppet, Task], bool] = lambda puppet, task: False,
+    attack: Callable[[Puppet, ReceivedMessage], bool] = lambda puppet, task: False,
     limit: float = 120.0,
 ) -> None:
     """Have the puppets answer honestly what ``attack`` has not dealt with.

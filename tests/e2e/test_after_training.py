@@ -14,7 +14,7 @@ from support.federations import adapter_of
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.jobfile import load_job
 from fedgraft.common.console import Console
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate

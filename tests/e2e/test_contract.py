@@ -36,8 +36,8 @@ from support.clinic import Authority
 from support.federations import digits_job, write_digits
 
 from fedgraft.client.agent import superlink_session as fleet
-from fedgraft.client.agent.process import Agent, Pace, make_tls
-from fedgraft.client.agent.superlink_session import Fleet, Gone, StillThere
+from fedgraft.client.agent.process import Agent, PollInterval, make_tls
+from fedgraft.client.agent.superlink_session import SessionAlive, SessionUnknown, SuperLinkSession
 from fedgraft.client.membership.identity import make_identity
 from fedgraft.common.config.jobfile import dump_job
 from fedgraft.common.errors import FedgraftError
@@ -46,7 +46,7 @@ from fedgraft.common.federation.federation_file import Federation, dump_federati
 from fedgraft.common.files import write_private
 from fedgraft.common.messages.codec import SMALL
 from fedgraft.common.messages.flower_objects import known_objects
-from fedgraft.server.coordinator.nginx import BODY, Front, write_front
+from fedgraft.server.coordinator.nginx import BODY, NginxConfig, write_nginx_config
 from fedgraft.server.coordinator.superlink import (
     FINISHED,
     Control,
@@ -115,8 +115,8 @@ class Link:
     def client(self) -> httpx.Client:
         return httpx.Client(verify=self.tls(), base_url=f"https://{self.endpoint}")
 
-    def fleet(self, key: EllipticCurvePrivateKey) -> Fleet:
-        return Fleet(self.endpoint, self.tls(), key)
+    def fleet(self, key: EllipticCurvePrivateKey) -> SuperLinkSession:
+        return SuperLinkSession(self.endpoint, self.tls(), key)
 
     def until(self, happened: Callable[[], object], limit: float = 30.0) -> None:
         stop = time.monotonic() + limit
@@ -158,7 +158,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
         link.control.close()
 
 
-# --- the SuperLink, as server/superlink.py asks it
+# --- the SuperLink, as server/coordinator/superlink.py asks it
 
 
 def test_nodes_are_registered_seen_and_forgotten(link: Link) -> None:
@@ -210,21 +210,21 @@ def test_how_the_grid_pulls_and_pushes_can_be_replaced(monkeypatch: pytest.Monke
         assert http_grid.pull_objects(**wanted) == theirs(**wanted) == {"a": b"a", "b": b"b"}
 
 
-# --- the Fleet API, as client/fleet.py speaks it
+# --- the Fleet API, as client/agent/superlink_session.py speaks it
 
 
 def test_a_key_has_one_session_and_none_if_it_is_not_registered(link: Link) -> None:
     key = make_key()
     with relied_on_by(FLEET):
-        with pytest.raises(StillThere), link.fleet(key):
+        with pytest.raises(SessionAlive), link.fleet(key):
             pass
         node = link.control.register(public_pem(key.public_key()), "b")
         with link.fleet(key) as session:
-            with pytest.raises(StillThere), link.fleet(key):
+            with pytest.raises(SessionAlive), link.fleet(key):
                 pass
             assert session.receive() is None
             link.control.unregister(node)
-            with pytest.raises(Gone):
+            with pytest.raises(SessionUnknown):
                 session.receive()
 
 
@@ -243,7 +243,7 @@ def test_a_session_that_died_is_given_up_within_a_minute(
             time.sleep(0.3)
             assert session.receive() is None  # beats were taken
             link.control.unregister(node)
-            link.until(lambda: isinstance(session._lost, Gone))
+            link.until(lambda: isinstance(session._lost, SessionUnknown))
 
 
 def test_the_front_knows_the_paths_the_header_and_the_size(link: Link, tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_the_front_knows_the_paths_the_header_and_the_size(link: Link, tmp_path:
         assert {path.removeprefix(prefix) for path in paths if prefix in path} == FLEET_PATHS
         session = link.fleet(key)
         session._client._client.event_hooks["request"] = [lambda one: headers.append(one.headers)]
-        with pytest.raises(StillThere), session:
+        with pytest.raises(SessionAlive), session:
             pass
         public = base64.b64encode(public_pem(key.public_key())).decode()
-        write_front(Front(tmp_path, "127.0.0.1:1", 1, {"d": public}))
+        write_nginx_config(NginxConfig(tmp_path, "127.0.0.1:1", 1, {"d": public}))
         written = (tmp_path / "nginx" / "nginx.conf").read_text()
         assert f'"CN=d {headers[0]["flwr-public-key"]}" d;' in written
         assert 'map "$ssl_client_s_dn $http_flwr_public_key" $node_of' in written
@@ -321,7 +321,7 @@ def test_a_job_is_done_by_the_installed_code_until_it_is_stopped(
         sign=sign,
         node_config={"site": str(site), "state": str(tmp_path / "state"), "device": "cpu"},
         tls=link.tls,
-        pace=Pace(idle=0.1),
+        poll_interval=PollInterval(idle=0.1),
     )
     config = {"job": dump_job(job), "run": str(tmp_path / "run"), "sealed": "yes"}
     with relied_on_by(SUPERLINK, FLEET, OBJECTS, AGENT, TRANSPORT):

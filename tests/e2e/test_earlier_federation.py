@@ -20,16 +20,16 @@ from fedgraft.client.membership.credentials import load_membership, load_tls_key
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.membership.roster import keep_roster, roster_fingerprint
 from fedgraft.client.policy.approvals import Agreements, hash_plan
-from fedgraft.client.policy.disclosure import what_leaves
-from fedgraft.client.policy.message_log import Ledger, Occasion
+from fedgraft.client.policy.disclosure import estimate_disclosure
+from fedgraft.client.policy.message_log import MessageLog, Occasion
 from fedgraft.client.policy.policy_file import load_policy
 from fedgraft.client.results.store import find_result
-from fedgraft.client.secagg.stage_log import Pledges
+from fedgraft.client.secagg.stage_log import AgreedSums
 from fedgraft.client.site_config import load_site
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.config.jobfile import parse_job
-from fedgraft.common.federation.audit_log import Audit, Head, read, verify
+from fedgraft.common.federation.audit_log import Audit, AuditHead, read, verify
 from fedgraft.common.federation.certificates import begins, serial, site_of
 from fedgraft.common.federation.federation_file import (
     Federation,
@@ -43,12 +43,12 @@ from fedgraft.common.secagg import transcript
 from fedgraft.common.secagg.errors import StageError
 from fedgraft.common.secagg.keys import Identity
 from fedgraft.common.secagg.statements import Advertisement, MaskedInput
-from fedgraft.server.enrollment.provision import load_plan
+from fedgraft.server.enrollment.provision import load_federation_spec
 from fedgraft.server.enrollment.registry import Registry
 from fedgraft.server.jobs.queue import Jobs, Submitted
-from fedgraft.server.protocol.masked import Masking, check_masked
+from fedgraft.server.plan import Plan, make_plan
+from fedgraft.server.protocol.masked import Masking, evaluate_masked
 from fedgraft.server.protocol.unmasking_server import UnmaskingServer
-from fedgraft.server.rounds import Plan, make_plan
 from fedgraft.server.runs.checkpoints import load_newest
 from fedgraft.server.runs.run_folder import Run
 
@@ -175,7 +175,7 @@ def test_what_was_agreed_is_agreed_for_that_job_alone(site: Site, coordinator: C
     assert agreement == agreements.newest() == agreements.named(SESSION[:6])
     plan = hash_plan(request.job, request.names)
     assert (agreement.job, agreement.plan) == (request.job, plan)
-    leaving = what_leaves(job.for_sites(), coordinator.plan.exchanged, len(NAMES))
+    leaving = estimate_disclosure(job.for_sites(), coordinator.plan.exchanged, len(NAMES))
     assert agreement.leaving == leaving.to_json()
     assert agreement.binds(plan, ask=False) and not agreement.binds(plan, ask=True)
     assert not agreement.binds(hash_plan(request.job, request.names[1:]), ask=False)
@@ -215,7 +215,7 @@ def test_a_stage_that_was_served_is_not_served_again(site: Site, coordinator: Co
     assert node.code(keys_ask(coordinator, other, 6), "keys") == "not-agreed"
     # All of that went on in the audit that was there.
     known = Registry(coordinator.home).sites()["site-00"]
-    assert verify(site.audit, Head(known.audit_lines, known.audit_head)) == 44 + 8
+    assert verify(site.audit, AuditHead(known.audit_lines, known.audit_head)) == 44 + 8
 
 
 def sum_over(federation: Federation, *sites: int) -> bytes:
@@ -230,7 +230,7 @@ def test_the_sums_that_were_agreed_to_are_known(site: Site, coordinator: Coordin
     works = [hash_work(describe(request)) for request in asked]
     path = site.state / "sums"
     before = lines(path)
-    pledge = Pledges(path)
+    pledge = AgreedSums(path)
     for work in works:
         assert f"{work.hex()} {total.hex()}" in before
         pledge(work, total)
@@ -265,7 +265,7 @@ def test_what_left_is_told_and_kept_until_there_is_newer(
         assert [one["sha256"] for one in line["tensors"]] == [content]
     reply = MaskedInput(0, np.zeros(9, np.uint8), b"signed")
     occasion = Occasion(SESSION, 3, "train", sent[0]["policy"])
-    Ledger(site.state, keep=1).sent(occasion, reply, encode(reply))
+    MessageLog(site.state, keep=1).sent(occasion, reply, encode(reply))
     assert [path.name for path in (site.state / "sent" / SESSION).iterdir()] == ["000003"]
 
 
@@ -306,7 +306,7 @@ def test_no_site_adds_what_it_added_before_to_another_sum(tmp_path: Path) -> Non
             assert federation is not None
             list(transport.invite(plan.request, 60, members=federation.ids))
             masking = Masking(federation, run.next_masked_round)
-            return check_masked(masking, run.job, transport, NAMES, request)
+            return evaluate_masked(masking, run.job, transport, NAMES, request)
 
     path = run.folder / "sites" / "federation.toml"
     text, federation = path.read_text(), load_federation(path)
@@ -337,7 +337,7 @@ def test_the_registry_is_read_and_is_the_same_again(coordinator: Coordinator, si
     pem = (site.state / "certificate.pem").read_bytes()
     assert [each.serial for each in one.certificates] == [serial(pem)]
     assert (one.audit_run, one.audit_round, one.audit_lost) == (SESSION, 2, 0)
-    plan = load_plan(coordinator.home / "federation.toml")
+    plan = load_federation_spec(coordinator.home / "federation.toml")
     assert sorted(plan.federation.sites) == list(NAMES)
     files = ("sites.json", "roster.toml", "crl.pem", "floor.json")
     before = {name: (coordinator.home / name).read_bytes() for name in files}

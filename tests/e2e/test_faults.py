@@ -12,7 +12,7 @@ from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
 from fedgraft.common.layout import Vector
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.faults.plan import choose_sites
 from fedgraft.simulations.preparation import prepare

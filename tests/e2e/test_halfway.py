@@ -108,6 +108,6 @@ def test_it_is_not_written_more_often_than_asked(tmp_path: Path) -> None:
 
 def _layout_of(job: Job) -> str:
     from fedgraft.common.adapters.model import open_workbench
-    from fedgraft.server.rounds import make_plan
+    from fedgraft.server.plan import make_plan
 
     return make_plan(job, open_workbench(job), "").exchanged.fingerprint

@@ -22,7 +22,7 @@ from fedgraft.common.console import Console
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks import TASKS
 from fedgraft.server.export.adapter import export_merged
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate

@@ -10,8 +10,8 @@ from support.masked_federations import SESSION, Consortium, MaskedRun, make_job
 from support.masked_talk import Talk
 
 from fedgraft.common.secagg.quantize import error_bound, mean
-from fedgraft.server.protocol.masked import check_masked
-from fedgraft.server.rounds import check_clear
+from fedgraft.server.protocol.clear import evaluate_clear
+from fedgraft.server.protocol.masked import evaluate_masked
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import RoundRecord
 
@@ -56,14 +56,14 @@ def test_masked_validation_counts_exactly_what_clear_validation_counts(
     masked = Consortium(tmp_path / "masked", make_job(**settings))
     clear = Consortium(tmp_path / "clear", make_job(**settings, masked=False))
     assert masked.plan.masking is not None
-    found = check_masked(
+    found = evaluate_masked(
         masked.plan.masking,
         masked.job,
         masked.transport(masked.grid()),
         masked.names,
         masked.evaluating(),
     )
-    wanted = check_clear(
+    wanted = evaluate_clear(
         clear.job,
         clear.transport(clear.grid()),
         clear.names,

@@ -25,7 +25,13 @@ from flwr.app import RecordDict
 from support.federations import digits_job, write_digits
 from support.models import write_model
 
-from fedgraft.client.agent.superlink_session import Fleet, FleetError, Gone, Refused, Task
+from fedgraft.client.agent.superlink_session import (
+    ReceivedMessage,
+    Refused,
+    SessionError,
+    SessionUnknown,
+    SuperLinkSession,
+)
 from fedgraft.client.membership.credentials import load_tls_key, open_member_channel
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.common.backbones.blob_store import BlobStore, make_manifest
@@ -189,7 +195,7 @@ def test_a_certificate_goes_with_its_own_node_key_alone(partners: Partners) -> N
     key = load_tls_key(partners.folder / "site-01" / "state")
     with (
         pytest.raises(Refused, match="403"),
-        Fleet(partners.endpoint, partners.tls("site-02"), key),
+        SuperLinkSession(partners.endpoint, partners.tls("site-02"), key),
     ):
         pass
     assert noted(partners, "site-02", 403, "/v1/fleet/activate-node")
@@ -198,7 +204,7 @@ def test_a_certificate_goes_with_its_own_node_key_alone(partners: Partners) -> N
 def test_a_session_is_for_its_own_messages_alone(partners: Partners) -> None:
     with Puppet(partners, "site-01") as one, Puppet(partners, "site-02") as two:
         own, two.fleet.node = two.fleet.node, one.fleet.node
-        with pytest.raises(Gone, match="401"):
+        with pytest.raises(SessionUnknown, match="401"):
             two.fleet.receive()
         two.fleet.node = own  # to say goodbye
     assert noted(partners, "site-02", 401, PULL)
@@ -224,7 +230,9 @@ def test_no_name_but_the_certificates_counts(partners: Partners) -> None:
 # --- replies: what lies between a site and the rounds delivers whatever names a request
 
 
-def sealed(puppet: Puppet, task: Task, content: RecordDict, *, site: str = "") -> RecordDict:
+def sealed(
+    puppet: Puppet, task: ReceivedMessage, content: RecordDict, *, site: str = ""
+) -> RecordDict:
     """``content`` under the seal of ``puppet``, in the name of ``site`` if not in its own."""
     content = deepcopy(content)
     request = task.message.metadata.message_id
@@ -239,7 +247,7 @@ def test_a_reply_counts_if_the_site_asked_signed_it_for_this_request(partners: P
     one, two = Puppet(partners, "site-01"), Puppet(partners, "site-02")
     said: list[RecordDict] = []
 
-    def attack(puppet: Puppet, task: Task) -> bool:
+    def attack(puppet: Puppet, task: ReceivedMessage) -> bool:
         if puppet is not one or task.message.metadata.message_type != Stage.TRAIN:
             return False
         honest = one.answer(task).content
@@ -298,7 +306,7 @@ def test_a_revoked_certificate_ends_open_sessions(partners: Partners, tmp_path: 
             while True:
                 two.fleet.receive()
                 time.sleep(0.2)
-        except FleetError as error:
+        except SessionError as error:
             ended["session"] = time.monotonic(), type(error)
 
     def stream(channel: grpc.Channel) -> None:
@@ -327,7 +335,10 @@ def test_a_revoked_certificate_ends_open_sessions(partners: Partners, tmp_path: 
         assert {key for key, (at, _) in ended.items() if at - revoked < 60} == {"session", "stream"}
         with pytest.raises(grpc.RpcError):
             services.MembershipStub(channel).GetRoster(pb.RosterRequest(), timeout=10)
-    with pytest.raises(Refused), Fleet(partners.endpoint, two.agent.tls(), two.agent.key):
+    with (
+        pytest.raises(Refused),
+        SuperLinkSession(partners.endpoint, two.agent.tls(), two.agent.key),
+    ):
         pass
     assert noted(partners, "site-02", 400, "/v1/fleet/activate-node")
     assert {"event": "unregistered", "site": "site-02"}.items() <= partners.events()[-1].items()
@@ -343,6 +354,6 @@ def test_a_revoked_certificate_ends_open_sessions(partners: Partners, tmp_path: 
 
 
 def comes_in(partners: Partners, name: str) -> bool:
-    with suppress(FleetError), Puppet(partners, name):
+    with suppress(SessionError), Puppet(partners, name):
         return True
     return False

@@ -13,7 +13,7 @@ from e2e.partners import NGINX, Partners
 from support.federations import digits_job, write_digits
 from support.report_runs import assert_sound
 
-from fedgraft.client.agent.superlink_session import Fleet, StillThere
+from fedgraft.client.agent.superlink_session import SessionAlive, SuperLinkSession
 from fedgraft.client.membership.credentials import load_tls_key, open_member_channel
 from fedgraft.common.config.job import Job
 from fedgraft.common.federation.audit_log import Audit, verify
@@ -61,7 +61,10 @@ def told(partners: Partners, kind: str, **facts: Any) -> list[dict[str, Any]]:
 def be_refused(partners: Partners) -> None:
     """A second session with a site's key, and a stranger who looks around."""
     key = load_tls_key(partners.folder / "site-00" / "state")
-    with pytest.raises(StillThere), Fleet(partners.endpoint, partners.tls("site-00"), key):
+    with (
+        pytest.raises(SessionAlive),
+        SuperLinkSession(partners.endpoint, partners.tls("site-00"), key),
+    ):
         pass
     with httpx.Client(verify=partners.tls(None)) as client:
         for _ in range(3):

@@ -5,7 +5,7 @@ from typing import Any
 from secagg.federation import Federation
 
 from fedgraft.client.secagg.masking_party import MaskingParty
-from fedgraft.client.secagg.round_secrets import State
+from fedgraft.client.secagg.round_secrets import PartyState
 from fedgraft.common.secagg.errors import SecAggError
 from fedgraft.common.secagg.statements import Opening, RevealedShare
 from fedgraft.server.protocol.unmasking_server import UnmaskingServer
@@ -16,7 +16,7 @@ __all__ = ["at", "lie", "openings", "wiped"]
 def wiped(site: MaskingParty, error: SecAggError, kind: type[SecAggError]) -> None:
     """The site said no for this reason, and has nothing left to give."""
     assert type(error) is kind, error
-    assert site.state is State.IDLE
+    assert site.state is PartyState.IDLE
     assert site._round is None
 
 

@@ -12,7 +12,7 @@ from fedgraft.client.secagg.masking_party import MaskingParty
 from fedgraft.common.secagg.errors import SecAggError, StageError
 from fedgraft.common.secagg.keys import Entropy, Identity
 from fedgraft.common.secagg.quantize import Coding
-from fedgraft.common.secagg.statements import Aggregate, Stage, Survivors, UnmaskRequest
+from fedgraft.common.secagg.statements import Aggregate, SecAggStage, Survivors, UnmaskRequest
 from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, hash_adapter, hash_model
 from fedgraft.server.protocol.unmasking_server import UnmaskingServer
 
@@ -101,7 +101,7 @@ class Federation:
             arguments["entropy"] = stream(f"site {site}")
         return MaskingParty(**(arguments | changes))
 
-    def claim(self, site: int, now: tuple[int, Stage]) -> None:
+    def claim(self, site: int, now: tuple[int, SecAggStage]) -> None:
         """What a site's disk does for it."""
         if now <= self.claims.get(site, (0, 0)):
             raise StageError("this stage, or a later one, was served before")

@@ -12,7 +12,7 @@ import pytest
 from secagg.cheats import at, wiped
 from secagg.federation import MODEL, STAGES, Federation, coding_for, parameters_for, refused
 
-from fedgraft.client.secagg.round_secrets import State
+from fedgraft.client.secagg.round_secrets import PartyState
 from fedgraft.common.secagg.errors import (
     ParameterError,
     PolicyRefused,
@@ -26,8 +26,8 @@ from fedgraft.common.secagg.statements import (
     Delivery,
     Envelope,
     KeysRequest,
+    SecAggStage,
     SharesRequest,
-    Stage,
 )
 from fedgraft.common.secagg.transcript import (
     Frame,
@@ -50,7 +50,7 @@ def test_a_round_is_served_once_also_after_a_restart(five: Federation) -> None:
     request = dataclasses.replace(at(five, "keys"), round=4)
     site = five.sites[0]
     site.advertise(request)
-    assert five.claims == {0: (4, Stage.KEYS)}
+    assert five.claims == {0: (4, SecAggStage.KEYS)}
     for number in (4, 3, 0, -1):
         error = refused(site.advertise, dataclasses.replace(request, round=number))
         wiped(site, error, StageError)
@@ -66,7 +66,7 @@ def test_the_round_is_stored_before_it_is_answered(five: Federation) -> None:
     site = five.open_site(0, claim=fail)
     with pytest.raises(OSError):
         site.advertise(at(five, "keys"))
-    assert site.state is State.IDLE
+    assert site.state is PartyState.IDLE
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
@@ -105,7 +105,7 @@ def test_a_malformed_or_foreign_request_is_refused(five: Federation, change: Any
     site = five.sites[0]
     error = refused(site.advertise, dataclasses.replace(at(five, "keys"), **change))
     assert isinstance(error, PolicyRefused | StatementError)
-    assert site.state is State.IDLE
+    assert site.state is PartyState.IDLE
     assert five.claims == {}
 
 

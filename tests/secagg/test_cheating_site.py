@@ -16,7 +16,7 @@ from fedgraft.common.secagg.errors import (
     UnmaskError,
 )
 from fedgraft.common.secagg.quantize import LANES, add_packed, pack
-from fedgraft.common.secagg.statements import Advertisement, Delivery, Stage
+from fedgraft.common.secagg.statements import Advertisement, Delivery, SecAggStage
 from fedgraft.common.secagg.transcript import Frame, Policy, advertisement_body, sign
 
 
@@ -121,7 +121,7 @@ def test_lanes_that_do_not_add_up_give_no_sum(five: Federation, lane: int) -> No
         five.do_unmask(server, request)
         return
     assert isinstance(refused(five.do_unmask, server, request), UnmaskError)
-    assert server.stage is Stage.OVER
+    assert server.stage is SecAggStage.OVER
     assert server._total is None
 
 
@@ -254,7 +254,7 @@ def test_too_few_sharers_end_the_round_before_anyone_trains(five: Federation) ->
     server = five.open_server()
     request = five.advance(server, "keys", until="shares")
     assert isinstance(refused(five.do_shares, server, request, [0, 1]), TooFewParties)
-    assert server.stage is Stage.OVER
+    assert server.stage is SecAggStage.OVER
     assert server._boxes == {}
 
 

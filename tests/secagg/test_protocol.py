@@ -20,11 +20,11 @@ from secagg.federation import (
 )
 from secagg.replay import SURVIVORS, replay
 
-from fedgraft.client.secagg.round_secrets import State
+from fedgraft.client.secagg.round_secrets import PartyState
 from fedgraft.common.secagg.errors import ParameterError, StageError, TooFewParties
 from fedgraft.common.secagg.graph import plan_graph
 from fedgraft.common.secagg.quantize import mean
-from fedgraft.common.secagg.statements import Stage
+from fedgraft.common.secagg.statements import SecAggStage
 
 CASE = json.loads(
     (Path(__file__).parents[1] / "vectors/secagg/transcript_n4.json").read_text(encoding="utf-8")
@@ -197,10 +197,22 @@ def test_arrival_order_changes_nothing() -> None:
 def test_states_and_stages_go_in_order() -> None:
     federation = Federation(3)
     site, server = federation.sites[0], federation.open_server()
-    assert site.state is State.IDLE
+    assert site.state is PartyState.IDLE
     answer: Any = None
-    states = [State.ADVERTISED, State.SHARED, State.MASKED, State.CONFIRMED, State.IDLE]
-    opened = [Stage.SHARES, Stage.TRAIN, Stage.CONFIRM, Stage.UNMASK, Stage.OVER]
+    states = [
+        PartyState.ADVERTISED,
+        PartyState.SHARED,
+        PartyState.MASKED,
+        PartyState.CONFIRMED,
+        PartyState.IDLE,
+    ]
+    opened = [
+        SecAggStage.SHARES,
+        SecAggStage.TRAIN,
+        SecAggStage.CONFIRM,
+        SecAggStage.UNMASK,
+        SecAggStage.OVER,
+    ]
     for stage, state, after in zip(STAGES, states, opened, strict=True):
         answer = getattr(federation, f"do_{stage}")(server, answer)
         assert site.state is state

@@ -14,8 +14,8 @@ from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.messages.codec import decode, encode
 from fedgraft.common.messages.payloads import Refusal, ResultReply, ResultRequest
 from fedgraft.server.delivery import PATIENCE, hand_over
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.protocol.transport import Transport
-from fedgraft.server.rounds import Plan, make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.runs.summary import partner_facts
 from fedgraft.server.state import RoundRecord, State

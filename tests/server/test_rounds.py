@@ -27,7 +27,8 @@ from fedgraft.common.errors import TooFewSites
 from fedgraft.common.layout import Layout, is_factor_a, is_factor_b, is_head
 from fedgraft.common.messages.payloads import TrainReply, TrainRequest
 from fedgraft.server import optimizers
-from fedgraft.server.rounds import Plan, make_plan, run_job, run_round
+from fedgraft.server.plan import Plan, make_plan
+from fedgraft.server.rounds import run_job, run_round
 from fedgraft.server.state import Moments, State
 
 # What honest sites make of an adapter

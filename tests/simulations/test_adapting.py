@@ -16,7 +16,7 @@ from fedgraft.common.errors import DataError, InputError, JobError
 from fedgraft.common.examples import IGNORED
 from fedgraft.common.layout import DOMAIN
 from fedgraft.server.export.adapter import export_adapter
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.simulations.preparation import prepare
 
 UNLABELLED = "simulation.unlabelled=['site-02']"

@@ -28,7 +28,7 @@ from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError, JobError
 from fedgraft.common.layout import EWC, Vector
 from fedgraft.server.export.adapter import export_adapter
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.demo import digits as demo
 from fedgraft.simulations.grid.engine import make_nodes

@@ -21,7 +21,7 @@ from fedgraft.common.errors import InputError
 from fedgraft.common.examples import Examples
 from fedgraft.common.tasks import TASKS
 from fedgraft.server.export.adapter import export_adapter, export_merged
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate

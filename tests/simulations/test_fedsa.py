@@ -12,7 +12,7 @@ from support.federations import adapter_of, digits_job, run_digits, write_digits
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import JobError
 from fedgraft.common.layout import is_factor_a, is_factor_b, is_head
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 
 FEDSA = ("aggregation.rule=fedsa", "rounds.count=3", "simulation.finetune_epochs=0")

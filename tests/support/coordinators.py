@@ -100,7 +100,7 @@ class World:
         self.listening = True
         for name in ("superlink_command", "executor_command"):
             monkeypatch.setattr(module, name, lambda *_, **__: ["/bin/sleep", "1000"])
-        monkeypatch.setattr(module, "front_command", lambda *_: ["/bin/sleep", "1000"])
+        monkeypatch.setattr(module, "nginx_command", lambda *_: ["/bin/sleep", "1000"])
         monkeypatch.setattr(module, "Control", lambda *_: self.control)
         monkeypatch.setattr(module, "_listens", lambda port: self.listening)
         monkeypatch.setattr("fedgraft.server.coordinator.process.time.monotonic", lambda: self.now)

@@ -14,7 +14,7 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.layout import Vector
 from fedgraft.server.export.adapter import export_adapter, export_merged
-from fedgraft.server.rounds import Plan, make_plan
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import RoundRecord, State
 

@@ -1,7 +1,7 @@
 """A SuperLink's Fleet API in memory: what a site says to it goes through httpx, and no further.
 
 link.install(monkeypatch)
-with Fleet("link:1", None, key) as fleet:
+with SuperLinkSession("link:1", None, key) as fleet:
     link.send(content, "train")
     task = fleet.receive()
 """

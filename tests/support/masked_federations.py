@@ -40,9 +40,10 @@ from fedgraft.common.secagg.statements import (
     SealedShares,
 )
 from fedgraft.server.app import coordinate
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.protocol.masked import Masking
 from fedgraft.server.protocol.transport import Transport
-from fedgraft.server.rounds import Plan, make_plan, run_round
+from fedgraft.server.rounds import run_round
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.simulations.demo import digits
@@ -51,7 +52,6 @@ from fedgraft.simulations.grid.local_grid import LocalGrid
 from fedgraft.simulations.grid.workers import Workers
 
 __all__ = [
-    "APP",
     "NAMES",
     "REPLIES",
     "SESSION",
@@ -63,7 +63,6 @@ __all__ = [
     "saying",
 ]
 
-APP = "support.masked_federations:app"
 NAMES = ("ash", "beech", "cedar", "elm", "fir", "oak")  # in the order of their ids
 SIZES = (9, 11, 8, 13, 10, 12)
 STAGES = ("keys", "shares", "train", "confirm", "unmask")
@@ -121,7 +120,7 @@ class Recorder(LocalGrid):
         *,
         together: int = 1,
     ) -> None:
-        super().__init__(nodes, workers, app=APP, together=together)
+        super().__init__(nodes, workers, answer=answer, together=together)
         self._names = dict(enumerate(names, 2))
         self.asked: list[tuple[str, str, RecordDict]] = []
         self.replies: list[tuple[str, str, RecordDict | None]] = []
@@ -311,9 +310,9 @@ def app(message: Message, context: Context) -> Message:
     return ACTIONS[action](message, context) if action else client.app(message, context)
 
 
-def train_all(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """The sites' own, which has no faults."""
-    return client.train_all(asked)
+def answer(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """One site with its faults; several together are asked without any."""
+    return client.train_all(asked) if len(asked) > 1 else [app(*asked[0])]
 
 
 def _stage(message: Message) -> str:

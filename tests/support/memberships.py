@@ -25,7 +25,7 @@ from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 from fedgraft.common.secagg.keys import Identity
 from fedgraft.server.enrollment.provision import found
-from fedgraft.server.enrollment.service import Enrolment, Membership
+from fedgraft.server.enrollment.service import EnrolmentService, MembershipService
 
 __all__ = ["Coordinator", "code_of", "enrolment_of", "open_federation", "write_plan"]
 
@@ -86,7 +86,7 @@ def _named(context: Any) -> Any:
     return _Named(context)
 
 
-class _Behind(Membership):
+class _Behind(MembershipService):
     def Renew(self, request: Any, context: Any) -> Any:
         return super().Renew(request, _named(context))
 
@@ -125,7 +125,7 @@ def open_federation(
 
     pair = [((home / "server.key").read_bytes(), (home / "server.pem").read_bytes())]
     server = grpc.server(ThreadPoolExecutor(16))
-    services.add_EnrolmentServicer_to_server(Enrolment(home, note), server)
+    services.add_EnrolmentServicer_to_server(EnrolmentService(home, note), server)
     services.add_MembershipServicer_to_server(_Behind(home, note), server)
     server.add_secure_port(f"127.0.0.1:{port}", grpc.ssl_server_credentials(pair))
     mutual = grpc.ssl_server_credentials(pair, (home / "ca.pem").read_bytes(), True)

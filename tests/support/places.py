@@ -15,7 +15,7 @@ from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import encode
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainReply, TrainRequest
 from fedgraft.common.seeds import torch_generator
-from fedgraft.server.rounds import Plan, make_plan
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.simulations.demo import digits
 
 __all__ = ["SESSION", "Place", "make_job", "wire", "write_rows"]

@@ -24,8 +24,9 @@ from fedgraft.common.messages.payloads import (
     TrainRequest,
 )
 from fedgraft.common.metrics.tally import Tally
+from fedgraft.server.plan import Plan
 from fedgraft.server.protocol.transport import Transport
-from fedgraft.server.rounds import Plan, run_job
+from fedgraft.server.rounds import run_job
 from fedgraft.server.state import Dropped, RoundRecord, State
 
 __all__ = [

@@ -1,1 +1,1 @@
-"""What runs at a partner site: its data, its training, its policy."""
+"""The code that runs at a partner site: its data, its training, its policy."""

@@ -1,8 +1,8 @@
-"""The site's side of a round: one handler per stage, each a request in and a reply out.
+"""The site's side of a round: one handler per stage, which turns a request into a reply.
 
-``app`` is what Flower runs at a site, in a simulation as in a federation. Where the site keeps its
-configuration comes from the node, never from a message. What goes wrong here is logged here; the
-coordinator gets a reason code, never an exception's text, which may quote data.
+Flower runs ``app`` at a site, in a simulation and in a federation. The path of the site's
+configuration comes from the node, never from a message. The site logs its errors itself. The
+coordinator gets a reason code, never an exception's text, because that text may quote data.
 """
 
 import logging
@@ -40,12 +40,12 @@ log = logging.getLogger("fedgraft.client")
 app = ClientApp()
 
 Ask = TypeVar("Ask", bound=Request)
-Steps = Generator[Wanted, Trained, Reply]  # of an answer that needs something trained
+Steps = Generator[Wanted, Trained, Reply]  # of an answer that needs training
 
 
 @app.query("plan")
 def plan(message: Message, context: Context) -> Message:
-    """Will this site take part in the job?"""
+    """Decide whether this site takes part in the job."""
     return _answer(message, context, lambda at, ask: at.agree(ask), PlanRequest)
 
 
@@ -63,12 +63,12 @@ def shares(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the adapter on this site's data and reply with what changed, in clear or masked."""
+    """Train the adapter on this site's data and reply with the update, in clear or masked."""
     return train_all([(message, context)])[0]
 
 
 def train_all(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """``train`` for several sites of this process, in one pass over the backbone."""
+    """Run ``train`` for several sites of this process, in one pass over the backbone."""
     return train_together(
         [
             _answering(message, context, _training(context), TrainRequest, MaskedTrain)
@@ -106,7 +106,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @app.query("confirm")
 def confirm(message: Message, context: Context) -> Message:
-    """Sign whose inputs are in the sum."""
+    """Sign the list of sites whose inputs are in the masked sum."""
     return _answer(message, context, _masked(context, MaskedParticipant.confirm), ConfirmAsk)
 
 
@@ -118,14 +118,14 @@ def unmask(message: Message, context: Context) -> Message:
 
 @app.query("result")
 def result(message: Message, context: Context) -> Message:
-    """Keep what the run came to."""
+    """Keep the result of the run."""
     return _answer(message, context, keep_result, ResultRequest)
 
 
 def _masked(
     context: Context, handle: Callable[[MaskedParticipant, Ask], Reply]
 ) -> Callable[[Participant, Ask], Reply]:
-    """``handle`` with the memory of the round under way, which Flower keeps for this node."""
+    """Return ``handle`` with the memory of the current round, which Flower keeps for this node."""
 
     def handled(at: Participant, request: Ask) -> Reply:
         masked = MaskedParticipant(at, recall(context.state, Kept))
@@ -152,7 +152,7 @@ def _answering(
     handle: Callable[[Participant, Any], Reply | Steps],
     *kinds: type[Request],
 ) -> Generator[Wanted, Trained, Message]:
-    """The answer, whatever happens; it may want something trained on the way."""
+    """Return an answer in every case, also after an error; yield the training that it needs."""
     what = message.metadata.message_type
     under_way = 0
     at: Participant | None = None
@@ -172,18 +172,18 @@ def _answering(
         return Message(encode(reply), reply_to=message)
     leaving, content = at.guard.release(what, request, reply, under_way)
     if leaving is not reply and isinstance(leaving, Refusal):
-        remember(context.state, None)  # what did not leave is no part of a masked round
+        remember(context.state, None)  # a reply that did not leave is no part of a masked round
     return Message(content, reply_to=message)
 
 
 def _refusal(what: str, session: str, error: Exception) -> Refusal:
-    """What the coordinator is told of an error; the site's log is told more."""
+    """Return the refusal that the coordinator gets for an error; the site's log says more."""
     if isinstance(error, SiteFailure):
         log.warning("%s refused: %s", what, error.code)
         return Refusal(session, error.code)
     kind = type(error).__name__
     if isinstance(error, FedgraftError):
-        # Our own words, but those about data name labels.
+        # Our own error texts are logged, except those about data, which name labels.
         why = "" if isinstance(error, DataError) else f": {error}"
         log.warning("%s refused: %s%s", what, kind, why)
     else:
@@ -193,6 +193,6 @@ def _refusal(what: str, session: str, error: Exception) -> Refusal:
 
 
 def _round_under_way(context: Context) -> int:
-    """The round that a masked stage is of; 0 outside masked rounds."""
+    """Return the round of the current masked stage; 0 outside masked rounds."""
     kept = recall(context.state, Kept)
     return kept.round if kept else 0

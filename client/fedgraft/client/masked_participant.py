@@ -1,8 +1,8 @@
-"""The site's side of a masked round: what ``participant`` does, under the masks of ``secagg``.
+"""The site's side of a masked round: the work of ``participant``, under the masks of ``secagg``.
 
-KEYS -> SHARES -> TRAIN or EVALUATE -> CONFIRM -> UNMASK. Whatever goes wrong wipes the round, and
-the coordinator is told that this site abstains, or whose fault it is, and nothing else: a reason
-could say something about the data. The reason is in the site's own log.
+KEYS -> SHARES -> TRAIN or EVALUATE -> CONFIRM -> UNMASK. Every error wipes the round. The
+coordinator learns only that this site abstains, or which site is at fault, because a reason could
+say something about the data. The reason is in the site's own log.
 """
 
 import logging
@@ -18,7 +18,7 @@ from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.participant import Participant
 from fedgraft.client.secagg.masking_party import MaskingParty
 from fedgraft.client.secagg.round_secrets import Memory
-from fedgraft.client.secagg.stage_log import Claims, Pledges
+from fedgraft.client.secagg.stage_log import AgreedSums, StageLog
 from fedgraft.client.training.trainer import Trained, Wanted
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import SiteFailure
@@ -56,12 +56,12 @@ __all__ = ["Kept", "MaskedParticipant"]
 log = logging.getLogger("fedgraft.client")
 
 STAGES = ("train", "evaluate")
-LIFETIME = 86400.0  # seconds that a round may take; a simulation on one machine takes its time
+LIFETIME = 86400.0  # seconds that a round may take; a simulation on one machine is slow
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a site keeps of round ``round`` between two messages, and ``until`` when (Unix time)."""
+    """The memory of one round: a site keeps it between two messages, ``until`` a Unix time."""
 
     round: int
     until: float
@@ -69,7 +69,7 @@ class Kept:
 
 
 class MaskedParticipant:
-    """One site in a masked round; ``kept`` is what it must be given back at the next stage."""
+    """One site in a masked round; the next stage needs ``kept`` again."""
 
     def __init__(self, participant: Participant, kept: Kept | None) -> None:
         self.participant = participant
@@ -95,7 +95,7 @@ class MaskedParticipant:
                 return party.advertise(ask.request)
 
     def shares(self, ask: SharesAsk) -> SealedShares:
-        """Check everyone's keys; share secrets with neighbours."""
+        """Check the keys of all sites; share secrets with neighbours."""
         with self._abstaining(), self._resumed(ask.session) as party:
             return party.share(ask.request)
 
@@ -115,7 +115,7 @@ class MaskedParticipant:
             return party.mask(trained.update, weight, metrics, draw)
 
     def evaluate(self, request: MaskedEvaluate) -> MaskedInput:
-        """Evaluate, and mask what was counted; a site without examples counts none."""
+        """Evaluate, and mask the counts; they are zero at a site without examples."""
         with self._abstaining(), self._resumed(request.session) as party:
             party.accept(request.delivery, _hash(request.evaluate))
             tally = self.participant.tally(request.evaluate)
@@ -125,12 +125,12 @@ class MaskedParticipant:
             return party.mask(counts, 1, (tally.loss,), None)  # whole numbers: nothing to round
 
     def confirm(self, ask: ConfirmAsk) -> Confirmation:
-        """Sign who is in the sum."""
+        """Sign the list of sites in the masked sum."""
         with self._abstaining(), self._resumed(ask.session) as party:
             return party.confirm(ask.survivors)
 
     def unmask(self, ask: UnmaskAsk) -> Opening:
-        """Reveal one share of each neighbour and forget the round."""
+        """Reveal one share of each neighbour's secrets, and forget the round."""
         with self._abstaining(), self._resumed(ask.session) as party:
             return party.unmask(ask.request)
 
@@ -154,7 +154,7 @@ class MaskedParticipant:
         memory: Memory | None,
         mark: tuple[int, float],
     ) -> Iterator[MaskingParty]:
-        """The site's masking party; what it must remember afterwards is kept, with its ``mark``."""
+        """Open the site's masking party; afterwards, keep its memory together with ``mark``."""
         at = self.participant
         federation = at.federation()
         party = MaskingParty(
@@ -163,10 +163,10 @@ class MaskedParticipant:
             roster=federation.roster,
             policy=policy,
             parameters=parameters,
-            claim=Claims(at.state / parameters.session.hex() / "claims"),
-            pledge=Pledges(at.state / "sums"),
+            claim=StageLog(at.state / parameters.session.hex() / "claims"),
+            pledge=AgreedSums(at.state / "sums"),
             memory=memory,
-            threads=torch.get_num_threads(),  # as training does; one in a simulation
+            threads=torch.get_num_threads(),  # as many as training uses; one in a simulation
         )
         self.kept = None
         try:
@@ -196,6 +196,6 @@ def _code(error: Exception) -> str:
 
 
 def _hash(request: TrainRequest | EvaluateRequest) -> bytes:
-    if request.adapter.dtype != np.float32:  # others could differ where their hashes do not
+    if request.adapter.dtype != np.float32:  # other dtypes could differ and have equal hashes
         raise SiteFailure("abstained", "the adapter is not float32")
     return hash_work(describe(request))

@@ -1,7 +1,8 @@
-"""What is minimised and what is counted, for each kind of target: one class each, and the table.
+"""Objectives: the loss and the counts for each kind of target, one class each, and their table.
 
-A task names its target (``common.tasks``). An objective says what of a model's output is compared
-with the targets, the loss of each example, and the numbers that the task's measures add up.
+A task names its target (``common.tasks``). An objective defines three things: the part of a model's
+output that is compared with the targets, the loss of each example, and the numbers that the task's
+measures add up.
 """
 
 from collections.abc import Mapping
@@ -15,50 +16,53 @@ from fedgraft.common.examples import IGNORED
 __all__ = ["OBJECTIVES", "Objective", "distances", "restrict"]
 
 AT_ONCE = 64  # examples that are evaluated in one pass
-LOGITS = 1 << 25  # in memory at once: 128 MB; a vocabulary is large
-CLOSE = 0.1  # mean absolute error of a patch, of pixels as the model reads them
+LOGITS = 1 << 25  # in memory at once, 128 MB, because a vocabulary is large
+CLOSE = 0.1  # mean absolute error below which a patch is right, in pixels as the model reads them
 
 
 class Objective(Protocol):
-    """How predictions are compared with targets, both of one batch [b, ...]."""
+    """The comparison of predictions with targets, both of one batch [b, ...]."""
 
     def predicted(self, output: Any, model: Any) -> torch.Tensor:
-        """What of a model's ``output`` is compared, float32."""
+        """Return the part of a model's ``output`` that is compared, float32."""
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
     ) -> torch.Tensor:
-        """The loss of each example, float32 [b].
+        """Return the loss of each example, float32 [b].
 
-        With ``smoothing`` that share of each target is spread over all classes that are possible
-        (Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer Vision",
-        section 7), where targets are classes.
+        If targets are classes, ``smoothing`` is the share of each target that is spread over all
+        possible classes (Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer
+        Vision", section 7).
         """
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
-        """What the collector of the task's measures takes, as NumPy arrays and floats."""
+        """Return the arguments of the measures' collector, as NumPy arrays and floats."""
 
     def at_once(self, outputs: int, longest: int) -> int:
-        """Examples to evaluate in one pass, of up to ``longest`` tokens with ``outputs`` each."""
+        """Return the number of examples to evaluate in one pass.
+
+        An example has up to ``longest`` tokens with ``outputs`` each.
+        """
 
 
 class Labels:
-    """One class an example: cross entropy in nats of logits [b, classes], targets int64 [b]."""
+    """One class per example: cross entropy in nats of logits [b, classes], targets int64 [b]."""
 
     def predicted(self, output: Any, model: Any) -> torch.Tensor:
-        """The logits."""
+        """Return the logits."""
         logits: torch.Tensor = output.logits
         return logits.float()
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
     ) -> torch.Tensor:
-        """Cross entropy; an example without a label costs nothing."""
+        """Return the cross entropy; an example without a label has loss 0."""
         each = functional.cross_entropy(predicted, targets, reduction="none")
         return _smoothed(each, predicted, targets != IGNORED, smoothing)
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
-        """The summed ``loss``, ``true`` and ``predicted`` labels int64 [b], ``logits`` float."""
+        """Return the summed ``loss``, ``true`` and ``predicted`` labels int64 [b], ``logits``."""
         return {
             "loss": float(functional.cross_entropy(predicted, targets, reduction="sum")),
             "true": targets.cpu().numpy(),
@@ -67,33 +71,34 @@ class Labels:
         }
 
     def at_once(self, outputs: int, longest: int) -> int:
-        """As many as usual."""
+        """Return the usual number."""
         return AT_ONCE
 
 
 class Tokens:
-    """A class a position: logits [b, width, classes], targets int64 [b, width].
+    """One class per position: logits [b, width, classes], targets int64 [b, width].
 
     ``IGNORED`` marks positions that do not count.
     """
 
     def predicted(self, output: Any, model: Any) -> torch.Tensor:
-        """The logits."""
+        """Return the logits."""
         logits: torch.Tensor = output.logits
         return logits.float()
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
     ) -> torch.Tensor:
-        """The mean cross entropy over an example's targets, nats."""
+        """Return the mean cross entropy over an example's targets, in nats."""
         each, counted = self._by_position(predicted, targets, smoothing)
         return each.sum(1) / counted.sum(1).clamp(min=1)
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
-        """Of each example, [b]: summed ``losses``, ``right`` tokens, and all that are ``counted``.
+        """Return counts of each example, and classes of each position.
 
-        And of each position, [b, width]: the ``true`` class, ``IGNORED`` where none counts, and the
-        ``predicted`` one.
+        Of each example, [b]: the summed ``losses``, the number of ``right`` tokens, and the number
+        of all ``counted`` tokens. Of each position, [b, width]: the ``true`` class and the
+        ``predicted`` class, both ``IGNORED`` where none counts.
         """
         each, counted = self._by_position(predicted, targets, 0.0)
         likeliest = torch.full_like(targets, IGNORED)
@@ -109,16 +114,16 @@ class Tokens:
         return {name: value.cpu().numpy() for name, value in found.items()}
 
     def at_once(self, outputs: int, longest: int) -> int:
-        """Fewer where they are long and the vocabulary is large."""
+        """Return a smaller number if examples are long and the vocabulary is large."""
         return max(1, min(AT_ONCE, LOGITS // (outputs * max(longest, 1))))
 
     def _by_position(
         self, logits: torch.Tensor, targets: torch.Tensor, smoothing: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss at each position, [b, width], zero without a target, and which have one.
+        """Return the loss at each position, [b, width], and the mask of positions with a target.
 
-        Only of those it is computed: a vocabulary is large, and of hidden tokens one in seven
-        counts.
+        The loss is zero without a target. It is computed only at positions with one, because a
+        vocabulary is large, and with hidden tokens only one position in seven counts.
         """
         counted = targets != IGNORED
         some, wanted = logits[counted], targets[counted]
@@ -128,13 +133,13 @@ class Tokens:
 
 
 class Patches:
-    """Hidden patches of images: pixels float32 [b, patches, values] of both.
+    """Hidden patches of images: predictions and targets are pixels float32 [b, patches, values].
 
     NaN marks the targets of patches that are not hidden. The loss is the mean absolute error.
     """
 
     def predicted(self, output: Any, model: Any) -> torch.Tensor:
-        """The painted image, in patches row by row."""
+        """Return the reconstructed image, in patches row by row."""
         side = int(model.config.patch_size)
         painted: torch.Tensor = output.reconstruction
         return functional.unfold(painted, side, stride=side).transpose(1, 2).float()
@@ -142,46 +147,52 @@ class Patches:
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
     ) -> torch.Tensor:
-        """The mean absolute error over an image's hidden patches."""
+        """Return the mean absolute error over an image's hidden patches."""
         each, counted = self._by_patch(predicted, targets)
         return each.sum(1) / counted.sum(1).clamp(min=1)
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
-        """Of each image, [b]: summed ``losses``, ``right`` patches that are close, ``counted``."""
+        """Return counts of each image, [b]: summed ``losses``, ``right`` (close) and ``counted``.
+
+        These count hidden patches.
+        """
         each, counted = self._by_patch(predicted, targets)
         right = counted & (each < CLOSE)
         found = {"losses": each.sum(1), "right": right.sum(1), "counted": counted.sum(1)}
         return {name: value.cpu().numpy() for name, value in found.items()}
 
     def at_once(self, outputs: int, longest: int) -> int:
-        """As many as usual."""
+        """Return the usual number."""
         return AT_ONCE
 
     def _by_patch(
         self, painted: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The error of each patch, [b, patches], zero where it is not hidden, and which are."""
+        """Return the error of each patch, [b, patches], and the mask of hidden patches.
+
+        The error is zero for a patch that is not hidden.
+        """
         counted = ~targets[..., 0].isnan()
         off = (painted[counted] - targets[counted]).abs().mean(-1)
         return off.new_zeros(counted.shape).masked_scatter(counted, off), counted
 
 
 class Numbers:
-    """One number an example: output [b] of a head with one output, targets float32 [b]."""
+    """One number per example: output [b] of a head with one output, targets float32 [b]."""
 
     def predicted(self, output: Any, model: Any) -> torch.Tensor:
-        """The head's only output."""
+        """Return the head's only output."""
         logits: torch.Tensor = output.logits
         return logits[..., 0].float()
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
     ) -> torch.Tensor:
-        """The squared error."""
+        """Return the squared error."""
         return (predicted - targets) ** 2
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
-        """Of each example, [b]: the ``true`` and the ``predicted`` number, and ``losses``."""
+        """Return for each example, [b]: the ``true`` and the ``predicted`` number, ``losses``."""
         found = {
             "true": targets,
             "predicted": predicted,
@@ -190,7 +201,7 @@ class Numbers:
         return {name: value.cpu().numpy() for name, value in found.items()}
 
     def at_once(self, outputs: int, longest: int) -> int:
-        """As many as usual."""
+        """Return the usual number."""
         return AT_ONCE
 
 
@@ -205,7 +216,7 @@ OBJECTIVES: dict[str, Objective] = {
 def _smoothed(
     each: torch.Tensor, logits: torch.Tensor, counts: torch.Tensor, smoothing: float
 ) -> torch.Tensor:
-    """``each`` loss with a share of that against the uniform distribution over what is possible."""
+    """Return ``each`` loss, mixed with the loss against a uniform target over possible classes."""
     if not smoothing:
         return each
     possible = logits > -torch.inf
@@ -214,23 +225,23 @@ def _smoothed(
 
 
 def distances(logits: torch.Tensor, taught: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 KL(teacher || student) at temperature T in nats, float32 [b]; both [b, classes].
+    """Return T^2 KL(teacher || student) at temperature T in nats, float32 [b]; both [b, classes].
 
-    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network": T^2 keeps its gradient of
-    one size whatever T is.
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network": the factor T^2 keeps the
+    size of the gradient the same for every T.
     """
     wanted = (taught / temperature).softmax(-1)
     terms = (taught / temperature).log_softmax(-1) - (logits / temperature).log_softmax(-1)
-    # What is impossible for both is no term: it would be 0 times infinity minus infinity.
+    # A class that is impossible for both adds nothing: its term would be 0 * (infinity - infinity).
     summed = (wanted * torch.where(wanted > 0, terms, 0.0)).sum(-1)
     return temperature**2 * summed
 
 
 def restrict(logits: torch.Tensor, targets: torch.Tensor, heads: tuple[int, ...]) -> torch.Tensor:
-    """``logits`` [b, classes] with minus infinity wherever a class is of another head.
+    """Return ``logits`` [b, classes] with minus infinity for every class of another head.
 
-    ``heads`` names each class's head; that of a row is its target's. None with one head for all,
-    and a row without a target keeps all of its classes.
+    ``heads`` names the head of each class; it is empty if all classes have one head. The head of a
+    row is that of its target. A row without a target keeps all classes.
     """
     if not heads:
         return logits

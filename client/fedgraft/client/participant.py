@@ -1,7 +1,7 @@
-"""A site in this process: its data, the job's workbench, and what it keeps between rounds.
+"""A site in this process: its data, the job's workbench, and its state between rounds.
 
-A participant holds nothing of a run in memory that it could not find again: any request can be
-answered after a restart, because local heads are on the site's own disk, one file per round.
+A participant can answer any request after a restart, because nothing of a run is in memory only:
+local heads are on the site's own disk, one file per round.
 """
 
 from collections.abc import Generator, Mapping
@@ -16,7 +16,7 @@ from fedgraft.client.data.splits import Splits
 from fedgraft.client.membership.backbone_fetch import ensure_backbone
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.client.policy.disclosure import what_leaves
+from fedgraft.client.policy.disclosure import estimate_disclosure
 from fedgraft.client.policy.guard import SESSION, Guard
 from fedgraft.client.site_config import SiteConfig, load_site
 from fedgraft.client.training.evaluate import measure
@@ -42,7 +42,7 @@ from fedgraft.common.seeds import torch_generator
 __all__ = ["Participant", "open_participant"]
 
 FIRST = "first.safetensors"  # in a session's folder
-# The coordinator keeps two checkpoints: it may go back two rounds, to train from what was before.
+# The coordinator keeps two checkpoints. So it may go back two rounds and train from there again.
 KEPT_STATES = 3
 
 
@@ -63,8 +63,8 @@ class Participant:
         Raises:
             SiteFailure: ``backbone-differs``, ``layout-differs``, ``fixed-differs``,
                 ``no-examples``, ``no-labels``, or a code of ``check_privacy`` or of
-                ``Guard.consent``. Where updates are masked, ``not-eligible`` for too few or too
-                many examples.
+                ``Guard.consent``. If updates are masked, ``not-eligible`` for too few or too many
+                examples.
         """
         ensure_backbone(Job.model_validate_json(request.job), self.state)
         job, bench = self.open(request.session, request.job)
@@ -79,24 +79,24 @@ class Participant:
             raise SiteFailure("fixed-differs")
         splits, masked = self.splits(job), job.privacy.secure_aggregation
         examples = len(splits.train)
-        len(splits.test)  # a file that is wrong is noticed now
+        len(splits.test)  # reading it now shows errors in the file now
         by_examples = job.aggregation.weights == "examples"
         if masked.enabled and (not examples or (by_examples and examples > masked.max_weight)):
-            raise SiteFailure("not-eligible")  # not which of the two
+            raise SiteFailure("not-eligible")  # the code hides which of the two
         if not examples:
             raise SiteFailure("no-examples")
         if self.guard is not None:
             sites = len(self.federation().sites) if masked.enabled else 1
-            leaving = what_leaves(job, bench.layout.only(request.names), sites)
+            leaving = estimate_disclosure(job, bench.layout.only(request.names), sites)
             self.guard.consent(request, job, leaving, examples)
         return PlanReply(request.session, self.config.name)
 
     def check_privacy(self, job: Job) -> None:
-        """Check that the job masks what this site will only send masked, and that it can.
+        """Check that the job masks updates if this site requires it, and that this site can mask.
 
         Raises:
-            SiteFailure: ``secure-aggregation-required`` where the job would have updates in clear
-                and this site would not, ``no-federation`` or ``not-in-roster``.
+            SiteFailure: ``secure-aggregation-required`` if the job asks for updates in clear and
+                this site sends them only masked; ``no-federation`` or ``not-in-roster``.
         """
         masked = job.privacy.secure_aggregation.enabled
         if self.masks_only and not masked:
@@ -108,13 +108,13 @@ class Participant:
 
     @property
     def masks_only(self) -> bool:
-        """Whether updates leave only masked: as the policy says, else in every federation."""
+        """Whether updates leave only masked: the policy decides, else yes in every federation."""
         if self.guard is not None:
             return self.guard.policy.privacy.secure_aggregation == "required"
         return self.config.federation is not None
 
     def federation(self) -> Federation:
-        """The federation this site is in, from its own file.
+        """Return the federation that this site is in, from its own file.
 
         Raises:
             SiteFailure: ``no-federation``.
@@ -134,9 +134,9 @@ class Participant:
             raise SiteFailure("secure-aggregation-required")
 
     def train(self, request: TrainRequest) -> Generator[Wanted, Trained, TrainReply]:
-        """One round of local training from the request's adapter.
+        """Run one round of local training from the request's adapter.
 
-        A generator: it yields what it wants trained and is sent what came of it, so that several
+        This is a generator: it yields its training request and is sent the result. So several
         sites of one process can be trained in one pass (``training.train_together``).
 
         Raises:
@@ -171,10 +171,10 @@ class Participant:
         )
 
     def evaluate(self, request: EvaluateRequest) -> EvaluateReply:
-        """The tally of the request's adapter, as a reply in clear: without groups of a few.
+        """Return the tally of the request's adapter in clear, without counts of small groups.
 
         Raises:
-            SiteFailure: ``no-examples`` in that split.
+            SiteFailure: ``no-examples``: that split has none.
         """
         tally = self.tally(request)
         if not tally.examples:
@@ -184,7 +184,7 @@ class Participant:
         return EvaluateReply(request.session, request.round, tally.to_vector())
 
     def tally(self, request: EvaluateRequest) -> Tally:
-        """Evaluate the request's adapter, with the parts that the site keeps for itself."""
+        """Evaluate the request's adapter together with the parts that stay at this site."""
         job, bench = self.open(request.session, request.job, request.round)
         splits, measures = self.splits(job), job.measures
         examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
@@ -197,25 +197,25 @@ class Participant:
         ).tally
 
     def splits(self, job: Job) -> Splits:
-        """This site's examples for the job.
+        """Return this site's examples for the job.
 
-        Reading them raises DataError where the site's files do not match the job's schema.
+        Reading them raises DataError if the site's files do not match the job's schema.
         """
         return Splits(self.config, job, self.store)
 
     def stack(self, job: Job) -> Stack:
-        """What computes here for the job."""
+        """Return the stack that computes here for the job."""
         return open_stack(job, device=self.device)
 
     def start(
         self, bench: Workbench, trained: Layout, request: TrainRequest | EvaluateRequest
     ) -> Vector:
-        """The site's own head or factors, where it has some, and what the coordinator sent.
+        """Return the coordinator's tensors together with the site's own head or factors, if any.
 
-        float32 [trained.size], cut to this site's rank.
+        The vector is float32 [trained.size], cut to this site's rank.
         """
-        # Training round t starts from those of the last round before t; evaluation after round t
-        # uses those of round t.
+        # Training in round t starts from the own parts of the last round before t. Evaluation after
+        # round t uses the own parts of round t.
         before = request.round - (1 if isinstance(request, TrainRequest) else 0)
         own = self._own_parts(request.session, before) if bench.local.names else None
         vector = trained.merged(
@@ -226,20 +226,20 @@ class Participant:
         return vector if self.config.rank is None else cut_rank(trained, vector, self.config.rank)
 
     def first_adapter(self, session: str) -> Vector | None:
-        """What round 1 began with, where the job goes on from an earlier adapter.
+        """Return the adapter of round 1, if the job continues an earlier adapter.
 
-        None where this site was not there.
+        Return None if this site did not take part in round 1.
         """
         path = self.state / session / FIRST
         return load_file(path)["adapter"] if path.exists() else None
 
     def open(self, session: str, job: str, number: int = 1) -> tuple[Job, Workbench]:
-        """The job that a request speaks of, and the workbench for it.
+        """Return the job of a request, and the workbench for it.
 
         Raises:
             SiteFailure: ``bad-session`` or ``bad-round``.
         """
-        if not SESSION.fullmatch(session):  # it names a folder here
+        if not SESSION.fullmatch(session):  # it becomes the name of a folder here
             raise SiteFailure("bad-session")
         if number < 1:
             raise SiteFailure("bad-round")
@@ -247,10 +247,10 @@ class Participant:
         return loaded, open_workbench(loaded)
 
     def _own_parts(self, session: str, last: int) -> Vector | None:
-        """What was kept in the newest round up to ``last``; None before the first.
+        """Return the own parts of the newest round up to ``last``; None before the first round.
 
         Raises:
-            SiteFailure: ``head-lost`` when only newer ones are left.
+            SiteFailure: ``head-lost``: only the own parts of newer rounds are left.
         """
         kept = self._kept(session)
         rounds = [path for path in kept if int(path.stem) <= last]
@@ -277,11 +277,11 @@ class Participant:
 
 
 def open_participant(node_config: Mapping[str, object]) -> Participant:
-    """The participant that a Flower node's configuration names.
+    """Return the participant that a Flower node's configuration names.
 
-    ``site`` is the path of its ``site.toml``; ``state``, ``device``, ``federation``, ``teacher``,
-    ``rank`` and ``cache`` (JSON) may override the file's, ``unlabelled`` says that labels are not
-    to be read.
+    ``site`` is the path of its ``site.toml``. ``state``, ``device``, ``federation``, ``teacher``,
+    ``rank`` and ``cache`` (JSON) may override the values in that file. ``unlabelled`` says that
+    labels are not read.
     """
     config = _load_site(str(node_config["site"]))
     if node_config.get("unlabelled"):

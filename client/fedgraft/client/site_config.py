@@ -1,7 +1,7 @@
-"""The site's own configuration, ``site.toml``: where its data lies and what it calls things.
+"""The site's own configuration, ``site.toml``: the paths of its data, and the site's own names.
 
-Written by the site and read at the site. Nothing in it is ever fetched from a coordinator or sent
-to one, so a job cannot point a site at other data.
+The site writes this file and reads it. Nothing in it is ever fetched from a coordinator or sent to
+one, so a job cannot point a site at other data.
 """
 
 import difflib
@@ -23,9 +23,10 @@ __all__ = ["SiteConfig", "SiteData", "dump_site", "load_site"]
 class SiteData(Section):
     """``[data]``: files, folders or globs, and how the site's own names map to the job's.
 
-    ``columns`` maps a column of the job's schema to the site's own column, ``labels`` a value of
-    the site's own label column to the job's name of that label. With ``labelled = false`` labels
-    of the training files are not read: the site takes part only in jobs that adapt to its domain.
+    ``columns`` maps a column of the job's schema to the site's own column. ``labels`` maps a value
+    of the site's own label column to the job's name of that label. With ``labelled = false``,
+    labels of the training files are not read: the site then takes part only in jobs with domain
+    adaptation.
     """
 
     train: str = Field(min_length=1)
@@ -37,13 +38,13 @@ class SiteData(Section):
 
 
 class SiteConfig(Section):
-    """One site: its name, its data, its device, and the folder ``state`` for what it keeps.
+    """One site: its name, its data, its device, and the folder ``state`` for its files.
 
     ``federation`` is the path of the federation file; with one, updates leave only masked, unless
-    the policy says otherwise. ``policy`` is the path of the site's policy; with one, all that comes
-    and goes is checked against it and audited. ``rank`` is the most that this site trains of a
-    job's LoRA rank. ``teacher`` is the model that a job with distillation learns from here, named
-    as a job's backbone is. ``cache`` bounds what it keeps to save time.
+    the policy says otherwise. ``policy`` is the path of the site's policy; with one, every message
+    that comes or leaves is checked against it and audited. ``rank`` limits the LoRA rank that this
+    site trains of a job. ``teacher`` is the model that a job with distillation learns from here; it
+    is named like a job's backbone. ``cache`` limits the size of the cache that saves time.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
@@ -58,7 +59,7 @@ class SiteConfig(Section):
 
 
 def load_site(path: Path) -> SiteConfig:
-    """Load the ``site.toml`` at ``path``, its relative paths made absolute from the file's folder.
+    """Load the ``site.toml`` at ``path``; relative paths in it start from the file's folder.
 
     Raises:
         JobError: the file is missing, is not UTF-8 TOML, or does not describe a site.
@@ -83,7 +84,7 @@ def load_site(path: Path) -> SiteConfig:
 
 
 def dump_site(config: SiteConfig) -> str:
-    """The configuration as TOML, which ``load_site`` reads back."""
+    """Return the configuration as TOML, which ``load_site`` reads back."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
@@ -104,7 +105,7 @@ def _anchored(config: SiteConfig, base: Path) -> SiteConfig:
 
 
 def _explain(problem: dict[str, Any]) -> tuple[str, str]:
-    """One pydantic problem as (what is wrong, what to do)."""
+    """Return one pydantic problem as (what is wrong, what to do)."""
     loc = [str(part) for part in problem["loc"]]
     key = ".".join(loc)
     if problem["type"] == "extra_forbidden":

@@ -1,7 +1,7 @@
-"""What client, server and simulation must agree on."""
+"""The code that client, server and simulation share, because all must agree on it."""
 
 import logging
 
-# Where it is installed peft imports it, and it says on stderr which kernels it did not find, and at
-# every product in 8 bits that float32 is rounded for it.
+# peft imports bitsandbytes if it is installed. On stderr it then lists missing kernels and repeats,
+# for every 8-bit product, that float32 is rounded.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

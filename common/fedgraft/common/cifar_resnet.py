@@ -1,4 +1,4 @@
-"""The import path that model cards of published adapters name, and what stands behind it."""
+"""The import path in model cards of published adapters; the code is in ``backbones``."""
 
 from fedgraft.common.backbones.cifar_resnet import (
     CifarResnetConfig,

@@ -18,10 +18,12 @@ __all__ = ["VERBS", "main"]
 
 VERBOSE = ("-v", "--verbose")  # before or after the verb
 
-# verb -> (where it lives, one line of help); a room left out of an install is simply not offered
-VERBS = {
+# verb -> where it lives, and one line of help. Of two places the first counts whose room is part of
+# this install; a verb of which none is there is not offered.
+VERBS: dict[str, tuple[str, ...]] = {
     "init": ("fedgraft.server.cli.jobs:init", "Write a commented job file to start from."),
     "check": (
+        "fedgraft.simulations.cli.check:check",  # with the sites of a simulation
         "fedgraft.server.cli.jobs:check",
         "Validate a job and its data; say what it will cost.",
     ),
@@ -76,9 +78,9 @@ class LazyGroup(click.Group):
     def _verbs(self) -> dict[str, str]:
         """The verbs of the installed rooms that follow this group's, and their line of help."""
         found: dict[str, str] = {}
-        for verb, (place, text) in VERBS.items():
+        for verb, (*places, text) in VERBS.items():
             first, _, second = verb.partition(" ")
-            if not _room_is_there(place):
+            if not any(map(_room_is_there, places)):
                 continue
             if not self.within:
                 found.setdefault(first, GROUPS[first] if second else text)
@@ -106,13 +108,12 @@ class LazyGroup(click.Group):
         verb = f"{self.within} {name}".strip()
         if verb not in VERBS:
             return None
-        module, _, function = VERBS[verb][0].partition(":")
-        try:
-            found = getattr(import_module(module), function)
-        except ModuleNotFoundError as error:
-            if error.name and module.startswith(error.name):
-                raise click.ClickException(f"`{verb}` is not part of this install") from error
-            raise
+        *places, _ = VERBS[verb]
+        place = next(filter(_room_is_there, places), "")
+        if not place:
+            raise click.ClickException(f"`{verb}` is not part of this install")
+        module, _, function = place.partition(":")
+        found = getattr(import_module(module), function)
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
         app.command(name)(found)
         return typer.main.get_command(app)

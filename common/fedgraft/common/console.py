@@ -1,7 +1,7 @@
-"""The only place that prints: results on stdout, progress and notes on stderr.
+"""The only module that prints: results to stdout, progress and notes to stderr.
 
-Progress is a live line with the time left on a terminal, and one plain line a step elsewhere, so
-that a log file stays readable.
+On a terminal, progress is a live line with the time left. Elsewhere it is one plain line per step,
+so that a log file stays readable.
 """
 
 import json
@@ -30,19 +30,19 @@ __all__ = ["Console", "Steps", "print_error"]
 
 
 class Steps(Protocol):
-    """Something long, counted in steps."""
+    """The progress of a long task, counted in steps."""
 
     def done(self, text: str) -> None:
-        """One more step is done; ``text`` says what came of it."""
+        """Count one more step as done; ``text`` is its result."""
         ...
 
     def within(self, share: float, text: str) -> None:
-        """``share`` (0 to 1) of the step under way is done."""
+        """Report that ``share`` (0 to 1) of the current step is done."""
         ...
 
 
 class Console:
-    """What a verb tells its user; ``quiet`` keeps only results, ``as_json`` only one object."""
+    """The output of a verb; ``quiet`` keeps only results, ``as_json`` only one object."""
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
@@ -51,22 +51,22 @@ class Console:
         self._out = Rich(highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line on stderr."""
+        """Print a line on stderr."""
         if not self.quiet:
             self._err.print(text, markup=False)
 
     def text(self, text: str) -> None:
-        """A line of the result, unless the result is JSON."""
+        """Print a line of the result, unless the result is JSON."""
         if not self.as_json:
             self._out.print(text, markup=False)
 
     def json(self, value: Any) -> None:
-        """The result as JSON, if that was asked for."""
+        """Print the result as JSON, if JSON was requested."""
         if self.as_json:
             sys.stdout.write(json.dumps(value, indent=1) + "\n")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of the result; every column but the first and the last is set right."""
+        """Print a table of the result; only its first and its last column are left-aligned."""
         if self.as_json:
             return
         table = Table(
@@ -76,13 +76,13 @@ class Console:
             inner = 0 < index < len(columns) - 1
             table.add_column(name, justify="right" if inner else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))  # a str would be read as markup
-        # soft_wrap would let long cells run over the table's edge
+            table.add_row(*(Text(str(cell)) for cell in row))  # rich reads a plain str as markup
+        # with soft_wrap long cells would go beyond the table's edge
         self._out.print(table, soft_wrap=False)
 
     @contextmanager
     def steps(self, title: str, total: int, done: int = 0) -> Iterator[Steps]:
-        """Show progress through ``total`` steps, ``done`` of which are behind us."""
+        """Show the progress of ``total`` steps, of which ``done`` are already finished."""
         if self.quiet:
             yield _Silent()
         elif self._err.is_terminal:
@@ -102,7 +102,7 @@ class Console:
 
     @contextmanager
     def transfer(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """Show bytes on their way, with rate and time left; call with (bytes done, in all)."""
+        """Show transferred bytes with rate and time left; call with (bytes done, total bytes)."""
         if self.quiet:
             yield lambda done, total: None
         elif self._err.is_terminal:
@@ -122,7 +122,7 @@ class Console:
 
 
 class _Tenths:
-    """A line each tenth of a transfer, for a log."""
+    """One line for each tenth of a transfer, for a log."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title, self._said = console, title, 0
@@ -136,10 +136,10 @@ class _Tenths:
 
 class _Silent:
     def done(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def within(self, share: float, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 class _Live:
@@ -148,12 +148,12 @@ class _Live:
         self._done = progress.tasks[0].completed
 
     def done(self, text: str) -> None:
-        """Move the bar."""
+        """Move the bar by one step."""
         self._done += 1
         self._progress.update(self._task, completed=self._done, text=text)
 
     def within(self, share: float, text: str) -> None:
-        """Move the bar a little."""
+        """Move the bar by a part of a step."""
         self._progress.update(self._task, completed=self._done + share, text=text)
 
 
@@ -162,16 +162,16 @@ class _Lines:
         self._console, self._title, self._total, self._done = console, title, total, done
 
     def done(self, text: str) -> None:
-        """Write a line."""
+        """Print a line."""
         self._done += 1
         self._console.note(f"{self._title} {self._done}/{self._total}  {text}")
 
     def within(self, share: float, text: str) -> None:
-        """Say nothing: a line a step is enough for a log."""
+        """Print nothing: one line per step is enough for a log."""
 
 
 def print_error(error: FedgraftError) -> None:
-    """``error:`` what and ``hint:`` the next step, on stderr."""
+    """Print ``error:`` with the problem and ``hint:`` with the next step, on stderr."""
     sys.stderr.write(f"error: {error}\n")
     if error.hint:
         sys.stderr.write(f"hint: {error.hint}\n")

@@ -1,4 +1,4 @@
-"""What an encoder gets from its caller: settings, rows, a place to keep arrays, random numbers."""
+"""The inputs of an encoder: settings, rows, a store for arrays, and random numbers."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,18 +17,18 @@ NameParts = tuple[str | int, ...]
 
 
 def digest_of(*parts: str | int) -> str:
-    """The name of a file in a store, made of ``parts``."""
+    """Return the name of a file in a store, made from ``parts``."""
     return hashlib.sha256("\n".join(str(part) for part in parts).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a job decides how rows become examples and what is measured on them.
+    """The settings of a job that decide the conversion of rows to examples, and the measures.
 
-    ``masked`` is the share of tokens or patches that is hidden, None where the job does not say;
-    ``seconds`` are of a recording, ``max_length`` is in tokens. ``score_bins``, ``groups`` and
-    ``min_group`` say what is counted beside (``metrics.measures``). ``keys`` are those of
-    ``[data]`` that only the job's task has, its defaults filled in.
+    ``masked`` is the share of hidden tokens or patches; it is None if the job does not set it.
+    ``seconds`` is the length of a recording, and ``max_length`` is in tokens. ``score_bins``,
+    ``groups`` and ``min_group`` decide the additional counts (``metrics.measures``). ``keys`` are
+    the keys of ``[data]`` that only the job's task has, with defaults filled in.
     """
 
     labels: tuple[str, ...] = ()
@@ -44,30 +44,33 @@ class Settings:
 
 
 class Rows(Protocol):
-    """A site's rows as they were read and checked: columns of Python values."""
+    """A site's rows after reading and checking: columns of Python values."""
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column."""
+        """Return all values of a column."""
 
     def batches(self, name: str, size: int) -> Iterator[list[Any]]:
-        """The values of a column, ``size`` rows at a time: not all files are held at once."""
+        """Yield the values of a column, ``size`` rows at a time.
+
+        So not all files are in memory at once.
+        """
 
     def digest(self, name: str) -> str:
-        """SHA-256 (hex) over the texts or the bytes of the files of a column, in order."""
+        """Return the SHA-256 (hex) over a column in order: over texts, or the bytes of files."""
 
 
 class Keep(Protocol):
-    """Where an encoder keeps what it makes; the caller decides whether and for how long.
+    """The store of an encoder's arrays; the caller decides whether and how long arrays are kept.
 
-    The names that encoders give hold everything that decides the content but the backbone, which
-    the caller adds.
+    The names from encoders contain everything that decides the content, except the backbone; the
+    caller adds the backbone.
     """
 
     def tokens(self, name: NameParts, make: Callable[[], Arrays]) -> Arrays:
-        """Named arrays: those that were kept under ``name``, or what ``make`` gives."""
+        """Return the named arrays kept under ``name``, or the output of ``make``."""
 
     def array(
         self,
@@ -75,24 +78,24 @@ class Keep(Protocol):
         fill: Callable[[NDArray[Any]], None],
         name: Callable[[], NameParts],
     ) -> NDArray[np.float32]:
-        """One float32 array that ``fill`` makes, in memory or mapped from a file.
+        """Return one float32 array that ``fill`` fills, in memory or mapped from a file.
 
-        ``name`` is asked for only where it goes into a file.
+        ``name`` is called only if the array goes into a file.
         """
 
 
 class Draws(Protocol):
-    """Random numbers of one site for a batch, whose first ``count`` rows are the site's own."""
+    """Random numbers of one site for a batch; the first ``count`` rows are the site's own."""
 
     @property
     def count(self) -> int:
-        """Rows of the batch that are real."""
+        """Return the number of real rows in the batch."""
 
     def permutation(self, n: int) -> Indices:
-        """The numbers 0 to n - 1 in random order, int64 [n]."""
+        """Return the numbers 0 to n - 1 in random order, int64 [n]."""
 
     def uniform(self, n: int) -> NDArray[np.float32]:
-        """Numbers in [0, 1), float32 [n]."""
+        """Return numbers in [0, 1), float32 [n]."""
 
     def integers(self, high: int, n: int) -> Indices:
-        """Whole numbers in [0, high), int64 [n]."""
+        """Return whole numbers in [0, high), int64 [n]."""

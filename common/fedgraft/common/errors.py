@@ -1,18 +1,18 @@
-"""Every error fedgraft raises on purpose, each with the user's next step.
+"""Every error that fedgraft raises on purpose, with the user's next step.
 
-FedgraftError            exit 1   base: ``str(error)`` says what, ``.hint`` says what to do
-|-- InputError           exit 2   something a person wrote or pointed at is wrong
+FedgraftError            exit 1   base: ``str(error)`` is the problem, ``.hint`` the next step
+|-- InputError           exit 2   an input that a person wrote or named is wrong
 |   |-- JobError                  the job file or a --set override
 |   |-- DataError                 a data file: missing, empty, wrong column, label, encoding
 |   |-- BackboneError             the frozen model: missing, unsafe format, wrong kind
 |   `-- AdapterError              the adapter: targets that match nothing, layouts that differ
-|-- RoundAborted         exit 1   a round came to nothing; another attempt may succeed
+|-- RoundAborted         exit 1   a round has no result; another attempt may succeed
 |   `-- TooFewSites      exit 4   fewer sites answered than the job allows
 |-- RunError             exit 1   a run folder that cannot be used
 |   `-- CheckpointError           no checkpoint of the run can be trusted
 |-- AuditError           exit 1   an audit cannot be written, or its chain is broken
-|-- TransferError        exit 1   a backbone could not be fetched, or not stored whole
-|-- MessageError         exit 1   a message that is not what the protocol says
+|-- TransferError        exit 1   a backbone could not be fetched, or not stored completely
+|-- MessageError         exit 1   a message that does not follow the protocol
 `-- SiteFailure          exit 1   a site could not do its part; only ``.code`` ever leaves the site
 """
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class FedgraftError(Exception):
-    """Base of the tree; ``hint`` is the next step in one line, without a full stop."""
+    """The base of the tree; ``hint`` is the next step in one line, without a full stop."""
 
     exit_code = 1
 
@@ -45,7 +45,7 @@ class FedgraftError(Exception):
 
 
 class InputError(FedgraftError):
-    """Something a person wrote or pointed at is wrong."""
+    """An input that a person wrote or named is wrong."""
 
     exit_code = 2
 
@@ -67,7 +67,10 @@ class AdapterError(InputError):
 
 
 class RoundAborted(FedgraftError):
-    """A round came to nothing: no update was applied and, under secure aggregation, none opened."""
+    """A round has no result.
+
+    No update was applied and, under secure aggregation, none was opened.
+    """
 
 
 class TooFewSites(RoundAborted):
@@ -89,15 +92,15 @@ class AuditError(FedgraftError):
 
 
 class TransferError(FedgraftError):
-    """A backbone could not be fetched, or not stored whole; what has come is kept."""
+    """A backbone could not be fetched or not stored completely; the received part is kept."""
 
 
 class MessageError(FedgraftError):
-    """A message is not what the protocol says it must be."""
+    """A message does not follow the protocol."""
 
 
 class SiteFailure(FedgraftError):
-    """A site could not do its part; ``code`` is all that may leave the site."""
+    """A site could not do its part; only ``code`` may leave the site."""
 
     def __init__(self, code: str, message: str = "") -> None:
         super().__init__(message or code)

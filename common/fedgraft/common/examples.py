@@ -1,6 +1,6 @@
-"""Encoded rows, ready to be cut into batches: what training and evaluation see of a site's data.
+"""Encoded rows, ready to be cut into batches: a site's data for training and evaluation.
 
-Everything here is NumPy: a job is read, and rows are encoded, without PyTorch.
+All code here uses NumPy only: a job is read, and rows are encoded, without PyTorch.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ __all__ = [
     "has_labels",
 ]
 
-IGNORED = -100  # a target that is none: padding, or a position after which nothing comes
+IGNORED = -100  # no target: padding, or a position without a next token
 Indices = NDArray[np.int64]
 Inputs = dict[str, NDArray[Any]]
 """A batch as the model reads it: an array [b, ...] for each argument, by its name."""
@@ -37,62 +37,65 @@ class Examples(Protocol):
 
     @property
     def labels(self) -> Indices:
-        """Index into the job's labels, per example."""
+        """Return the index into the job's labels for each example."""
 
     @property
     def groups(self) -> Indices | None:
-        """Index into the job's groups, per example, -1 for none; None where it has no groups."""
+        """Return the index into the job's groups for each example, -1 for none.
+
+        None if the job has no groups.
+        """
 
     @property
     def teacher_logits(self) -> NDArray[np.float32] | None:
-        """A teacher's logits, float32 [n, classes]; None where there is no teacher."""
+        """Return a teacher's logits, float32 [n, classes]; None without a teacher."""
 
     @property
     def lengths(self) -> Indices:
-        """Tokens per example; zeros where examples are not sequences."""
+        """Return the tokens of each example; zeros if examples are not sequences."""
 
     @property
     def longest(self) -> int:
-        """The most tokens that an example may have; 0 where they are not sequences."""
+        """Return the most tokens of an example; 0 if examples are not sequences."""
 
     @property
     def pad_left(self) -> bool:
-        """Whether padding stands before the tokens."""
+        """Return whether padding is before the tokens."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all that goes into the model, in order; labels do not count."""
+        """Return the SHA-256 over all inputs of the model, in order, without labels."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory; what is shared with other examples counts for each."""
+        """Return the bytes in memory; parts shared with other examples count fully."""
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Return the number of examples."""
 
     def width(self, index: Indices) -> int:
-        """Tokens that a batch of the examples at ``index`` has; 0 where they are not sequences."""
+        """Return the tokens of a batch of the examples at ``index``; 0 if not sequences."""
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """The model's inputs (without labels) for the examples at ``index``, in that order.
+        """Return the model's inputs (without labels) for the examples at ``index``, in order.
 
-        Sequences are padded to ``width`` tokens, or as ``width(index)`` says.
+        Sequences are padded to ``width`` tokens, or by default to ``width(index)``.
         """
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[Any]:
-        """What the model should predict for ``batch(index, width)``, int64 [b] or [b, width]."""
+        """Return the model's targets for ``batch(index, width)``, int64 [b] or [b, width]."""
 
     def subset(self, index: Indices) -> Self:
-        """The examples at ``index``, in that order; shares the encoded rows."""
+        """Return the examples at ``index``, in that order; the encoded rows are shared."""
 
     def with_teacher(self, logits: NDArray[np.float32]) -> Self:
-        """The same examples with these ``teacher_logits``."""
+        """Return the same examples with these ``teacher_logits``."""
 
     def with_groups(self, groups: Indices) -> Self:
-        """The same examples with these ``groups``, int64 [n]."""
+        """Return the same examples with these ``groups``, int64 [n]."""
 
     def joined(self, others: "Sequence[Self]") -> Self:
-        """These examples and those of ``others`` (of one processor), in order, without groups."""
+        """Return these and ``others`` (of one processor), in order, without groups."""
 
 
 E = TypeVar("E", bound=Examples)
@@ -100,25 +103,25 @@ E = TypeVar("E", bound=Examples)
 
 @dataclass(frozen=True)
 class _Teachable:
-    """A base for examples: a teacher may have given logits for each."""
+    """A base for examples that can have a teacher's logits for each example."""
 
     teacher_logits: NDArray[np.float32] | None = field(default=None, kw_only=True)
 
     def with_teacher(self, logits: NDArray[np.float32]) -> Self:
-        """The same examples with these ``teacher_logits``."""
+        """Return the same examples with these ``teacher_logits``."""
         return replace(self, teacher_logits=logits)
 
     def with_groups(self, groups: Indices) -> Self:
-        """The same examples with these ``groups``."""
-        return replace(self, groups=groups)  # type: ignore[call-arg]  # where a child has them
+        """Return the same examples with these ``groups``."""
+        return replace(self, groups=groups)  # type: ignore[call-arg]  # children have groups
 
 
 @dataclass(frozen=True)
 class TextExamples(_Teachable):
     """Token ids without padding: example i is ``ids[starts[i]:starts[i] + lengths[i]]``.
 
-    ``labels``, ``starts`` and ``lengths`` int64 [n], ``ids`` int32 [tokens], ``types`` int8
-    [tokens] only where the tokenizer gives token types. None is longer than ``longest``.
+    ``labels``, ``starts`` and ``lengths`` are int64 [n], ``ids`` int32 [tokens], ``types`` int8
+    [tokens] if the tokenizer has token types, else None. No example is longer than ``longest``.
     """
 
     labels: Indices
@@ -136,7 +139,7 @@ class TextExamples(_Teachable):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over token ids, types and padding, example by example."""
+        """Return the SHA-256 over token ids, types and padding, example by example."""
         source = _source(self.starts, self.lengths)
         parts: list[NDArray[Any]] = [self.lengths, self.ids[source]]
         if self.types is not None:
@@ -145,16 +148,16 @@ class TextExamples(_Teachable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         arrays = (self.labels, self.ids, self.starts, self.lengths)
         return sum(a.nbytes for a in arrays) + (self.types.nbytes if self.types is not None else 0)
 
     def width(self, index: Indices) -> int:
-        """The longest of the examples at ``index``."""
+        """Return the length of the longest example at ``index``."""
         return int(self.lengths[index].max(initial=0))
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """``input_ids``, ``attention_mask`` (``token_type_ids``), int64 [b, width]."""
+        """Return ``input_ids``, ``attention_mask`` (``token_type_ids``), int64 [b, width]."""
         starts, lengths = self.starts[index], self.lengths[index]
         width = width or self.width(index)
         positions = np.arange(width)
@@ -170,11 +173,11 @@ class TextExamples(_Teachable):
         return inputs
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[Any]:
-        """The labels, int64 [b]."""
+        """Return the labels, int64 [b]."""
         return self.labels[index]
 
     def subset(self, index: Indices) -> "TextExamples":
-        """The examples at ``index``, in that order; the token ids are shared."""
+        """Return the examples at ``index``, in that order; the token ids are shared."""
         return replace(
             self,
             labels=self.labels[index],
@@ -185,7 +188,7 @@ class TextExamples(_Teachable):
         )
 
     def joined(self, others: Sequence["TextExamples"]) -> "TextExamples":
-        """These examples and those of ``others``, in order, without groups."""
+        """Return these examples and those of ``others``, in order, without groups."""
         every = (self, *others)
         offsets = np.cumsum([0, *(len(part.ids) for part in every)])
         types = [part.types for part in every if part.types is not None]
@@ -203,7 +206,7 @@ class TextExamples(_Teachable):
 
 @dataclass(frozen=True)
 class Wrapped(_Teachable):
-    """Examples made of others, ``source``: what is predicted is in them, so there are no labels."""
+    """Examples made from ``source``; the targets are in the source, so there are no labels."""
 
     source: "TextExamples | ImageExamples"
 
@@ -212,31 +215,31 @@ class Wrapped(_Teachable):
 
     @property
     def labels(self) -> Indices:
-        """Zeros: there are none."""
+        """Return zeros: there are no labels."""
         return self.source.labels
 
     @property
     def groups(self) -> None:
-        """None: only labelled examples have groups."""
+        """Return None: only labelled examples have groups."""
         return None
 
     @property
     def lengths(self) -> Indices:
-        """Those of ``source``."""
+        """Return the lengths of ``source``."""
         return self.source.lengths
 
     @property
     def longest(self) -> int:
-        """That of ``source``."""
+        """Return the most tokens of an example in ``source``."""
         return self.source.longest
 
     @property
     def pad_left(self) -> bool:
-        """Where padding of ``source`` stands."""
+        """Return whether padding of ``source`` is before the tokens."""
         return self.source.pad_left
 
     def width(self, index: Indices) -> int:
-        """The longest of the examples at ``index``."""
+        """Return the length of the longest example at ``index``."""
         return int(self.lengths[index].max(initial=0))
 
 
@@ -259,12 +262,12 @@ class ArrayExamples(_Teachable):
 
     @cached_property
     def lengths(self) -> Indices:
-        """Zeros: no sequences, or all padded alike."""
+        """Return zeros: examples are not sequences, or all have the same padding."""
         return np.zeros(len(self.labels), np.int64)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the values, example by example."""
+        """Return the SHA-256 over the values, example by example."""
         digest = hashlib.sha256(str(self.values.shape[1:]).encode())
         for row in self.rows:
             digest.update(np.ascontiguousarray(self.values[row]).data)
@@ -272,20 +275,20 @@ class ArrayExamples(_Teachable):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory: values that are mapped from a file take none."""
+        """Return the bytes in memory: values mapped from a file take none."""
         mapped = isinstance(self.values, np.memmap)
         return self.labels.nbytes + self.rows.nbytes + (0 if mapped else self.values.nbytes)
 
     def width(self, index: Indices) -> int:
-        """None: there are no sequences."""
+        """Return 0: there are no sequences."""
         return 0
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[Any]:
-        """The labels, int64 [b]."""
+        """Return the labels, int64 [b]."""
         return self.labels[index]
 
     def subset(self, index: Indices) -> Self:
-        """The examples at ``index``, in that order; the values are shared."""
+        """Return the examples at ``index``, in that order; the values are shared."""
         return replace(
             self,
             labels=self.labels[index],
@@ -295,7 +298,7 @@ class ArrayExamples(_Teachable):
         )
 
     def joined(self, others: Sequence[Self]) -> Self:
-        """These examples and those of ``others``, in order, without groups."""
+        """Return these examples and those of ``others``, in order, without groups."""
         every = (self, *others)
         labels = np.concatenate([part.labels for part in every])
         return replace(
@@ -316,7 +319,7 @@ class ImageExamples(ArrayExamples):
     """Pixels: ``values`` is [m, channels, height, width]."""
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """``pixel_values``, float32 [b, channels, height, width], copied out of ``values``."""
+        """Return ``pixel_values``, float32 [b, channels, height, width], a copy of ``values``."""
         return {"pixel_values": self._taken(index)}
 
 
@@ -324,8 +327,8 @@ class ImageExamples(ArrayExamples):
 class AudioExamples(ArrayExamples):
     """Recordings padded to one length: samples [m, samples] or a spectrogram [m, bands, frames].
 
-    The model calls them ``name``. Where it is told what is padding, ``filled`` int64 [m] says how
-    many samples are not.
+    ``name`` is the model's name for them. If the model gets a mask of the padding, ``filled``,
+    int64 [m], is the number of samples that are not padding.
     """
 
     name: str = "input_values"
@@ -333,13 +336,13 @@ class AudioExamples(ArrayExamples):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over values and padding, example by example."""
+        """Return the SHA-256 over values and padding, example by example."""
         filled = self.filled if self.filled is not None else np.empty(0, np.int64)
         taken = filled[self.rows] if len(filled) else filled
         return _digest(self.name, taken, *(self.values[row] for row in self.rows))
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """``name``, float32 [b, ...], and perhaps ``attention_mask``, int64 [b, samples]."""
+        """Return ``name``, float32 [b, ...], and maybe ``attention_mask``, int64 [b, samples]."""
         inputs = {self.name: self._taken(index)}
         if self.filled is not None:
             mask = np.arange(self.values.shape[1]) < self.filled[self.rows[index]][:, None]
@@ -347,19 +350,19 @@ class AudioExamples(ArrayExamples):
         return inputs
 
     def joined(self, others: "Sequence[Self]") -> Self:
-        """These recordings and those of ``others``, in order, without groups."""
+        """Return these recordings and those of ``others``, in order, without groups."""
         whole = super().joined(others)
         lengths = [p.filled[p.rows] for p in (self, *others) if p.filled is not None]
         return replace(whole, filled=np.concatenate(lengths)) if lengths else whole
 
 
 def concatenate(parts: Sequence[E]) -> E:
-    """The examples of all parts, which must come from one processor, in order, without groups."""
+    """Return the examples of all parts (of one processor), in order, without groups."""
     return parts[0].joined(parts[1:])
 
 
 def has_labels(examples: Examples) -> bool:
-    """Whether these are a labelled site's."""
+    """Return whether these are the examples of a labelled site."""
     return not len(examples) or bool((examples.labels != IGNORED).any())
 
 
@@ -369,7 +372,7 @@ def _joined_logits(parts: Sequence[Any]) -> NDArray[np.float32] | None:
 
 
 def _source(starts: Indices, lengths: Indices) -> Indices:
-    """Where each token of some examples lies: its example's start, counted upwards."""
+    """Return the place of each token of some examples: its example's start, counted upwards."""
     before = np.cumsum(lengths) - lengths
     source: Indices = np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
     return source

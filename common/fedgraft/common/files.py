@@ -1,12 +1,26 @@
-"""Files that are there whole or not at all, also when the machine dies half-way."""
+"""Files that are there whole or not at all, also when the machine dies half-way.
 
+``lock_folder`` keeps a folder to one process at a time.
+"""
+
+import fcntl
 import hashlib
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
-__all__ = ["hash_file", "sync_folder", "write_atomically", "write_private", "write_text"]
+from fedgraft.common.errors import RunError
+
+__all__ = [
+    "hash_file",
+    "lock_folder",
+    "sync_folder",
+    "write_atomically",
+    "write_private",
+    "write_text",
+]
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -51,3 +65,21 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits; read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Lock ``folder`` until the file that comes back is closed, or this process ends.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    file = (folder / "lock").open("w")
+    try:
+        # lockf, not flock: forked workers must not inherit it and outlive us with it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise RunError(
+            f"{folder} is in use by another process", hint="wait for it, or stop it first"
+        ) from None
+    return file

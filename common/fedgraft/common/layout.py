@@ -1,7 +1,7 @@
-"""The named layout of an adapter vector: which tensor lies where, and which kind of tensor it is.
+"""The named layout of an adapter vector: the position and the kind of each tensor.
 
-An adapter is one flat float32 vector. What crosses the network is that vector, and its meaning is
-agreed by the fingerprint of the layout.
+An adapter is one flat float32 vector. Coordinator and sites exchange this vector, and agree on its
+meaning by the fingerprint of the layout.
 """
 
 import hashlib
@@ -33,46 +33,46 @@ __all__ = [
 
 Vector = NDArray[np.float32]
 
-# Before the names of what travels beside an adapter: ``domain.py``, ``consolidation.py``.
+# Name prefixes of tensors beside an adapter: ``adapters/domain_statistics.py``, ``fisher.py``.
 BESIDE = (DOMAIN, EWC) = ("domain.", "ewc.")
-OUTER = "base_model.model."  # what peft puts before the names of the backbone's modules
+OUTER = "base_model.model."  # peft's prefix of the backbone's module names
 
-TIMM_MODEL = "timm_model"  # what transformers' wrapper calls the model of timm
+TIMM_MODEL = "timm_model"  # the name of the timm model in transformers' wrapper
 TIMM_HEADS = frozenset(
     f"{TIMM_MODEL}.{name}"
     for name in ("classif", "classifier", "fc", "head", "head.fc", "head.fc2", "head.l",
                  "head.linear", "head_dist", "last_linear")
 )  # fmt: skip
-"""Where timm's models have their classifiers: a tensor is told to be a head's by its name."""
+"""The places of classifiers in timm's models: a tensor's name shows that it belongs to a head."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parameter lies where in an adapter vector: names, shapes, in order."""
+    """The layout of an adapter vector: names and shapes of its parameters, in order."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     @cached_property
     def size(self) -> int:
-        """Length of the vector."""
+        """Return the length of the vector."""
         return sum(prod(shape) for shape in self.shapes)
 
     @cached_property
     def slices(self) -> dict[str, slice]:
-        """Where each name lies."""
+        """Return the slice of the vector for each name."""
         ends = list(accumulate(prod(shape) for shape in self.shapes))
         starts = [0, *ends][: len(ends)]
         return {n: slice(a, b) for n, a, b in zip(self.names, starts, ends, strict=True)}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over names and shapes in order."""
+        """Return the SHA-256 (hex) over names and shapes in order."""
         lines = (f"{name} {shape}\n" for name, shape in zip(self.names, self.shapes, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def only(self, names: Iterable[str]) -> "Layout":
-        """The layout of some of the names, in this layout's order.
+        """Return the layout of some of the names, in this layout's order.
 
         Raises:
             AdapterError: a name is not in this layout.
@@ -87,15 +87,18 @@ class Layout:
         return Layout(tuple(n for n, _ in kept), tuple(s for _, s in kept))
 
     def part(self, vector: Vector, other: "Layout") -> Vector:
-        """What ``vector``, float32 [size], holds of ``other``'s tensors, which are all in here."""
+        """Return the tensors of ``other`` from ``vector``, float32 [size].
+
+        All of them must be in this layout.
+        """
         pieces = [vector[self.slices[name]] for name in other.names]
         return np.concatenate([np.empty(0, np.float32), *pieces])
 
     def merged(self, vector: Vector, *parts: "tuple[Layout, Vector]") -> Vector:
-        """``vector``, float32 [size], with the tensors of each part written over it in order.
+        """Return ``vector``, float32 [size], with each part's tensors written over it in order.
 
         Raises:
-            AdapterError: a part has another length or dtype than its layout says.
+            AdapterError: a part's length or dtype differs from its layout.
         """
         merged = vector.copy()
         for layout, values in parts:
@@ -106,11 +109,11 @@ class Layout:
 
     @property
     def of_model(self) -> "Layout":
-        """Without what only travels beside an adapter."""
+        """Return the layout without the tensors that only travel beside an adapter."""
         return self.only(name for name in self.names if not name.startswith(BESIDE))
 
     def joined(self, other: "Layout") -> "Layout":
-        """This layout with another behind it."""
+        """Return this layout followed by another layout."""
         return Layout((*self.names, *other.names), (*self.shapes, *other.shapes))
 
     def check(self, vector: Vector) -> None:
@@ -127,9 +130,9 @@ class Layout:
 
 
 def is_head(name: str) -> bool:
-    """Whether an adapter tensor belongs to the task's head.
+    """Return whether an adapter tensor belongs to the task's head.
 
-    That is a module of the outermost level, or one of timm's heads, which are further inside.
+    The head is a module of the outermost level, or one of timm's heads, which are further inside.
     """
     module, kept, _ = name.partition(".modules_to_save.")
     path = module.removeprefix(OUTER)
@@ -137,21 +140,22 @@ def is_head(name: str) -> bool:
 
 
 def is_factor_a(name: str) -> bool:
-    """Whether an adapter tensor is a LoRA factor A (rank x inputs)."""
+    """Return whether an adapter tensor is a LoRA factor A (rank x inputs)."""
     return ".lora_A." in name
 
 
 def is_factor_b(name: str) -> bool:
-    """Whether an adapter tensor is a LoRA factor B (outputs x rank)."""
+    """Return whether an adapter tensor is a LoRA factor B (outputs x rank)."""
     return ".lora_B." in name
 
 
 def cut_rank(layout: Layout, vector: Vector, rank: int) -> Vector:
-    """``vector`` with only the first ``rank`` components of every low-rank path, float32.
+    """Return ``vector`` with only the first ``rank`` components of every low-rank path, float32.
 
-    The rest of A's rows and B's columns is zero, and stays so in training: the gradient of one has
-    the other as a factor. Sites of different ranks truncate what they receive like this in Cho et
-    al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models".
+    The other rows of A and columns of B are zero. They stay zero in training, because the gradient
+    of one has the other as a factor. Sites of different ranks truncate the received adapter in this
+    way in Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation
+    Models".
     """
     cut = vector.copy()
     for (name, where), shape in zip(layout.slices.items(), layout.shapes, strict=True):

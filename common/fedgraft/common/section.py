@@ -1,4 +1,4 @@
-"""What every section of a file that people write has in common."""
+"""The base of all sections of files that people write."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 def _seconds(value: object) -> object:
-    """Turn ``"90s"``, ``"30m"``, ``"2h"``, ``"1d"`` or a number of seconds into seconds."""
+    """Return the seconds of ``"90s"``, ``"30m"``, ``"2h"``, ``"1d"`` or a number of seconds."""
     if isinstance(value, str) and (
         match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", value)
     ):
@@ -27,15 +27,15 @@ Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
 Refuses = Mapping[str, tuple[str, str]]
-"""What does not go together with something: by the feature's name what is wrong, and a hint.
+"""The settings that do not work with something: for a feature's name, the reason and a hint.
 
-The features are those of ``config/compatibility.py``; both texts may have ``{task}``, ``{rule}``
-and ``{method}`` in them.
+The features are those of ``config/compatibility.py``; both texts may contain ``{task}``, ``{rule}``
+and ``{method}``.
 """
 
 
 class IllegalJob(ValueError):
-    """Values that are fine one by one and impossible together; ``hint`` says what to change."""
+    """Values that are valid alone but impossible together; ``hint`` is the change to make."""
 
     def __init__(self, what: str, hint: str) -> None:
         super().__init__(what)
@@ -47,7 +47,7 @@ class UnknownKey(IllegalJob):
 
 
 class Section(BaseModel):
-    """Frozen, and a key it does not know is an error rather than a silent default."""
+    """A frozen section; an unknown key is an error, not a silent default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class Section(BaseModel):
 
 
 def _bytes(value: object) -> object:
-    """Turn ``"64MB"``, ``"4GB"`` (decimal units) or a number of bytes into bytes."""
+    """Return the bytes of ``"64MB"``, ``"4GB"`` (decimal units) or a number of bytes."""
     if isinstance(value, str) and (
         match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]?B)\s*", value)
     ):
@@ -77,10 +77,10 @@ Size = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
 
 class Cache(Section):
-    """What may be kept to save time, in bytes; never a different result.
+    """The limits in bytes for data that is kept to save time; they never change a result.
 
-    ``memory`` of a process for encoded examples and activations of frozen layers; ``disk`` for the
-    files that keep them from run to run.
+    ``memory`` is the limit of a process for encoded examples and activations of frozen layers.
+    ``disk`` is the limit for the files that keep them from run to run.
     """
 
     memory: Size = 256_000_000

@@ -1,13 +1,17 @@
 """Every random number comes from a seed hashed from what it is for, never from a global generator.
 
 A site's batches in round 7 are then the same whoever else took part, in whatever order or
-process the sites ran, and after any restart.
+process the sites ran, and after any restart. torch is imported when a generator of it is wanted:
+a job is read without.
 """
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["derive_seed", "numpy_generator", "torch_generator"]
 
@@ -27,7 +31,9 @@ def numpy_generator(run_seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 def torch_generator(
-    run_seed: int, *purpose: str | int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+    run_seed: int, *purpose: str | int, device: "torch.device | str" = "cpu"
+) -> "torch.Generator":
     """A torch generator of its own for this purpose, on ``device``."""
+    import torch
+
     return torch.Generator(device=device).manual_seed(derive_seed(run_seed, *purpose))

@@ -8,13 +8,13 @@ __all__ = ["read_text"]
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a file a person named.
+    """Return the UTF-8 text of a file that a person named.
 
     Raises:
         JobError: it is missing, a folder, unreadable or not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of a label
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is not part of a label
     except FileNotFoundError:
         raise JobError(f"no file {path}", hint="`fedgraft init` writes one to start from") from None
     except UnicodeDecodeError as error:

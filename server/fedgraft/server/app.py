@@ -25,11 +25,12 @@ from fedgraft.common.layout import Vector
 from fedgraft.server.coordinator.superlink import save_requests
 from fedgraft.server.delivery import hand_over
 from fedgraft.server.export.adapter import export_adapter
+from fedgraft.server.plan import make_plan
 from fedgraft.server.protocol.clear import Halfway
 from fedgraft.server.protocol.masked import Masking
 from fedgraft.server.protocol.transport import Transport
 from fedgraft.server.report.page import write_report
-from fedgraft.server.rounds import make_plan, run_job
+from fedgraft.server.rounds import run_job
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.runs.summary import partner_facts, run_facts
 from fedgraft.server.state import RoundRecord, State

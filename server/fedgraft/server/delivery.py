@@ -13,8 +13,8 @@ from typing import Any
 from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import Stage
 from fedgraft.common.messages.payloads import PastRound, ResultRequest
+from fedgraft.server.plan import Plan
 from fedgraft.server.protocol.transport import SILENT, Transport
-from fedgraft.server.rounds import Plan
 from fedgraft.server.runs.run_folder import Run
 
 __all__ = ["hand_over"]
@@ -75,16 +75,17 @@ def _result(
         job=plan.request.job,
         names=plan.exchanged.names,
         sites=sites,
-        rounds=tuple(_past(line) for line in history),
+        rounds=tuple(_past(line, plan.job.task.share.key) for line in history),
         adapter=final,
     )
 
 
-def _past(line: dict[str, Any]) -> PastRound:
+def _past(line: dict[str, Any], share: str) -> PastRound:
+    """One round as a site is told of it; ``share`` is the key of the task's share."""
     validation = line["validation"] or {}
     return PastRound(
         round=line["round"],
         sites=line["sites"],
         loss=float(line["train_loss"]),
-        accuracy=float(validation.get("accuracy", math.nan)),
+        accuracy=float(validation.get(share, math.nan)),
     )

@@ -6,68 +6,28 @@ numbers only through a rule, so it is the same for a simulation and for partner 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.aggregation import RULES
 from fedgraft.common.config.job import Job
-from fedgraft.common.errors import InputError, MessageError, RoundAborted, TooFewSites
-from fedgraft.common.layout import Layout, Vector
-from fedgraft.common.messages.codec import Stage
-from fedgraft.common.messages.payloads import (
-    EvaluateReply,
-    EvaluateRequest,
-    PlanRequest,
-    TrainRequest,
-)
+from fedgraft.common.errors import InputError, RoundAborted
+from fedgraft.common.layout import Vector
+from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.seeds import derive_seed
 from fedgraft.server import optimizers
-from fedgraft.server.protocol.clear import Gathering, Halfway
-from fedgraft.server.protocol.masked import Masking, check_masked, gather_masked
+from fedgraft.server.plan import Plan
+from fedgraft.server.protocol.clear import evaluate_clear, gather_clear
+from fedgraft.server.protocol.masked import evaluate_masked, gather_masked
 from fedgraft.server.protocol.transport import SILENT, Reply, Transport
-from fedgraft.server.protocol.validation import Expected, InvalidReply, check_evaluation
-from fedgraft.server.state import Checked, Dropped, Gathered, RoundRecord, State, Traffic
+from fedgraft.server.state import Dropped, Evaluated, Gathered, RoundRecord, State, Traffic
 
-__all__ = ["Plan", "make_plan", "run_job", "run_round"]
+__all__ = ["choose_cohort", "run_job", "run_round"]
 
 ATTEMPTS = 3  # at a round with too few sites, before the run gives up
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a job means for this federation: which tensors travel, what every message says.
-
-    With ``halfway`` a round in clear goes on after a crash from the replies that had come.
-    """
-
-    job: Job
-    session: str
-    exchanged: Layout
-    request: PlanRequest
-    masking: Masking | None = None
-    halfway: Halfway | None = None
-
-
-def make_plan(job: Job, bench: Workbench, session: str, masking: Masking | None = None) -> Plan:
-    """Which tensors travel under the job's rule and head policy, and the invitation to sites."""
-    rule = RULES[job.aggregation.rule]
-    local = set(bench.local.names)
-    names = tuple(name for name in rule.exchanges(bench.layout) if name not in local)
-    exchanged = bench.layout.only(names)
-    request = PlanRequest(
-        session=session,
-        job=job.for_sites().model_dump_json(),
-        backbone=bench.backbone.fingerprint,
-        layout=exchanged.fingerprint,
-        names=names,
-        fixed=bench.fixed_hash({*names, *local}),
-    )
-    masked = job.privacy.secure_aggregation.enabled
-    return Plan(job, session, exchanged, request, masking if masked else None)
 
 
 def run_job(
@@ -128,8 +88,8 @@ def run_round(
     settings, done = job.aggregation.server_optimizer, state.round / job.rounds.count
     adapter, moments = optimizers.apply(settings, state.adapter, step, state.moments, done=done)
     state = replace(state, round=number, adapter=adapter, moments=moments)
-    checked = _evaluate(plan, transport, _judges(job, transport, cohort, gathered), state)
-    tally, traffic = checked.tally, (gathered.traffic, checked.traffic)
+    evaluated = _evaluate(plan, transport, _judges(job, transport, cohort, gathered), state)
+    tally, traffic = evaluated.tally, (gathered.traffic, evaluated.traffic)
     state = _judge(job, state, tally)
     record = RoundRecord(
         round=number,
@@ -169,18 +129,18 @@ def _train(
     return gather_clear(job, transport, cohort, request, plan.exchanged, plan.halfway)
 
 
-def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> Checked:
+def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> Evaluated:
     """Federated validation of the new adapter at ``sites``, if it is due after this round."""
     job, names = plan.job, plan.exchanged.names
     last = state.round == job.rounds.count
     if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
-        return Checked(Tally.empty(job.measures), Traffic())
+        return Evaluated(Tally.empty(job.measures), Traffic())
     request = EvaluateRequest(
         plan.session, state.round, plan.request.job, names, "validation", state.adapter
     )
     if plan.masking:
-        return check_masked(plan.masking, job, transport, sites, request)
-    return check_clear(job, transport, sites, request, plan.exchanged)
+        return evaluate_masked(plan.masking, job, transport, sites, request)
+    return evaluate_clear(job, transport, sites, request, plan.exchanged)
 
 
 def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0) -> tuple[str, ...]:
@@ -192,58 +152,6 @@ def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0)
     draw = ("cohort", number, attempt)
     ranked = sorted(sites, key=lambda site: derive_seed(job.job.seed, *draw, site))
     return tuple(sorted(ranked[:size]))
-
-
-def gather_clear(
-    job: Job,
-    transport: Transport,
-    cohort: Sequence[str],
-    request: TrainRequest,
-    exchanged: Layout,
-    halfway: Halfway | None = None,
-) -> Gathered:
-    """Have the cohort train; each valid update goes into the rule's collector.
-
-    Sites whose replies were added up before a crash, as ``halfway`` knows, are not asked again.
-
-    Raises:
-        TooFewSites: fewer than ``min_sites`` updates were usable.
-    """
-    gathering = Gathering(job, request, exchanged)
-    if halfway and (partial := halfway.load(request.round, request.attempt)):
-        gathering.go_on(partial)
-    left = [site for site in cohort if site not in gathering.answered]
-    for reply in transport.ask(left, Stage.TRAIN, request, job.rounds.deadline):
-        gathering.take(reply)
-        if halfway and halfway.due(len(gathering.answered)):
-            halfway.save(gathering.partial())
-    if gathering.count < job.rounds.min_sites:
-        raise _too_few(job, request.round, gathering.count, gathering.traffic)
-    return gathering.gathered()
-
-
-def check_clear(
-    job: Job,
-    transport: Transport,
-    sites: Sequence[str],
-    request: EvaluateRequest,
-    exchanged: Layout,
-) -> Checked:
-    """Have ``sites`` evaluate; the sum of their tallies."""
-    checked = Checked(Tally.empty(job.measures), Traffic())
-    expected = Expected(request.session, request.round, exchanged)
-    for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
-        checked.traffic.count(reply)
-        if isinstance(reply.payload, EvaluateReply):
-            try:
-                tally = check_evaluation(reply.payload, expected, job.aggregation, job.measures)
-            except (InvalidReply, MessageError) as error:
-                checked.traffic.drop(reply.site, f"evaluation: {error}")
-            else:
-                checked = replace(checked, tally=checked.tally + tally)
-        elif reply.failure != "no-examples":  # a small site may hold none out
-            checked.traffic.drop(reply.site, f"evaluation: {reply.failure}")
-    return checked
 
 
 def _judges(
@@ -263,7 +171,7 @@ def _judge(job: Job, state: State, tally: Tally) -> State:
     stopping = job.rounds.early_stopping
     if stopping is None or not tally.examples:
         return state
-    value = tally.summary()[stopping.metric]
+    value = job.measures.figures(tally)[stopping.metric]
     score = -value if stopping.metric == "loss" else value
     if state.best_score is None or score > state.best_score + stopping.min_delta:
         return replace(state, best=state.adapter, best_score=score, stale=0)
@@ -288,12 +196,3 @@ def _invite(plan: Plan, transport: Transport) -> list[Dropped]:
         transport.invite(plan.request, rounds.deadline, again=again, members=members)
     )
     return [Dropped(reply.site, reply.failure) for reply in replies if reply.payload is None]
-
-
-def _too_few(job: Job, number: int, count: int, traffic: Traffic) -> TooFewSites:
-    reasons = ", ".join(f"{drop.site}: {drop.reason}" for drop in traffic.dropped[:5])
-    return TooFewSites(
-        f"round {number}: {count} usable updates, min_sites is "
-        f"{job.rounds.min_sites}" + (f" ({reasons})" if reasons else ""),
-        hint="look at the sites named, raise rounds.deadline, or lower rounds.min_sites",
-    )

@@ -1,19 +1,16 @@
 """What a federation is at the end of a round, and what happened in it: plain, frozen values."""
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.metrics.tally import Tally
 
-if TYPE_CHECKING:
-    from fedgraft.server.protocol.transport import Reply
-
 __all__ = [
-    "Checked",
     "Dropped",
+    "Evaluated",
     "Gathered",
     "Moments",
     "Partial",
@@ -62,10 +59,10 @@ class Traffic:
     bytes_down: int = 0
     dropped: list[Dropped] = field(default_factory=list)
 
-    def count(self, reply: "Reply") -> None:
-        """Count what was sent to a site and what came back."""
-        self.bytes_up += reply.bytes_up
-        self.bytes_down += reply.bytes_down
+    def count(self, *, up: int, down: int) -> None:
+        """Add the bytes that came from a site (``up``) and those that were sent to it."""
+        self.bytes_up += up
+        self.bytes_down += down
 
     def drop(self, site: str, reason: str) -> None:
         """Note that ``site`` does not count, and why."""
@@ -105,7 +102,7 @@ class Partial:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Evaluated:
     """What federated validation came to; an empty tally when it was not due or did not succeed."""
 
     tally: Tally

@@ -21,7 +21,7 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_text
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.simulations.baselines.compare import head_only_job
 from fedgraft.simulations.data.partition import PreparedSites, prepare_sites
 from fedgraft.simulations.grid.engine import Nodes, choose_sites_per_pass, make_nodes

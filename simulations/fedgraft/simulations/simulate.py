@@ -20,10 +20,11 @@ from fedgraft.common.messages.codec import Stage
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.app import coordinate
 from fedgraft.server.export.adapter import export_adapter
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.protocol.masked import Masking
 from fedgraft.server.protocol.transport import Transport, Watch
 from fedgraft.server.report.page import write_report
-from fedgraft.server.rounds import Plan, make_plan, run_job
+from fedgraft.server.rounds import run_job
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.runs.summary import run_facts
 from fedgraft.server.runs.weight_changes import moved_modules

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedgraft.client.agent import idle_evaluation as spare_time
-from fedgraft.client.agent.idle_evaluation import LOOK, QUIET, SpareTime
+from fedgraft.client.agent import idle_evaluation
+from fedgraft.client.agent.idle_evaluation import LOOK, QUIET, IdleEvaluation
 
 WAITS = [sys.executable, "-c", "import time; time.sleep(60)"]
 ENDS = [sys.executable, "-c", ""]
@@ -26,10 +26,10 @@ class Idle:
         self.started: list[subprocess.Popen[bytes]] = []
         self.site = folder / "site.toml"
         self.site.write_text('name = "a"\n[data]\ntrain = "t.jsonl"\n')
-        monkeypatch.setattr(spare_time, "list_results", self._results)
-        monkeypatch.setattr(spare_time, "read_report", lambda folder: None)
+        monkeypatch.setattr(idle_evaluation, "list_results", self._results)
+        monkeypatch.setattr(idle_evaluation, "read_report", lambda folder: None)
         monkeypatch.setattr("fedgraft.client.agent.idle_evaluation.subprocess.Popen", self._popen)
-        self.spare = SpareTime(self.site, folder / "state", clock=lambda: self.now)
+        self.spare = IdleEvaluation(self.site, folder / "state", clock=lambda: self.now)
 
     def _results(self, state: Path) -> list[Any]:
         return [SimpleNamespace(run=name, folder=state / name) for name in self.waiting]

@@ -17,15 +17,21 @@ from hypothesis import strategies as st
 from support.fake_superlink import NODE, FakeSuperLink
 
 from fedgraft.client.agent import process as module
-from fedgraft.client.agent.process import RUNS, Agent, Chores, Pace
-from fedgraft.client.agent.superlink_session import Gone, Refused, StillThere, Task, Unreachable
+from fedgraft.client.agent.process import RUNS, Agent, Chores, PollInterval
+from fedgraft.client.agent.superlink_session import (
+    ReceivedMessage,
+    Refused,
+    SessionAlive,
+    SessionUnknown,
+    Unreachable,
+)
 from fedgraft.common.federation.certificates import make_key
 from fedgraft.common.messages.signatures import unseal
 from fedgraft.common.secagg.keys import Identity
 
 KEY = make_key()
 SECRET = "secret-5d1c"
-QUICK = Pace(brisk=0.001, idle=0.001, during=0.0)
+QUICK = PollInterval(brisk=0.001, idle=0.001, during=0.0)
 
 
 @dataclass
@@ -67,7 +73,7 @@ def make_agent(**more: Any) -> Agent:
         "sign": lambda said: b"signed:" + said[:4],
         "node_config": {"site": "/somewhere/site.toml"},
         "tls": lambda: None,
-        "pace": QUICK,
+        "poll_interval": QUICK,
     }
     return Agent(**(facts | more))
 
@@ -125,8 +131,8 @@ def until(happened: Callable[[], object], seconds: float = 5.0) -> None:
 # --- one message
 
 
-def task_of(link: FakeSuperLink, run: int = 5) -> Task:
-    return Task(link.send(content_of(), "train"), run)
+def task_of(link: FakeSuperLink, run: int = 5) -> ReceivedMessage:
+    return ReceivedMessage(link.send(content_of(), "train"), run)
 
 
 def test_the_reply_is_sealed_by_this_site_for_this_request(
@@ -296,15 +302,15 @@ def test_chores_end_however_the_site_does(
 
 @given(since=st.floats(0, 1e6), during=st.floats(0, 1e6))
 def test_the_pace_is_brisk_for_a_while_after_a_message(since: float, during: float) -> None:
-    pace = Pace(brisk=1.0, idle=2.0, during=during)
-    assert pace.pause(since) == (1.0 if since < during else 2.0)
+    poll_interval = PollInterval(brisk=1.0, idle=2.0, during=during)
+    assert poll_interval.pause(since) == (1.0 if since < during else 2.0)
 
 
 def test_after_a_message_it_asks_briskly_and_idle_without(
     link: FakeSuperLink, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     answering(monkeypatch, lambda asked, context: Message(content_of("done"), reply_to=asked))
-    agent = make_agent(pace=Pace(brisk=0.25, idle=4.0, during=1.0))
+    agent = make_agent(poll_interval=PollInterval(brisk=0.25, idle=4.0, during=1.0))
     empty = 0
 
     def idle() -> bool:
@@ -355,12 +361,12 @@ def test_how_long_it_waits_and_what_it_says(
     assert SECRET not in caplog.text
 
 
-@pytest.mark.parametrize("kind", [Unreachable, Gone, StillThere, Refused])
+@pytest.mark.parametrize("kind", [Unreachable, SessionUnknown, SessionAlive, Refused])
 def test_it_never_waits_longer_than_a_person_would(
     kind: type[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     waits = [module._explain(kind("x"), failures, "link:1") for failures in range(1, 40)]
-    longest = {Unreachable: 12.5, Gone: 1.25, StillThere: 6.25, Refused: 75.0}[kind]
+    longest = {Unreachable: 12.5, SessionUnknown: 1.25, SessionAlive: 6.25, Refused: 75.0}[kind]
     assert all(0 < wait <= longest for wait in waits)
     assert len(set(waits)) > 10  # sites do not come all at once
 

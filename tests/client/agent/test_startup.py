@@ -19,8 +19,8 @@ from fedgraft.common.secagg.keys import verify
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("FEDGRAFT_BACKBONES", "before")  # put back afterwards
-    monkeypatch.setattr(start, "HeadReporter", Helper)
-    monkeypatch.setattr(start, "SpareTime", Helper)
+    monkeypatch.setattr(start, "AuditReporter", Helper)
+    monkeypatch.setattr(start, "IdleEvaluation", Helper)
     return Site(tmp_path / "site", Authority(), "coordinator.example:8443")
 
 

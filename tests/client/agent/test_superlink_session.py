@@ -13,12 +13,12 @@ from support.fake_superlink import NODE, RUN, FakeSuperLink
 
 from fedgraft.client.agent import superlink_session as module
 from fedgraft.client.agent.superlink_session import (
-    Fleet,
-    FleetError,
-    Gone,
-    Over,
+    MessageExpired,
     Refused,
-    StillThere,
+    SessionAlive,
+    SessionError,
+    SessionUnknown,
+    SuperLinkSession,
     Unreachable,
 )
 from fedgraft.common.federation.certificates import make_key, public_pem
@@ -42,8 +42,8 @@ def content_of(values: list[float], word: str = "w") -> RecordDict:
     )
 
 
-def opened() -> Fleet:
-    return Fleet("link:1", None, KEY)
+def opened() -> SuperLinkSession:
+    return SuperLinkSession("link:1", None, KEY)
 
 
 def test_a_session_begins_and_ends(link: FakeSuperLink) -> None:
@@ -112,7 +112,7 @@ def test_a_message_that_is_not_whole_is_left_out(
         monkeypatch.setattr(link, "_pull_object", damaged)
     with opened() as fleet:
         link.send(content_of([1.0]), "train")
-        with pytest.raises(Over):
+        with pytest.raises(MessageExpired):
             fleet.receive()
         link.lost = False
         monkeypatch.setattr(link, "_pull_object", pull)
@@ -128,7 +128,7 @@ def test_a_reply_that_is_no_longer_wanted_is_lost(link: FakeSuperLink) -> None:
         task = fleet.receive()
         assert task is not None
         link.stores = False
-        with pytest.raises(Over):
+        with pytest.raises(MessageExpired):
             fleet.reply(task, Message(content_of([2.0]), reply_to=task.message), 0.1)
         assert fleet.receive() is None  # the session goes on
     assert link.replies == []
@@ -137,9 +137,9 @@ def test_a_reply_that_is_no_longer_wanted_is_lost(link: FakeSuperLink) -> None:
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (412, StillThere),
-        (401, Gone),
-        (404, Gone),
+        (412, SessionAlive),
+        (401, SessionUnknown),
+        (404, SessionUnknown),
         (403, Refused),
         (400, Refused),
         (302, Unreachable),
@@ -151,10 +151,10 @@ def test_a_reply_that_is_no_longer_wanted_is_lost(link: FakeSuperLink) -> None:
 )
 @pytest.mark.parametrize("call", ["activate-node", "pull-messages"])
 def test_a_status_says_what_to_do(
-    link: FakeSuperLink, status: int, kind: type[FleetError], call: str
+    link: FakeSuperLink, status: int, kind: type[SessionError], call: str
 ) -> None:
     link.broken[call] = httpx.Response(status, text=SECRET)
-    with pytest.raises(FleetError) as error, opened() as fleet:
+    with pytest.raises(SessionError) as error, opened() as fleet:
         fleet.receive()
     assert type(error.value) is kind
     assert SECRET not in str(error.value)
@@ -183,10 +183,10 @@ def from_tls() -> httpx.ConnectError:
     ids=lambda value: type(value).__name__ if not isinstance(value, type) else value.__name__,
 )
 def test_a_fault_of_the_line_is_told_by_its_class(
-    link: FakeSuperLink, fault: httpx.Response | Exception, kind: type[FleetError]
+    link: FakeSuperLink, fault: httpx.Response | Exception, kind: type[SessionError]
 ) -> None:
     link.broken["pull-messages"] = fault
-    with pytest.raises(FleetError) as error, opened() as fleet:
+    with pytest.raises(SessionError) as error, opened() as fleet:
         fleet.receive()
     assert type(error.value) is kind
     assert SECRET not in str(error.value)
@@ -212,7 +212,7 @@ def test_a_heartbeat_that_the_coordinator_does_not_know_ends_the_session(
     link: FakeSuperLink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BEAT", 0.01)
-    with pytest.raises(Gone), opened() as fleet:
+    with pytest.raises(SessionUnknown), opened() as fleet:
         until(lambda: link.asked["send-node-heartbeat"] > 2)
         assert fleet.receive() is None
         link.alive = False

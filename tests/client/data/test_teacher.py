@@ -23,7 +23,7 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError, JobError, SiteFailure
 from fedgraft.common.examples import concatenate
 from fedgraft.server.export.adapter import export_merged
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.simulations.grid.engine import make_nodes
 from fedgraft.simulations.preparation import prepare
 

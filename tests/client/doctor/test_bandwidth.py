@@ -14,15 +14,15 @@ from fedgraft.client.doctor.checklist import Check
 from fedgraft.client.doctor.local import Patient
 from fedgraft.client.doctor.network import coordinator as greet
 from fedgraft.client.policy.approvals import Agreements
-from fedgraft.client.policy.disclosure import Leaving
+from fedgraft.client.policy.disclosure import Disclosure
 from fedgraft.common.backbones.manifest import CHUNK, Chunk
 from fedgraft.common.errors import SiteFailure
 
 ONLY = (Check("coordinator", greet), Check("rate", rate, ("coordinator",)))
-LEAVING = Leaving(("a.lora_A", "a.lora_B"), 1_000, 230_000, 10, masked=True)
+LEAVING = Disclosure(("a.lora_A", "a.lora_B"), 1_000, 230_000, 10, masked=True)
 
 
-def propose(site: Site, session: str, leaving: Leaving, asked: float) -> None:
+def propose(site: Site, session: str, leaving: Disclosure, asked: float) -> None:
     agreements = Agreements(site.state / "approvals", clock=lambda: asked)
     with pytest.raises(SiteFailure):
         agreements.propose(session, "{}", ("a",), asdict(leaving), ask=True)
@@ -43,7 +43,7 @@ def test_a_rate_and_the_most_that_may_leave(site: Site) -> None:
 
 def test_the_newest_job_that_nobody_denied_says_what_a_round_is(site: Site) -> None:
     propose(site, "1" * 32, LEAVING, 1.0)
-    propose(site, "2" * 32, Leaving(("b",), 5, 99, 3, masked=False), 2.0)
+    propose(site, "2" * 32, Disclosure(("b",), 5, 99, 3, masked=False), 2.0)
     assert "in the newest job would leave 1 tensors with 5 values" in look(site, ONLY)["rate"].what
     agreements = Agreements(site.state / "approvals")
     agreements.decide(agreements.named("2"), approve=False)

@@ -9,9 +9,9 @@ import pytest
 from support.memberships import Coordinator, open_federation
 
 from fedgraft.client.membership.credentials import load_membership
-from fedgraft.client.policy.audit_reporter import HeadReporter, report_head
+from fedgraft.client.policy.audit_reporter import AuditReporter, report_audit_head
 from fedgraft.common.errors import AuditError, FedgraftError
-from fedgraft.common.federation.audit_log import Audit, Head, verify
+from fedgraft.common.federation.audit_log import Audit, AuditHead, verify
 from fedgraft.server.enrollment.registry import Registry
 
 SITE = "hospital-a"
@@ -30,9 +30,9 @@ def audit(federation: Coordinator) -> Audit:
     return Audit(federation.state(SITE) / "audit.jsonl")
 
 
-def held(federation: Coordinator) -> Head:
+def held(federation: Coordinator) -> AuditHead:
     site = Registry(federation.home).sites()[SITE]
-    return Head(site.audit_lines, site.audit_head)
+    return AuditHead(site.audit_lines, site.audit_head)
 
 
 def until(happened: Callable[[], bool]) -> None:
@@ -45,14 +45,14 @@ def until(happened: Callable[[], bool]) -> None:
 def test_the_head_is_reported_with_its_run_and_round(federation: Coordinator, audit: Audit) -> None:
     state = federation.state(SITE)
     member = load_membership(state)
-    assert report_head(member, state) is None  # there is no audit yet
+    assert report_audit_head(member, state) is None  # there is no audit yet
     audit.append({"run": "ab" * 16, "round": 3})
     head = audit.append({"run": "ab" * 16, "round": 4})
-    assert report_head(member, state) == head == held(federation)
+    assert report_audit_head(member, state) == head == held(federation)
     event = federation.events[-1]
     assert (event["event"], event["site"], event["round"]) == ("audit-head", SITE, 4)
     count = len(federation.events)
-    assert report_head(member, state, head) == head
+    assert report_audit_head(member, state, head) == head
     assert len(federation.events) == count  # it is known there
 
 
@@ -62,7 +62,7 @@ def test_a_past_that_was_rewritten_does_not_fit_what_the_coordinator_holds(
     state = federation.state(SITE)
     for number in range(3):
         audit.append({"round": number})
-    report_head(load_membership(state), state)
+    report_audit_head(load_membership(state), state)
     audit.append({"round": 3})
     assert verify(audit.path, held(federation)) == 4
     audit.path.unlink()
@@ -76,14 +76,14 @@ def test_the_thread_reports_the_newest_and_what_is_left_at_the_end(
     federation: Coordinator, audit: Audit
 ) -> None:
     state = federation.state(SITE)
-    reporter = HeadReporter(load_membership(state), state, every=0.05)
+    reporter = AuditReporter(load_membership(state), state, every=0.05)
     audit.append({"round": 1})
     reporter.wake()
     until(lambda: held(federation) == audit.head)
     audit.append({"round": 2})
     reporter.wake()
     until(lambda: held(federation) == audit.head)
-    slow = HeadReporter(load_membership(state), state, every=600)
+    slow = AuditReporter(load_membership(state), state, every=600)
     slow.wake()
     time.sleep(0.3)
     last = audit.append({"round": 3})
@@ -106,7 +106,7 @@ def test_a_coordinator_that_is_away_costs_a_warning_and_is_told_later(
         raise FedgraftError("the coordinator does not answer", hint="doctor")
 
     monkeypatch.setattr("fedgraft.client.policy.audit_reporter.ask", refuse)
-    reporter = HeadReporter(load_membership(state), state, every=0.05, again=0.1)
+    reporter = AuditReporter(load_membership(state), state, every=0.05, again=0.1)
     with caplog.at_level(logging.WARNING, "fedgraft.client"):
         reporter.wake()
         until(lambda: "was not reported" in caplog.text)
@@ -121,4 +121,4 @@ def test_a_damaged_audit_is_not_reported(
     audit.append({"round": 1})
     audit.path.write_text(audit.path.read_text().replace('"round":1', '"round":2'))
     with pytest.raises(AuditError):
-        report_head(load_membership(federation.state(SITE)), federation.state(SITE))
+        report_audit_head(load_membership(federation.state(SITE)), federation.state(SITE))

@@ -13,7 +13,7 @@ from support.masked_federations import SESSION, Consortium, make_job
 from support.masked_talk import Talk
 
 from fedgraft.client.participant import Participant
-from fedgraft.client.policy import message_log as ledger
+from fedgraft.client.policy import message_log
 from fedgraft.common.errors import AuditError
 from fedgraft.common.federation.audit_log import Audit
 from fedgraft.common.messages.codec import encode, parts, wire_bytes
@@ -257,7 +257,7 @@ def test_a_reply_that_cannot_be_recorded_stays(
 
     def train_then_break(at: Participant, request: Any) -> Any:
         said = yield from train(at, request)
-        monkeypatch.setattr(ledger.Ledger, name, broken)
+        monkeypatch.setattr(message_log.MessageLog, name, broken)
         return said
 
     monkeypatch.setattr(Participant, "train", train_then_break)
@@ -284,7 +284,7 @@ def test_a_masked_input_that_cannot_be_recorded_ends_the_round(
         node.ask(masked.plan.request, "plan")
     asks = Talk(masked, nodes=dict(nodes)).until("train")
     assert isinstance(asks["ash"], MaskedTrain)
-    monkeypatch.setattr(ledger.Ledger, "sent", fail)
+    monkeypatch.setattr(message_log.MessageLog, "sent", fail)
     assert nodes["ash"].code(asks["ash"], "train") == "audit-failed"
     assert nodes["ash"].memory is None
     monkeypatch.undo()

@@ -22,7 +22,7 @@ from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import BackboneError, FedgraftError, InputError
 from fedgraft.common.messages.payloads import PastRound, ResultRequest, TrainRequest
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.simulations.preparation import prepare
 

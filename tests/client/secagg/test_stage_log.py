@@ -8,11 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgraft.client.secagg.stage_log import Claims, Pledges
+from fedgraft.client.secagg.stage_log import AgreedSums, StageLog
 from fedgraft.common.secagg.errors import StageError
-from fedgraft.common.secagg.statements import Stage
+from fedgraft.common.secagg.statements import SecAggStage
 
-ORDER = [Stage.KEYS, Stage.SHARES, Stage.TRAIN, Stage.CONFIRM, Stage.UNMASK]
+ORDER = [
+    SecAggStage.KEYS,
+    SecAggStage.SHARES,
+    SecAggStage.TRAIN,
+    SecAggStage.CONFIRM,
+    SecAggStage.UNMASK,
+]
 
 
 @pytest.fixture
@@ -21,10 +27,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "state" / "session" / "claims"
 
 
-def granted(path: Path, number: int, stage: Stage) -> bool:
+def granted(path: Path, number: int, stage: SecAggStage) -> bool:
     """Whether the claim is granted by a site that knows nothing but its disk."""
     try:
-        Claims(path)(number, stage)
+        StageLog(path)(number, stage)
     except StageError:
         return False
     return True
@@ -42,66 +48,66 @@ def test_the_stages_of_a_round_are_claimed_in_order(path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ORDER)
-def test_no_stage_is_claimed_twice(path: Path, stage: Stage) -> None:
-    claims = Claims(path)
+def test_no_stage_is_claimed_twice(path: Path, stage: SecAggStage) -> None:
+    claims = StageLog(path)
     claims(4, stage)
-    for site in (claims, Claims(path)):  # in the same process, and after a restart
+    for site in (claims, StageLog(path)):  # in the same process, and after a restart
         with pytest.raises(StageError, match="served before"):
             site(4, stage)
 
 
 def test_a_refusal_claims_nothing_and_repeats_itself(path: Path) -> None:
-    Claims(path)(3, Stage.TRAIN)
+    StageLog(path)(3, SecAggStage.TRAIN)
     before = path.read_bytes()
-    assert not granted(path, 3, Stage.KEYS)
-    assert not granted(path, 3, Stage.KEYS)
+    assert not granted(path, 3, SecAggStage.KEYS)
+    assert not granted(path, 3, SecAggStage.KEYS)
     assert path.read_bytes() == before
-    assert granted(path, 3, Stage.CONFIRM)
+    assert granted(path, 3, SecAggStage.CONFIRM)
 
 
 @pytest.mark.parametrize("later", ORDER[1:])
-def test_a_stage_is_not_claimed_after_a_later_one(path: Path, later: Stage) -> None:
+def test_a_stage_is_not_claimed_after_a_later_one(path: Path, later: SecAggStage) -> None:
     assert granted(path, 2, later)
     assert not any(granted(path, 2, stage) for stage in ORDER if stage <= later)
     assert all(granted(path, 2, stage) for stage in ORDER if stage > later)
 
 
 def test_stages_may_be_left_out(path: Path) -> None:
-    assert granted(path, 1, Stage.KEYS)
-    assert granted(path, 1, Stage.UNMASK)
+    assert granted(path, 1, SecAggStage.KEYS)
+    assert granted(path, 1, SecAggStage.UNMASK)
 
 
 def test_a_later_round_begins_with_the_first_stage_again(path: Path) -> None:
-    assert granted(path, 1, Stage.UNMASK)
-    assert granted(path, 9, Stage.KEYS)
-    assert granted(path, 9, Stage.SHARES)
+    assert granted(path, 1, SecAggStage.UNMASK)
+    assert granted(path, 9, SecAggStage.KEYS)
+    assert granted(path, 9, SecAggStage.SHARES)
 
 
 def test_nothing_of_an_earlier_round_is_claimed_any_more(path: Path) -> None:
-    assert granted(path, 10, Stage.KEYS)  # as a number: as text "9" would be later
+    assert granted(path, 10, SecAggStage.KEYS)  # as a number: as text "9" would be later
     assert not any(granted(path, number, stage) for number in (1, 9) for stage in ORDER)
 
 
 @pytest.mark.parametrize("number", [-1, -(2**63)])
 def test_a_round_below_zero_is_never_claimed(path: Path, number: int) -> None:
-    assert not granted(path, number, Stage.UNMASK)
-    assert granted(path, 1, Stage.KEYS)
+    assert not granted(path, number, SecAggStage.UNMASK)
+    assert granted(path, 1, SecAggStage.KEYS)
 
 
 def test_the_largest_round_ends_the_session(path: Path) -> None:
-    assert granted(path, 2**63 - 1, Stage.UNMASK)
-    assert not granted(path, 2**63 - 1, Stage.UNMASK)
+    assert granted(path, 2**63 - 1, SecAggStage.UNMASK)
+    assert not granted(path, 2**63 - 1, SecAggStage.UNMASK)
 
 
 def test_sessions_do_not_know_of_each_other(path: Path) -> None:
-    assert granted(path, 5, Stage.KEYS)
-    assert granted(path.parent.parent / "another" / "claims", 5, Stage.KEYS)
+    assert granted(path, 5, SecAggStage.KEYS)
+    assert granted(path.parent.parent / "another" / "claims", 5, SecAggStage.KEYS)
 
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from(ORDER)), max_size=12))
 def test_what_is_granted_only_ever_grows(
-    tmp_path_factory: pytest.TempPathFactory, asked: list[tuple[int, Stage]]
+    tmp_path_factory: pytest.TempPathFactory, asked: list[tuple[int, SecAggStage]]
 ) -> None:
     path = tmp_path_factory.mktemp("claims") / "claims"
     latest = (0, 0)
@@ -116,16 +122,16 @@ def test_what_is_granted_only_ever_grows(
 @pytest.mark.parametrize("torn", [b"2 SHA", b"2 ", b"2", b"\0\0\0\0", b"2 SHARES"])
 def test_a_line_that_was_torn_neither_counts_nor_swallows_the_next(path: Path, torn: bytes) -> None:
     left_behind(path, b"1 UNMASK\n2 KEYS\n" + torn)
-    assert not granted(path, 2, Stage.KEYS)
-    assert granted(path, 2, Stage.SHARES)  # the torn one was never answered
-    assert not granted(path, 2, Stage.SHARES)
-    assert granted(path, 2, Stage.TRAIN)
+    assert not granted(path, 2, SecAggStage.KEYS)
+    assert granted(path, 2, SecAggStage.SHARES)  # the torn one was never answered
+    assert not granted(path, 2, SecAggStage.SHARES)
+    assert granted(path, 2, SecAggStage.TRAIN)
 
 
 def test_a_torn_line_alone_in_the_file_is_no_claim(path: Path) -> None:
     left_behind(path, b"1 KE")
-    assert granted(path, 1, Stage.KEYS)
-    assert not granted(path, 1, Stage.KEYS)
+    assert granted(path, 1, SecAggStage.KEYS)
+    assert not granted(path, 1, SecAggStage.KEYS)
 
 
 @pytest.mark.parametrize(
@@ -147,15 +153,15 @@ def test_a_torn_line_alone_in_the_file_is_no_claim(path: Path) -> None:
 )
 def test_lines_that_are_no_claims_are_passed_over(path: Path, garbage: bytes) -> None:
     left_behind(path, garbage + b"5 SHARES\n" + garbage)
-    assert not granted(path, 5, Stage.SHARES)
-    assert granted(path, 5, Stage.TRAIN)
-    assert not granted(path, 5, Stage.TRAIN)
+    assert not granted(path, 5, SecAggStage.SHARES)
+    assert granted(path, 5, SecAggStage.TRAIN)
+    assert not granted(path, 5, SecAggStage.TRAIN)
 
 
 def test_the_latest_claim_counts_wherever_it_stands(path: Path) -> None:
     left_behind(path, b"1 KEYS\n7 CONFIRM\n3 KEYS\n")
-    assert not granted(path, 7, Stage.CONFIRM)
-    assert granted(path, 7, Stage.UNMASK)
+    assert not granted(path, 7, SecAggStage.CONFIRM)
+    assert granted(path, 7, SecAggStage.UNMASK)
 
 
 def test_a_claim_is_on_the_disk_when_it_is_granted(
@@ -169,12 +175,12 @@ def test_a_claim_is_on_the_disk_when_it_is_granted(
         synced.append((os.fstat(descriptor).st_ino, path.read_bytes()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    Claims(path)(1, Stage.KEYS)
+    StageLog(path)(1, SecAggStage.KEYS)
     file, session, state = (place.stat().st_ino for place in (path, *path.parents[:2]))
     # The file, its entry in the session's folder, and the entry of that folder.
     assert {(place, b"1 KEYS\n") for place in (file, session, state)} <= set(synced)
     synced.clear()
-    Claims(path)(1, Stage.SHARES)
+    StageLog(path)(1, SecAggStage.SHARES)
     assert (file, b"1 KEYS\n1 SHARES\n") in synced
 
 
@@ -186,11 +192,11 @@ def test_a_claim_that_cannot_be_written_is_not_granted(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        Claims(path)(1, Stage.KEYS)
+        StageLog(path)(1, SecAggStage.KEYS)
 
 
 def test_the_folder_of_a_session_is_the_sites_own(path: Path) -> None:
-    assert granted(path, 1, Stage.KEYS)
+    assert granted(path, 1, SecAggStage.KEYS)
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
@@ -203,7 +209,8 @@ def test_of_many_processes_that_claim_a_stage_exactly_one_wins(path: Path) -> No
     with get_context("spawn").Pool(processes) as pool:
         for number in range(1, rounds + 1):
             tries = [
-                pool.apply_async(Claims(path), (number, Stage.KEYS)) for _ in range(2 * processes)
+                pool.apply_async(StageLog(path), (number, SecAggStage.KEYS))
+                for _ in range(2 * processes)
             ]
             wins = 0
             for each in tries:
@@ -224,16 +231,16 @@ WORK, SUM, OTHER = b"w" * 32, b"s" * 32, b"o" * 32
 def pledged(path: Path, work: bytes, total: bytes) -> bool:
     """Whether a site that knows nothing but its disk agrees to this sum."""
     try:
-        Pledges(path)(work, total)
+        AgreedSums(path)(work, total)
     except StageError:
         return False
     return True
 
 
 def test_a_sum_once_agreed_to_may_be_opened_again_but_no_other(path: Path) -> None:
-    pledges = Pledges(path)
+    pledges = AgreedSums(path)
     pledges(WORK, SUM)
-    for again in (pledges, Pledges(path)):
+    for again in (pledges, AgreedSums(path)):
         again(WORK, SUM)
         with pytest.raises(StageError, match="over other sites"):
             again(WORK, OTHER)
@@ -286,7 +293,7 @@ def test_a_pledge_is_on_the_disk_when_it_is_given(
         synced.append((os.fstat(descriptor).st_ino, path.read_bytes()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    Pledges(path)(WORK, SUM)
+    AgreedSums(path)(WORK, SUM)
     line = f"{WORK.hex()} {SUM.hex()}\n".encode()
     places = {place.stat().st_ino for place in (path, *path.parents[:2])}
     assert {(place, line) for place in places} <= set(synced)
@@ -298,7 +305,7 @@ def test_of_many_processes_that_agree_to_different_sums_one_sum_wins(path: Path)
     with get_context("spawn").Pool(processes) as pool:
         for number in range(20):
             work, won = bytes([number]) * 32, set()
-            tries = [(total, pool.apply_async(Pledges(path), (work, total))) for total in sums]
+            tries = [(total, pool.apply_async(AgreedSums(path), (work, total))) for total in sums]
             for total, each in tries:
                 try:
                     each.get(timeout=60)

@@ -26,7 +26,7 @@ from fedgraft.common.backbones.load import find_backbone
 from fedgraft.common.backbones.manifest import CHUNK
 from fedgraft.common.config.sections import Backbone
 from fedgraft.common.errors import BackboneError, MessageError, RunError, TransferError
-from fedgraft.common.locks import lock_folder
+from fedgraft.common.files import lock_folder
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_a_disk_that_fills_up_keeps_what_came(
 
 def test_one_process_at_a_time_receives(store: BlobStore, model: Path, manifest: Manifest) -> None:
     code = (
-        "import sys; from pathlib import Path; from fedgraft.common.locks import lock_folder;"
+        "import sys; from pathlib import Path; from fedgraft.common.files import lock_folder;"
         "held = lock_folder(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fedgraft.common.errors import AuditError
 from fedgraft.common.federation import audit_log as module
-from fedgraft.common.federation.audit_log import Audit, Head, read, rows, verify
+from fedgraft.common.federation.audit_log import Audit, AuditHead, read, rows, verify
 
 quick = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LINES = 6
@@ -48,7 +48,7 @@ def test_a_chain_of_whole_lines_is_right(path: Path) -> None:
 
 
 def test_an_empty_audit_has_a_head(path: Path) -> None:
-    assert Audit(path).head == Head(0, "0" * 64)
+    assert Audit(path).head == AuditHead(0, "0" * 64)
     with pytest.raises(AuditError, match="no audit"):
         verify(path)
 

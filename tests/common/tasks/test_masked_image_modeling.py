@@ -28,7 +28,7 @@ from fedgraft.common.examples import concatenate
 from fedgraft.common.metrics.part_evaluation import PartEvaluation
 from fedgraft.common.tasks import TASKS
 from fedgraft.common.tasks.masked_image_modeling import UNSEEN, MaskedPatches, cut_patches
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 
 PAINT = ("job.task=masked-image-modeling", "job.labels=[]", "simulation.partition={kind='iid'}")
 

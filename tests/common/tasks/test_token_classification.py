@@ -95,6 +95,20 @@ def test_what_is_cut_off_counts_as_missed() -> None:
     assert figures["accuracy"] == 1.0 and figures["loss"] == 0.75
 
 
+def test_an_entity_that_is_cut_in_its_middle_is_missed_once() -> None:
+    rows = [(["a", "b", "cd", "e"], ["B-loc", "B-per", "I-per", "I-per"])]
+    found = encoded(rows, most=3)
+    true = found.targets(np.arange(1))
+    assert true.tolist() == [[3, IGNORED, IGNORED]] and found.cut.tolist() == [[0, 1]]
+    collector = TagMeasures(TAGS, 3).collect(found)
+    counts = {
+        "losses": [1.0], "right": [1], "counted": [1], "true": true, "predicted": true,
+    }  # fmt: skip
+    collector.add(np.arange(1), counts)
+    figures = TagMeasures(TAGS, 3).figures(collector.evaluation().tally)
+    assert figures["entities"]["per"]["true"] == 1 and figures["f1"] == pytest.approx(2 / 3)
+
+
 def evaluation(found: list[list[int]], losses: float = 1.0) -> TagEvaluation:
     """Sentences of one type with (right, predicted, true) entities."""
     count = len(found)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedgraft.server.coordinator.forged_replies import Forgeries
+from fedgraft.server.coordinator.forged_replies import ForgedReplies
 
 
 def append(path: Path, *lines: dict[str, Any], end: str = "\n") -> None:
@@ -19,7 +19,7 @@ def test_what_is_forged_is_told_once(tmp_path: Path) -> None:
     forged = {"event": "dropped", "round": 2, "site": "a", "reason": "bad-seal"}
     append(path, forged)  # before the coordinator started
 
-    forgeries = Forgeries(tmp_path, lambda kind, **facts: told.append({"event": kind, **facts}))
+    forgeries = ForgedReplies(tmp_path, lambda kind, **facts: told.append({"event": kind, **facts}))
     forgeries.tend("run")
     forgeries.tend("other")
     assert told == []

@@ -20,7 +20,7 @@ from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as rpc
 from fedgraft.common.secagg.keys import Identity
 from fedgraft.server.coordinator.grpc_services import (
     LONGEST,
-    Operator,
+    OperatorService,
     serve_operators,
     serve_sites,
 )
@@ -211,7 +211,7 @@ def operate(home: Path, fault: Exception | None = None) -> grpc.Server:
             raise fault
         return "run-1" if arguments else {"sites": []}
 
-    return serve_operators(home, Operator(answer, answer, answer))
+    return serve_operators(home, OperatorService(answer, answer, answer))
 
 
 def ask(home: Path, call: Callable[[rpc.OperatorStub], Any]) -> Any:
@@ -292,6 +292,6 @@ def test_a_path_that_is_too_long_is_told_before_anything_listens(tmp_path: Path)
     deep = tmp_path / ("x" * LONGEST)
     (deep / "run").mkdir(parents=True)
     with pytest.raises(InputError, match="too long for a socket") as error:
-        serve_operators(deep, Operator(str, dict, print))
+        serve_operators(deep, OperatorService(str, dict, print))
     assert "shorter path" in error.value.hint
     assert isinstance(error.value, FedgraftError)

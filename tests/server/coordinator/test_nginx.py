@@ -14,7 +14,7 @@ from support.memberships import write_plan
 from support.programs import find
 
 from fedgraft.common.federation.certificates import make_key, public_pem
-from fedgraft.server.coordinator.nginx import Front, front_command, write_front
+from fedgraft.server.coordinator.nginx import NginxConfig, nginx_command, write_nginx_config
 from fedgraft.server.enrollment.provision import found
 
 SITE = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
@@ -33,20 +33,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "coordinator"
 
 
-def front_of(home: Path, members: Mapping[str, str]) -> Front:
-    return Front(home, "127.0.0.1:8443", 9092, members)
+def front_of(home: Path, members: Mapping[str, str]) -> NginxConfig:
+    return NginxConfig(home, "127.0.0.1:8443", 9092, members)
 
 
-def written(front: Front) -> str:
-    write_front(front)
+def written(front: NginxConfig) -> str:
+    write_nginx_config(front)
     return (front.folder / "nginx.conf").read_text()
 
 
-def takes(front: Front) -> str:
+def takes(front: NginxConfig) -> str:
     """What `nginx -t` says to the configuration; it must take it."""
     nginx = str(find("nginx", source="Debian's package nginx-light"))
     done = subprocess.run(
-        [*front_command(front, nginx), "-t"], capture_output=True, text=True, check=False
+        [*nginx_command(front, nginx), "-t"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -79,7 +79,7 @@ def test_nginx_takes_every_name_that_a_site_may_have(home: Path, sites: list[str
 
 def takes_after_writing(home: Path, sites: list[str]) -> str:
     front = front_of(home, {name: KEYS[n % len(KEYS)] for n, name in enumerate(sites)})
-    write_front(front)
+    write_nginx_config(front)
     return takes(front)
 
 
@@ -201,7 +201,7 @@ def test_what_is_behind_is_local(home: Path) -> None:
 
 def test_the_command_keeps_nginx_in_its_folder(home: Path) -> None:
     front = replace(front_of(home, {}), listen="0.0.0.0:1")
-    command = front_command(front, "/usr/sbin/nginx")
+    command = nginx_command(front, "/usr/sbin/nginx")
     assert command[:3] == ["/usr/sbin/nginx", "-p", str(front.folder)]
     assert "daemon off;" in command[-1]
     assert not Path(command[4]).is_absolute()

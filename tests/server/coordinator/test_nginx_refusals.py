@@ -14,7 +14,7 @@ from fedgraft.server.coordinator.nginx_refusals import (
     LARGE,
     PATIENCE,
     WINDOW,
-    Refusals,
+    RefusedRequests,
     Tail,
 )
 
@@ -29,7 +29,7 @@ def line(status: object = 403, site: object = "CN=a", path: str = "/x", **more: 
 
 
 class Desk:
-    """A Refusals with a clock and a log that a test writes."""
+    """RefusedRequests with a clock and a log that a test writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.now = folder, START
@@ -39,7 +39,7 @@ class Desk:
         self.open()
 
     def open(self) -> None:
-        self.refusals = Refusals(
+        self.refusals = RefusedRequests(
             self.folder, self._event, reopen=self._reopen, clock=lambda: self.now
         )
 

@@ -24,7 +24,7 @@ from support.standings import make_status
 from fedgraft.client.agent.process import make_tls
 from fedgraft.common.federation.certificates import load_key, make_crl, serial
 from fedgraft.server.coordinator import nginx_refusals as refusals
-from fedgraft.server.coordinator.grpc_services import Operator, serve_operators
+from fedgraft.server.coordinator.grpc_services import OperatorService, serve_operators
 from fedgraft.server.coordinator.process import Coordinator
 from fedgraft.server.coordinator.superlink import _read_node
 from fedgraft.server.enrollment.provision import revoke
@@ -266,7 +266,7 @@ def test_the_status_command(
     monkeypatch.setenv("COLUMNS", "120")
     facts = make_status()
     (federation.home / "run").mkdir(exist_ok=True)
-    server = serve_operators(federation.home, Operator(str, lambda: facts, print))
+    server = serve_operators(federation.home, OperatorService(str, lambda: facts, print))
     try:
         where = ("coordinator", "status", "--home", str(federation.home))
         code, out, _ = command(capsys, *where)

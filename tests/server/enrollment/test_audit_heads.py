@@ -19,7 +19,7 @@ from fedgraft.common.secagg.keys import Identity
 from fedgraft.server.enrollment import service as enrollment
 from fedgraft.server.enrollment.provision import renew_kit
 from fedgraft.server.enrollment.registry import Registry, Site
-from fedgraft.server.enrollment.service import Enrolment, Membership
+from fedgraft.server.enrollment.service import EnrolmentService, MembershipService
 
 A, B, _ = NAMES
 ONE, TWO = "ab" * 32, "cd" * 32
@@ -98,7 +98,7 @@ def test_a_site_cannot_fill_the_coordinators_audit(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(enrollment, "HEADS", 3)
     events: list[str] = []
-    service = Membership(members.home, lambda kind, **facts: events.append(kind))
+    service = MembershipService(members.home, lambda kind, **facts: events.append(kind))
     codes: list[str] = []
 
     def report(number: int, site: str) -> None:
@@ -157,7 +157,9 @@ def test_a_stranger_cannot_fill_the_audit(
     clock = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     events: list[dict[str, Any]] = []
-    service = Enrolment(members.home, lambda kind, **facts: events.append({"event": kind, **facts}))
+    service = EnrolmentService(
+        members.home, lambda kind, **facts: events.append({"event": kind, **facts})
+    )
 
     def knock(times: int) -> None:
         for number in range(times):

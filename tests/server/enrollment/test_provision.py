@@ -22,7 +22,13 @@ from fedgraft.client.policy.policy_file import load_policy
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation.certificates import load_key, public_pem, revoked
 from fedgraft.common.federation.kit import open_kit
-from fedgraft.server.enrollment.provision import Founded, found, load_plan, renew_kit, revoke
+from fedgraft.server.enrollment.provision import (
+    Founded,
+    found,
+    load_federation_spec,
+    renew_kit,
+    revoke,
+)
 from fedgraft.server.enrollment.registry import Certificate, Registry, Site, hash_token
 
 
@@ -294,7 +300,7 @@ def test_a_file_that_is_wrong_is_explained_and_nothing_made(
 ) -> None:
     (tmp_path / "federation.toml").write_text(text)
     with pytest.raises(InputError, match=what) as error:
-        load_plan(tmp_path / "federation.toml")
+        load_federation_spec(tmp_path / "federation.toml")
     assert error.value.hint
     with pytest.raises(InputError):
         found(tmp_path / "federation.toml", tmp_path / "home", tmp_path / "kits")

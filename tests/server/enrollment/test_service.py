@@ -30,7 +30,7 @@ from fedgraft.common.secagg.keys import Identity
 from fedgraft.server.enrollment import service as enrollment
 from fedgraft.server.enrollment.provision import renew_kit, revoke
 from fedgraft.server.enrollment.registry import Registry
-from fedgraft.server.enrollment.service import Enrolment
+from fedgraft.server.enrollment.service import EnrolmentService
 
 A, B, C = NAMES
 DENIED = "PERMISSION_DENIED"
@@ -184,7 +184,7 @@ def test_wrong_tokens_are_counted_for_each_site(
 
 def test_names_of_nobody_fill_no_memory(tmp_path: Path) -> None:
     with open_federation(tmp_path) as coordinator:
-        service = Enrolment(coordinator.home, lambda kind, **facts: None)
+        service = EnrolmentService(coordinator.home, lambda kind, **facts: None)
         for number in range(30):
             request = enrolment_of(coordinator.kit(A), site=f"nobody-{number}")
             with pytest.raises(RuntimeError):
@@ -246,7 +246,7 @@ def test_what_cannot_be_recorded_is_not_done(coordinator: Coordinator) -> None:
 
     before = (coordinator.home / "sites.json").read_bytes()
     with pytest.raises(RuntimeError, match=r"^fault$"):
-        Enrolment(coordinator.home, full).Enrol(enrolment_of(coordinator.kit(A)), Aborting())  # type: ignore[arg-type]
+        EnrolmentService(coordinator.home, full).Enrol(enrolment_of(coordinator.kit(A)), Aborting())  # type: ignore[arg-type]
     assert (coordinator.home / "sites.json").read_bytes() == before
 
 

@@ -18,7 +18,7 @@ from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import InputError
 from fedgraft.common.examples import ImageExamples
 from fedgraft.server.export.adapter import export_adapter
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 
 KINDS = ["vit", "vit-head", "vit-dora", "vit-partial", "vit-biases", "bert", "resnet"]

@@ -15,7 +15,7 @@ from fedgraft.common.messages.codec import decode
 from fedgraft.common.messages.payloads import EvaluateRequest, KeysAsk, MaskedTrain
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.common.secagg.statements import Aggregate
-from fedgraft.server.protocol.masked import Masking, check_masked, gather_masked
+from fedgraft.server.protocol.masked import Masking, evaluate_masked, gather_masked
 from fedgraft.server.protocol.transport import Transport
 from fedgraft.server.protocol.unmasking_server import UnmaskingServer
 from fedgraft.server.rounds import run_job, run_round
@@ -360,7 +360,7 @@ def test_validation_among_too_few_sites_is_none(tmp_path: Path, count: int) -> N
     transport = consortium.transport(grid)
     assert consortium.plan.masking is not None
     request = consortium.evaluating()
-    checked = check_masked(
+    checked = evaluate_masked(
         consortium.plan.masking, consortium.job, transport, NAMES[:count], request
     )
     assert checked.tally.examples == 0 and grid.who("keys") == []

@@ -9,8 +9,9 @@ import pytest
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
+from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.protocol.transport import Transport
-from fedgraft.server.rounds import Plan, make_plan, run_round
+from fedgraft.server.rounds import run_round
 from fedgraft.server.runs.costs import Costs, estimate_costs
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.simulations.demo import digits

@@ -36,7 +36,6 @@ from fedgraft.simulations.faults.plan import NEVER, Fates, Step
 from fedgraft.simulations.grid.local_grid import LocalGrid
 from fedgraft.simulations.grid.workers import Workers
 
-APP = f"{__name__}:app"
 SESSION = "session"
 UPDATE = np.array([1, -2, 3], np.float32)
 DEADLINE = 100.0
@@ -60,6 +59,10 @@ def app(message: Message, context: Context) -> Message:
         return Message(encode(Refusal(SESSION, "sulks")), reply_to=message)
     number = decode(message.content, TrainRequest).round
     return Message(encode(TrainReply(SESSION, number, "l", 1, 0.5, UPDATE)), reply_to=message)
+
+
+def answer(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    return [app(message, context) for message, context in asked]
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Federation:
     pauses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        inner = LocalGrid([{"site": one} for one in self.names], Workers(0, device="cpu"), app=APP)
+        nodes = [{"site": one} for one in self.names]
+        inner = LocalGrid(nodes, Workers(0, device="cpu"), answer=answer)
         self.grid = FaultyGrid(inner, self.fates, lambda *wait: self.waits.append(wait))
         self.transport = Transport(self.grid, clock=self.grid.clock, pause=self.pauses.append)
         request = PlanRequest(SESSION, "{}", "b", "l", ("w",), "f")

@@ -10,8 +10,6 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from fedgraft.simulations.grid.local_grid import LocalGrid
 from fedgraft.simulations.grid.workers import Workers
 
-APP = f"{__name__}:app"
-
 
 def app(message: Message, context: Context) -> Message:
     """Count in the node's state what it was asked, and say so; ``do`` may be worse."""
@@ -28,9 +26,11 @@ def app(message: Message, context: Context) -> Message:
     return Message(RecordDict({"said": ConfigRecord(said)}), reply_to=message)
 
 
-def train_all(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+def answer(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
     """Say beside that who was asked together."""
     replies = [app(message, context) for message, context in asked]
+    if len(asked) == 1:
+        return replies
     names = "".join(str(context.node_config["site"]) for _, context in asked)
     for reply in replies:
         reply.content["said"]["group"] = names
@@ -52,7 +52,7 @@ def counts(replies: Sequence[Message]) -> list[tuple[object, object]]:
 def open_grid(
     workers: Workers, sites: str = "abc", *, together: int = 1
 ) -> tuple[LocalGrid, list[int]]:
-    grid = LocalGrid([{"site": site} for site in sites], workers, app=APP, together=together)
+    grid = LocalGrid([{"site": site} for site in sites], workers, answer=answer, together=together)
     return grid, list(grid.get_node_ids())
 
 

@@ -1,9 +1,9 @@
 """Measure results while the site has nothing else to do.
 
-To say whether federating was worth it a site trains once more, alone: as long as it trained in the
-federation. So this is a process of its own at the lowest priority, it begins when no message has
-come for a while, within the policy's hours, and it ends at once when one comes. What was cut short
-begins anew later; what failed is left to a person.
+To show whether federating was worth it, a site trains once more, alone, as long as it trained in
+the federation. Therefore this is a process of its own at the lowest priority. It begins when no
+message has come for a while, within the policy's hours, and it ends at once when a message comes.
+An interrupted measurement begins again later; a failed one is left to a person.
 """
 
 import logging
@@ -22,17 +22,17 @@ from fedgraft.client.results.store import Result, list_results
 from fedgraft.client.site_config import load_site
 from fedgraft.common.errors import FedgraftError
 
-__all__ = ["SpareTime"]
+__all__ = ["IdleEvaluation"]
 
 log = logging.getLogger("fedgraft.client")
 
-QUIET = 20.0  # seconds without a message; rounds pause for less
-LOOK = 10.0  # seconds between two looks at what is not measured
+QUIET = 20.0  # seconds without a message; pauses in a run are shorter
+LOOK = 10.0  # seconds between two searches for results that are not measured
 PATIENCE = 10.0  # seconds in which a process must end
 NICE = 19
 
 
-class SpareTime:
+class IdleEvaluation:
     """Measures the results of the site whose ``site.toml`` is at ``site``."""
 
     def __init__(
@@ -46,17 +46,17 @@ class SpareTime:
         self._failed: set[str] = set()
 
     def interrupt(self) -> None:
-        """Stop measuring: there is a message."""
+        """Stop measuring, because there is a message."""
         self._quiet_since = self._clock()
         if self._process is None:
             return
-        self._process.kill()  # what it writes is whole or not there
+        self._process.kill()  # its files are complete or absent
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(PATIENCE)
         self._process = None
 
     def tend(self) -> None:
-        """Start measuring the oldest result that is not measured, or see whether it is done."""
+        """Measure the oldest result that is not measured, or check whether measuring is done."""
         if self._process is not None:
             self._see_to(self._process)
             return
@@ -79,7 +79,7 @@ class SpareTime:
         return None
 
     def _allowed(self) -> bool:
-        """Whether the policy lets this site work now."""
+        """Return whether the policy lets this site work now."""
         policy = load_site(self._site).policy
         hours = load_policy(Path(policy)).limits.hours if policy else None
         return hours is None or hours.include(datetime.now().time())
@@ -94,7 +94,7 @@ class SpareTime:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        with suppress(OSError):  # it has ended already
+        with suppress(OSError):  # the process has already ended
             os.setpriority(os.PRIO_PROCESS, self._process.pid, NICE)
 
     def _see_to(self, process: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""From a site's files to its agent: who it is, where it connects, what it does between messages."""
+"""Make a site's agent from its files: its identity, its coordinator, its chores."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from fedgraft.client.agent.idle_evaluation import SpareTime
+from fedgraft.client.agent.idle_evaluation import IdleEvaluation
 from fedgraft.client.agent.process import Agent, Chores, make_tls
 from fedgraft.client.membership.credentials import (
     Membership,
@@ -18,7 +18,7 @@ from fedgraft.client.membership.credentials import (
 )
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.membership.roster import refresh_roster
-from fedgraft.client.policy.audit_reporter import HeadReporter
+from fedgraft.client.policy.audit_reporter import AuditReporter
 from fedgraft.client.policy.policy_file import load_policy
 from fedgraft.client.site_config import load_site
 from fedgraft.common.errors import FedgraftError, InputError
@@ -27,14 +27,14 @@ __all__ = ["make_agent"]
 
 log = logging.getLogger("fedgraft.client")
 
-EVERY = 60.0  # seconds between two looks at the certificate and the roster
+EVERY = 60.0  # seconds between two checks of the certificate and the roster
 
 
 def make_agent(path: Path) -> Agent:
-    """The agent of the site whose ``site.toml`` is at ``path``.
+    """Return the agent of the site whose ``site.toml`` is at ``path``.
 
     Raises:
-        InputError: the site has not joined, or a file of it is wrong.
+        InputError: the site has not joined, or one of its files is wrong.
     """
     config = load_site(path)
     state = Path(config.state)
@@ -45,7 +45,7 @@ def make_agent(path: Path) -> Agent:
             hint="name the site as its kit does",
         )
     if config.policy is not None:
-        load_policy(Path(config.policy))  # a mistake in it would else refuse all, one by one
+        load_policy(Path(config.policy))  # or a mistake in it would refuse every message
     os.environ["FEDGRAFT_BACKBONES"] = str(state / "backbones")
     return Agent(
         site=member.site,
@@ -59,35 +59,35 @@ def make_agent(path: Path) -> Agent:
 
 
 class _MemberChores(Chores):
-    """What a member sees to: certificate and roster once a minute, audit and results."""
+    """The chores of a member: certificate and roster once a minute, audit and results."""
 
     def __init__(self, member: Membership, state: Path, site: Path) -> None:
         self.member, self.state = member, state
         self._last = time.monotonic() - EVERY
-        self._heads = HeadReporter(member, state)
-        self._results = SpareTime(site, state)
-        self._heads.wake()  # what was not reported before it was killed
+        self._heads = AuditReporter(member, state)
+        self._results = IdleEvaluation(site, state)
+        self._heads.wake()  # report the lines that a killed process left unreported
 
     def came(self) -> None:
-        """The federation's work comes first."""
+        """Stop measuring results, because the federation's work comes first."""
         self._results.interrupt()
 
     def answered(self) -> None:
-        """What was just written to the audit is reported."""
+        """Have the new lines of the audit reported."""
         self._heads.wake()
 
     def idle(self) -> bool:
-        """Measure results; once a minute see to certificate and roster; whether renewed."""
+        """Measure results; check certificate and roster once a minute; return whether renewed."""
         self._results.tend()
         return self._upkeep()
 
     def close(self) -> None:
-        """Report what is not reported yet."""
+        """Stop measuring, and report the audit's lines that are not reported yet."""
         self._results.interrupt()
         self._heads.close()
 
     def _upkeep(self) -> bool:
-        """Renew the certificate and take keys of new sites, when it is time; whether renewed."""
+        """Renew the certificate or take keys of new sites, when due; return whether renewed."""
         if time.monotonic() - self._last < EVERY:
             return False
         self._last = time.monotonic()
@@ -99,6 +99,6 @@ class _MemberChores(Chores):
             refresh_roster(self.state)
         except FedgraftError as error:
             log.warning("%s; %s", error, error.hint)
-        except OSError as error:  # a disk that is full must not end the site
+        except OSError as error:  # a full disk must not end the site
             log.warning("the certificate and the roster were not seen to: %s", error.strerror)
         return False

@@ -1,8 +1,8 @@
-"""A site's session with the coordinator's SuperLink, in one process that lives as the site does.
+"""A site's session with the coordinator's SuperLink, in one process that runs as long as the site.
 
-Flower starts a process for every message and asks the coordinator for the app it should run. A site
-of ours does neither: it takes a message, hands it to the installed code and sends what comes back.
-What is used here of Flower's insides is held to the real thing by tests/e2e/test_contract.py.
+Flower starts a process for every message, and asks the coordinator for the app to run. Our site
+does neither: it takes a message, gives it to the installed code and sends the result.
+tests/e2e/test_contract.py compares the internals of Flower that are used here with the real ones.
 """
 
 import logging
@@ -56,48 +56,57 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgraft.common.messages.flower_objects import known_objects, unasked_objects
 
-__all__ = ["Fleet", "FleetError", "Gone", "Over", "Refused", "StillThere", "Task", "Unreachable"]
+__all__ = [
+    "MessageExpired",
+    "ReceivedMessage",
+    "Refused",
+    "SessionAlive",
+    "SessionError",
+    "SessionUnknown",
+    "SuperLinkSession",
+    "Unreachable",
+]
 
 log = logging.getLogger("fedgraft.client")
 
-FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds for objects not there yet
+FIRST_WAIT, LONGEST_WAIT, PATIENCE = 0.01, 0.5, 300.0  # seconds to wait for missing objects
 BEAT = HEARTBEAT_DEFAULT_INTERVAL / 2  # seconds; Flower gives a node up after one interval
 
 
-class FleetError(Exception):
+class SessionError(Exception):
     """The coordinator could not be asked; the class says what to do about it."""
 
 
-class Unreachable(FleetError):
-    """No answer, or none that a SuperLink gives: try again."""
+class Unreachable(SessionError):
+    """There was no answer, or none that a SuperLink gives: try again."""
 
 
-class StillThere(FleetError):
-    """The coordinator takes this site's last session for alive: it ends within a minute or so."""
+class SessionAlive(SessionError):
+    """For the coordinator, this site's last session is alive; it ends in about a minute."""
 
 
-class Gone(FleetError):
-    """The coordinator does not know this session any more: begin another."""
+class SessionUnknown(SessionError):
+    """The coordinator does not know this session any more: begin a new one."""
 
 
-class Refused(FleetError):
-    """The certificate, its revocation, the clock or the path: a person must look at it."""
+class Refused(SessionError):
+    """Certificate, revocation, clock or path are the cause: a person must look at it."""
 
 
-class Over(FleetError):
-    """Nobody waits for a message any more, as when its run was stopped."""
+class MessageExpired(SessionError):
+    """Nobody waits for a message any more, for example because its run was stopped."""
 
 
 @dataclass(frozen=True)
-class Task:
+class ReceivedMessage:
     """A message for this site, and the Flower run that it belongs to."""
 
     message: Message
     run_id: int
 
 
-class Fleet:
-    """One session of a site. Use as a context manager: it says goodbye.
+class SuperLinkSession:
+    """One session of a site. Use it as a context manager, which ends the session on exit.
 
     ``endpoint`` is ``host:port`` of the coordinator's public port; ``tls`` holds the federation's
     CA and this site's certificate; ``key`` is the P-256 key that was enrolled.
@@ -119,13 +128,13 @@ class Fleet:
         self.node: Node | None = None
         self._stop = threading.Event()
         self._beating: threading.Thread | None = None
-        self._lost: FleetError | None = None
+        self._lost: SessionError | None = None
 
     def __enter__(self) -> Self:
         """Begin the session.
 
         Raises:
-            FleetError: of the kind that says what to do.
+            SessionError: its class says what to do.
         """
         request = ActivateNodeRequest(
             public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
@@ -144,24 +153,24 @@ class Fleet:
         self._stop.set()
         if self._beating:
             self._beating.join()
-        if self.node and not isinstance(error, FleetError):
-            with suppress(FleetError):  # it notices by itself
+        if self.node and not isinstance(error, SessionError):
+            with suppress(SessionError):  # the coordinator notices by itself
                 goodbye = DeactivateNodeRequest(node_id=self.node.node_id)
                 _asked(self._client.DeactivateNode, goodbye)
         self._client._client.close()
 
     @property
     def node_id(self) -> int:
-        """The id the SuperLink gave this session."""
+        """The id that the SuperLink gave this session."""
         assert self.node is not None, "not entered"  # noqa: S101
         return int(self.node.node_id)
 
-    def receive(self) -> Task | None:
-        """The next message for this site with all its content; None if there is none.
+    def receive(self) -> ReceivedMessage | None:
+        """Return the next message for this site with all its content; None if there is none.
 
         Raises:
-            Over: there was one, for which nobody waits or whose parts make no message.
-            FleetError: of the kind that says what to do.
+            MessageExpired: nobody waits for the message, or its parts make no message.
+            SessionError: its class says what to do.
         """
         if self._lost:
             raise self._lost
@@ -170,25 +179,25 @@ class Fleet:
             return None
         try:
             return self._collect(reply)
-        except FleetError:
+        except SessionError:
             raise
-        except ObjectPullError:  # it was there when it was announced
-            raise Over from None
-        except Exception as error:  # whatever was sent, it must not end the site
+        except ObjectPullError:  # the object was there when it was announced
+            raise MessageExpired from None
+        except Exception as error:  # no message may end the site
             log.warning("a message is not whole: %s", type(error).__name__)
-            raise Over from None
+            raise MessageExpired from None
 
-    def _collect(self, reply: PullMessagesResponse) -> Task:
-        """The message that was announced."""
+    def _collect(self, reply: PullMessagesResponse) -> ReceivedMessage:
+        """Return the message that was announced."""
         run_id, tree = reply.messages_list[0].metadata.run_id, reply.message_object_trees[0]
-        # Flower's records look these up, wherever they are made.
+        # Flower's records read these values wherever the records are made.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, self.node_id
         pull = make_pull_object_fn_protobuf(self._ask(self._client.PullObject), self.node, run_id)
         confirm = make_confirm_message_received_fn_protobuf(
             self._ask(self._client.ConfirmMessageReceived), self.node, run_id
         )
-        # The coordinator's objects follow its message: with Flower's first wait, a second, each
-        # stage of a round would take one.
+        # The coordinator's objects come after its message. Flower first waits for a second, so each
+        # stage of a round would take a second.
         parts = [part.object_id for part in iterate_object_tree(tree)]
         contents = known_objects(parts, reply.messages_list[0])
         contents |= pull_objects(
@@ -201,14 +210,14 @@ class Fleet:
         confirm(tree.object_id)
         message = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = tree.object_id
-        return Task(message, run_id)
+        return ReceivedMessage(message, run_id)
 
-    def reply(self, task: Task, message: Message, seconds: float) -> None:
-        """Send ``message``, which took ``seconds`` to make, in reply to ``task``.
+    def reply(self, received: ReceivedMessage, message: Message, seconds: float) -> None:
+        """Send ``message``, which took ``seconds`` to make, in reply to ``received``.
 
         Raises:
-            Over: nobody waits for it.
-            FleetError: of the kind that says what to do.
+            MessageExpired: nobody waits for it.
+            SessionError: its class says what to do.
         """
         message.metadata.__dict__["_message_id"] = message.object_id
         with no_object_id_recompute():
@@ -224,13 +233,13 @@ class Fleet:
                 ),
             )
             push = make_push_object_fn_protobuf(
-                self._ask(self._client.PushObject), self.node, task.run_id, reply.session_id
+                self._ask(self._client.PushObject), self.node, received.run_id, reply.session_id
             )
             wanted = set(reply.objects_to_push) - unasked_objects(message)
             try:
                 push_objects(objects, push, object_ids_to_push=wanted)
             except ObjectPushError:
-                raise Over from None
+                raise MessageExpired from None
 
     def _ask(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return lambda request: _asked(call, request)
@@ -242,16 +251,16 @@ class Fleet:
         while not self._stop.wait(BEAT):
             try:
                 if not _asked(self._client.SendNodeHeartbeat, request).success:
-                    raise Gone
+                    raise SessionUnknown
             except Unreachable:
-                continue  # the next question finds out
-            except FleetError as error:
+                continue  # the next request reports it
+            except SessionError as error:
                 self._lost = error
                 return
 
 
 def _asked(call: Callable[[Any], Any], request: Any) -> Any:
-    """What ``call`` answers to ``request``; a FleetError without any text of the other side."""
+    """Return the answer of ``call``; an error becomes a SessionError without the other's text."""
     try:
         return call(request)
     except ValueError:
@@ -263,18 +272,18 @@ def _asked(call: Callable[[Any], Any], request: Any) -> Any:
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
         if status == httpx.codes.PRECONDITION_FAILED:
-            raise StillThere from None
+            raise SessionAlive from None
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.NOT_FOUND):
-            raise Gone(str(status)) from None
+            raise SessionUnknown(str(status)) from None
         if status == httpx.codes.FORBIDDEN and _run_is_over(error.response):
-            raise Over from None
+            raise MessageExpired from None
         if status in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST):
             raise Refused(str(status)) from None
         raise Unreachable(str(status)) from None
 
 
 def _run_is_over(response: httpx.Response) -> bool:
-    """Whether it is Flower that refuses, and not the front, which speaks no JSON."""
+    """Return whether Flower refuses, and not the proxy before it, which sends no JSON."""
     try:
         return bool(response.json()["code"] == ApiErrorCode.FLEET_RUN_STATUS_NOT_ALLOWED)
     except (ValueError, KeyError, TypeError):

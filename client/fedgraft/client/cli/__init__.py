@@ -1,1 +1,1 @@
-"""The verbs of a site."""
+"""The commands of a site."""

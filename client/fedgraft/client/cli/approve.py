@@ -1,4 +1,4 @@
-"""``fedgraft site approve``: a person's word on a job that the policy allows but asks about."""
+"""``fedgraft site approve``: a person decides on a job that the policy allows but asks about."""
 
 import sys
 from datetime import datetime
@@ -35,7 +35,7 @@ def approve(
         _list(console, agreements.pending())
         return
     agreement = agreements.named(run)
-    for line in _in_words(agreement):  # in which the coordinator chose words
+    for line in _in_words(agreement):  # the coordinator chose some of the words
         console.note("".join(sign if sign.isprintable() else "?" for sign in line))
     verb = "deny" if deny else "approve"
     if not yes and not (sys.stdin.isatty() and typer.confirm(f"{verb} it?", err=True)):
@@ -48,13 +48,13 @@ def approve(
 
 
 def _record(state: Path, policy: Path, agreement: "Agreement", decision: str) -> None:
-    """Into the audit first: what cannot be recorded is not decided."""
-    from fedgraft.client.policy.message_log import Ledger, Occasion
+    """Record the decision in the audit first: without a record, nothing is decided."""
+    from fedgraft.client.policy.message_log import MessageLog, Occasion
     from fedgraft.client.policy.policy_file import load_policy
 
     rules = load_policy(policy)
     occasion = Occasion(agreement.session, 0, "approve", rules.hash)
-    Ledger(state, keep=rules.limits.keep_sent).decided(occasion, decision)
+    MessageLog(state, keep=rules.limits.keep_sent).decided(occasion, decision)
 
 
 def _list(console: Console, pending: "list[Agreement]") -> None:
@@ -69,14 +69,14 @@ def _list(console: Console, pending: "list[Agreement]") -> None:
 
 
 def _facts(agreement: "Agreement") -> dict[str, Any]:
-    from fedgraft.client.policy.disclosure import Leaving
+    from fedgraft.client.policy.disclosure import Disclosure
     from fedgraft.common.config.job import Job
 
     return {
         "run": agreement.session,
         "asked": datetime.fromtimestamp(agreement.asked).isoformat(" ", "seconds"),
         "job": Job.model_validate_json(agreement.job).job.name,
-        "leaving": Leaving(**agreement.leaving).in_words(),
+        "leaving": Disclosure(**agreement.leaving).in_words(),
         "status": agreement.status,
     }
 

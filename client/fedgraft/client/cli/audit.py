@@ -1,4 +1,4 @@
-"""``fedgraft site audit``: what came to this site and what left it, and whether that is all."""
+"""``fedgraft site audit``: everything that this site received and sent, and whether it is all."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
 
 if TYPE_CHECKING:
-    from fedgraft.common.federation.audit_log import Head
+    from fedgraft.common.federation.audit_log import AuditHead
 
 __all__ = ["audit"]
 
@@ -53,18 +53,18 @@ def audit(
         _show(console, path, number)
 
 
-def _known(head: str) -> "Head | None":
-    from fedgraft.common.federation.audit_log import Head
+def _known(head: str) -> "AuditHead | None":
+    from fedgraft.common.federation.audit_log import AuditHead
 
     if not head:
         return None
     lines, _, digest = head.partition(":")
     if not lines.isdecimal() or len(digest) != 64:
         raise InputError(f"--head {head} is none", hint="LINES:HASH, as the coordinator shows it")
-    return Head(int(lines), digest)
+    return AuditHead(int(lines), digest)
 
 
-def _verify(console: Console, path: Path, known: "Head | None") -> None:
+def _verify(console: Console, path: Path, known: "AuditHead | None") -> None:
     from fedgraft.common.federation.audit_log import Audit
     from fedgraft.common.federation.audit_log import verify as check
 

@@ -1,4 +1,4 @@
-"""`fedgraft site doctor`: everything a round needs, tried before there is one."""
+"""``fedgraft site doctor``: check everything that a round needs, before the first round."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +17,14 @@ def doctor(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check what taking part needs; changes nothing. Exit code 1 if a check failed."""
+    """Check everything that taking part needs; change nothing. Exit code 1 if a check failed."""
     from fedgraft.client.doctor.checklist import CHECKS, examine
     from fedgraft.client.doctor.local import FAIL
 
     console = Console(as_json=as_json)
     width = max(len(check.name) for check in CHECKS)
     found = []
-    for one in examine(site):  # a line as soon as it is known: some take seconds
+    for one in examine(site):  # print each line at once: some checks take seconds
         found.append(one)
         console.text(f"{one.state:<8}{one.name:<{width + 2}}{one.what}")
     healthy = not any(one.state == FAIL for one in found)

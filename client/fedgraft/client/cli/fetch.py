@@ -1,4 +1,4 @@
-"""``fedgraft fetch``: a backbone that the site has already need not come over the network."""
+"""``fedgraft fetch``: import a backbone that the site already has, without the network."""
 
 import re
 from pathlib import Path

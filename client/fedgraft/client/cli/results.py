@@ -1,4 +1,4 @@
-"""``fedgraft site results``: what runs came to, and whether each was worth it for this site."""
+"""``fedgraft site results``: the results of runs, and whether each was worth it for this site."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,7 +25,7 @@ def results(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List what runs came to; show one, measure it anew, or copy it out."""
+    """List the results of runs; show one, measure it again, or copy it out."""
     from fedgraft.client.results.store import find_result, list_results
     from fedgraft.client.site_config import load_site
 
@@ -71,7 +71,7 @@ def _measure(site: Path, result: "Result") -> None:
     from fedgraft.client.results.compare import compare
     from fedgraft.client.results.report import write_report
     from fedgraft.common.backbones.blob_store import set_store
-    from fedgraft.common.locks import lock_folder
+    from fedgraft.common.files import lock_folder
 
     at = open_participant({"site": str(site.resolve())})
     set_store(at.state / "backbones")

@@ -1,4 +1,4 @@
-"""A site's verbs that concern its membership: join a federation, take part in it."""
+"""A site's commands for its membership: join a federation, take part in it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +34,7 @@ def join(
     ],
     site: SiteFile = HERE,
 ) -> None:
-    """Join a federation: make keys here, have them certified, write what to fill in."""
+    """Join a federation: make keys here, have them certified, write the files to fill in."""
     from datetime import UTC, datetime
 
     from fedgraft.client.membership.join import join as enrol
@@ -74,7 +74,7 @@ def admit(
     ] = "",
     site: SiteFile = HERE,
 ) -> None:
-    """Agree to a site that came later, or to a new key of one that made its keys again."""
+    """Agree to a site that joined later, or to a new key of a site that made its keys again."""
     from fedgraft.client.membership.roster import admit as agree
     from fedgraft.client.site_config import load_site
 

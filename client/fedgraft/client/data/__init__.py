@@ -1,1 +1,1 @@
-"""A site's rows: read from its files, checked, split, encoded once and kept."""
+"""A site's rows: read from its files, checked, split, encoded once and cached."""

@@ -1,8 +1,9 @@
-"""What can be made again, kept within two budgets of bytes: in memory first, then in files.
+"""A cache of arrays within two budgets of bytes: in memory first, then in files.
 
-Keys are hashes over everything that decides the content, so a hit is what making it would give, and
-entries serve later rounds and runs. Forked workers share the files and each have a memory of their
-own. What would take more than a quarter of the memory budget is mapped from its file instead.
+Every entry can be computed again. A key is a hash over everything that decides the content. So a
+hit equals what computing it would give, and entries serve later rounds and runs. Forked workers
+share the files, and each has a memory of its own. An entry larger than a quarter of the memory
+budget for arrays is mapped from its file instead.
 """
 
 import os
@@ -25,19 +26,19 @@ from fedgraft.common.files import write_atomically
 __all__ = ["Arrays", "Files", "Keeper", "Recent", "Store", "open_store"]
 
 SUFFIX, MAPPED = ".kept.safetensors", ".kept.npy"
-ABANDONED = 86400.0  # seconds after which a half-written file is nobody's
-WORTH_A_FILE = 1 << 16  # bytes; less is made again as fast as it is read
+ABANDONED = 86400.0  # seconds after which a half-written file is removed
+WORTH_A_FILE = 1 << 16  # bytes; a smaller entry is computed again as fast as it is read
 LARGEST_SHARE = 4
 IN_MEMORY_BYTES = 32 * 2**20
-"""What examples are encoded into lies beyond this in a file, and is paged in batch by batch."""
+"""Encoded examples larger than this lie in a file, which is paged in batch by batch."""
 
 
 class Sized(Protocol):
-    """Anything that knows its size."""
+    """An object that knows its size."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes."""
+        """The object's size in bytes."""
         ...
 
 
@@ -45,7 +46,7 @@ V = TypeVar("V", bound=Sized)
 
 
 class Recent(Generic[V]):
-    """The values used last, at most ``budget`` bytes of them."""
+    """The most recently used values, at most ``budget`` bytes of them."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -53,15 +54,15 @@ class Recent(Generic[V]):
         self._bytes = 0
 
     def get(self, key: str) -> V | None:
-        """The value of ``key``, which is then the one used last; None if it is not here."""
+        """Return the value of ``key``, and mark it as used last; None if it is not here."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
 
     def add(self, key: str, value: V) -> None:
-        """Keep ``value`` under a new key, and let go of what was used longest ago.
+        """Keep ``value`` under a new key, and remove the values used longest ago.
 
-        The newest stays even if it is too large: it is about to be used.
+        The newest value stays even if it is too large, because it is about to be used.
         """
         self._values[key] = value
         self._bytes += value.nbytes
@@ -74,19 +75,19 @@ class Arrays(dict[str, NDArray[Any]]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """The size of all arrays in bytes."""
         return sum(array.nbytes for array in self.values())
 
 
 class Files:
-    """Arrays in a folder, about ``budget`` bytes of them; the oldest go first."""
+    """Arrays in a folder, about ``budget`` bytes of them; the oldest are removed first."""
 
     def __init__(self, folder: Path, budget: int) -> None:
         self.folder, self.budget = folder, budget
         self._bytes: int | None = None
 
     def load(self, key: str) -> Arrays | None:
-        """What was saved under ``key``; None if it is not there, or gone by now."""
+        """Return the arrays saved under ``key``; None if there are none, or none any more."""
         path = self._path(key)
         try:
             arrays = Arrays(load_file(path))
@@ -102,7 +103,7 @@ class Files:
         try:
             self._make_room(arrays.nbytes)
             write_atomically(self._path(key), lambda path: save_file(arrays, path))
-        except (OSError, SafetensorError):  # a full disk must not cost the result
+        except (OSError, SafetensorError):  # a full disk must not lose the result
             return
 
     def mapped(
@@ -112,9 +113,10 @@ class Files:
         dtype: DTypeLike,
         fill: Callable[[NDArray[Any]], None],
     ) -> NDArray[Any] | None:
-        """One large array in a file, paged in as it is used; ``fill`` makes it if it is not there.
+        """Return one large array that lies in a file and is paged in as it is used.
 
-        None where it is larger than the budget, or the disk is full.
+        ``fill`` computes the array if there is no file. Return None if the array is larger than the
+        budget, or the disk is full.
         """
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if size > self.budget:
@@ -124,7 +126,8 @@ class Files:
         def write(temporary: Path) -> None:
             array = np.lib.format.open_memmap(temporary, "w+", dtype=dtype, shape=shape)
             with temporary.open("r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # a page without room would kill us later
+                # Reserve all pages now: later, a page without room would kill this process.
+                if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             fill(array)
             array.flush()
@@ -149,9 +152,10 @@ class Files:
         return self.folder / f"{key}{SUFFIX}"
 
     def _tidy(self, most: int) -> int:
-        """Remove the oldest files until ``most`` bytes are left, and then some: not every time.
+        """Remove the oldest files until ``most`` bytes are left; return the bytes left.
 
-        Other processes may do the same. Bytes left.
+        Some more files are removed, so that this is not needed every time. Other processes may do
+        the same.
         """
         found: list[tuple[int, int, str]] = []
         for entry in os.scandir(self.folder):
@@ -162,7 +166,7 @@ class Files:
             if entry.name.endswith((SUFFIX, MAPPED)):
                 found.append((facts.st_mtime_ns, facts.st_size, entry.path))
             elif entry.name.startswith(".") and facts.st_mtime < time.time() - ABANDONED:
-                Path(entry.path).unlink(missing_ok=True)  # of a process that was killed
+                Path(entry.path).unlink(missing_ok=True)  # its process was killed
         total = sum(size for _, size, _ in found)
         if total <= most:
             return total
@@ -175,7 +179,7 @@ class Files:
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[Any] | None:
-    """The array in ``path``; None if there is no file, or not a whole one of this shape."""
+    """Return the array in ``path``; None if there is no file, or no complete one of this shape."""
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r")
         os.utime(path)
@@ -185,9 +189,9 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> NDArray[Any] | None:
 
 
 class Store:
-    """Arrays by key: from memory, else from a file, else made; and examples, in memory alone.
+    """Arrays by key: from memory, else from a file, else computed; and examples, in memory only.
 
-    Each of the two has half of the ``memory`` budget.
+    Arrays and examples have half of the ``memory`` budget each.
     """
 
     def __init__(self, folder: Path, *, memory: int, disk: int) -> None:
@@ -196,7 +200,7 @@ class Store:
         self.files = Files(folder, disk)
 
     def get(self, key: str, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
-        """The arrays of ``key``, made if they are nowhere and then kept."""
+        """Return the arrays of ``key``; if there are none yet, compute and keep them."""
         arrays = self.recent.get(key)
         if arrays is not None:
             return arrays
@@ -209,23 +213,23 @@ class Store:
         return arrays
 
     def fits(self, size: int) -> bool:
-        """Whether ``size`` bytes are little enough to be held while they are worked with."""
+        """Return whether ``size`` bytes are few enough to be held in memory while in use."""
         return size * LARGEST_SHARE <= self.recent.budget
 
 
 @dataclass(frozen=True)
 class Keeper:
-    """Where encoders keep what they make (``common.encoding.Keep``): in files of ``store``.
+    """The cache of encoders (``common.encoding.Keep``), in files of ``store``.
 
-    ``key`` is what a name depends on besides, the backbone's fingerprint. Without a store nothing
-    is kept.
+    ``key`` is the backbone's fingerprint, which becomes a part of every name. Without a store,
+    nothing is cached.
     """
 
     store: Store | None
     key: str
 
     def tokens(self, name: NameParts, make: Callable[[], Mapping[str, NDArray[Any]]]) -> Arrays:
-        """Named arrays: those that were kept under ``name``, or what ``make`` gives."""
+        """Return named arrays: those that were kept under ``name``, or the result of ``make``."""
         if self.store is None:
             return Arrays(make())
         digest = digest_of(self.key, *name)
@@ -241,7 +245,7 @@ class Keeper:
         fill: Callable[[NDArray[Any]], None],
         name: Callable[[], NameParts],
     ) -> NDArray[np.float32]:
-        """A float32 array that ``fill`` makes: in memory, or where it is large in a mapped file."""
+        """Return a float32 array that ``fill`` computes; a large one is mapped from a file."""
         if self.store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
             digest = digest_of(self.key, *name())
             mapped = self.store.files.mapped(digest, shape, np.float32, fill)
@@ -254,5 +258,5 @@ class Keeper:
 
 @lru_cache(maxsize=4)
 def open_store(folder: Path, memory: int, disk: int) -> Store:
-    """The store of this process in ``folder`` with these budgets in bytes."""
+    """Return the store of this process in ``folder`` with these budgets in bytes."""
     return Store(folder, memory=memory, disk=disk)

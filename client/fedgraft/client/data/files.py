@@ -1,8 +1,8 @@
-"""Read the columns a job asks for out of a site's own files, and refuse what is not clean.
+"""Read the columns that a job asks for from a site's own files, and refuse rows that are not clean.
 
-``datasets.load_dataset`` does not parse them: it copies a site's rows into a cache in the home
+``datasets.load_dataset`` is not used for this. It copies a site's rows into a cache in the home
 folder, reads the text "NA" as missing and "007" as the number 7, and reports a broken row without
-its line. What it would do silently is an error here. No message ever repeats the text of a row.
+its line. Its silent changes are errors here. No message ever repeats the text of a row.
 """
 
 import csv
@@ -29,8 +29,8 @@ LITTER = frozenset({"Thumbs.db", "desktop.ini"})
 class Table:
     """The raw contents and labels of one source, in its order.
 
-    A content is a text, or an image as ``{"bytes", "path"}``. ``typed`` says that the source tells
-    the number 3 from the text "3"; CSV cells and folder names do not.
+    A content is a text, or an image as ``{"bytes", "path"}``. ``typed`` says that the source
+    distinguishes the number 3 from the text "3"; CSV cells and folder names do not.
     """
 
     path: Path
@@ -41,14 +41,14 @@ class Table:
     typed: bool
 
     def place(self, index: int) -> str:
-        """Where a person finds row ``index``: the image file, or the data file and line."""
+        """Return the place of row ``index`` for a person: the image file, or data file and line."""
         if not self.numbers:
             return str(self.contents[index]["path"])
         return f"{self.path}, {self.unit} {self.numbers[index]}"
 
 
 def find_sources(path: str) -> list[Path]:
-    """The file or folder at ``path``, or all that the glob ``path`` matches, in sorted order.
+    """Return the file or folder at ``path``, or all matches of the glob ``path``, in sorted order.
 
     Raises:
         DataError: nothing is there.
@@ -72,13 +72,15 @@ def find_sources(path: str) -> list[Path]:
 def read_tables(path: str, *, content: str, label: str | None, images: bool) -> list[Table]:
     """Read the columns ``content`` and ``label`` of all sources at ``path`` (file, folder, glob).
 
-    With ``images`` (or recordings), a folder holds one folder per label, an image file alone has
-    the name of its folder as label, and the ``content`` of a table is an embedded image or the path
-    of one, relative to the table. Without a ``label`` all labels are None, each ``.txt`` file, also
-    of a folder, is one text, and a folder of images is all of them, wherever they lie in it.
+    With ``images`` (or recordings), a folder holds one folder per label. The label of a single
+    image file is the name of its folder. The ``content`` of a table is an embedded image, or the
+    path of one, relative to the table.
+
+    Without a ``label``, all labels are None. Each ``.txt`` file is one text, also in a folder. With
+    ``images``, a folder gives all files in it, at any depth.
 
     Raises:
-        DataError: missing, empty, malformed, not UTF-8, without one of the columns.
+        DataError: a source is missing, empty, malformed, not UTF-8, or lacks one of the columns.
     """
     tables, loose = [], []
     for source in find_sources(path):
@@ -105,7 +107,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _read_texts(path: Path) -> list[Table]:
-    """Every ``.txt`` file in the folder ``path`` and those below it, in sorted order."""
+    """Read every ``.txt`` file in the folder ``path`` and below it, in sorted order."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and _is_text(file))
     if not files:
         raise DataError(
@@ -153,7 +155,7 @@ def _read_folder(path: Path, *, images: bool) -> Table:
 
 
 def images_in(path: Path) -> list[Path]:
-    """All files in the label folders of ``path``, folder by folder, but what litters them."""
+    """Return all files in the label folders of ``path``, folder by folder, except litter."""
     folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _kept(entry))
     return [
         file
@@ -170,12 +172,15 @@ def _image_table(path: Path, files: Iterable[tuple[Path, str]]) -> Table:
 
 
 def _kept(path: Path) -> bool:
-    """Not what file managers leave behind; anything else that is no image is for a person."""
+    """Return False for files that file managers leave behind.
+
+    Any other file that is no image needs a person, so it is not skipped.
+    """
     return not path.name.startswith((".", "__")) and path.name not in LITTER
 
 
 def _image_source(value: Any, folder: Path) -> dict[str, Any] | None:
-    """An image cell as ``{"bytes", "path"}``; None for an empty one or one that is no image."""
+    """Return an image cell as ``{"bytes", "path"}``; None if it is empty or is no image."""
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if isinstance(value, str) and value:
@@ -188,7 +193,7 @@ def _image_source(value: Any, folder: Path) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, with or without the byte-order mark that spreadsheets write."""
+    """Yield the lines of a UTF-8 file, without the byte-order mark that spreadsheets write."""
     offset = 0
     try:
         with path.open("rb") as file:
@@ -215,7 +220,7 @@ def _read_csv(path: Path, content: str, label: str | None) -> Iterator[Row]:
             raise DataError(f"{path} is empty", hint="its first line must name the columns")
         _check_columns(path, header, content, label)
         at, named = header.index(content), header.index(label) if label else None
-        start = reader.line_num + 1  # a quoted cell may span lines: a record is found at its first
+        start = reader.line_num + 1  # a quoted cell may span lines: its row is at the first
         for row in reader:
             number, start = start, reader.line_num + 1
             if row and len(row) != len(header):
@@ -278,7 +283,10 @@ def _read_parquet(path: Path, content: str, label: str | None) -> Iterator[Row]:
 
 
 def _class_names(schema: Any, label: str) -> list[str]:
-    """The names behind the integers of a ``datasets.ClassLabel`` column: its order is its own."""
+    """Return the names behind the integers of a ``datasets.ClassLabel`` column.
+
+    The column has an order of its own.
+    """
     import datasets
 
     if not schema.metadata or b"huggingface" not in schema.metadata:
@@ -295,12 +303,12 @@ READERS: dict[str, Callable[[Path, str, str | None], Iterator[Row]]] = {
 
 
 def column_names(path: Path) -> list[str]:
-    """What the file of a table calls its columns: its header, or the keys of its first row.
+    """Return the column names of a table's file: its header, or the keys of its first row.
 
-    In a CSV file without a header these are values.
+    In a CSV file without a header, these are values.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be read.
     """
     try:
         if path.suffix.lower() == ".parquet":

@@ -1,7 +1,7 @@
-"""Whose examples a site has: the column of groups, for measuring how fair a model is to each.
+"""The column of groups in a site's rows, for measuring how fair a model is to each group.
 
-The groups are a fixed list in the job, so that what is counted of them has the same length at every
-site. A row without a group belongs to none; one that the list does not have is refused.
+The groups are a fixed list in the job, so that their counts have the same length at every site. A
+row without a group belongs to no group. A group that is not in the list is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ NO_GROUP = -1
 
 
 def read_groups(path: str, data: Data, columns: Mapping[str, str]) -> NDArray[np.int64]:
-    """The group of every row at ``path``: int64 [rows], an index into ``data.groups`` or -1.
+    """Return the group of every row at ``path``: int64 [rows], an index into ``data.groups`` or -1.
 
     ``columns`` maps the job's column to the site's, as for ``read_split``, which reads the same
     rows in the same order.
 
     Raises:
-        DataError: the files are no tables, have no such column, or a value that is not listed.
+        DataError: the files are no tables, have no such column, or have a value that is not listed.
     """
-    assert data.group is not None  # noqa: S101  # a job has both or neither
+    assert data.group is not None  # noqa: S101  # a job has group and groups, or neither
     column, label = columns.get(data.group, data.group), columns.get(data.label, data.label)
     for source in find_sources(path):
         if source.suffix.lower() not in READERS:

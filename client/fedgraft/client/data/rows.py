@@ -1,9 +1,9 @@
 """A site's rows in the job's schema, and as the arrays that a model reads.
 
-Two steps, so that a mistake is found before anything is computed: ``read_split`` checks every row
-and gives a Hugging Face data set of the content, ``label`` and what else the task keeps; ``encode``
-tokenises or decodes it once, for all rounds. A cache folder holds what the rows say: it belongs to
-the site.
+There are two steps, so that a mistake is found before anything is computed. ``read_split`` checks
+every row and returns a Hugging Face data set of the content, ``label`` and the other columns that
+the task stores. ``encode`` tokenises or decodes the rows once, for all rounds. A cache folder holds
+the content of rows, so it belongs to the site.
 """
 
 import hashlib
@@ -40,17 +40,17 @@ KINDS: dict[str, Any] = {
     "int64s": datasets.List(datasets.Value("int64")),
     "float64": datasets.Value("float64"),
     "image": datasets.Image(),
-    # ``datasets`` would decode other files, with packages that it asks for.
+    # ``datasets`` would decode other kinds of files itself, and needs more packages for that.
     "file": _FILE,
 }
-"""How columns of rows are stored, by the names that modalities and tasks use."""
-AT_ONCE = 64  # cells checked in one task of a thread
+"""The storage types of columns, by the names that modalities and tasks use."""
+AT_ONCE = 64  # cells that a thread checks in one task
 DIGESTED = 256  # files read at once
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """Rows of one split as ``read_split`` checked them; ``skipped`` bad ones are out."""
+    """The rows of one split, checked by ``read_split``; ``skipped`` bad rows were left out."""
 
     dataset: datasets.Dataset
     skipped: int
@@ -58,7 +58,7 @@ class SplitRows:
 
 @dataclass(frozen=True)
 class Columns:
-    """The rows of a data set as encoders ask for them (``common.encoding.Rows``)."""
+    """The rows of a data set in the form that encoders need (``common.encoding.Rows``)."""
 
     dataset: datasets.Dataset
 
@@ -66,18 +66,18 @@ class Columns:
         return len(self.dataset)
 
     def column(self, name: str) -> list[Any]:
-        """All values of a column."""
+        """Return all values of a column."""
         values: list[Any] = self.dataset.with_format("arrow")[:][name].to_pylist()
         return values
 
     def batches(self, name: str, size: int) -> Iterator[list[Any]]:
-        """The values of a column, ``size`` rows at a time."""
+        """Yield the values of a column, ``size`` rows at a time."""
         arrow = self.dataset.select_columns([name]).with_format("arrow")
         for batch in arrow.iter(batch_size=size):
             yield batch[name].to_pylist()
 
     def digest(self, name: str) -> str:
-        """SHA-256 (hex) over the texts or the bytes of the files of a column, in order."""
+        """Return SHA-256 (hex) over the texts, or the files' bytes, of a column, in order."""
         digest = hashlib.sha256()
         for batch in self.batches(name, DIGESTED):
             for value in batch:
@@ -96,17 +96,18 @@ def read_split(
 ) -> SplitRows:
     """Read a CSV, JSONL or Parquet file, a folder of files by label, or a glob.
 
-    Where nothing stands beside what is read, also a ``.txt`` file or a folder of them, or a folder
-    of files, wherever they lie in it.
+    If only the content column is read, ``path`` may also be a ``.txt`` file, a folder of them, or a
+    folder of files at any depth.
 
-    The data set has what is read under ``Task.content``, ``label`` (int64), what the
-    task stores beside and, where the job has groups, ``group`` (``read_groups``). ``columns`` maps
-    a column of the job's schema to the site's, ``labels`` a value of the site's to the job's name.
-    Where rows are not ``labelled``, no column of labels is needed. Nothing is coerced, dropped or
-    filled in; the one exception is a job whose ``data.on_bad_...`` is ``"skip"``.
+    The data set has the content under ``Task.content``, ``label`` (int64), the other columns that
+    the task stores and, if the job has groups, ``group`` (``read_groups``). ``columns`` maps a
+    column of the job's schema to the site's column. ``labels`` maps a value of the site's label
+    column to the job's name. If rows are not ``labelled``, no column of labels is needed. Nothing
+    is coerced, dropped or filled in; the one exception is a job whose ``data.on_bad_...`` is
+    ``"skip"``.
 
     Raises:
-        DataError: the first thing that is wrong with the files, and where.
+        DataError: the first error in the files, and its place.
     """
     task, modality = job.task, job.task.modality
     content = job.data.column(task.content)
@@ -141,11 +142,12 @@ def read_split(
 def encode(
     dataset: datasets.Dataset, processor: Any, job: Job, *, store: Store | None, key: str
 ) -> Examples:
-    """Tokenise or decode all rows of a data set as ``read_split`` gives it.
+    """Tokenise or decode all rows of a data set from ``read_split``.
 
-    Token ids, and pixels where they are many, are kept in files of ``store`` under a name made of
-    ``key`` (the backbone's fingerprint), the processor, the rows and the job's settings: a second
-    call reads them back. Files appear complete or not at all. Without ``store``: in memory.
+    Token ids, and pixels if there are many, are cached in files of ``store``. Their name is made of
+    ``key`` (the backbone's fingerprint), the processor, the rows and the job's settings, so a
+    second call reads them back. Files appear complete or not at all. Without ``store``, the arrays
+    are in memory.
 
     Raises:
         BackboneError: ``data.max_length`` is more than the backbone can read.
@@ -158,7 +160,7 @@ Place = tuple[Table, int]
 
 
 def _beside(task: Task, places: Sequence[Place], reading: Reading) -> dict[str, list[Any]]:
-    """What stands beside each content, by column of the rows."""
+    """Return the values beside each content, by column of the rows."""
     found: dict[str, list[Any]] = {name: [] for name in ("label", *task.stored)}
     for table, row in places:
         cell = Cell(table.contents[row], table.labels[row], table.typed)
@@ -173,8 +175,8 @@ def _beside(task: Task, places: Sequence[Place], reading: Reading) -> dict[str, 
 def _made(values: Mapping[str, list[Any]], kinds: Mapping[str, Any]) -> datasets.Dataset:
     features = datasets.Features(dict(kinds))
     table = pa.table(dict(values), schema=features.arrow_schema)
-    # from_dict would pickle and hash the table for a fingerprint: most of the time that a small
-    # site takes to read. encode hashes the contents itself.
+    # from_dict would pickle and hash the table for a fingerprint. A small site would spend most of
+    # its reading time on that, and encode hashes the contents itself.
     return datasets.Dataset(
         InMemoryTable(table),
         info=datasets.DatasetInfo(features=features),
@@ -204,12 +206,12 @@ def _check_mappings(
 
 
 def _readable(task: Task, places: Sequence[Place], *, skip: bool) -> NDArray[np.bool_]:
-    """Which cells can be read; without ``skip`` all can.
+    """Return the mask of cells that can be read; without ``skip``, a bad cell is an error.
 
-    In threads where a modality allows it. Filters of warnings, which scipy's reader needs, are not
-    for threads.
+    Cells are checked in threads if the modality allows it. Warning filters, which scipy's reader
+    needs, do not work in threads.
     """
-    # One task a block, because for small images handing out a task costs more than its work.
+    # One task per block, because for small images starting a task costs more than its work.
     blocks = [places[at : at + AT_ONCE] for at in range(0, len(places), AT_ONCE)]
     with ThreadPoolExecutor(None if task.modality.threads else 1) as pool:
         checked = pool.map(partial(_problems, task), blocks)
@@ -220,7 +222,7 @@ def _readable(task: Task, places: Sequence[Place], *, skip: bool) -> NDArray[np.
 
 
 def _problems(task: Task, places: Sequence[Place]) -> list[DataError | None]:
-    """What is wrong with each of these cells."""
+    """Return the error of each of these cells; None for a good cell."""
     found: list[DataError | None] = []
     for table, row in places:
         try:
@@ -233,7 +235,7 @@ def _problems(task: Task, places: Sequence[Place]) -> list[DataError | None]:
 
 
 def _content_bytes(value: Any) -> bytes:
-    """The bytes of a text or a file; of a list, those of each with its length before it."""
+    """Return the bytes of a text or a file; for a list, those of each item after its length."""
     if isinstance(value, str):
         return value.encode()
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A site's examples for a job: what it trains on, holds out of that, and tests with."""
+"""A site's examples for a job: training, validation and test."""
 
 from dataclasses import dataclass
 
@@ -24,9 +24,9 @@ OVERHEAD = 4096  # bytes of Python objects around the examples of a file
 
 @dataclass(frozen=True)
 class Splits:
-    """A site's examples, each file read when it is first asked for; some splits may be empty.
+    """A site's examples; each file is read when it is first needed. Some splits may be empty.
 
-    They are held in the memory of ``store`` while that has room.
+    The examples stay in the memory of ``store`` while that has room.
     """
 
     config: SiteConfig
@@ -35,21 +35,22 @@ class Splits:
 
     @property
     def train(self) -> Examples:
-        """What the site trains on."""
+        """The examples that the site trains on."""
         return self._of("train")[0]
 
     @property
     def validation(self) -> Examples:
-        """What it holds out of that, or has a file of its own for."""
+        """The examples held out of training, or those of a separate validation file."""
         return self._of("train")[1]
 
     @property
     def test(self) -> Examples:
-        """What no training sees."""
+        """The test examples, which no training sees."""
         return self._of("test")[0]
 
     def _of(self, file: str) -> "_Encoded":
-        # Only these shape examples: another method or number of rounds must not read them again.
+        # Only these sections decide the examples. A job with another method or number of rounds
+        # must not read them again.
         shaping = self.job.model_copy(update={"method": HeadMethod(kind="head")})
         reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
         where = f"{file}\n{self.config.name}\n{self.config.data.model_dump_json()}"
@@ -81,7 +82,7 @@ class Splits:
         return self._encoded_rows(self._rows(path))
 
     def _with_teacher(self, path: str) -> Examples:
-        """The rows of ``path`` with what the site's teacher says of them, where the job has one."""
+        """Return the examples of ``path``, with the teacher's logits if the job distils."""
         rows = self._rows(path, labelled=self.config.data.labelled)
         examples = self._encoded_rows(rows)
         if self.job.training.distillation is None:
@@ -107,11 +108,11 @@ class Splits:
 
 
 class _Encoded(tuple[Examples, ...]):
-    """Examples of one file."""
+    """The examples of one file."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """The size in memory, in bytes."""
         return OVERHEAD + sum(one.nbytes for one in self)
 
 
@@ -120,8 +121,9 @@ def split_validation(
 ) -> tuple[Indices, Indices]:
     """Split the indices of ``labels`` [n] into (train, validation), each sorted, int64.
 
-    Validation has about ``share`` of all examples and of every class (largest remainders, ties by
-    lot), but every class keeps at least one training example, so a tiny set may have none.
+    Validation has about ``share`` of all examples and of every class (largest remainders, ties in
+    random order). But every class keeps at least one training example, so validation may be empty
+    for a tiny set.
     """
     classes, of_class = np.unique(labels, return_inverse=True)
     counts = np.bincount(of_class, minlength=len(classes))

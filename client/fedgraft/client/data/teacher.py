@@ -1,7 +1,7 @@
-"""A teacher at the site: what a larger model, already trained for the labels, says of each example.
+"""A teacher at the site: a larger model, already trained for the labels, gives logits per example.
 
-Its logits are computed once and kept like everything that can be made again; the teacher is then
-let go of. It is the site's own: which one it is, and what it says, never leaves.
+The logits are computed once and cached; then the teacher is released from memory. The teacher is
+the site's own: its name and its logits never leave the site.
 """
 
 import hashlib
@@ -27,10 +27,10 @@ BATCH = 64
 def teacher_logits(
     source: str, dataset: datasets.Dataset, job: Job, *, store: Store, device: torch.device
 ) -> NDArray[np.float32]:
-    """The logits of the teacher ``source`` (as ``backbone.source``), float32 [rows, classes].
+    """Return the logits of teacher ``source`` (as ``backbone.source``), float32 [rows, classes].
 
-    ``dataset`` is as ``read_split`` gives it: the teacher has a tokenizer and image settings of its
-    own.
+    ``dataset`` comes from ``read_split`` and is not encoded: the teacher has a tokenizer and image
+    settings of its own.
 
     Raises:
         BackboneError: there is no such model, or its head does not know the job's labels.

@@ -1,7 +1,7 @@
-"""The doctor's check of the line's rate: a part of a backbone is fetched and forgotten.
+"""The doctor's check of the network rate: it fetches a part of a backbone and discards it.
 
-What is fetched is what a job would have fetched anyway: a backbone that the policy allows. Only the
-way here is measured; on many lines the way out is slower.
+The backbone is one that the policy allows, which a job would fetch in any case. Only the download
+rate is measured; on many lines the upload is slower.
 """
 
 import time
@@ -23,7 +23,7 @@ PATIENCE = 10.0  # seconds
 
 
 def rate(patient: Patient) -> Finding:
-    """Bytes a second from the coordinator, and what a round takes at that rate."""
+    """Measure bytes per second from the coordinator, and the time of a round at that rate."""
     from fedgraft.client.policy.policy_file import load_policy
 
     policy = load_policy(Path(str(patient.config.policy)))
@@ -43,7 +43,7 @@ def rate(patient: Patient) -> Finding:
 
 
 def _measured(stub: BackbonesStub, digests: Iterable[str]) -> tuple[int, float]:
-    """Bytes that came of the first backbone that is offered, and the seconds; 0 without any."""
+    """Return bytes and seconds for the first backbone that the coordinator offers; 0 without."""
     for digest in digests:
         try:
             reply = stub.GetManifest(pb.ManifestRequest(digest=digest), timeout=PATIENCE)
@@ -56,7 +56,7 @@ def _measured(stub: BackbonesStub, digests: Iterable[str]) -> tuple[int, float]:
 
 
 def _first_chunks(manifest: Manifest) -> list[int]:
-    """Indexes of the first chunks, until they are enough."""
+    """Return the indexes of the first chunks that together have ``ENOUGH`` bytes."""
     size, indexes = 0, []
     for index, chunk in enumerate(manifest.chunks):
         if size >= ENOUGH:
@@ -79,12 +79,12 @@ def _fetched(stub: BackbonesStub, digest: str, indexes: list[int]) -> tuple[int,
 
 
 def _round(patient: Patient, most: int) -> tuple[int, str]:
-    """Bytes that leave in a round of the newest job, else the most that may; in words, too."""
+    """Return the bytes that leave in a round of the newest job, else the limit; with words."""
     from fedgraft.client.policy.approvals import Agreements
-    from fedgraft.client.policy.disclosure import Leaving
+    from fedgraft.client.policy.disclosure import Disclosure
 
     newest = Agreements(patient.state / "approvals").newest()
     if newest is None:
         return most, f"the most that may leave in a round, {most / 1e6:g} MB"
-    leaving = Leaving(**newest.leaving)
+    leaving = Disclosure(**newest.leaving)
     return leaving.bytes_per_round, f"in the newest job would leave {leaving.in_words()}"

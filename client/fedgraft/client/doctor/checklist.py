@@ -1,7 +1,7 @@
-"""What a site can find out before it takes part: each check says what it saw and what mends it.
+"""The checks of a site before it takes part: each says what it found, and how to mend it.
 
-The checks are in the order in which a round needs what they look at. One that fails or breaks
-never stops the others; one that needs another that failed is skipped. Nothing is changed.
+A round needs the checked things in the order of the checks. A check that fails or breaks never
+stops the others. A check that needs a failed check is skipped. Nothing is changed.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ __all__ = ["CHECKS", "Check", "Finding", "examine"]
 
 @dataclass(frozen=True)
 class Check:
-    """``look`` is only called when none of ``needs`` failed."""
+    """One check; ``look`` is called only if none of ``needs`` failed or was skipped."""
 
     name: str
     look: Callable[[Patient], Finding]
@@ -51,7 +51,7 @@ CHECKS = (
 
 
 def examine(path: Path, checks: tuple[Check, ...] = CHECKS) -> Iterator[Finding]:
-    """The findings about the site whose ``site.toml`` is at ``path``, as they are made."""
+    """Yield the findings about the site whose ``site.toml`` is at ``path``, as they are made."""
     patient, missing = Patient(path), set[str]()
     for check in checks:
         lacking = [need for need in check.needs if need in missing]
@@ -70,5 +70,5 @@ def _tried(check: Check, patient: Patient) -> Finding:
         return check.look(patient)
     except FedgraftError as error:
         return Finding(check.name, FAIL, str(error), error.hint)
-    except Exception as error:  # its text may hold anything, so only its class is told
+    except Exception as error:  # its text may hold anything, so only its class is shown
         return Finding(check.name, FAIL, f"could not be checked ({type(error).__name__})")

@@ -1,8 +1,8 @@
-"""How much data is in a file, folder or pattern, without knowing any job: counts, no values.
+"""A summary of the data in a file, folder or pattern, without any job: counts, no values.
 
-Names of columns are told only where two of those that a job could ask for are among them. In a CSV
-file without a header the first row would be taken for names; names of label folders and of files
-beside a missing one are not told either.
+Column names are shown only if at least two of them are names that a job could ask for: in a CSV
+file without a header, the first row would be taken for names. Names of label folders, and of files
+beside a missing file, are not shown either.
 """
 
 import os
@@ -17,18 +17,18 @@ from fedgraft.common.tasks import TASKS
 
 __all__ = ["Survey", "survey"]
 
-# What a job calls its columns if it does not say.
+# The default names of a job's columns.
 DEFAULTS = tuple(
     dict.fromkeys(
         key for task in TASKS.values() for key in (task.content, task.beside) if key is not None
     )
 )
-MOST = 20  # names of columns that are told
+MOST = 20  # column names that are shown
 
 
 @dataclass(frozen=True)
 class Survey:
-    """``state`` is ok, warn or fail; ``what`` was seen; ``hint`` is empty where all is well."""
+    """A summary: ``state`` is ok, warn or fail; ``what`` was seen; ``hint`` is empty if ok."""
 
     state: str
     what: str
@@ -37,7 +37,11 @@ class Survey:
 
 @dataclass(frozen=True)
 class _Seen:
-    """Rows of one source; ``columns`` where they are sure to be names; rows that lack a value."""
+    """The counts of one source.
+
+    ``rows`` is the number of rows. ``columns`` are given only if they are certainly names;
+    ``nameless`` says that they are not. ``lacking`` is the number of rows that lack a value.
+    """
 
     rows: int
     columns: tuple[str, ...] = ()
@@ -46,14 +50,14 @@ class _Seen:
 
 
 def survey(place: str, columns: Mapping[str, str]) -> Survey:
-    """Read everything at ``place``, as ``data.train`` of ``site.toml`` names it.
+    """Read everything at ``place``, a path as in ``data.train`` of ``site.toml``.
 
     ``columns`` maps the job's columns to this site's own, as ``data.columns`` does.
     """
     try:
         try:
             sources = find_sources(place)
-        except DataError:  # its hint lists what lies beside, which may be labels
+        except DataError:  # its hint lists names beside it, which may be labels
             return Survey("fail", "is not there", "no such file: mend the path in site.toml")
         seen = [_look(source, columns) for source in sources]
     except DataError as error:
@@ -78,7 +82,7 @@ def _summed(seen: list[_Seen]) -> Survey:
 
 
 def _listed(names: list[str]) -> str:
-    """Names on one line; what a terminal would not show as it is, is escaped."""
+    """Return the names on one line; a name that a terminal would not show as it is, is escaped."""
     shown = [name if name.isprintable() else ascii(name) for name in names[:MOST]]
     return ", ".join(shown) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
 
@@ -92,7 +96,7 @@ def _look(source: Path, columns: Mapping[str, str]) -> _Seen:
 
 
 def _images(paths: Iterable[Path]) -> _Seen:
-    """Count files that may be read; not whether they decode, which takes as long as a round."""
+    """Count files that may be read. Decoding is not tried: it takes as long as a round."""
     paths = list(paths)
     closed = sum(not os.access(path, os.R_OK) for path in paths)
     if not paths:

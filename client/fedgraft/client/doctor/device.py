@@ -1,6 +1,6 @@
-"""The doctor's checks of what computes: the device, and three real steps of training on it.
+"""The doctor's checks of computing: the device, and three real steps of training on it.
 
-The steps go through the code that a round goes through, on the built-in backbone with drawn inputs.
+The steps run the code that a round runs, on the built-in backbone with random inputs.
 """
 
 import re
@@ -32,7 +32,7 @@ JOB = {
 
 
 def device(patient: Patient) -> Finding:
-    """What ``device`` of ``site.toml`` comes to here, and what it can do."""
+    """Report the device that ``device`` of ``site.toml`` selects here, and its abilities."""
     import torch
 
     from fedgraft.common.adapters.model import choose_device
@@ -48,14 +48,14 @@ def device(patient: Patient) -> Finding:
     facts = torch.cuda.get_device_properties(chosen)
     free = torch.cuda.mem_get_info(chosen)[0]
     memory = f"{free / 1e9:.1f} of {facts.total_memory / 1e9:.1f} GB free"
-    # Older cards only emulate it, slower than fp32.
+    # Older cards only emulate bf16, which is slower than fp32.
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
     parts = (facts.name, memory, f"driver {driver or 'unknown'}", half, version)
     return Finding("device", OK, ", ".join(parts))
 
 
 def _driver() -> str:
-    """The version of the NVIDIA driver, as it says itself; empty without one."""
+    """Return the version that the NVIDIA driver reports; empty without a driver."""
     try:
         said = DRIVER.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -65,7 +65,7 @@ def _driver() -> str:
 
 
 def training(patient: Patient) -> Finding:
-    """Three steps of a LoRA adapter with drawn inputs on the site's device."""
+    """Train a LoRA adapter for three steps with random inputs on the site's device."""
     import torch
 
     from fedgraft.common.adapters.model import choose_device
@@ -87,7 +87,7 @@ def training(patient: Patient) -> Finding:
 
 
 def _train(chosen: "torch.device") -> tuple[bool, int]:
-    """Whether training moved the adapter, and the steps it took."""
+    """Return whether training moved the adapter, and the number of steps."""
     import numpy as np
     import torch
 
@@ -115,7 +115,7 @@ def _train(chosen: "torch.device") -> tuple[bool, int]:
 
 
 def _peak(chosen: "torch.device") -> str:
-    """The most memory: of torch on a GPU, else of this whole process."""
+    """Return the peak memory in words: of torch on a GPU, else of this whole process."""
     import torch
 
     if chosen.type == "cuda":

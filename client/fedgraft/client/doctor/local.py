@@ -1,7 +1,7 @@
-"""The doctor's checks of what lies here: files, keys, certificate, data, roster, audit.
+"""The doctor's local checks: files, keys, certificate, data, roster, audit.
 
-Of the data only counts are told, and names of columns where it is sure that they are names: the
-first line of a CSV file without a header is a row.
+Of the data, only counts are shown, and column names if they are certainly names: the first line of
+a CSV file without a header is a row.
 """
 
 import shutil
@@ -28,13 +28,16 @@ from fedgraft.common.federation.federation_file import load_federation
 __all__ = ["FAIL", "OK", "SKIPPED", "WARN", "Finding", "Patient"]
 
 OK, WARN, FAIL, SKIPPED = "ok", "warn", "fail", "skipped"
-UNKNOWN = 1_000_000_000  # bytes that a backbone which is not known yet is given room for
+UNKNOWN = 1_000_000_000  # bytes: the room for a backbone that is not known yet
 SOON = timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: its ``name``, ``state`` (ok, warn, fail, skipped), what was seen, a hint."""
+    """The result of one check.
+
+    ``state`` is ok, warn, fail or skipped; ``what`` was seen; ``hint`` may be empty.
+    """
 
     name: str
     state: str
@@ -43,14 +46,14 @@ class Finding:
 
 
 class Patient:
-    """The site whose ``site.toml`` is at ``path``; what several checks need is found out once."""
+    """The site whose ``site.toml`` is at ``path``; values for several checks are read once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @cached_property
     def config(self) -> SiteConfig:
-        """What ``site.toml`` says."""
+        """The content of ``site.toml``."""
         return load_site(self.path)
 
     @property
@@ -60,7 +63,7 @@ class Patient:
 
     @cached_property
     def member(self) -> Membership:
-        """What ``membership.json`` says."""
+        """The content of ``membership.json``."""
         return load_membership(self.state)
 
     @property
@@ -71,7 +74,7 @@ class Patient:
 
     @property
     def new_kit(self) -> str:
-        """How to get another certificate; keys, audit and what was answered before stay."""
+        """The way to another certificate, in words; keys, audit and earlier answers stay."""
         site = self.member.site
         return (
             f"ask the coordinator for a new kit (fedgraft provision renew {site}), then: "
@@ -81,20 +84,20 @@ class Patient:
 
     @cached_property
     def answers(self) -> list[tuple[float, float]]:
-        """Of each GetTime: how far this clock is ahead of the coordinator's, and the round trip.
+        """For each GetTime: the lead of this clock over the coordinator's, and the round trip.
 
-        Both in seconds; made by the check ``coordinator``.
+        Both are in seconds. The check ``coordinator`` adds them.
         """
         return []
 
 
 def site_file(patient: Patient) -> Finding:
-    """``site.toml`` can be read."""
+    """Check that ``site.toml`` can be read."""
     return Finding("site.toml", OK, f"this is {patient.config.name}")
 
 
 def policy(patient: Patient) -> Finding:
-    """``policy.toml`` can be read."""
+    """Check that ``policy.toml`` can be read."""
     from fedgraft.client.policy.policy_file import load_policy
 
     if patient.config.policy is None:
@@ -104,7 +107,7 @@ def policy(patient: Patient) -> Finding:
 
 
 def rules(patient: Patient) -> Finding:
-    """The policy in plain words."""
+    """Report the policy in plain words."""
     from fedgraft.client.policy.policy_file import load_policy
 
     words = load_policy(Path(str(patient.config.policy))).in_words()
@@ -112,7 +115,7 @@ def rules(patient: Patient) -> Finding:
 
 
 def membership(patient: Patient) -> Finding:
-    """The site has joined, under the name that it has in ``site.toml``."""
+    """Check that the site has joined, under the name that it has in ``site.toml``."""
     member = patient.member
     if member.site != patient.config.name:
         what = f"site.toml says {patient.config.name}, the kit was for {member.site}"
@@ -122,7 +125,7 @@ def membership(patient: Patient) -> Finding:
 
 
 def certificate(patient: Patient) -> Finding:
-    """The certificate is good today, by the pinned CA, and for our key."""
+    """Check that the certificate is valid today, from the pinned CA, and for our key."""
     now, again = datetime.now(UTC), patient.new_kit
     for name in ("certificate.pem", "ca.pem", "tls.key"):
         if not (patient.state / name).exists():
@@ -147,7 +150,7 @@ def certificate(patient: Patient) -> Finding:
 
 
 def keys(patient: Patient) -> Finding:
-    """Private keys are this user's alone (0600), and so is the state folder (0700)."""
+    """Check that only this user may use the private keys (0600) and the state folder (0700)."""
     state, again = patient.state, patient.new_kit
     for path in (state / "identity.pem", state / "tls.key"):
         if not path.exists():
@@ -155,7 +158,7 @@ def keys(patient: Patient) -> Finding:
         if mode := path.stat().st_mode & 0o077:
             what = f"{path} is open to other users (0{0o600 | mode:o})"
             return Finding("keys", FAIL, what, f"chmod 600 {path}")
-    public = load_identity(state).public.hex()  # says what is wrong with them
+    public = load_identity(state).public.hex()  # its error says what is wrong
     load_tls_key(state)
     mode = state.stat().st_mode & 0o777
     if mode & 0o022:
@@ -169,7 +172,7 @@ def keys(patient: Patient) -> Finding:
 
 
 def disk(patient: Patient) -> Finding:
-    """Room for the backbone twice, counting what of it is here; else for one not known yet."""
+    """Check the room for another backbone as large as the largest here, or for an unknown one."""
     state = patient.state
     there = next(folder for folder in (state, *state.parents) if folder.exists())
     free, largest = shutil.disk_usage(there).free, _largest_backbone(state)
@@ -183,7 +186,7 @@ def disk(patient: Patient) -> Finding:
 
 
 def _largest_backbone(state: Path) -> int:
-    """Bytes of the largest backbone that is here, which it lies here once; 0 without any."""
+    """Return the bytes of the largest backbone that is here; 0 without any."""
     manifests = (state / "backbones" / "manifests").glob("*.json")
     return max((Manifest.from_json(path.read_bytes()).size for path in manifests), default=0)
 
@@ -193,7 +196,7 @@ def _gigabytes(size: int) -> str:
 
 
 def roster(patient: Patient) -> Finding:
-    """The fingerprint of what the coordinator says about all sites' keys, for people to compare."""
+    """Report the fingerprint of all sites' keys in the coordinator's roster, for comparison."""
     federation = load_federation(patient.state / "roster.toml")
     own = load_identity(patient.state).public.hex()
     if federation.sites.get(patient.member.site) != own:
@@ -205,7 +208,7 @@ def roster(patient: Patient) -> Finding:
 
 
 def audit(patient: Patient) -> Finding:
-    """Each line of the audit follows from the one before."""
+    """Check that each line of the audit follows from the line before."""
     path = patient.state / "audit.jsonl"
     if not path.exists():
         return Finding("audit", OK, "no line yet")
@@ -213,7 +216,7 @@ def audit(patient: Patient) -> Finding:
 
 
 def data(patient: Patient) -> Finding:
-    """The files of ``site.toml`` can be read: rows of each split, columns."""
+    """Check that the files of ``site.toml`` can be read: rows of each split, columns."""
     from fedgraft.client.doctor.data_summary import survey
 
     said: list[str] = []

@@ -1,7 +1,7 @@
-"""The doctor's checks of the way to the coordinator, one layer after the other, and of its clock.
+"""The doctor's checks of the connection to the coordinator, layer by layer, and of the clock.
 
-Where a proxy is in the way of gRPC, connecting directly says nothing: those layers are then left
-out, and what the coordinator answers through the proxy counts.
+If gRPC goes through a proxy, a direct connection says nothing. The checks of those layers are then
+skipped, and the coordinator's answer through the proxy counts.
 """
 
 import os
@@ -20,7 +20,7 @@ from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 
 __all__ = ["clock", "coordinator", "latency", "name", "proxies", "tcp", "tls"]
 
-AHEAD, BEHIND = 2.0, 60.0  # seconds that a site's clock may be off: Flower refuses requests beyond
+AHEAD, BEHIND = 2.0, 60.0  # seconds that a site's clock may be off; Flower refuses more
 PATIENCE = 10.0  # seconds
 QUESTIONS = 5
 SET_CLOCK = "set the clock: timedatectl set-ntp true (or: chronyc makestep)"
@@ -29,11 +29,11 @@ FOR_HTTPX = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "https_proxy", "http_prox
 # X509_V_ERR_* of OpenSSL, x509_vfy.h
 NOT_YET, EXPIRED = 9, 10
 HOST, ADDRESS = 62, 64
-OTHER_CA = frozenset({2, 7, 18, 19, 20, 21, 30})  # no issuer that is pinned, or not signed by it
+OTHER_CA = frozenset({2, 7, 18, 19, 20, 21, 30})  # the issuer is not pinned, or did not sign it
 
 
 def name(patient: Patient) -> Finding:
-    """The coordinator's name resolves."""
+    """Check that the coordinator's name resolves."""
     host, port = patient.address
     if _proxied(host):
         return Finding("name", SKIPPED, "a proxy resolves it")
@@ -47,7 +47,7 @@ def name(patient: Patient) -> Finding:
 
 
 def tcp(patient: Patient) -> Finding:
-    """The port takes a connection."""
+    """Check that the port accepts a connection."""
     host, port = patient.address
     if _proxied(host):
         return Finding("tcp", SKIPPED, "goes through a proxy")
@@ -63,11 +63,11 @@ def tcp(patient: Patient) -> Finding:
 
 
 def tls(patient: Patient) -> Finding:
-    """The coordinator shows a certificate by the pinned CA, for its name, that is good today."""
+    """Check the coordinator's certificate: by the pinned CA, for its name, valid today."""
     host, port = patient.address
     if _proxied(host):
         return Finding("tls", SKIPPED, "goes through a proxy")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # our certificate is for the next check
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the next check uses our certificate
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_verify_locations(cafile=patient.state / "ca.pem")
@@ -87,7 +87,7 @@ def tls(patient: Patient) -> Finding:
 
 
 def _distrust(error: ssl.SSLCertVerificationError, host: str) -> tuple[str, str]:
-    """Why the coordinator's certificate is not taken, and what to do."""
+    """Return the reason why the coordinator's certificate is refused, and a hint."""
     code = error.verify_code
     if code in OTHER_CA:
         hint = "a proxy opens TLS (have it leave this host alone), or it is another coordinator"
@@ -104,7 +104,7 @@ def _distrust(error: ssl.SSLCertVerificationError, host: str) -> tuple[str, str]
 
 
 def coordinator(patient: Patient) -> Finding:
-    """The coordinator takes our certificate: it answers what it answers members alone."""
+    """Check that the coordinator accepts our certificate: it answers a request only for members."""
     state, member = patient.state, patient.member
     with open_member_channel(state, member.endpoint) as channel:
         stub = services.MembershipStub(channel)
@@ -121,7 +121,10 @@ def coordinator(patient: Patient) -> Finding:
 
 
 def _refusal(error: grpc.RpcError, new_kit: str) -> tuple[str, str]:
-    """What a refused GetTime means. nginx answers HTTP 400 to a certificate it does not accept."""
+    """Return the meaning of a refused GetTime, and a hint.
+
+    nginx answers HTTP 400 to a certificate that it does not accept.
+    """
     status = error.code()
     denied = status in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
     if denied or (status == grpc.StatusCode.INTERNAL and "400" in str(error.details())):
@@ -133,7 +136,7 @@ def _refusal(error: grpc.RpcError, new_kit: str) -> tuple[str, str]:
 
 
 def clock(patient: Patient) -> Finding:
-    """This clock against the coordinator's, by the quickest of the answers."""
+    """Compare this clock with the coordinator's, by the quickest of the answers."""
     off, trip = min(patient.answers, key=lambda one: one[1])
     side = "ahead of" if off > 0 else "behind"
     what = f"{abs(off):.1f} s {side} the coordinator's (± {trip / 2:.2f} s)"
@@ -144,20 +147,20 @@ def clock(patient: Patient) -> Finding:
 
 
 def latency(patient: Patient) -> Finding:
-    """The measured round trip."""
+    """Report the measured round trip."""
     trips = [1000 * trip for _, trip in patient.answers]
     what = f"{statistics.median(trips):.1f} ms there and back"
     return Finding("latency", OK, f"{what} ({min(trips):.1f} to {max(trips):.1f}, {len(trips)}x)")
 
 
 def proxies(patient: Patient) -> Finding:
-    """Proxies in the environment: their variables' names, as their values may hold passwords."""
+    """Report proxies in the environment: only variable names, as values may hold passwords."""
     found = [one for one in dict.fromkeys((*FOR_GRPC, *FOR_HTTPX)) if os.environ.get(one)]
     if not found:
         return Finding("proxies", OK, "none in the environment")
     try:
         host = patient.address[0]
-    except Exception:  # another check says what is wrong with it
+    except Exception:  # another check reports this error
         host = ""
     what = ", ".join(found)
     if host and urllib.request.proxy_bypass(host):
@@ -169,6 +172,6 @@ def proxies(patient: Patient) -> Finding:
 
 
 def _proxied(host: str) -> bool:
-    """Whether gRPC would go through a proxy to ``host``."""
+    """Return whether gRPC would go through a proxy to ``host``."""
     there = any(os.environ.get(one) for one in FOR_GRPC)
     return there and not urllib.request.proxy_bypass(host)

@@ -1,1 +1,1 @@
-"""How a site belongs to a federation: keys, kit, roster, and the backbone it fetches."""
+"""A site's membership in a federation: keys, kit, roster, and the backbone that it fetches."""

@@ -1,8 +1,8 @@
-"""Fetches a backbone from the coordinator: what is missing, verified, in one stream.
+"""Fetch a backbone from the coordinator: the missing chunks, verified, in one stream.
 
-The coordinator is not trusted with the content: the manifest must have the digest that was asked
-for, and a chunk counts only when what lies on disk has its hash. Pieces are written as they come
-and hashed by other threads meanwhile, so nothing but the piece in hand is kept in memory.
+The content from the coordinator is not trusted: the manifest must have the digest that was asked
+for, and a chunk counts only if its bytes on disk have its hash. Pieces are written as they arrive,
+and other threads hash them meanwhile. So only the current piece is kept in memory.
 """
 
 import time
@@ -21,12 +21,12 @@ from fedgraft.common.rpc.fedgraft_v1_pb2_grpc import BackbonesStub
 
 __all__ = ["fetch_backbone"]
 
-HASHING = 2  # threads; either is faster than a stream of Python's gRPC
-UNHASHED = 4  # chunks received and not yet hashed, at most
+HASHING = 2  # threads; each is faster than a stream of Python's gRPC
+UNHASHED = 4  # the most chunks that are received and not yet hashed
 TRIES_OF_A_CHUNK = 3
-WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds, without a new chunk in between
-ANSWER = 60.0  # seconds a manifest may take
-# What a coordinator that starts again, a front that reloads or a line that breaks looks like.
+WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds, while no new chunk arrives
+ANSWER = 60.0  # seconds that a manifest may take
+# Status codes when a coordinator starts again, the proxy before it reloads, or a line breaks.
 PASSING = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.INTERNAL,  # a stream that was reset
@@ -52,21 +52,21 @@ def fetch_backbone(
     allowed: Callable[[Manifest], None] | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
-    """The folder of the backbone ``digest`` in ``store``; what is not there is fetched first.
+    """Return the folder of the backbone ``digest`` in ``store``; fetch missing parts first.
 
-    ``allowed`` sees the manifest before anything is written, and raises to refuse it. ``progress``
-    is told the bytes that are there and verified, and those of the whole.
+    ``allowed`` gets the manifest before anything is written, and raises to refuse it. ``progress``
+    gets the number of bytes that are here and verified, and the number of all bytes.
 
     Raises:
-        BackboneError: the coordinator's manifest is none, or not that of ``digest``.
+        BackboneError: the coordinator's manifest is not valid, or not that of ``digest``.
         TransferError: the coordinator does not answer or has no such backbone, chunks arrive
-            damaged again and again, or the disk has no room. What has come is kept.
-        MessageError: the coordinator sent what was not asked for.
+            damaged again and again, or the disk has no room. Received chunks are kept.
+        MessageError: the coordinator sent data that were not asked for.
         RunError: another process fetches into this store.
     """
     stub = BackbonesStub(channel)
-    line = _Line(sleep)
-    manifest = _known(store, digest) or _ask_manifest(stub, digest, line)
+    backoff = _Backoff(sleep)
+    manifest = _known(store, digest) or _ask_manifest(stub, digest, backoff)
     if allowed is not None:
         allowed(manifest)
     with store.receive(manifest) as receiver, ThreadPoolExecutor(HASHING) as hashers:
@@ -75,19 +75,19 @@ def fetch_backbone(
             try:
                 arrival.take(stub, wanted)
             except grpc.RpcError as error:
-                line.wait_after(error, came=arrival.came())
+                backoff.wait_after(error, came=arrival.came())
     return store.folder(digest)
 
 
-class _Line:
-    """Patience with a line that fails: longer each time, and afresh once something came."""
+class _Backoff:
+    """The waits after failures of a line: longer each time, and short again after progress."""
 
     def __init__(self, sleep: Callable[[float], None]) -> None:
         self._sleep = sleep
         self._waits = iter(WAITS)
 
     def wait_after(self, error: grpc.RpcError, *, came: bool = False) -> None:
-        """Wait before the next try, or raise a TransferError where that would not help."""
+        """Wait before the next try, or raise a TransferError if another try would not help."""
         code = error.code()
         if came:
             self._waits = iter(WAITS)
@@ -99,7 +99,7 @@ class _Line:
 
 
 class _Arrival:
-    """What comes in over one or several streams, and how often a chunk came damaged."""
+    """The chunks from one or several streams, with a count of damaged arrivals of each."""
 
     def __init__(
         self, receiver: Receiver, hashers: ThreadPoolExecutor, progress: Progress | None
@@ -109,12 +109,12 @@ class _Arrival:
         self._had = receiver.done
 
     def came(self) -> bool:
-        """Whether anything was verified since this was last asked."""
+        """Return whether anything was verified since the last call."""
         had, self._had = self._had, self._receiver.done
         return self._had > had
 
     def take(self, stub: BackbonesStub, wanted: Sequence[int]) -> None:
-        """Ask for the chunks ``wanted``, write them as they come, and count the good ones."""
+        """Ask for the chunks ``wanted``, write them as they arrive, and count the good ones."""
         hashing: deque[tuple[int, Future[bool]]] = deque()
         stream = stub.GetChunks(
             rpc.ChunksRequest(digest=self._receiver.manifest.digest, indexes=wanted)
@@ -133,7 +133,7 @@ class _Arrival:
     def _write(self, stream: Iterator[rpc.Chunk], index: int) -> None:
         offset = 0
         for piece in stream:
-            data = piece.data  # a copy each time it is asked for
+            data = piece.data  # each access makes a copy
             if piece.index != index or not data:
                 raise MessageError(f"chunk {index} was expected")
             self._receiver.write(index, offset, data)
@@ -158,19 +158,19 @@ class _Arrival:
 
 
 def _known(store: BlobStore, digest: str) -> Manifest | None:
-    """The manifest if it is here: then a backbone that is complete needs no coordinator."""
+    """Return the manifest if it is here: a complete backbone then needs no coordinator."""
     try:
         return store.manifest(digest)
     except BackboneError:
         return None
 
 
-def _ask_manifest(stub: BackbonesStub, digest: str, line: _Line) -> Manifest:
+def _ask_manifest(stub: BackbonesStub, digest: str, backoff: _Backoff) -> Manifest:
     while True:
         try:
             reply = stub.GetManifest(rpc.ManifestRequest(digest=digest), timeout=ANSWER)
         except grpc.RpcError as error:
-            line.wait_after(error)
+            backoff.wait_after(error)
             continue
         manifest = Manifest.from_json(reply.manifest)
         if manifest.digest != digest:

@@ -1,4 +1,4 @@
-"""Have what a job needs before it is opened: the backbone, fetched once from the coordinator."""
+"""Fetch a job's backbone once from the coordinator, before the job is opened."""
 
 import logging
 import time
@@ -23,13 +23,13 @@ def ensure_backbone(job: Job, state: Path) -> None:
     """Fetch the job's backbone, if it names one by its manifest and it is not here yet.
 
     Raises:
-        FedgraftError: it cannot be fetched; what has come is kept.
+        FedgraftError: it cannot be fetched; received chunks are kept.
     """
     source = job.backbone.source
     if not source.startswith(KIND):
         return
     store, digest = open_store(), source.removeprefix(KIND)
-    with suppress(BackboneError):  # it is not here
+    with suppress(BackboneError):  # the backbone is not here
         if store.complete(store.manifest(digest)):
             return
     member = load_membership(state)
@@ -38,7 +38,7 @@ def ensure_backbone(job: Job, state: Path) -> None:
 
 
 class _Progress:
-    """A line now and then, with the rate and the time left."""
+    """Logs a line every few seconds, with the rate and the time left."""
 
     def __init__(self) -> None:
         self._began = self._said = time.monotonic()

@@ -1,7 +1,7 @@
-"""What this site has as a member of a federation: a key made here, and a certificate for it.
+"""The credentials of this site in a federation: a key that was made here, and its certificate.
 
-All of it is in the site's state folder. ``join.py`` makes it from a kit; ``renew`` is what the
-running agent does from time to time, as is ``refresh_roster`` of ``roster.py``.
+They are in the site's state folder. ``join.py`` makes them from a kit. The running agent calls
+``renew``, and ``refresh_roster`` of ``roster.py``, from time to time.
 """
 
 import json
@@ -33,8 +33,8 @@ __all__ = [
     "set_aside",
 ]
 
-TIMEOUT = 30.0  # seconds for one question
-SHARE = 2 / 3  # of a certificate's life, after which it is renewed
+TIMEOUT = 30.0  # seconds for one request
+SHARE = 2 / 3  # of a certificate's life; after it, the certificate is renewed
 HINTS = {
     "token-used": "the kit was used before: if not by you, tell the coordinator at once; if your "
     "own try was cut short, have it renewed",
@@ -50,7 +50,7 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Membership:
-    """Facts of ``membership.json`` and where the rest is; nothing in it is secret."""
+    """The facts in ``membership.json``; none of them is secret."""
 
     federation: str
     site: str
@@ -60,7 +60,7 @@ class Membership:
 
 
 def load_membership(state: Path) -> Membership:
-    """The membership in the folder ``state``.
+    """Return the membership in the folder ``state``.
 
     Raises:
         InputError: this site has not joined.
@@ -76,10 +76,10 @@ def load_membership(state: Path) -> Membership:
 
 
 def load_tls_key(state: Path) -> EllipticCurvePrivateKey:
-    """The site's P-256 key.
+    """Return the site's P-256 key.
 
     Raises:
-        InputError: it is missing, or others may read it.
+        InputError: the key is missing, or others may read it.
     """
     path = state / "tls.key"
     try:
@@ -93,21 +93,21 @@ def load_tls_key(state: Path) -> EllipticCurvePrivateKey:
 
 
 def keep_membership(state: Path, member: Membership) -> None:
-    """Write ``membership.json``: with it the site has joined."""
+    """Write ``membership.json``; from then on, the site has joined."""
     write_text(state / "membership.json", json.dumps(asdict(member), indent=1) + "\n")
 
 
 def set_aside(state: Path) -> str:
-    """The command after which a site can join again.
+    """Return the shell command after which a site can join again.
 
-    The state folder itself stays: in it is what the site has answered, which it must not forget.
+    The state folder itself stays: it has the record of the site's answers, which must not be lost.
     """
     path = state / "membership.json"
     return f"mv {path} {path}.old"
 
 
 def open_member_channel(state: Path, endpoint: str) -> grpc.Channel:
-    """A channel to the coordinator's services with this site's certificate."""
+    """Return a channel to the coordinator's services with this site's certificate."""
     return open_channel(
         endpoint,
         ca=(state / "ca.pem").read_bytes(),
@@ -117,7 +117,7 @@ def open_member_channel(state: Path, endpoint: str) -> grpc.Channel:
 
 
 def renewal_due(state: Path, now: datetime) -> bool:
-    """Whether two thirds of the certificate's life are behind us."""
+    """Return whether two thirds of the certificate's life are over."""
     pem = (state / "certificate.pem").read_bytes()
     start, end = begins(pem), expires(pem)
     return now >= start + timedelta(seconds=SHARE * (end - start).total_seconds())
@@ -140,7 +140,7 @@ def renew(member: Membership, state: Path) -> None:
 
 
 def ask(method: Callable[..., Any], request: Any) -> Any:
-    """What the coordinator answers; its words are codes, and only those we know are shown."""
+    """Return the coordinator's answer. Its error texts are codes; only known ones are shown."""
     try:
         return method(request, timeout=TIMEOUT)
     except grpc.RpcError as error:

@@ -17,7 +17,7 @@ FILE = "identity.pem"
 
 
 def make_identity(state: Path) -> Identity:
-    """The identity in the folder ``state``; a new one if there is none yet.
+    """Return the identity in the folder ``state``; make one if there is none yet.
 
     Raises:
         InputError: the file there is no private key, or others may read it.
@@ -35,7 +35,7 @@ def make_identity(state: Path) -> Identity:
 
 
 def load_identity(state: Path) -> Identity:
-    """The identity in the folder ``state`` (PKCS #8 in PEM, mode 0600).
+    """Return the identity in the folder ``state`` (PKCS #8 in PEM, mode 0600).
 
     Raises:
         InputError: there is none, it is no Ed25519 private key, or others may read it.

@@ -1,4 +1,4 @@
-"""Joining: a kit becomes a membership. The keys are made here, and only public ones leave."""
+"""Join a federation with a kit. The keys are made here, and only public keys leave."""
 
 import os
 from dataclasses import dataclass
@@ -33,21 +33,21 @@ __all__ = ["Joined", "join"]
 
 @dataclass(frozen=True)
 class Joined:
-    """What came of it; ``strangers`` are sites in the roster that the kit does not name."""
+    """The result of joining; ``strangers`` are sites in the roster that the kit does not name."""
 
     membership: Membership
     strangers: list[str]
 
 
 def join(kit: Kit, state: Path, now: datetime) -> Joined:
-    """Make keys here, have the coordinator certify them, and keep what it gives.
+    """Make keys here, have the coordinator certify them, and keep the coordinator's answer.
 
-    If it fails, nothing but the keys is left, which the next try uses. A try that is cut short
-    after the coordinator has answered has used the kit up: it has to be renewed there.
+    If joining fails, only the keys are left, and the next try uses them. If a try is interrupted
+    after the coordinator has answered, the kit is used up: the coordinator must renew it.
 
     Raises:
         FedgraftError: the coordinator cannot be reached, or refuses.
-        InputError: the site has joined already, or what the coordinator gave is not for us.
+        InputError: the site has joined already, or the coordinator's answer is not for us.
     """
     if (state / "membership.json").exists():
         hint = f"to join again with a new kit: {set_aside(state)}"
@@ -82,5 +82,5 @@ def join(kit: Kit, state: Path, now: datetime) -> Joined:
     write_text(state / "certificate.pem", reply.certificate.decode())
     keep_roster(state, federation)
     member = Membership(kit.federation, kit.site, kit.endpoint, fingerprint(ca), kit.sites)
-    keep_membership(state, member)  # last: with it the site has joined
+    keep_membership(state, member)  # last: the site has then joined
     return Joined(member, strangers)

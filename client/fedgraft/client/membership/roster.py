@@ -1,11 +1,11 @@
-"""Whose keys this site takes for true: the coordinator's roster, and what is accepted of it.
+"""The keys that this site trusts: the coordinator's roster, and the accepted part of it.
 
-The first key of a site is trusted as the coordinator gives it ("trust on first use"): one that
-lies from the start could put keys of its own in a partner's place and see more than sums. So the
-officers of all sites compare ``roster_fingerprint`` with each other by another way, once and
-whenever a site joins. After that it cannot lie: a key once taken is in ``known.json`` for good,
-also while its site is not in the roster, and only a person's ``admit`` changes it. A site that
-neither the kit nor a person has named is not taken at all.
+The first key of a site is trusted as the coordinator gives it ("trust on first use"). A coordinator
+that lies from the start could put keys of its own in a partner's place and see more than sums.
+Therefore the officers of all sites compare ``roster_fingerprint`` with each other over another
+channel, once and whenever a site joins. After that, the coordinator cannot lie: an accepted key
+stays in ``known.json`` forever, even while its site is not in the roster, and only a person's
+``admit`` changes it. A site that neither the kit nor a person has named is not accepted at all.
 """
 
 import hashlib
@@ -42,10 +42,10 @@ KEY = r"[0-9a-f]{64}"
 
 @dataclass(frozen=True)
 class Trust:
-    """What a roster must not contradict.
+    """The facts that a roster must not contradict.
 
-    ``site`` and its ``key`` (hex) are this site's own, ``named`` are the sites it agreed to,
-    ``known`` the keys it has taken, ``floor`` that of its kit.
+    ``site`` and its ``key`` (hex) are this site's own. ``named`` are the sites that it agreed to,
+    ``known`` are the keys that it accepted, and ``floor`` is that of its kit.
     """
 
     site: str
@@ -56,18 +56,18 @@ class Trust:
 
 
 def roster_fingerprint(federation: Federation) -> str:
-    """SHA-256 (hex) of the roster as every site keeps it: what partners compare by another way."""
+    """Return SHA-256 (hex) of the roster as every site keeps it, for partners to compare."""
     return hashlib.sha256(_text(federation).encode()).hexdigest()
 
 
 def refresh_roster(state: Path) -> Federation:
-    """Take the keys of sites that joined since, and leave out those that left.
+    """Take the keys of sites that joined since, and remove the keys of sites that left.
 
     Raises:
         FedgraftError: the coordinator cannot be reached, or refuses.
-        InputError: the roster is not one that this site can accept; the one it has stays.
+        InputError: this site cannot accept the roster; it keeps the roster that it has.
     """
-    member = load_membership(state)  # anew: a person may have admitted a site meanwhile
+    member = load_membership(state)  # read again: a person may have admitted a site
     with open_member_channel(state, member.endpoint) as channel:
         reply = ask(services.MembershipStub(channel).GetRoster, pb.RosterRequest())
     before = load_federation(state / FILE)
@@ -89,10 +89,10 @@ def refresh_roster(state: Path) -> Federation:
 
 
 def accept(roster: bytes, trust: Trust) -> tuple[Federation, list[str]]:
-    """The part of a roster that is of sites this one agreed to, and the names of others in it.
+    """Return the roster of the sites that this site agreed to, and the names of other sites in it.
 
     Raises:
-        InputError: it contradicts what this site trusts.
+        InputError: the roster contradicts the facts that this site trusts.
     """
     text = roster.decode("utf-8", errors="replace")
     federation = parse_federation(text, "the coordinator's roster")
@@ -117,24 +117,24 @@ def accept(roster: bytes, trust: Trust) -> tuple[Federation, list[str]]:
 
 
 def keep_roster(state: Path, federation: Federation) -> None:
-    """Write what was accepted; what is written already is left alone."""
+    """Write the accepted roster; a file that has this content already is not written again."""
     path = state / FILE
     known = {**_known(state, None), **federation.sites}
     if known != _known(state, None):
-        _write_known(state, known)  # first: a key that is in use is known
+        _write_known(state, known)  # first, so that every key in use is known
     if not path.exists() or path.read_text(encoding="utf-8") != _text(federation):
         write_text(path, _text(federation))
 
 
 def admit(state: Path, name: str, key: str = "") -> None:
-    """A person's word: ``name`` may be in the roster, with this ``key`` (hex) and no other.
+    """Record a person's decision: ``name`` may be in the roster, only with this ``key`` (hex).
 
-    Without a key, the next one that the coordinator gives is taken, whatever was known before.
-    It is in the audit first: what cannot be recorded is not decided.
+    Without a key, the next key that the coordinator gives is accepted, even if another was known
+    before. The decision is recorded in the audit first: without a record, nothing is decided.
 
     Raises:
-        AuditError: it cannot be recorded.
-        InputError: this site has not joined, it is this site's own name, or the key is none.
+        AuditError: the decision cannot be recorded.
+        InputError: this site has not joined, ``name`` is its own name, or the key is not valid.
     """
     member = load_membership(state)
     if name == member.site or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
@@ -151,10 +151,10 @@ def admit(state: Path, name: str, key: str = "") -> None:
 
 
 def _known(state: Path, roster: Federation | None) -> dict[str, str]:
-    """Every key that was ever taken; those of the ``roster`` where nothing was noted yet.
+    """Return every key that was ever accepted; those of ``roster`` if none was noted yet.
 
     Raises:
-        InputError: the file is damaged: to go on without would be to trust anybody anew.
+        InputError: the file is damaged. Without it, the site would trust any key as a first one.
     """
     path = state / KNOWN
     if not path.exists():
@@ -173,11 +173,11 @@ def _write_known(state: Path, known: dict[str, str]) -> None:
 
 
 def _text(federation: Federation) -> str:
-    """The same text at every site that has the same keys."""
+    """Return a text that is the same at every site with the same keys."""
     ordered = {name: federation.sites[name] for name in federation.names}
     return dump_federation(_with_sites(federation, ordered))
 
 
 def _with_sites(federation: Federation, sites: dict[str, str]) -> Federation:
-    # made anew: a copy would keep the ids that were worked out for the sites of before
+    # A new object: a copy would keep the ids that were computed for the earlier sites.
     return Federation(secure_aggregation=federation.secure_aggregation, sites=sites)

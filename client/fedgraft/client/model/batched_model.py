@@ -1,10 +1,10 @@
-"""One frozen backbone with the adapters of several sites: one pass trains all of them.
+"""A stack: one frozen backbone with the adapters of several sites, which one pass trains.
 
-A stack is the twin of a peft model: it shares the frozen tensors, and only the modules that peft
-put in are replaced by ones that hold K values of each parameter, one a site. A batch is
-[K x R, ...]: R rows of each site, site after site. Frozen layers see one large batch, a low-rank
-path is a batched matrix product. The code of the backbone is untouched. With K = 1 it is what a
-site runs.
+A stack is the twin of a peft model and shares its frozen tensors. Only the modules that peft
+inserted are replaced: the new ones hold K values of each parameter, one for each site. A batch is
+[K x R, ...]: R rows of each site, site after site. Frozen layers see one large batch; a low-rank
+path is a batched matrix product. The code of the backbone stays unchanged. A real site runs a stack
+with K = 1.
 """
 
 import copy
@@ -37,17 +37,18 @@ if TYPE_CHECKING:
 __all__ = ["Stack", "check_stacking", "close_stacks", "open_stack"]
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Where another attention than the model's own choice is faster (docs/results.md): on a CPU the
-# backward pass of fused attention takes half of a bf16 step.
+# Attention that is faster than the model's own choice (docs/results.md): on a CPU, the backward
+# pass of fused attention takes half of a bf16 step.
 ATTENTION = {("cpu", "bf16"): "eager"}
-AGREEMENT = 1e-3  # of logits around 1; rows that mix between sites differ by far more
+AGREEMENT = 1e-3  # for logits around 1; if rows of sites mix, they differ by far more
 
 
 @dataclass
 class Stack:
-    """``model`` computes with whatever adapters were ``put`` last; ``bench`` is what it twins.
+    """A frozen backbone with stacked adapters.
 
-    Frozen linear layers have ``bits`` (0: as they were).
+    ``model`` computes with the adapters that were ``put`` last. It is the twin of the model of
+    ``bench``. Frozen linear layers have ``bits`` bits (0: they are not quantised).
     """
 
     bench: Workbench
@@ -61,13 +62,14 @@ class Stack:
 
     @property
     def objective(self) -> Objective:
-        """How predictions of the job's task are compared with targets."""
+        """The objective of the job's task, which compares predictions with targets."""
         return OBJECTIVES[self.bench.task.target]
 
     def put(self, trained: Layout, flat: torch.Tensor) -> list[torch.Tensor]:
-        """Compute with ``flat``, float32 [sites, trained.size]; all other tensors are initial.
+        """Compute with ``flat``, float32 [sites, trained.size]; other tensors get initial values.
 
-        Nothing is copied: the modules hold views, which are returned in the order of ``trained``.
+        Nothing is copied: the modules hold views of ``flat``. Return these views in the order of
+        ``trained``.
         """
         sites = len(flat)
         self.randomness.sites = sites
@@ -81,7 +83,7 @@ class Stack:
             value = flat[:, where].view(sites, *self.fixed[name].shape[1:])
             views[name] = module.values[attribute] = value
         for name, shape in zip(trained.names, trained.shapes, strict=True):
-            if name not in views:  # what travels beside the adapter: no module computes with it
+            if name not in views:  # it travels beside the adapter: no module computes with it
                 views[name] = flat[:, trained.slices[name]].view(sites, *shape)
         return [views[name] for name in trained.names]
 
@@ -90,11 +92,11 @@ class Stack:
         self.put(trained, torch.from_numpy(np.ascontiguousarray(vector))[None].to(self.device))
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits, float32 [sites x rows, classes], or whatever else the model predicts."""
+        """Return logits, float32 [sites x rows, classes], or the objective's other predictions."""
         return self.objective.predicted(self.model(**self.ready(inputs)), self.model)
 
     def ready(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``inputs`` on the device, and what is not an index in the backbone's dtype."""
+        """Return ``inputs`` on the device, floating-point tensors in the backbone's dtype."""
         return {
             key: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
             for key, value in inputs.items()
@@ -102,12 +104,12 @@ class Stack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the frozen backbone computes in."""
+        """The dtype that the frozen backbone computes in."""
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
 
 def open_stack(job: Job, *, device: str = "cpu") -> Stack:
-    """The stack for ``job`` on ``device``; the same object for the same backbone and method.
+    """Return the stack for ``job`` on ``device``; the same object for the same backbone and method.
 
     Raises:
         FedgraftError: as ``open_workbench``.
@@ -122,7 +124,7 @@ def _open(shaping: str, precision: str, device: str) -> Stack:
 
 
 def close_stacks() -> None:
-    """Let go of all stacks and workbenches, where another backbone needs their memory."""
+    """Release all stacks and workbenches, because another backbone needs their memory."""
     _open.cache_clear()
     close_workbenches()
 
@@ -133,7 +135,7 @@ def _build(bench: Workbench, device: torch.device, precision: str, bits: int) ->
     if attention := ATTENTION.get((device.type, precision)):
         model.set_attn_implementation(attention)
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # of keys and values, for generation: here each row is whole
+        model.config.use_cache = False  # of keys and values, for generation; rows are complete here
     randomness = Randomness()
     modules = _replace_adapters(model, bench.layout.of_model, randomness)
     _seed_head_dropout(model, randomness)
@@ -151,9 +153,9 @@ def _build(bench: Workbench, device: torch.device, precision: str, bits: int) ->
 
 
 def _twin(model: Any, device: torch.device, dtype: torch.dtype, bits: int) -> Any:
-    """A copy of the module tree on the same tensors, or on converted or quantised ones.
+    """Copy the module tree; the copy has the same tensors, or converted or quantised ones.
 
-    Batch norm stays in float32, for its running statistics are.
+    Batch norm stays in float32, because its running statistics are in float32.
     """
     exact = {
         id(tensor)
@@ -161,7 +163,7 @@ def _twin(model: Any, device: torch.device, dtype: torch.dtype, bits: int) -> An
         if isinstance(module, BATCH_NORM)
         for tensor in module.parameters(recurse=False)
     }
-    # deepcopy puts what it finds here in the place of what has that id.
+    # deepcopy replaces an object by the value that this dictionary has for the object's id.
     memo: dict[int, Any] = dict(quantized_layers(model, bits, device, dtype)) if bits else {}
     replaced = {id(p) for m in model.modules() if id(m) in memo for p in m.parameters()}
     for parameter in model.parameters():
@@ -178,7 +180,7 @@ def _twin(model: Any, device: torch.device, dtype: torch.dtype, bits: int) -> An
 def _replace_adapters(
     model: nn.Module, layout: Layout, randomness: Randomness
 ) -> dict[str, tuple[Stacked, str]]:
-    """Put stacked modules in the place of peft's; which holds each tensor of ``layout``."""
+    """Replace peft's modules by stacked ones; return module and attribute of each tensor."""
     found: dict[str, tuple[str, str]] = {}
     for name in layout.names:
         path = name.removeprefix(OUTER)
@@ -192,7 +194,7 @@ def _replace_adapters(
     heads = {found[name][0] for name in layout.names if is_head(name)}
     made: dict[str, Stacked] = {}
     paths = dict.fromkeys(path for path, _ in found.values())
-    for path in sorted(paths, key=lambda path: -path.count(".")):  # what is inside others first
+    for path in sorted(paths, key=lambda path: -path.count(".")):  # inner modules first
         made[path] = stacked_module(model.get_submodule(path), randomness, head=path in heads)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made[path])
@@ -200,7 +202,7 @@ def _replace_adapters(
 
 
 def _unwrap_heads(model: nn.Module) -> None:
-    """Put the trainable copy of each head in the place of peft's wrapper around it."""
+    """Replace peft's wrapper around each head by the trainable copy inside it."""
     for name, child in list(model.named_modules()):
         if (copies := getattr(child, "modules_to_save", None)) is not None:
             parent, _, leaf = name.rpartition(".")
@@ -208,7 +210,7 @@ def _unwrap_heads(model: nn.Module) -> None:
 
 
 def _seed_head_dropout(model: Any, randomness: Randomness) -> None:
-    """Put seeded dropout in the place of every dropout of the head: all outside the body."""
+    """Replace every dropout of the head, which is all outside the body, by seeded dropout."""
     bodies = tuple(f"{name}." for name in body_names(model))
     for name, module in list(model.named_modules()):
         inside = f"{name}.".startswith(bodies)
@@ -218,10 +220,10 @@ def _seed_head_dropout(model: Any, randomness: Randomness) -> None:
 
 
 def check_stacking(stack: Stack, inputs: dict[str, torch.Tensor]) -> None:
-    """Check that rows of one site never meet another's: two sites stacked, and each alone.
+    """Check that rows of different sites never mix: compare two stacked sites with each alone.
 
-    ``inputs`` are a few rows. A backbone that adapts something without a batch dimension, such as
-    a table of positions, cannot be stacked.
+    ``inputs`` are a few rows. A backbone that adapts a tensor without a batch dimension, such as a
+    table of positions, cannot be stacked.
 
     Raises:
         InputError: the backbone mixes sites.
@@ -241,7 +243,7 @@ def check_stacking(stack: Stack, inputs: dict[str, torch.Tensor]) -> None:
         stack.put(layout, torch.from_numpy(adapters).to(stack.device))
         try:
             together = stack.logits(twice)
-        except RuntimeError:  # what has no batch dimension can seldom be cut into sites at all
+        except RuntimeError:  # a tensor without a batch dimension can seldom be split into sites
             together = torch.full_like(torch.cat(alone), torch.nan)
     difference = (together - torch.cat(alone)).abs().max() / (1 + together.abs().max())
     if not float(difference) < (0.1 if stack.dtype == torch.bfloat16 else AGREEMENT):

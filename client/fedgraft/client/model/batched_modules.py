@@ -1,7 +1,7 @@
-"""The modules of a stack: each holds K values of its parameters, one a site.
+"""The modules of a stack: each holds K values of its parameters, one for each site.
 
-Inputs and outputs are [K x R, ...], the R rows of one site after the other's. ``values`` maps a
-parameter's name to a tensor [K, *shape]; whoever owns the stack sets it.
+Inputs and outputs are [K x R, ...]: R rows of each site, site after site. ``values`` maps a
+parameter's name to a tensor [K, *shape]; the owner of the stack sets it.
 """
 
 from typing import Any
@@ -19,11 +19,11 @@ from fedgraft.common.errors import AdapterError
 
 __all__ = ["MAGNITUDE", "Stacked", "stacked_module"]
 
-MAGNITUDE = "lora_magnitude_vector"  # as peft calls DoRA's
+MAGNITUDE = "lora_magnitude_vector"  # peft's name for the magnitude of DoRA
 
 
 class Stacked(nn.Module):
-    """Something with K values of each parameter, in the place of the module ``base``."""
+    """A module with K values of each parameter, in the place of the module ``base``."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Stacked(nn.Module):
         self.values: dict[str, torch.Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
-        """Of the module replaced, where a model looks at its layers, say for their dtype."""
+        """Return an attribute of the replaced module: a model may read, say, a layer's dtype."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -39,7 +39,7 @@ class Stacked(nn.Module):
 
 
 class StackedLinearLora(Stacked):
-    """A frozen layer and a low-rank path beside it: y + scaling * B A drop(x), by site.
+    """A frozen layer with a low-rank path for each site: y + scaling * B A drop(x).
 
     Hu et al. 2022, "LoRA". A is [K, rank, in], B [K, out, rank].
     """
@@ -49,12 +49,12 @@ class StackedLinearLora(Stacked):
         self.scaling, self.dropout = scaling, dropout
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [K x R, ..., in] to [K x R, ..., out], in the dtype of ``x``."""
+        """Map ``x`` [K x R, ..., in] to [K x R, ..., out], in the dtype of ``x``."""
         result: torch.Tensor = self.base(x)
         return result + self.low_rank(self.dropout(x), self.values)
 
     def low_rank(self, x: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """scaling * B A x, [K x R, ..., out]."""
+        """Return scaling * B A x, [K x R, ..., out]."""
         a, b = (values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
         if len(a) == 1:
             return functional.linear(functional.linear(x, a[0]), b[0]) * self.scaling
@@ -64,9 +64,10 @@ class StackedLinearLora(Stacked):
 
 
 class StackedConvLora(Stacked):
-    """A frozen convolution and a low-rank one beside it, by site.
+    """A frozen convolution with a low-rank convolution for each site.
 
-    A is [K, rank, in, height, width] with the frozen one's stride, B [K, out, rank, 1, 1].
+    A is [K, rank, in, height, width] and has the stride of the frozen convolution; B is
+    [K, out, rank, 1, 1].
     """
 
     def __init__(self, base: nn.Module, like: nn.Conv2d, scaling: float, dropout: SiteDropout):
@@ -75,12 +76,12 @@ class StackedConvLora(Stacked):
         self.geometry: tuple[Any, ...] = (like.stride, like.padding, like.dilation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [K x R, in, height, width] to [K x R, out, ...]."""
+        """Map ``x`` [K x R, in, height, width] to [K x R, out, ...]."""
         result: torch.Tensor = self.base(x)
         return result + self.low_rank(self.dropout(x), self.values)
 
     def low_rank(self, x: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """scaling * B * A * x, [K x R, out, ...]."""
+        """Return scaling * B * A * x, [K x R, out, ...]."""
         a, b = (values[name].to(x.dtype) for name in ("lora_A", "lora_B"))
         parts = [
             functional.conv2d(functional.conv2d(part, one, None, *self.geometry), other)
@@ -90,25 +91,25 @@ class StackedConvLora(Stacked):
 
 
 class StackedDora(Stacked):
-    """A frozen layer whose weight is given a new direction and a new magnitude, by site.
+    """A frozen layer whose weight gets a new direction and a new magnitude for each site.
 
     Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation" (ICML): each output's row of
-    W + scaling * B A is divided by its norm and multiplied by what trains, the magnitude m:
+    W + scaling * B A is divided by its norm and multiplied by the trained magnitude m:
 
         y = m / |W + s B A| * (W + s B A) x + bias
 
-    As there (section 4.3) the norm takes no part in the gradient. ``path`` is the low-rank path
-    around ``base``; m is [K, out], or [K, 1, out, 1, 1] of a convolution. With dropout the change
-    acts on what was kept and the frozen layer on everything, as in peft.
+    As in the paper (section 4.3), no gradient flows through the norm. ``path`` is the low-rank path
+    around ``base``. m is [K, out], or [K, 1, out, 1, 1] for a convolution. The change acts on the
+    input after dropout, and the frozen layer on the whole input, as in peft.
     """
 
     def __init__(self, base: nn.Module, path: "StackedLinearLora | StackedConvLora") -> None:
         super().__init__(base)
         self.path = path
-        self.squares = (self._rows() ** 2).sum(-1)  # of the frozen rows, [out]: always the same
+        self.squares = (self._rows() ** 2).sum(-1)  # of the frozen rows, [out]: they never change
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [K x R, ..., in] or [K x R, in, height, width], as of the frozen layer."""
+        """Map ``x`` [K x R, ..., in] or [K x R, in, height, width], as the frozen layer does."""
         result: torch.Tensor = self.base(x)
         kept = self.path.dropout(x)
         plain = result if kept is x else self.base(kept)
@@ -125,10 +126,10 @@ class StackedDora(Stacked):
         return result + ((scale - 1) * plain + scale * low).view(result.shape)
 
     def _scale(self) -> torch.Tensor:
-        """What each output is multiplied by, float32 [K, out].
+        """Return the factor of each output, float32 [K, out].
 
-        |w + s b A|^2 = |w|^2 + 2 s b A w + s^2 b A A' b' for the rows w of W and b of B: without a
-        matrix as large as W for each site.
+        |w + s b A|^2 = |w|^2 + 2 s b A w + s^2 b A A' b' for the rows w of W and b of B. This
+        formula needs no matrix as large as W for each site.
         """
         weight, s = self._rows(), self.path.scaling
         with torch.no_grad():
@@ -139,17 +140,17 @@ class StackedDora(Stacked):
         return self.values[MAGNITUDE].flatten(1) / norm
 
     def _rows(self) -> torch.Tensor:
-        """The frozen weights of each output, float32 [out, in]."""
+        """Return the frozen weights of each output, float32 [out, in]."""
         frozen: torch.Tensor = self.base.weight  # type: ignore[assignment]
         rows = frozen.T if isinstance(self.base, Conv1D) else frozen.flatten(1)
         return rows.detach().float()
 
 
 class StackedModule(Stacked):
-    """A module some or all of whose own parameters train: K of it.
+    """K versions of a module that has trained parameters of its own, all or some of them.
 
-    Part of a ``head`` computes in float32, as heads are kept; what is inside the backbone in the
-    dtype of that, and it gives what it was given.
+    A part of a ``head`` computes in float32, the dtype in which heads are kept. A module inside the
+    backbone computes in the backbone's dtype, and its output has the dtype of its input.
     """
 
     def __init__(self, base: nn.Module, *, head: bool) -> None:
@@ -157,7 +158,10 @@ class StackedModule(Stacked):
         self.head = head
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """``x`` [K x R, ...] through each site's own; more arguments only where K = 1."""
+        """Apply each site's own version to its rows of ``x`` [K x R, ...].
+
+        More arguments are possible only if K = 1.
+        """
         values = self._converted()
         sites = len(next(iter(values.values())))
         if self.head:
@@ -182,7 +186,7 @@ class StackedModule(Stacked):
         return {name: value.to(frozen[name].dtype) for name, value in self.values.items()}
 
     def _linear(self, x: torch.Tensor, values: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The same as K linear layers, in two kernels; one of weight and bias may be frozen."""
+        """Compute K linear layers in two kernels; one of weight and bias may be frozen."""
         sites, frozen = len(next(iter(values.values()))), dict(self.base.named_parameters())
         weight, bias = values.get("weight"), values.get("bias")
         bias = frozen["bias"][None] if bias is None and "bias" in frozen else bias
@@ -196,10 +200,10 @@ class StackedModule(Stacked):
 
 
 def stacked_module(module: nn.Module, randomness: Randomness, *, head: bool = False) -> Stacked:
-    """What takes the place of ``module``, one of peft's layers or a part of a head.
+    """Return the replacement of ``module``, one of peft's layers or a part of a head.
 
     Raises:
-        AdapterError: peft put in a layer of a kind that is not known here.
+        AdapterError: ``module`` is a layer of peft of an unsupported kind.
     """
     if isinstance(module, PeftLinear | PeftConv2d):
         inner = module.lora_dropout["default"]
@@ -221,10 +225,10 @@ def _low_rank_path(
     if isinstance(module, PeftLinear):
         return StackedLinearLora(module.base_layer, scaling, dropout)
     like = module.lora_A["default"]
-    assert isinstance(like, nn.Conv2d)  # noqa: S101  # of a two-dimensional layer
+    assert isinstance(like, nn.Conv2d)  # noqa: S101  # A of a PeftConv2d
     return StackedConvLora(module.base_layer, like, scaling, dropout)
 
 
 def _trained(module: nn.Module) -> set[str]:
-    """The kinds of adapter tensors that peft gave ``module``."""
+    """Return the kinds of adapter tensors that peft gave ``module``."""
     return {name.partition(".")[0] for name, _ in module.named_parameters()}

@@ -1,4 +1,4 @@
-"""From examples to logits of a stack, through activations that are kept where there are any."""
+"""Compute logits of a stack from examples, with cached activations where there are any."""
 
 import hashlib
 import warnings
@@ -29,21 +29,21 @@ __all__ = [
 ]
 
 COMPUTED = 64  # examples in one pass through the frozen layers
-WHOLE = 16  # tokens: sums over widths that are no multiple of a vector add in another order
+WHOLE = 16  # tokens; if a width is no multiple of a vector, sums over it add in another order
 
 VaryFeed = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
 
 
 def as_tensors(arrays: Arrays) -> Inputs:
-    """A batch as PyTorch has it, on the same memory."""
+    """Return a batch as PyTorch tensors on the same memory."""
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Feed:
-    """One site's examples as they go into a stack.
+    """One site's examples as inputs of a stack.
 
-    ``kept`` are the activations of all of them that enter the first trained layer, as ``compute``
-    gives them; None where they are computed when they are wanted.
+    ``kept`` are the cached activations of all examples: the inputs of the first trained layer, as
+    ``compute`` gives them. If ``kept`` is None, they are computed when they are needed.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class Feed:
         return self.examples.pad_left
 
     def width(self, index: Indices) -> int:
-        """Tokens that the longest of the examples at ``index`` needs; 0 for images."""
+        """Return the number of tokens of the longest example at ``index``; 0 for images."""
         return self.examples.width(index)
 
     def batch(self, index: Indices, width: int) -> Inputs:
-        """The model's inputs for the examples at ``index``, padded to ``width`` tokens."""
+        """Return the model's inputs for the examples at ``index``, padded to ``width`` tokens."""
         return as_tensors(self.examples.batch(index, width))
 
     def targets(self, index: Indices, width: int) -> torch.Tensor:
-        """What should be predicted for ``batch(index, width)``."""
+        """Return the targets of ``batch(index, width)``."""
         return torch.from_numpy(self.examples.targets(index, width))
 
     def hidden(self, prefix: Prefix, index: Indices, width: int) -> torch.Tensor:
-        """What enters the first trained layer: [rows, (width,) ...], padded with zeros."""
+        """Return the input of the first trained layer: [rows, (width,) ...], padded with zeros."""
         lengths = np.asarray(self.examples.lengths)[index]
         if self.kept is None:
             units = int(lengths.sum()) if prefix.by_token else len(index)
@@ -95,10 +95,10 @@ def logits_of(
     width: int,
     given: Sequence[Inputs] | None = None,
 ) -> torch.Tensor:
-    """Logits of the examples at ``indices`` of each feed, float32 [feeds x rows, classes].
+    """Return logits of the examples at ``indices`` of each feed, float32 [feeds x rows, classes].
 
-    Every feed gives as many rows, padded to ``width`` tokens. Where feeds keep nothing, other
-    inputs than the examples' own may be ``given``.
+    Every feed gives the same number of rows, padded to ``width`` tokens. ``given`` replaces the
+    examples' own inputs; it needs feeds that cache no activations.
     """
     stack, prefix = feeds[0].stack, feeds[0].prefix
     pairs = list(zip(feeds, indices, strict=True))
@@ -118,10 +118,10 @@ def predict(
     width: int,
     vary: VaryFeed | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits as of ``logits_of``, only those of a row's own head, and what they should be.
+    """Return logits as ``logits_of`` does, but only of each row's own head, and the targets.
 
-    The latter is int64 [feeds x rows (, width)]. ``vary`` changes inputs and targets of the feed
-    with a number, where feeds keep nothing.
+    Targets are [feeds x rows, ...], int64 if they are classes. ``vary(number, inputs, targets)``
+    changes inputs and targets of one feed; it needs feeds that cache no activations.
     """
     pairs = list(zip(feeds, indices, strict=True))
     found = [feed.targets(index, width) for feed, index in pairs]
@@ -136,7 +136,10 @@ def predict(
 
 
 def teacher_logits_of(feeds: Sequence[Feed], indices: Sequence[Indices]) -> torch.Tensor | None:
-    """What teachers say of those examples, float32 [feeds x rows, classes]; None without."""
+    """Return the teachers' logits of those examples, float32 [feeds x rows, classes].
+
+    Return None unless every feed has a teacher.
+    """
     pairs = zip(feeds, indices, strict=True)
     found = [(feed.examples.teacher_logits, index) for feed, index in pairs]
     parts = [torch.from_numpy(logits[index]) for logits, index in found if logits is not None]
@@ -151,9 +154,9 @@ def open_feed(
     *,
     varied: bool = False,
 ) -> Feed:
-    """The feed of ``examples``, with activations from ``store`` where that has room for them.
+    """Return the feed of ``examples``, with cached activations if ``store`` has room for them.
 
-    Of examples that are ``varied`` nothing can be kept.
+    Activations of ``varied`` examples cannot be cached.
     """
     prefix = None if varied else _prefix(stack, trained, examples)
     if prefix is None:
@@ -166,9 +169,9 @@ def open_feed(
 def _kept(
     store: Store, prefix: Prefix, examples: Examples, shape: tuple[int, ...]
 ) -> torch.Tensor | None:
-    """The activations of all examples from ``store``; None where it has no room for them."""
+    """Return the activations of all examples from ``store``; None if it has no room for them."""
     dtype = prefix.unit.dtype
-    carrier = {2: np.int16, 4: np.int32}[dtype.itemsize]  # the same bits in what numpy has
+    carrier = {2: np.int16, 4: np.int32}[dtype.itemsize]  # a dtype of NumPy for the same bits
     key = hashlib.sha256(f"{prefix.identity}\n{examples.digest}".encode()).hexdigest()
     every = np.arange(len(examples))
 
@@ -184,28 +187,29 @@ def _kept(
         return torch.from_numpy(store.get(key, make)["hidden"]).view(dtype)
     mapped = store.files.mapped(key, shape, carrier, fill)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot be written to; nobody does
+        warnings.simplefilter("ignore")  # the array is read-only, and nothing writes to it
         return None if mapped is None else torch.from_numpy(mapped).view(dtype)
 
 
 def _prefix(stack: Stack, trained: Layout, examples: Examples) -> Prefix | None:
-    """The stack's prefix below ``trained``, sought once, with the first examples that come."""
+    """Return the stack's prefix below ``trained``; it is searched once, with the first examples."""
     if trained.names not in stack.prefixes:
         if not len(examples):
             return None
         some = np.resize(np.arange(len(examples)), FEWEST)
         inputs = as_tensors(examples.batch(some, int(_widths(examples)[some].max())))
-        # With a decoder beside the encoder two sequences would have to be kept, of two lengths.
+        # With encoder and decoder, two sequences of different lengths would have to be cached.
         paired = "decoder_input_ids" in inputs
         stack.prefixes[trained.names] = None if paired else find_prefix(stack, trained, inputs)
     return stack.prefixes[trained.names]
 
 
 def compute(prefix: Prefix, examples: Examples, index: Indices, out: torch.Tensor) -> None:
-    """Write into ``out`` what enters the first trained layer, for the examples at ``index``.
+    """Write the input of the first trained layer into ``out``, for the examples at ``index``.
 
-    [tokens, ...] of one example after the other, or [examples, ...], on the CPU. Always in the same
-    way, whether it is then kept or not: an example's width depends on itself alone.
+    ``out`` is [tokens, ...], example after example, or [examples, ...], on the CPU. The computation
+    is always the same, whether its result is cached or not: the width of an example depends on that
+    example only.
     """
     lengths = np.asarray(examples.lengths)[index]
     starts, widths = _starts(lengths), _widths(examples)[index]
@@ -223,7 +227,7 @@ def compute(prefix: Prefix, examples: Examples, index: Indices, out: torch.Tenso
 
 
 def _widths(examples: Examples) -> Indices:
-    """The width at which each example's frozen layers are computed: whole vectors."""
+    """Return the width at which each example passes the frozen layers: whole vectors."""
     lengths = np.asarray(examples.lengths)
     widths: Indices = np.minimum(-(-lengths // WHOLE) * WHOLE, examples.longest)
     return widths

@@ -1,14 +1,15 @@
-"""The frozen layers below the first one that trains: computed once for an example, then kept.
+"""The frozen prefix: layers below the first trained layer, computed once per example and cached.
 
-A frozen layer in eval mode gives the same activations every epoch and round (docs/decisions/0006),
-so what enters the first trained layer can be kept and the layers below be passed over. Where only
-the head trains, what enters the head is kept and the whole body is passed over.
+A frozen layer in eval mode gives the same activations in every epoch and round
+(docs/decisions/0006). So the input of the first trained layer can be cached, and the layers below
+it can be skipped. If only the head trains, the input of the head is cached and the whole body is
+skipped.
 
-Nothing here knows an architecture. A repeated-layer container (``nn.ModuleList``, ``Sequential``)
-is cut where its first trained layer stands, or the chain of modules that makes logits out of the
-body's output is found by following tensors through one forward pass. Then it is proved: going on
-from the cut must give the same bits as the whole model, and an example's activations must be the
-same bits in any company, or there is no prefix.
+Nothing here depends on an architecture. Either a container of repeated layers (``nn.ModuleList``,
+``Sequential``) is cut at its first trained layer. Or the chain of modules from the body's output to
+the logits is found by following tensors through one forward pass. Then the cut is checked: resuming
+from it must give the same bits as the whole model, and an example's activations must be the same
+bits whichever other examples are in the batch. Otherwise there is no prefix.
 """
 
 import hashlib
@@ -29,16 +30,17 @@ from fedgraft.common.layout import Layout
 __all__ = ["FEWEST", "Inputs", "Prefix", "find_prefix", "identity_of"]
 
 Inputs = dict[str, torch.Tensor]
-FEWEST = 8  # rows in a pass: kernels for fewer may add in another order
+FEWEST = 8  # rows in a pass: kernels for fewer rows may add in another order
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """How to stop before the first trained layer and how to go on from there.
+    """A cut before the first trained layer: a function to stop there, and one to resume.
 
     ``identity`` is a hash over the frozen model, its precision and device, and the place of the
-    cut; only with ``whole`` does going on need the inputs. ``by_token`` says that activations are
-    [rows, tokens, ...], and ``unit`` is empty, of the shape and dtype of one token's (one row's).
+    cut. Resuming needs the inputs only if ``whole``. ``by_token`` says that activations are
+    [rows, tokens, ...]. ``unit`` is an empty tensor [0, ...] that has the shape and dtype of one
+    token's activations (or of one row's).
     """
 
     identity: str
@@ -49,7 +51,7 @@ class Prefix:
     resume: Callable[[Inputs, torch.Tensor], torch.Tensor]
 
 
-class _Reached(Exception):  # no error: how a forward pass is left half-way
+class _Reached(Exception):  # not an error: it ends a forward pass early
     """The cut was reached."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
@@ -58,9 +60,9 @@ class _Reached(Exception):  # no error: how a forward pass is left half-way
 
 
 def find_prefix(stack: Stack, trained: Layout, inputs: Inputs) -> Prefix | None:
-    """The longest prefix below what ``trained`` names; None if there is none that can be proved.
+    """Return the longest prefix below the tensors of ``trained``; None if none passes the check.
 
-    ``inputs`` are ``FEWEST`` rows or more.
+    ``inputs`` have ``FEWEST`` rows or more.
     """
     stack.put_one(stack.bench.layout, stack.bench.initial)
     modules = {id(stack.modules[name][0]) for name in trained.of_model.names}
@@ -83,8 +85,8 @@ _Resume = Callable[[Inputs, torch.Tensor], torch.Tensor]
 
 
 def identity_of(stack: Stack, place: str) -> str:
-    """All that decides the bits of an activation, but for the example."""
-    import transformers  # here: it replaces itself in sys.modules while it is first imported
+    """Return a hash of everything that decides the bits of an activation, except the example."""
+    import transformers  # imported here: its first import replaces it in sys.modules
 
     bench = stack.bench
     parts = (
@@ -103,9 +105,9 @@ def identity_of(stack: Stack, place: str) -> str:
 
 
 def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Module]]:
-    """When each module is first entered, and the chain of modules from the body to the logits.
+    """Return the order in which modules are first entered, and the chain from body to logits.
 
-    The chain is empty where something else than the output of one module goes into the next.
+    The chain is empty if any module of it gets another input than the output of the one before.
     """
     bodies = body_names(stack.model)
     heads = {id(child) for name, child in stack.model.named_children() if name not in bodies}
@@ -136,14 +138,14 @@ def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Modul
 def _widest_cut(
     stack: Stack, trained: set[int], order: dict[int, int]
 ) -> tuple[str, nn.Module, int] | None:
-    """The container and the index in it below which most parameters are passed over."""
+    """Return the path, container and index of the cut that skips most parameters; None without."""
     first = min((order[one] for one in trained if one in order), default=0)
     found: list[tuple[int, str, nn.Module, int]] = []
     outside: list[str] = []
     for path, module in stack.model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or path.startswith(tuple(outside)):
             continue
-        outside.append(f"{path}.")  # what is inside a container is cut with it
+        outside.append(f"{path}.")  # containers inside a container are cut with it
         layers = list(module)
         holds = [any(id(m) in trained for m in layer.modules()) for layer in layers]
         cut = holds.index(True) if True in holds else len(layers)
@@ -181,7 +183,7 @@ def _cut_in_container(stack: Stack, container: Any, cut: int) -> tuple[_Stop, _R
 
 @torch.no_grad()
 def _until(stack: Stack, module: nn.Module, inputs: Inputs, *, before: bool) -> torch.Tensor:
-    """What enters (or leaves) ``module``, without computing what comes after."""
+    """Return the input (or output) of ``module``, without computing the layers after it."""
 
     def entering(module: nn.Module, args: Any, kwargs: Any) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
@@ -204,12 +206,12 @@ def _until(stack: Stack, module: nn.Module, inputs: Inputs, *, before: bool) -> 
 
 
 class _PassedOver(nn.Module):
-    """In the place of a frozen layer: gives what is kept, or what it was given."""
+    """The replacement of a skipped layer: it returns cached activations, or its own input."""
 
     def __init__(self, layer: nn.Module, hidden: torch.Tensor | None) -> None:
         super().__init__()
         self.hidden = hidden
-        for name, value in vars(layer).items():  # such as the kind of attention of this layer
+        for name, value in vars(layer).items():  # such as the layer's kind of attention
             if isinstance(value, str | int) and not name.startswith("_") and name != "training":
                 setattr(self, name, value)
 
@@ -221,7 +223,7 @@ class _PassedOver(nn.Module):
 def _passing_over(
     container: Any, below: Sequence[nn.Module], hidden: torch.Tensor
 ) -> Iterator[None]:
-    """Have the layers ``below`` give ``hidden`` instead of computing it."""
+    """Let the layers ``below`` return ``hidden`` instead of computing it."""
     last = len(below) - 1
     for index, layer in enumerate(below):
         container[index] = _PassedOver(layer, hidden if index == last else None)
@@ -235,14 +237,14 @@ def _passing_over(
 def _proved(
     stack: Stack, stop: _Stop, resume: _Resume, inputs: Inputs
 ) -> tuple[bool, torch.Tensor] | None:
-    """None unless resuming gives the very bits; then ``Prefix.by_token`` and ``Prefix.unit``."""
+    """Return ``Prefix.by_token`` and ``Prefix.unit``; None unless resuming gives the same bits."""
     with torch.no_grad():
         try:
             hidden = stop(inputs)
             same = _same(resume(inputs, hidden), stack.logits(inputs))
             again = {key: torch.cat([value, value.flip(0)]) for key, value in inputs.items()}
             others = stop(again)
-        except Exception:  # a model that is put together in another way: then nothing is kept
+        except Exception:  # the model has another structure: then nothing is cached
             return None
     mask = inputs.get("attention_mask")
     by_token = mask is not None and hidden.ndim > 2 and hidden.shape[:2] == mask.shape
@@ -251,14 +253,14 @@ def _proved(
         real = mask.to(hidden)[(...,) + (None,) * (hidden.ndim - 2)]
     same = same and _same(hidden * real, others[: len(hidden)] * real)
     same = same and _same(hidden * real, others[len(hidden) :].flip(0) * real)
-    with torch.no_grad():  # padding is not kept: nothing may depend on it
+    with torch.no_grad():  # padding is not cached: nothing may depend on it
         same = same and _same(resume(inputs, hidden * real), stack.logits(inputs))
     unit = hidden.new_empty(0, *hidden.shape[2 if by_token else 1 :])
     return (by_token, unit.cpu()) if same else None
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether all values are equal; what is not a number in one must not be in the other."""
+    """Return whether all values are equal; NaN must stand in the same places of both."""
     return torch.equal(one.isnan(), other.isnan()) and torch.equal(
         one.nan_to_num(0.0, torch.inf, -torch.inf), other.nan_to_num(0.0, torch.inf, -torch.inf)
     )

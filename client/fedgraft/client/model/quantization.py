@@ -1,10 +1,11 @@
-"""Frozen linear layers in 8 or 4 bits, by bitsandbytes: less memory where a site computes.
+"""Quantisation of frozen linear layers to 8 or 4 bits, by bitsandbytes, to save memory at a site.
 
 8 bits are LLM.int8 (Dettmers et al. 2022): rows of weights and of activations are scaled and
-multiplied as integers. 4 bits are NF4 (Dettmers et al. 2023, "QLoRA"), made whole again for each
-product. What trains stays in float32 beside it. The heads, embeddings, norms and convolutions are
-not touched, nor is a layer whose inputs are no multiple of NF4's block: its blocks would straddle
-rows, which the CPU kernel of bitsandbytes 0.50 computes wrongly.
+multiplied as integers. 4 bits are NF4 (Dettmers et al. 2023, "QLoRA"): weights are dequantised for
+each product. Trained tensors stay in float32 beside the quantised layers. Heads, embeddings, norms
+and convolutions are not quantised. Neither is a layer whose number of inputs is no multiple of
+NF4's block: its blocks would straddle rows, and the CPU kernel of bitsandbytes 0.50 computes such
+blocks wrongly.
 """
 
 from typing import Any
@@ -24,9 +25,9 @@ APART = (".lora_", ".modules_to_save.", ".original_module.")  # peft's own layer
 def quantized_layers(
     model: nn.Module, bits: int, device: torch.device, dtype: torch.dtype
 ) -> dict[int, nn.Module]:
-    """What takes the place of each frozen linear layer of ``model``, by the layer's ``id``.
+    """Return the replacement of each frozen linear layer of ``model``, by the layer's ``id``.
 
-    ``model`` is one of transformers with what peft put into it; ``dtype`` is what products are in.
+    ``model`` is a model of transformers with peft's modules in it; ``dtype`` is that of products.
 
     Raises:
         InputError: bitsandbytes is not installed.
@@ -66,8 +67,8 @@ def _quantized(
     if bits == 4:
         made = kinds.Linear4bit(*sizes, bias=has_bias, compute_dtype=dtype, quant_type="nf4")
         made.weight = kinds.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
-        # Or it would put the weights in order for a kernel in bfloat16 that has no backward pass,
-        # at the first pass in eval mode on a processor that has it.
+        # Otherwise the first pass in eval mode would reorder the weights for a bfloat16 kernel
+        # without a backward pass, on a processor that has this kernel.
         made.support_avx512bf16_for_cpu = False
     else:
         made = kinds.Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)

@@ -1,4 +1,4 @@
-"""Random numbers in a pass over several sites: each site's come from its own generator."""
+"""Random numbers in a pass over several sites: each site draws from its own generator."""
 
 from dataclasses import dataclass
 
@@ -14,10 +14,10 @@ __all__ = ["Randomness", "SiteDropout", "SiteRows"]
 
 @dataclass(frozen=True)
 class SiteRows:
-    """What one site has in the batch under way: ``count`` of R rows, ``width`` of the tokens.
+    """One site's share of the current batch: ``count`` of the R rows, ``width`` of the tokens.
 
-    ``width`` is 0 where rows are not sequences; ``left`` says that padding stands before them. The
-    numbers come from the site's own generator: these are the ``common.encoding.Draws`` of a task.
+    ``width`` is 0 if rows are not sequences; ``left`` says that padding stands before the tokens.
+    The numbers come from the site's own generator. A task uses them as ``common.encoding.Draws``.
     """
 
     count: int
@@ -26,23 +26,23 @@ class SiteRows:
     generator: torch.Generator
 
     def permutation(self, n: int) -> Indices:
-        """The numbers 0 to n - 1 in random order, int64 [n]."""
+        """Return the numbers 0 to n - 1 in random order, int64 [n]."""
         return torch.randperm(n, generator=self.generator).numpy()
 
     def uniform(self, n: int) -> NDArray[np.float32]:
-        """Numbers in [0, 1), float32 [n]."""
+        """Return random numbers in [0, 1), float32 [n]."""
         return torch.rand(n, generator=self.generator).numpy()
 
     def integers(self, high: int, n: int) -> Indices:
-        """Whole numbers in [0, high), int64 [n]."""
+        """Return random whole numbers in [0, high), int64 [n]."""
         return torch.randint(high, (n,), generator=self.generator).numpy()
 
 
 @dataclass
 class Randomness:
-    """What is random in the pass under way: nothing while ``rows`` is empty, as in evaluation.
+    """The randomness of the current pass; without ``rows``, as in evaluation, there is none.
 
-    ``width`` is the batch's number of tokens, ``head`` the head's dropout probability.
+    ``width`` is the batch's number of tokens, ``head`` the dropout probability of the head.
     """
 
     sites: int = 1
@@ -51,10 +51,10 @@ class Randomness:
     head: float = 0.0
 
     def drop(self, x: torch.Tensor, probability: float) -> torch.Tensor:
-        """Dropout of ``x``, [K x R, ...], each site's part drawn from its own generator.
+        """Apply dropout to ``x``, [K x R, ...]; each site's part is drawn from its own generator.
 
-        Only its real rows and tokens are drawn for, so that a site draws the same numbers
-        whoever is in the pass with it.
+        Numbers are drawn only for the site's real rows and tokens. So a site draws the same numbers
+        whichever sites share its pass.
         """
         if not probability or not self.rows:
             return x
@@ -69,7 +69,7 @@ class Randomness:
 
 
 class SiteDropout(nn.Module):
-    """Dropout with the generators of ``randomness``; without a probability it is the head's."""
+    """Dropout with the generators of ``randomness``; None means the head's probability."""
 
     def __init__(self, randomness: Randomness, probability: float | None) -> None:
         super().__init__()

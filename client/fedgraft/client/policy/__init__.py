@@ -1,1 +1,1 @@
-"""What a site allows, what its people approved, and the record of what left."""
+"""A site's policy, the approvals of its people, and the record of everything that left."""

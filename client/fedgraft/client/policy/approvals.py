@@ -1,7 +1,7 @@
-"""The jobs that were proposed to this site, what it said to each, and what it has sent for them.
+"""The jobs that were proposed to this site, its decision on each, and the bytes sent for each.
 
-One file a session in ``state/approvals``. An agreement is to one job and the tensors that it
-exchanges: whatever else comes under the same session needs a new one.
+Each session has one file in ``state/approvals``. An agreement covers one job and the tensors that
+it exchanges. Anything else in the same session needs a new agreement.
 """
 
 import hashlib
@@ -23,10 +23,11 @@ MOST_PENDING = 100  # a coordinator must not fill a disk with proposals
 
 @dataclass(frozen=True)
 class Agreement:
-    """What became of one proposal.
+    """The decision on one proposal.
 
-    ``agreed`` is by the policy alone, ``approved`` and ``denied`` by a person. ``plan`` is
-    ``hash_plan`` of the job and its tensors, ``job`` its JSON, ``leaving`` what would leave.
+    The policy alone decides ``agreed``; a person decides ``approved`` and ``denied``. ``plan`` is
+    ``hash_plan`` of the job and its tensors, ``job`` is the job's JSON, and ``leaving`` is the
+    ``Disclosure`` as JSON.
     """
 
     session: str
@@ -37,28 +38,31 @@ class Agreement:
     leaving: dict[str, Any]
 
     def binds(self, plan: str | None, *, ask: bool) -> bool:
-        """Whether the site takes part in ``plan`` (None: in this one), a person being asked."""
+        """Return whether the site takes part in ``plan``; None means the plan of this agreement.
+
+        With ``ask``, only a person's approval counts.
+        """
         said = self.status == "approved" or (self.status == "agreed" and not ask)
         return said and plan in (None, self.plan)
 
 
 def hash_plan(job: str, names: Sequence[str]) -> str:
-    """SHA-256 (hex) over a job, as JSON, and the names of the tensors that it exchanges."""
+    """Return SHA-256 (hex) over a job, as JSON, and the names of the tensors that it exchanges."""
     return hashlib.sha256(json.dumps([job, *names]).encode()).hexdigest()
 
 
 class Agreements:
-    """The proposals in ``folder``; sessions are 32 hex digits, which the caller has checked."""
+    """The proposals in ``folder``; a session is 32 hex digits, which the caller has checked."""
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
         self._clock = clock
 
     def find(self, session: str) -> Agreement | None:
-        """What became of the proposal, if there was one.
+        """Return the decision on the session's proposal; None if there was no proposal.
 
         Raises:
-            RunError: its file is damaged.
+            RunError: the file is damaged.
         """
         path = self.folder / f"{session}.json"
         if not path.exists():
@@ -69,11 +73,11 @@ class Agreements:
             raise RunError(f"{path} is damaged", hint="remove it: the job is then new") from None
 
     def pending(self) -> list[Agreement]:
-        """Proposals that wait for a person, the oldest first."""
+        """Return the proposals that wait for a person, the oldest first."""
         return [each for each in self._all() if each.status == "pending"]
 
     def newest(self) -> Agreement | None:
-        """The proposal that came last, of those that nobody denied."""
+        """Return the last proposal that nobody denied; None if there is none."""
         return next((each for each in reversed(self._all()) if each.status != "denied"), None)
 
     def _all(self) -> list[Agreement]:
@@ -83,7 +87,7 @@ class Agreements:
     def propose(
         self, session: str, job: str, names: Sequence[str], leaving: dict[str, Any], *, ask: bool
     ) -> None:
-        """Agree to a job, or have a person asked.
+        """Agree to a job, or with ``ask`` let a person decide.
 
         Raises:
             SiteFailure: ``approval-pending`` or ``approval-denied``.
@@ -102,19 +106,19 @@ class Agreements:
         if known.status == "denied":
             raise SiteFailure("approval-denied")
         if not known.binds(plan, ask=ask):
-            if known.status == "agreed":  # the policy did not ask then, and does now
+            if known.status == "agreed":  # the policy did not ask then, but asks now
                 self._keep(replace(known, status="pending"))
             raise SiteFailure("approval-pending")
 
     def decide(self, agreement: Agreement, *, approve: bool) -> None:
-        """A person's word on the proposal as it was shown."""
+        """Record a person's decision on the proposal as it was shown."""
         self._keep(replace(agreement, status="approved" if approve else "denied"))
 
     def named(self, prefix: str) -> Agreement:
-        """The one proposal whose session begins with ``prefix``.
+        """Return the one proposal whose session begins with ``prefix``.
 
         Raises:
-            InputError: none does, or several do.
+            InputError: no session begins with it, or several do.
         """
         paths = sorted(self.folder.glob("[0-9a-f]*.json"))
         found = [path.stem for path in paths if path.stem.startswith(prefix)]
@@ -125,10 +129,10 @@ class Agreements:
         return agreement
 
     def spend(self, session: str, number: int, size: int, *, most: int) -> None:
-        """Count bytes about to leave in a round; they stay counted if they do not.
+        """Count bytes that are about to leave in a round; they stay counted if they do not leave.
 
         Raises:
-            SiteFailure: ``policy-bytes`` where it would be more than ``most`` in this round.
+            SiteFailure: ``policy-bytes``: more than ``most`` bytes would leave in this round.
         """
         path = self.folder / f"{session}.bytes"
         spent: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}

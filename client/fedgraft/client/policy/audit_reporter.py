@@ -1,8 +1,9 @@
 """Report the head of this site's audit to the coordinator, so that its past cannot be rewritten.
 
-In a thread of its own: a round does not wait for it, and a coordinator that does not answer costs
-nothing but a warning. Each round is reported, where rounds take longer than ``EVERY``; of faster
-ones the newest head, which vouches for all lines before it, and always the last one of a run.
+Reports are sent from a separate thread. A round does not wait for them, and a coordinator that does
+not answer costs only a warning. If rounds take longer than ``EVERY``, each round is reported. If
+they are faster, the newest head is reported, which vouches for all lines before it. The last head
+of a run is always reported.
 """
 
 import logging
@@ -12,21 +13,23 @@ from pathlib import Path
 from fedgraft.client.membership.credentials import Membership, ask, open_member_channel
 from fedgraft.client.policy.message_log import FILE
 from fedgraft.common.errors import FedgraftError
-from fedgraft.common.federation.audit_log import Audit, Head
+from fedgraft.common.federation.audit_log import Audit, AuditHead
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 
-__all__ = ["HeadReporter", "report_head"]
+__all__ = ["AuditReporter", "report_audit_head"]
 
 log = logging.getLogger("fedgraft.client")
 
 EVERY = 10.0  # seconds between two reports, each of which is a line in the coordinator's audit
-AGAIN = 60.0  # seconds before the next try after one that failed
-LAST = 5.0  # seconds that a site which stops gives its last report
+AGAIN = 60.0  # seconds between a failed try and the next one
+LAST = 5.0  # seconds that a stopping site waits for its last report
 
 
-def report_head(member: Membership, state: Path, known: Head | None = None) -> Head | None:
-    """Tell the coordinator the head as it is, unless it is ``known`` there; the head, if any.
+def report_audit_head(
+    member: Membership, state: Path, known: AuditHead | None = None
+) -> AuditHead | None:
+    """Report the current head to the coordinator, unless it is ``known`` there; return the head.
 
     Raises:
         FedgraftError: the audit cannot be read, or the coordinator cannot be reached or refuses.
@@ -45,7 +48,7 @@ def report_head(member: Membership, state: Path, known: Head | None = None) -> H
     return head
 
 
-class HeadReporter:
+class AuditReporter:
     """Reports the head some time after each ``wake``; ``every`` and ``again`` are in seconds."""
 
     def __init__(
@@ -53,18 +56,18 @@ class HeadReporter:
     ) -> None:
         self._member, self._state = member, state
         self._every, self._again = every, again
-        self._known: Head | None = None
+        self._known: AuditHead | None = None
         self._news, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="audit head", daemon=True)
 
     def wake(self) -> None:
-        """The audit has grown."""
+        """Start a report, because the audit has grown."""
         self._news.set()
         if not self._thread.is_alive() and not self._stop.is_set():
             self._thread.start()
 
     def close(self) -> None:
-        """Report once more what is new, if that is quick."""
+        """Report the newest head once more, if that is quick."""
         self._stop.set()
         self._news.set()
         if self._thread.is_alive():
@@ -81,12 +84,12 @@ class HeadReporter:
 
     def _report(self) -> bool:
         try:
-            self._known = report_head(self._member, self._state, self._known)
+            self._known = report_audit_head(self._member, self._state, self._known)
         except FedgraftError as error:
             log.warning("the head of the audit was not reported: %s; %s", error, error.hint)
-        except Exception as error:  # whatever it is, rounds go on
+        except Exception as error:  # rounds go on after any error
             log.warning("the head of the audit was not reported: %s", type(error).__name__)
         else:
             return True
-        self._news.set()  # it still is to be
+        self._news.set()  # the head still has to be reported
         return False

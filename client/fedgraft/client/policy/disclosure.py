@@ -1,4 +1,4 @@
-"""What would leave a site in one round of a job, counted before anything does."""
+"""An estimate of the data that would leave a site in one round of a job, made in advance."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,12 +9,15 @@ from fedgraft.common.messages.codec import encode, wire_bytes
 from fedgraft.common.messages.dry_run import blank_replies
 from fedgraft.common.privacy import FEWEST
 
-__all__ = ["Leaving", "what_leaves"]
+__all__ = ["Disclosure", "estimate_disclosure"]
 
 
 @dataclass(frozen=True)
-class Leaving:
-    """``tensors`` by name with ``parameters`` values in all; bytes of a round with evaluation."""
+class Disclosure:
+    """The data that would leave: ``tensors`` by name, with ``parameters`` values in all.
+
+    ``bytes_per_round`` includes evaluation.
+    """
 
     tensors: tuple[str, ...]
     parameters: int
@@ -23,11 +26,11 @@ class Leaving:
     masked: bool
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as JSON."""
+        """Return all of it as JSON."""
         return asdict(self) | {"tensors": list(self.tensors)}
 
     def in_words(self) -> str:
-        """One sentence."""
+        """Return one sentence."""
         how = "masked, so that only sums over sites can be read" if self.masked else "in clear"
         return (
             f"{len(self.tensors)} tensors with {self.parameters:,} values, "
@@ -35,9 +38,12 @@ class Leaving:
         )
 
 
-def what_leaves(job: Job, exchanged: Layout, sites: int) -> Leaving:
-    """What one of ``sites`` sites sends in one round that trains ``exchanged`` and evaluates."""
+def estimate_disclosure(job: Job, exchanged: Layout, sites: int) -> Disclosure:
+    """Return the data that one of ``sites`` sites sends in one round of training and evaluation.
+
+    The round trains the tensors of ``exchanged``.
+    """
     masking = job.privacy.secure_aggregation
     cohort = min(max(job.rounds.cohort_size(sites), FEWEST), masking.max_sites)
     size = sum(wire_bytes(encode(reply)) for reply in blank_replies(job, exchanged, cohort))
-    return Leaving(exchanged.names, exchanged.size, size, job.rounds.count, masking.enabled)
+    return Disclosure(exchanged.names, exchanged.size, size, job.rounds.count, masking.enabled)

@@ -1,9 +1,9 @@
-"""What stands at the door of a site that has a policy: nothing enters or leaves unseen.
+"""The guard of a site that has a policy: it checks and records every message, in and out.
 
-``admit`` records a request and holds it against the policy and against what was agreed; ``consent``
-agrees to a job, or has a person asked; ``release`` holds a reply against the policy and records it.
-What cannot be recorded does not leave. All that is refused here is refused for reasons that say
-nothing about the data, but for the number of examples of a job in clear, whose replies tell it.
+``admit`` records a request, and checks it against the policy and the agreement. ``consent`` agrees
+to a job, or lets a person decide. ``release`` checks a reply against the policy and records it. A
+reply that cannot be recorded does not leave. The reason of a refusal says nothing about the data.
+The one exception is the number of examples in a job in clear, whose replies tell this number.
 """
 
 import logging
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from fedgraft.client.policy.approvals import Agreement, Agreements, hash_plan
-from fedgraft.client.policy.disclosure import Leaving
-from fedgraft.client.policy.message_log import Ledger, Occasion
+from fedgraft.client.policy.disclosure import Disclosure
+from fedgraft.client.policy.message_log import MessageLog, Occasion
 from fedgraft.client.policy.policy_file import METRICS, Policy, RoundFacts, check_plan, load_policy
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
@@ -49,11 +49,11 @@ __all__ = ["SESSION", "Guard"]
 
 log = logging.getLogger("fedgraft.client")
 
-SESSION = re.compile(r"[0-9a-f]{32}")  # it names files here
+SESSION = re.compile(r"[0-9a-f]{32}")  # files here have its name
 
 
 class Guard:
-    """The door, for one message: ``policy`` is the path of the policy, ``now`` local time."""
+    """The guard for one message: ``policy`` is the path of the policy, ``now`` is local time."""
 
     def __init__(
         self, policy: Path, state: Path, *, now: Callable[[], datetime] = datetime.now
@@ -66,12 +66,12 @@ class Guard:
         """The policy as it is on disk.
 
         Raises:
-            JobError: there is none that can be read.
+            JobError: the policy cannot be read.
         """
         return load_policy(self._path)
 
     def admit(self, stage: str, request: Request, content: RecordDict, under_way: int) -> None:
-        """Record a request, then check it; ``under_way`` is the round that a masked stage is of.
+        """Record a request, then check it; ``under_way`` is the round of a masked stage.
 
         Raises:
             SiteFailure: ``audit-failed``, ``disk-full``, ``bad-session``, ``not-agreed``, or a code
@@ -79,7 +79,7 @@ class Guard:
             JobError: the policy cannot be read.
         """
         try:
-            self._ledger.received(self._occasion(stage, request, under_way), request, content)
+            self._message_log.received(self._occasion(stage, request, under_way), request, content)
         except Exception as error:
             log.error("%s cannot be recorded: %s", stage, type(error).__name__)
             raise SiteFailure("audit-failed") from None
@@ -95,14 +95,14 @@ class Guard:
             self._check_room()
 
     def _check_room(self) -> None:
-        """Room for what may leave in a round, which is kept here, and for a head of this site."""
+        """Check the disk's room for a round's replies, which are kept, and for this site's head."""
         room = 2 * self.policy.limits.max_bytes_out_per_round
         if shutil.disk_usage(self._state).free < room:
             log.error("less than %.0f MB free where %s is", room / 1e6, self._state)
             raise SiteFailure("disk-full")
 
     def _facts(self, request: Request, under_way: int) -> RoundFacts:
-        """What is known at a stage after PLAN, whose job must be the one agreed to."""
+        """Return the facts at a stage after PLAN; the job must be the one agreed to."""
         work = _work(request)
         plan = None if work is None else hash_plan(work.job, work.names)
         agreement = self._agreement(request.session)
@@ -123,12 +123,12 @@ class Guard:
             raise SiteFailure("not-agreed")
         return agreement
 
-    def consent(self, request: PlanRequest, job: Job, leaving: Leaving, examples: int) -> None:
-        """Agree to a job that this site can do, or have a person asked.
+    def consent(self, request: PlanRequest, job: Job, leaving: Disclosure, examples: int) -> None:
+        """Agree to a job that this site can do, or let a person decide.
 
         Raises:
-            SiteFailure: ``approval-pending``, ``approval-denied``, or a code of ``check_plan``;
-                where updates are masked, ``not-eligible`` if it is about the examples.
+            SiteFailure: ``approval-pending``, ``approval-denied``, or a code of ``check_plan``. If
+                updates are masked, a code about the examples becomes ``not-eligible``.
         """
         facts = RoundFacts(job, self._now(), bytes_out=leaving.bytes_per_round)
         check_plan(self.policy, facts)
@@ -146,9 +146,9 @@ class Guard:
     def release(
         self, stage: str, request: Request | None, reply: Reply, under_way: int
     ) -> tuple[Reply, RecordDict]:
-        """The reply that may leave and its content, recorded; a refusal if it may not.
+        """Return the reply that may leave and its content, recorded; a refusal if it may not leave.
 
-        ``request`` is None where none could be read.
+        ``request`` is None if no request could be read.
         """
         session = "" if request is None else request.session
         occasion = self._occasion(stage, request, under_way)
@@ -167,14 +167,14 @@ class Guard:
             return Refusal(session, "audit-failed"), encode(Refusal(session, "audit-failed"))
 
     def _checked(self, occasion: Occasion, reply: Reply) -> Reply:
-        """The reply as it may leave: what it reveals is allowed, and rounded."""
+        """Return the reply as it may leave: its metrics are allowed, and its losses are rounded."""
         if isinstance(reply, TrainReply):
             self._check_metrics({"loss"})
             return replace(reply, loss=round(reply.loss, self.policy.metrics.round_to))
         if isinstance(reply, EvaluateReply):
             self._check_metrics(set(METRICS))
             examples = max(reply.tally[1:].sum(), 1.0)
-            tally = reply.tally.copy()  # of which the loss is a sum, and its mean is what is known
+            tally = reply.tally.copy()  # it has the sum of losses; their mean is rounded
             tally[0] = np.round(tally[0] / examples, self.policy.metrics.round_to) * examples
             return replace(reply, tally=tally)
         return reply
@@ -191,16 +191,16 @@ class Guard:
             most = self.policy.limits.max_bytes_out_per_round
             size = wire_bytes(content)
             self.agreements.spend(occasion.run, occasion.round, size, most=most)
-        self._ledger.sent(occasion, reply, content, _layout(request, reply))
+        self._message_log.sent(occasion, reply, content, _layout(request, reply))
         return reply, content
 
     @cached_property
-    def _ledger(self) -> Ledger:
-        return Ledger(self._state, keep=self._policy_if_any.limits.keep_sent)
+    def _message_log(self) -> MessageLog:
+        return MessageLog(self._state, keep=self._policy_if_any.limits.keep_sent)
 
     @cached_property
     def _policy_if_any(self) -> Policy:
-        """For the record: a policy that cannot be read allows nothing, as the default does."""
+        """The policy for the record; one that cannot be read allows nothing, like the default."""
         try:
             return self.policy
         except FedgraftError:
@@ -214,7 +214,7 @@ class Guard:
 
 
 def _work(request: Request) -> TrainRequest | EvaluateRequest | ResultRequest | Work | None:
-    """The part of a request that names job, tensors and round, if it has one."""
+    """Return the part of a request that names job, tensors and round; None if it has none."""
     if isinstance(request, TrainRequest | EvaluateRequest | ResultRequest):
         return request
     if isinstance(request, KeysAsk):
@@ -232,7 +232,7 @@ def _round(request: Request, under_way: int) -> int:
 
 
 def _layout(request: Request | None, reply: Reply) -> Layout | None:
-    """Of a clear update: which tensor lies where."""
+    """Return the layout of an update in clear; None for other replies."""
     if not isinstance(request, TrainRequest) or not isinstance(reply, TrainReply):
         return None
     return open_workbench(Job.model_validate_json(request.job)).layout.only(request.names)

@@ -1,9 +1,9 @@
-"""What a site records of each message, and the bytes that it keeps of what it sent.
+"""The log of a site's messages, and the copies of the data that it sent.
 
-A line in ``state/audit.jsonl`` for every request and every reply; what was made from data (an
-update, counts, a masked vector) also stays in ``state/sent/RUN/ROUND``, in files that
-``numpy.load`` opens, for the newest rounds. Lines hold names, shapes, sizes, hashes and norms,
-never values, and nothing of an exception but its code.
+``state/audit.jsonl`` has a line for every request and every reply. Data that were made from
+examples (an update, counts, a masked vector) also stay in ``state/sent/RUN/ROUND`` for the newest
+rounds, in files that ``numpy.load`` opens. Lines have names, shapes, sizes, hashes and norms, never
+values. Of an exception, they have only its code.
 """
 
 import hashlib
@@ -28,14 +28,17 @@ from fedgraft.common.secagg.statements import MaskedInput
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["FILE", "Ledger", "Occasion"]
+__all__ = ["FILE", "MessageLog", "Occasion"]
 
 FILE = "audit.jsonl"
 
 
 @dataclass(frozen=True)
 class Occasion:
-    """Which message: ``run`` is the session, ``round`` 0 outside rounds, ``policy`` its hash."""
+    """The occasion of a message.
+
+    ``run`` is the session, ``round`` is 0 outside rounds, ``policy`` is the policy's hash.
+    """
 
     run: str
     round: int
@@ -43,8 +46,8 @@ class Occasion:
     policy: str
 
 
-class Ledger:
-    """The records of one site; ``keep`` is for how many rounds what was sent is kept."""
+class MessageLog:
+    """The records of one site; sent data are kept for ``keep`` rounds."""
 
     def __init__(self, state: Path, *, keep: int) -> None:
         self.audit = Audit(state / FILE)
@@ -52,24 +55,24 @@ class Ledger:
         self._keep = keep
 
     def received(self, occasion: Occasion, request: Request, content: RecordDict) -> None:
-        """Record a request before anything is done about it.
+        """Record a request before it is handled.
 
         Raises:
-            AuditError: it cannot be recorded.
+            AuditError: the request cannot be recorded.
         """
         self._write(occasion, "in", "received", content, _tensors(request))
 
     def sent(
         self, occasion: Occasion, reply: Reply, content: RecordDict, layout: Layout | None = None
     ) -> None:
-        """Keep and record a reply before it leaves; ``layout`` is of a clear update.
+        """Keep and record a reply before it leaves; ``layout`` is that of an update in clear.
 
-        No update in clear is clipped at a site, so its norms before and after are equal, and none
-        has noise, so no epsilon is accounted for.
+        A site does not clip an update in clear, so its norms before and after are equal. The site
+        adds no noise, so no epsilon is recorded.
 
         Raises:
-            AuditError: it cannot be recorded.
-            OSError: it cannot be kept.
+            AuditError: the reply cannot be recorded.
+            OSError: the reply cannot be kept.
         """
         if isinstance(reply, Refusal):
             self._write(occasion, "out", "refused", content, [], code=reply.code)
@@ -84,10 +87,10 @@ class Ledger:
         self._write(occasion, "out", "sent", content, tensors, **facts)
 
     def decided(self, occasion: Occasion, decision: str) -> None:
-        """Record what a person decided about a job.
+        """Record a person's decision about a job.
 
         Raises:
-            AuditError: it cannot be recorded.
+            AuditError: the decision cannot be recorded.
         """
         self.audit.append(asdict(occasion) | {"direction": "", "decision": decision})
 
@@ -109,9 +112,9 @@ class Ledger:
         self.audit.append(asdict(occasion) | facts)
 
     def _store(self, occasion: Occasion, reply: Reply, content: RecordDict) -> None:
-        """Keep the content that leaves, and forget that of older rounds, of whatever run.
+        """Keep the content that leaves, and delete that of older rounds, of all runs.
 
-        Small arrays leave inside the payload's record; they are kept on their own as well.
+        Small arrays leave inside the payload's record; a separate copy of each is kept as well.
         """
         folder = self.sent_folder / occasion.run / f"{occasion.round:06d}"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -139,7 +142,7 @@ def _zip(path: Path, found: list[tuple[str, bytes]]) -> None:
 
 
 def _tensors(payload: "DataclassInstance") -> list[dict[str, Any]]:
-    """One entry for each array; a masked vector is one, whatever it is made of."""
+    """Return one entry for each array; a masked vector is one entry, whatever it is made of."""
     masked = isinstance(payload, MaskedInput)
     return [_entry("masked" if masked else name, array) for name, array in arrays_in(payload)]
 

@@ -1,8 +1,8 @@
-"""The site's policy, ``policy.toml``: what a job may ask of this site, and nothing beyond.
+"""The site's policy, ``policy.toml``: everything that a job may ask of this site.
 
-Written by the site and read at the site; no message changes it. What is not allowed is refused:
-without a word about backbones, methods or metrics none is allowed. Every key has a reason code,
-which is all that the coordinator learns.
+The site writes this file and reads it; no message changes it. Everything that is not allowed is
+refused: if the file names no backbones, methods or metrics, none is allowed. Every key has a reason
+code, and the coordinator learns only this code.
 """
 
 import difflib
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from datetime import datetime, time
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import JobError, SiteFailure
+from fedgraft.common.methods import METHODS
 from fedgraft.common.privacy import FEWEST
 from fedgraft.common.section import IllegalJob, Section, Size
 from fedgraft.common.toml import read_text
@@ -28,19 +29,23 @@ __all__ = ["Hours", "Policy", "RoundFacts", "check_plan", "load_policy"]
 
 Metric = Literal["loss", "accuracy", "f1", "scores", "groups"]
 METRICS: tuple[Metric, ...] = ("loss", "accuracy", "f1")
+if TYPE_CHECKING:
+    Allowed = str
+else:  # every method, and the things that may train or travel beside one
+    Allowed = Literal[(*METHODS, "domain", "consolidation")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 EPSILON, DELTA = 8.0, 1e-5
 CLOCKS = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)")
 
 
 class Hours(Section):
-    """From ``start`` until before ``end`` on this machine's clock, over midnight if need be."""
+    """The time from ``start`` until before ``end`` on this machine's clock, also over midnight."""
 
     start: time
     end: time
 
     def include(self, now: time) -> bool:
-        """Whether ``now`` is among them."""
+        """Return whether ``now`` is in these hours."""
         if self.start < self.end:
             return self.start <= now < self.end
         return now >= self.start or now < self.end
@@ -61,15 +66,15 @@ class ModelRules(Section):
     """``[model]``: backbones by name, each with the SHA-256 of its manifest or its fingerprint."""
 
     allowed_backbones: dict[str, Digest] = Field(default_factory=dict)
-    allowed_methods: tuple[Literal["lora", "head", "partial", "domain", "consolidation"], ...] = ()
+    allowed_methods: tuple[Allowed, ...] = ()
     max_rank: int = Field(default=16, ge=1)
 
 
 class PrivacyRules(Section):
-    """``[privacy]``: how updates leave, among how many sites, from how much data.
+    """``[privacy]``: masked or clear updates, the number of sites, the amount of data.
 
-    No job has differential privacy yet, so none spends epsilon and none can be held to a bound:
-    ``max_epsilon_total`` and ``delta`` may be written down with their defaults and nothing else.
+    No job has differential privacy yet. So no job spends epsilon, and no job can be held to a
+    bound: ``max_epsilon_total`` and ``delta`` may be written only with their default values.
     """
 
     secure_aggregation: Literal["required", "allowed"] = "required"
@@ -92,9 +97,10 @@ class PrivacyRules(Section):
 
 
 class Limits(Section):
-    """``[limits]``: how often, how much and when; ``keep_sent`` rounds stay in ``state/sent``.
+    """``[limits]``: rounds, bytes and hours; ``keep_sent`` rounds stay in ``state/sent``.
 
-    Within ``hours`` work is taken up; a reply to it may leave after them, and a result may come.
+    Work begins only within ``hours``. Its reply may leave after them, and a result may come after
+    them.
     """
 
     max_rounds: int = Field(default=50, ge=1)
@@ -104,14 +110,17 @@ class Limits(Section):
 
 
 class MetricRules(Section):
-    """``[metrics]``: what a reply in clear may reveal; losses to ``round_to`` decimals."""
+    """``[metrics]``: the metrics that a reply in clear may reveal.
+
+    Losses are rounded to ``round_to`` decimals.
+    """
 
     allowed: tuple[Metric, ...] = ()
     round_to: int = Field(default=3, ge=0, le=15)
 
 
 class Approval(Section):
-    """``[approval]``: whether a person says yes to each job that the rest allows."""
+    """``[approval]``: whether a person must approve each job that the other rules allow."""
 
     mode: Literal["ask", "auto"] = "ask"
 
@@ -127,12 +136,12 @@ class Policy(Section):
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) over the policy as canonical JSON: what it says, not how it is written."""
+        """SHA-256 (hex) over the policy as canonical JSON: its content, not its form."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def in_words(self) -> tuple[str, ...]:
-        """The policy as plain sentences, one a rule."""
+        """Return the policy as plain sentences, one for each rule."""
         model, privacy, limits = self.model, self.privacy, self.limits
         masked = privacy.secure_aggregation == "required"
         clear = ", ".join(self.metrics.allowed) or "no metric at all"
@@ -165,12 +174,13 @@ class Policy(Section):
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """What a policy judges, as far as it is known at a stage.
+    """The facts that a policy judges, as far as they are known at a stage.
 
-    ``digests`` identify the backbone that the coordinator claims; ``now`` is local time; ``round``
-    is 0 at PLAN; ``works`` is False where nothing is asked but to keep a result. ``cohort`` is how
-    many sites begin a masked round, ``survivors`` how many are in its sum, ``bytes_out`` what a
-    round would send, ``examples`` what this site would train on; None where that is not known yet.
+    ``digests`` identify the backbone that the coordinator claims. ``now`` is local time. ``round``
+    is 0 at PLAN. ``works`` is False if the request only asks to keep a result. ``cohort`` is the
+    number of sites that begin a masked round, ``survivors`` the number of sites in its sum,
+    ``bytes_out`` the number of bytes that a round would send, and ``examples`` the number that this
+    site would train on. A number that is not known yet is None.
     """
 
     job: Job
@@ -188,11 +198,11 @@ class RoundFacts:
 def check_plan(policy: Policy, facts: RoundFacts) -> None:
     """Check a job, or a round of it, against the policy.
 
-    A job without differential privacy spends no ``epsilon``: that says nothing about what its
+    A job without differential privacy spends no ``epsilon``. This says nothing about what its
     updates reveal.
 
     Raises:
-        SiteFailure: ``policy-`` and what it is about, the first that does not hold.
+        SiteFailure: ``policy-`` and the code of the first rule that does not hold.
     """
     for code, holds in _rules(policy, facts):
         if not holds:
@@ -200,7 +210,7 @@ def check_plan(policy: Policy, facts: RoundFacts) -> None:
 
 
 def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:
-    """Every rule's code, and whether it holds."""
+    """Return every rule's code, and whether the rule holds."""
     job, model, privacy, limits = facts.job, policy.model, policy.privacy, policy.limits
     cohort, hours = _fewest(facts), limits.hours
     steps = _steps(job, facts.examples)
@@ -232,10 +242,10 @@ def _masks(job: Job) -> bool:
 
 
 def _is_allowed(model: ModelRules, job: Job, digests: frozenset[str]) -> bool:
-    """Whether the backbone is one of the policy's, by its name and by what identifies it.
+    """Return whether the policy allows the backbone, by its name and by its digest.
 
-    The name keeps a coordinator from having anything else fetched, which is compared after that. A
-    manifest's digest says all by itself.
+    Digests are compared after a fetch, so the name keeps a coordinator from having other things
+    fetched. The digest of a manifest is sufficient alone.
     """
     source = job.backbone.source
     if source.startswith("manifest:"):
@@ -250,7 +260,7 @@ def _is_allowed(model: ModelRules, job: Job, digests: frozenset[str]) -> bool:
 
 
 def _fewest(facts: RoundFacts) -> int:
-    """Sites of a round: where they are not known yet, the fewest that the job takes."""
+    """Return the number of sites of a round; if it is not known yet, the fewest for the job."""
     if facts.cohort is not None:
         return facts.cohort
     least = facts.job.rounds.min_sites
@@ -258,7 +268,7 @@ def _fewest(facts: RoundFacts) -> int:
 
 
 def _withstands(job: Job, cohort: int) -> int:
-    """Sites that may work with the coordinator without opening a sum of ``cohort``."""
+    """Return how many sites can collude with the coordinator and not open a sum of ``cohort``."""
     return job.privacy.secure_aggregation.numbers(cohort)[0]
 
 
@@ -269,9 +279,10 @@ def _steps(job: Job, examples: int | None) -> int | None:
 
 
 def _revealed(job: Job) -> set[Metric]:
-    """What replies in clear reveal: the training loss, by a confusion matrix accuracy and F1.
+    """Return the metrics that replies in clear reveal.
 
-    Only where the job counts them: binned scores, and who is right in which group.
+    These are the training loss, and accuracy and F1 by a confusion matrix. Binned scores and the
+    right answers in each group are revealed only if the job counts them.
     """
     if not job.data.validation:
         return {"loss"}
@@ -299,7 +310,7 @@ def load_policy(path: Path) -> Policy:
 
 
 def _explain(problem: dict[str, Any]) -> tuple[str, str]:
-    """One pydantic problem as (what is wrong, what to do)."""
+    """Return one pydantic problem as (what is wrong, what to do)."""
     loc = [str(part) for part in problem["loc"]]
     key = ".".join(loc)
     if problem["type"] == "extra_forbidden":

@@ -1,1 +1,1 @@
-"""What a run came to at this site: the kept adapter, the comparison, the report."""
+"""The result of a run at this site: the kept adapter, the comparison, the report."""

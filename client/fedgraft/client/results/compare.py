@@ -1,13 +1,13 @@
-"""Was it worth it for this site: the federation's adapter beside what the site has without it.
+"""Compare the federation's adapter with the models that the site has without the federation.
 
     federated    the adapter that was kept (``results``)
     local_only   trained here alone, for as many epochs as a site trains in the federation, from the
-                 earlier adapter if the job goes on from one
+                 earlier adapter if the job continues one
     zero_shot    the backbone with its own head, untouched (only if that head knows the labels)
 
-The same measurement as a simulation makes for every site, on the same examples: the site's own test
-file, else what it holds out for validation, which no training sees. It is made here, after the run,
-and nothing of it leaves.
+The comparison shows whether the federation was worth it for this site. It is the measurement that a
+simulation makes for every site, on the same examples: the site's own test file, or else its
+validation examples, which no training sees. It runs here, after the run, and nothing of it leaves.
 """
 
 from collections.abc import Iterator
@@ -31,17 +31,17 @@ from fedgraft.common.seeds import torch_generator
 
 __all__ = ["compare", "epochs_of"]
 
-LOCAL = "local-only"  # what its shuffling is derived from, as in a simulation
+LOCAL = "local-only"  # its shuffling is derived from this name, as in a simulation
 
 
 def epochs_of(job: Job, rounds: int, sites: int) -> int:
-    """Epochs that one of ``sites`` sites took part in, on average, in ``rounds`` rounds."""
+    """Return the epochs that one of ``sites`` sites trains on average in ``rounds`` rounds."""
     share = job.rounds.cohort_size(sites) / max(sites, 1)
     return max(1, round(rounds * share)) * job.training.epochs
 
 
 def compare(at: Participant, result: Result) -> dict[str, Any]:
-    """Measure all models here; the report, as JSON.
+    """Measure all models here; return the report, as JSON.
 
     Raises:
         BackboneError: the backbone is not the one that the adapter belongs to.
@@ -96,7 +96,7 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
 def _models(
     at: Participant, result: Result, bench: Workbench, train_on: Examples, tested: Examples
 ) -> Iterator[tuple[str, Evaluation | None]]:
-    """Each model's name and how it did; None for one that could not be trained."""
+    """Yield each model's name and evaluation; None for a model that could not be trained."""
     job, stack = result.job, at.stack(result.job)
 
     def test(vector: Vector) -> Evaluation:
@@ -110,7 +110,7 @@ def _models(
     if job.start is not None and (first := at.first_adapter(result.session)) is not None:
         start = bench.layout.merged(start, (bench.layout.only(result.names), first))
     elif job.start is not None:
-        return  # from the backbone alone it would be no fair comparison
+        return  # training from the backbone alone would be no fair comparison
     if not has_labels(train_on):
         return
     generator = torch_generator(job.job.seed, LOCAL, at.config.name)

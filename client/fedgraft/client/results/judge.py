@@ -1,6 +1,6 @@
-"""Figures of one model, and what federating was worth beside every model a site has without it.
+"""Figures of one model, and the value of federating beside each model that a site has without it.
 
-The same words and numbers for a site of a simulation and for a real one after the run.
+A site of a simulation and a real site after the run get the same words and numbers.
 """
 
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ RIVALS: tuple[Rival, ...] = ("local_only", "zero_shot")
 
 
 def figures(one: Evaluation, measures: Measures, seed: int, *purpose: str) -> dict[str, Any]:
-    """All that is said of a model on some test examples, fractions 0..1, losses in nats."""
+    """Return all figures of a model on some test examples, fractions 0..1, losses in nats."""
     generator = numpy_generator(seed, "bootstrap", *purpose)
     return {**measures.figures(one.tally), **one.intervals(generator)}
 
 
 def judge(own: Mapping[str, Evaluation | None], seed: int, *, name: str) -> dict[str, Any]:
-    """The federated model of ``own`` against each of ``RIVALS`` that is there, example by example.
+    """Compare the federated model of ``own`` with each of ``RIVALS`` in it, example by example.
 
-    For each what ``Evaluation.compare`` gives: outcome, sentence, difference with interval and
-    p-value. Differences are federated minus the other.
+    Return for each rival the result of ``Evaluation.compare``: outcome, sentence, difference with
+    interval and p-value. Differences are federated minus the other.
     """
     federated = own.get("federated")
     found: dict[str, Any] = {}
@@ -39,9 +39,9 @@ def judge(own: Mapping[str, Evaluation | None], seed: int, *, name: str) -> dict
 
 
 def outcome_of(judged: Mapping[str, Any], *, missing: str) -> tuple[str, Outcome]:
-    """The sentences of what ``judge`` found, and whether federating helped beside a site alone.
+    """Return the sentences of ``judge``, and whether federating helped beside training alone.
 
-    ``missing`` is said where there is no model of the site's own.
+    ``missing`` is the first sentence if the site has no model of its own.
     """
     alone = judged.get("local_only")
     first = alone["sentence"] if alone else missing

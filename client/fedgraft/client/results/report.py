@@ -1,7 +1,7 @@
 """A site's own report of a run: ``report.json`` for machines, ``report.md`` and ``report.html``.
 
-The page stands alone (no script, font or image from outside), and the same report gives the same
-bytes. What comes from the coordinator passes autoescaping as everything else does.
+The page is complete in itself (no script, font or image from outside), and the same report gives
+the same bytes. Text from the coordinator is autoescaped like all other text.
 """
 
 import json
@@ -26,11 +26,11 @@ NAMES = {
     "zero_shot": "Backbone untouched",
 }
 MISSING = "not measured"
-WIDTH, HEIGHT = 600, 120  # of the curve, in units of its own
+WIDTH, HEIGHT = 600, 120  # of the curve, in units of its SVG
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write ``report`` (as ``comparison.compare`` makes it) into ``folder`` in all three forms."""
+    """Write ``report`` (of ``compare.compare``) into ``folder`` in all three forms."""
     rounds = [{**line, **_known(line)} for line in report["rounds"]]
     report = report | {"rounds": rounds}
     task = TASKS[report["task"]]
@@ -40,7 +40,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         "points": _curve(rounds),
         "task": task,
         "metrics": task.metrics,
-        "share": task.share,  # what bars and the curve are of
+        "share": task.share,  # the metric of the bars and of the curve
     }
     for name in ("report.md", "report.html"):
         text = _templates().get_template(f"{name}.j2").render(facts)
@@ -49,7 +49,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report in ``folder``; None while it has not been made."""
+    """Return the report in ``folder``; None if it is not made yet."""
     path = folder / "report.json"
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
@@ -75,7 +75,7 @@ def _templates() -> Environment:
 
 
 def _known(line: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers of a round, None for one that there is not: JSON has no NaN."""
+    """Return the numbers of a round; None for a missing number, because JSON has no NaN."""
     return {
         key: float(line[key]) if line[key] is not None and math.isfinite(line[key]) else None
         for key in ("accuracy", "loss")
@@ -83,7 +83,7 @@ def _known(line: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _curve(rounds: list[dict[str, Any]]) -> str:
-    """Accuracy over rounds as the points of an SVG polyline, 0 % to 100 % from bottom to top."""
+    """Return accuracy over rounds as points of an SVG polyline: 0 % is bottom, 100 % is top."""
     known = [(line["round"], line["accuracy"]) for line in rounds if line["accuracy"] is not None]
     if len(known) < 2:
         return ""
@@ -103,7 +103,7 @@ def _metric(model: dict[str, Any], metric: Metric) -> str:
 
 
 def _interval(model: dict[str, Any], metric: Metric) -> str:
-    """Of perplexity with one block of text there is none."""
+    """Return the interval as text; perplexity of a single block of text has none."""
     ends = model.get(f"{metric.key}_interval")
     if ends is None:
         return MISSING

@@ -1,11 +1,11 @@
-"""What a run came to, kept at the site: the federation's adapter and what is needed to judge it.
+"""The result of a run, kept at the site: the federation's adapter and the facts to judge it.
 
     state/results/RUN/
         adapter/        PEFT folder, with the site's own head where heads stay at sites
-        result.json     the job and what its rounds came to; written last
-        report.*        by ``comparison``: was it worth it for this site
+        result.json     the job and the results of its rounds; written last
+        report.*        by ``compare``: whether the run was worth it for this site
 
-Nothing here is sent: the coordinator is told that the result is kept, and no more.
+Nothing here is sent: the coordinator learns only that the result is kept.
 """
 
 import json
@@ -33,14 +33,14 @@ __all__ = ["Result", "find_result", "keep_result", "list_results"]
 log = logging.getLogger("fedgraft.client")
 
 FOLDER, FILE = "results", "result.json"
-RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # it names a folder here
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")  # it becomes the name of a folder here
 
 
 @dataclass(frozen=True)
 class Result:
-    """A result in ``folder``; ``adapter`` is the SHA-256 of what the coordinator sent.
+    """A result in ``folder``; ``adapter`` is the SHA-256 of the adapter that the coordinator sent.
 
-    ``backbone`` and ``fingerprint`` say what the adapter belongs to.
+    ``backbone`` and ``fingerprint`` name the backbone that the adapter belongs to.
     """
 
     folder: Path
@@ -57,11 +57,11 @@ class Result:
 
 
 def keep_result(at: Participant, request: ResultRequest) -> ResultReply:
-    """Keep the adapter and the facts of a run that is over; a second time changes nothing.
+    """Keep the adapter and the facts of a finished run; a second call changes nothing.
 
     Raises:
         SiteFailure: ``bad-run``, ``bad-adapter``, ``run-name-taken``, or as ``Participant.open``.
-        InputError: the disk does not take it.
+        InputError: the result cannot be written to the disk.
     """
     job, bench = at.open(request.session, request.job, request.round)
     if not RUN.fullmatch(request.run):
@@ -80,7 +80,7 @@ def keep_result(at: Participant, request: ResultRequest) -> ResultReply:
             raise SiteFailure("run-name-taken")
         if known.adapter == digest:
             return ResultReply(request.session)
-    # As it would be tested here: cut to this site's rank, with its own head.
+    # The vector as a test here would use it: cut to this site's rank, with the site's own head.
     asked = EvaluateRequest(
         request.session, request.round, request.job, request.names, "test", request.adapter
     )
@@ -110,7 +110,7 @@ def keep_result(at: Participant, request: ResultRequest) -> ResultReply:
 
 
 def find_result(state: Path, run: str) -> Result:
-    """The result of ``run``.
+    """Return the result of ``run``.
 
     Raises:
         InputError: there is none, or its file is damaged.
@@ -134,7 +134,7 @@ def find_result(state: Path, run: str) -> Result:
 
 
 def list_results(state: Path) -> list[Result]:
-    """All results, the oldest first."""
+    """Return all results, the oldest first."""
     names = [path.parent.name for path in (state / FOLDER).glob(f"*/{FILE}")]
     found = [find_result(state, name) for name in names]
     return sorted(found, key=lambda result: result.received)

@@ -1,13 +1,13 @@
 """The masking party: one site's side of secure aggregation, as a state machine.
 
-KEYS -> SHARES -> TRAIN -> CONFIRM -> UNMASK, each once a round and in this order (Bonawitz et al.
-2017, figure 4, active variant). Every method checks what the coordinator says *before* it answers;
-whatever goes wrong, the secrets of the round are wiped and the site abstains until a later round.
+KEYS -> SHARES -> TRAIN -> CONFIRM -> UNMASK, each once per round and in this order (Bonawitz et al.
+2017, figure 4, active variant). Every method checks what the coordinator says *before* it answers.
+After any error, the secrets of the round are wiped, and the site abstains until a later round.
 
-Invariants: no stage of a round is served twice, also across restarts and by processes that run at
-once (``claim``); so at most one survivor set is signed a round, and of a neighbour's two secrets a
-share of at most one is ever revealed; the update leaves this object only under its own mask and
-those it shares with its neighbours.
+Invariants: no stage of a round is served twice, not even after a restart or by processes that run
+at the same time (``claim``). So at most one survivor set is signed per round, and a share of at
+most one of a neighbour's two secrets is ever revealed. The update leaves this object only under the
+site's own mask and the masks that the site shares with its neighbours.
 """
 
 import os
@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.client.secagg.round_secrets import Memory, Round, State
+from fedgraft.client.secagg.round_secrets import Memory, PartyState, RoundSecrets
 from fedgraft.common.secagg.errors import (
     InputRefused,
     ParameterError,
@@ -29,7 +29,7 @@ from fedgraft.common.secagg.errors import (
     TooFewParties,
     blame,
 )
-from fedgraft.common.secagg.graph import Graph, Plan, arrange
+from fedgraft.common.secagg.graph import Graph, GraphPlan, arrange
 from fedgraft.common.secagg.keys import (
     KEY_BYTES,
     TAG_BYTES,
@@ -57,8 +57,8 @@ from fedgraft.common.secagg.statements import (
     Opening,
     RevealedShare,
     SealedShares,
+    SecAggStage,
     SharesRequest,
-    Stage,
     Survivors,
     UnmaskRequest,
 )
@@ -94,11 +94,12 @@ class MaskingParty:
     """One site in one session.
 
     ``roster`` and ``policy`` are the site's own files. ``claim(round, stage)`` is called before a
-    stage is answered: it raises ``StageError`` unless this is later than everything this site ever
-    claimed in the session, and is durable when it returns. ``pledge(model, sum)`` is called before
-    survivors are confirmed: it raises ``StageError`` if this site ever, in any session, confirmed
-    another sum of the same work, since the difference of the two could be one site's. ``memory``
-    is what ``remember`` gave after the stage before. ``entropy`` is the source of all secrets.
+    stage is answered. It raises ``StageError`` unless the stage is later than everything that this
+    site ever claimed in the session; the claim is durable when it returns. ``pledge(model, sum)``
+    is called before survivors are confirmed. It raises ``StageError`` if this site ever, in any
+    session, confirmed another sum of the same work: the difference of the two could be the input
+    of one site. ``memory`` is the result of ``remember`` after the stage before. ``entropy`` is the
+    source of all secrets.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class MaskingParty:
         roster: Roster,
         policy: Policy,
         parameters: Parameters,
-        claim: Callable[[int, Stage], None],
+        claim: Callable[[int, SecAggStage], None],
         pledge: Callable[[bytes, bytes], None],
         memory: Memory | None = None,
         entropy: Entropy = os.urandom,
@@ -128,8 +129,8 @@ class MaskingParty:
         self._pledge = pledge
         self._entropy = entropy
         self._threads = threads
-        self._state = State(memory.state) if memory else State.IDLE
-        self._round = Round.recall(memory) if memory else None
+        self._state = PartyState(memory.state) if memory else PartyState.IDLE
+        self._round = RoundSecrets.recall(memory) if memory else None
 
     @property
     def parameters(self) -> Parameters:
@@ -137,35 +138,38 @@ class MaskingParty:
         return self._parameters
 
     @property
-    def state(self) -> State:
-        """How far this site is in the round."""
+    def state(self) -> PartyState:
+        """The last step of this site in the round."""
         return self._state
 
     def remember(self) -> Memory | None:
-        """What the next stage needs, secrets included; None when no round is under way.
+        """Return the memory for the next stage, secrets included; None if no round is under way.
 
         Raises:
-            StageError: between ``accept`` and ``mask``: a copy could mask a second input alike.
+            StageError: between ``accept`` and ``mask``: with a copy of the memory, a second input
+                could be masked with the same masks.
         """
         now = self._round
-        if self._state is State.READY:
+        if self._state is PartyState.READY:
             raise StageError("a round is not interrupted while it trains")
         return now.remember(self._parameters, self._state) if now is not None else None
 
     def abort(self) -> None:
-        """Wipe the round; call it when the coordinator has been silent for too long."""
+        """Wipe the round; call this if the coordinator has been silent for too long."""
         if self._round is not None:
             self._round.wipe()
         self._round = None
-        self._state = State.IDLE
+        self._state = PartyState.IDLE
 
     def __getstate__(self) -> NoReturn:
-        """Secrets stay in this process: no pickle, no copy."""
+        """Refuse to be pickled or copied: secrets stay in this process."""
         raise StageError("a masking party cannot be stored or copied")
 
     @contextmanager
-    def _stage(self, needed: State, then: State, stage: Stage | None = None) -> Iterator[Round]:
-        """One step: in order, claimed if it begins a stage, and complete or the round is wiped."""
+    def _stage(
+        self, needed: PartyState, then: PartyState, stage: SecAggStage | None = None
+    ) -> Iterator[RoundSecrets]:
+        """Run one step in order, and claim it if it begins a stage; an error wipes the round."""
         try:
             if self._state is not needed or self._round is None:
                 raise StageError(f"a round in state {self._state.name} is not {needed.name}")
@@ -178,12 +182,13 @@ class MaskingParty:
         self._state = then
 
     def advertise(self, request: KeysRequest) -> Advertisement:
-        """KEYS: begin a round, with fresh keys; a round still under way is wiped.
+        """KEYS: begin a round with fresh keys; wipe a round that is still under way.
 
         Raises:
-            PolicyRefused: below the policy's floor, not the agreed context, or not in the cohort.
-            StageError: not later than every round ever served in the session.
-            StatementError: a malformed request.
+            PolicyRefused: the parameters are below the policy's floor, the context is not the
+                agreed one, or this site is not in the cohort.
+            StageError: the round is not later than every round ever served in the session.
+            StatementError: the request is malformed.
         """
         self.abort()
         check_policy(self._parameters, self._roster, self._policy)
@@ -195,24 +200,24 @@ class MaskingParty:
         check_bytes(request.model, DIGEST_BYTES, "a model hash")
         if type(request.round) is not int or not request.round < 1 << 63:
             raise StatementError("a round is not a 64-bit number")
-        self._claim(request.round, Stage.KEYS)
+        self._claim(request.round, SecAggStage.KEYS)
         frame = Frame(context, request.round, request.model)
         seed = draw(self._entropy, KEY_BYTES)
         pairs = Exchange.generate(self._entropy), Exchange.generate(self._entropy)
         unsigned = Advertisement(self._site, pairs[0].public, pairs[1].public, commit(seed), b"")
         signature = sign(self._identity, frame, "keys", self._site, advertisement_body(unsigned))
         own = replace(unsigned, signature=signature)
-        self._round, self._state = Round(frame, seed, *pairs, own), State.ADVERTISED
+        self._round, self._state = RoundSecrets(frame, seed, *pairs, own), PartyState.ADVERTISED
         return own
 
     def share(self, request: SharesRequest) -> SealedShares:
-        """SHARES: check everyone's keys, then seal shares of seed and mask key for neighbours.
+        """SHARES: check all keys, then seal shares of seed and mask key for the neighbours.
 
         Raises:
-            StatementError: an id, key or signature that is not valid, or another entry for us.
-            TooFewParties: fewer advertisements than must sign later.
+            StatementError: an id, key or signature is not valid, or our own entry was changed.
+            TooFewParties: fewer sites advertised keys than must sign later.
         """
-        with self._stage(State.ADVERTISED, State.SHARED, Stage.SHARES) as now:
+        with self._stage(PartyState.ADVERTISED, PartyState.SHARED, SecAggStage.SHARES) as now:
             found = check_advertisements(
                 request.advertisements, now.frame, self._roster, self._parameters.cohort
             )
@@ -226,15 +231,17 @@ class MaskingParty:
             now.mask_keys = {other.site: other.mask_key for other in neighbours}
             return SealedShares(self._site, self._seal_shares(now, neighbours))
 
-    def _plan(self, now: Round) -> Plan:
-        """Degree and thresholds among those who advertised."""
+    def _plan(self, now: RoundSecrets) -> GraphPlan:
+        """Return degree and thresholds for the sites that advertised keys."""
         return self._parameters.plan.among(len(now.advertised))
 
-    def _graph(self, now: Round) -> Graph:
-        """Who shares secrets with whom."""
+    def _graph(self, now: RoundSecrets) -> Graph:
+        """Return the graph of the sites that share secrets with each other."""
         return arrange(now.advertised, now.advertised_hash, self._plan(now).degree)
 
-    def _seal_shares(self, now: Round, neighbours: list[Advertisement]) -> tuple[Envelope, ...]:
+    def _seal_shares(
+        self, now: RoundSecrets, neighbours: list[Advertisement]
+    ) -> tuple[Envelope, ...]:
         seal_keys = {other.site: other.seal_key for other in neighbours}
         threshold, holders = self._plan(now).share_threshold, sorted((self._site, *seal_keys))
         secret = now.seed + now.mask_pair.private
@@ -257,14 +264,16 @@ class MaskingParty:
         return tuple(envelopes)
 
     def accept(self, delivery: Delivery, model: bytes) -> None:
-        """TRAIN, before training: open what neighbours sealed; ``model`` is what we were sent.
+        """TRAIN, before training: open the neighbours' envelopes.
+
+        ``model`` is the hash of the work that we were sent.
 
         Raises:
-            StatementError: ``model`` is not the one we advertised for, or an envelope is not from
-                a neighbour, not for us, not authentic or there twice.
-            TooFewParties: fewer shares than open a secret.
+            StatementError: ``model`` is not the one that we advertised for, or an envelope is not
+                from a neighbour, not for us, not authentic, or there twice.
+            TooFewParties: there are fewer shares than are needed to open a secret.
         """
-        with self._stage(State.SHARED, State.READY, Stage.TRAIN) as now:
+        with self._stage(PartyState.SHARED, PartyState.READY, SecAggStage.TRAIN) as now:
             if not same(check_bytes(model, DIGEST_BYTES, "a model hash"), now.frame.model):
                 raise StatementError("the model is not the one that all sites signed for")
             for envelope in delivery.envelopes:
@@ -292,14 +301,14 @@ class MaskingParty:
     ) -> MaskedInput:
         """TRAIN, after training: quantise, mask and pack ``update`` (float [length]).
 
-        ``metrics`` are at most two numbers to be summed over sites; ``generator`` rounds, or None
-        where ``update`` is of whole levels.
+        ``metrics`` are at most two numbers to be summed over sites. ``generator`` draws the
+        rounding; it is None if ``update`` has whole levels only.
 
         Raises:
-            InputRefused: not finite, out of range, or of another length.
+            InputRefused: ``update`` is not finite, out of range, or of another length.
             StatementError: a neighbour's mask key cannot be used.
         """
-        with self._stage(State.READY, State.MASKED) as now:
+        with self._stage(PartyState.READY, PartyState.MASKED) as now:
             if update.shape != (self._parameters.length,):
                 raise InputRefused("the update has another length than the layout")
             coding = self._parameters.coding
@@ -322,11 +331,12 @@ class MaskingParty:
         """CONFIRM: sign the survivors, once.
 
         Raises:
-            StatementError: not a chain U3 in U2 in U1, without us, or not the neighbours whose
-                shares we were given.
-            TooFewParties: fewer survivors than signatures, honesty or the policy need.
+            StatementError: the survivors are no chain U3 in U2 in U1, are without us, or are not
+                the neighbours whose shares we were given.
+            TooFewParties: fewer survivors than the signatures, the two honest parties or the policy
+                need.
         """
-        with self._stage(State.MASKED, State.CONFIRMED, Stage.CONFIRM) as now:
+        with self._stage(PartyState.MASKED, PartyState.CONFIRMED, SecAggStage.CONFIRM) as now:
             check_survivors(survivors, now.advertised)
             if self._site not in survivors.masked:
                 raise StatementError("our own input was left out")
@@ -357,10 +367,10 @@ class MaskingParty:
         """UNMASK: reveal one share of each neighbour, then wipe everything.
 
         Raises:
-            StatementError: a confirmation that is not valid, or two from one site.
-            TooFewParties: fewer confirmations than must agree.
+            StatementError: a confirmation is not valid, or a site sent two.
+            TooFewParties: fewer sites confirmed than must agree.
         """
-        with self._stage(State.CONFIRMED, State.IDLE, Stage.UNMASK) as now:
+        with self._stage(PartyState.CONFIRMED, PartyState.IDLE, SecAggStage.UNMASK) as now:
             agreed = hash_survivors(now.advertised_hash, now.survivors)
             signers = set()
             for confirmation in request.confirmations:

@@ -1,7 +1,7 @@
-"""The secrets of one round of secure aggregation, and how a site keeps them between two messages.
+"""The secrets of one round of secure aggregation, and their form between two messages.
 
-They exist in the memory of the site's processes only: ``Memory`` goes where Flower keeps a node's
-context, from one message to the next, and is never written to a disk. Each round has fresh ones.
+The secrets exist only in the memory of the site's processes. Flower keeps ``Memory`` in a node's
+context from one message to the next; it is never written to a disk. Each round has fresh secrets.
 """
 
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from fedgraft.common.secagg.keys import Exchange, wipe
 from fedgraft.common.secagg.statements import Advertisement, Survivors
 from fedgraft.common.secagg.transcript import Frame, Parameters
 
-__all__ = ["Memory", "Round", "State"]
+__all__ = ["Memory", "PartyState", "RoundSecrets"]
 
 
-class State(IntEnum):
-    """What a site has done in a round; IDLE also after the end and after an abort."""
+class PartyState(IntEnum):
+    """The last step of a site in a round; IDLE also after the end and after an abort."""
 
     IDLE = 0
     ADVERTISED = 1
@@ -31,8 +31,8 @@ class State(IntEnum):
 class Memory:
     """A round between two messages, as plain values; ``parameters`` are the session's.
 
-    Tuples of one length belong together: ``neighbours`` with ``mask_keys`` and ``open_keys``,
-    ``owners`` with ``shares``. Secrets that were wiped are all zeros.
+    Tuples of the same length belong together: ``neighbours`` with ``mask_keys`` and ``open_keys``,
+    ``owners`` with ``shares``. Wiped secrets are all zeros.
     """
 
     parameters: Parameters
@@ -53,8 +53,8 @@ class Memory:
 
 
 @dataclass(repr=False, eq=False)
-class Round:
-    """Everything of one round, secrets included; never printed, compared, copied or stored."""
+class RoundSecrets:
+    """All data of one round, secrets included; it is never printed, compared, copied or stored."""
 
     frame: Frame
     seed: bytearray
@@ -69,8 +69,8 @@ class Round:
     survivors: Survivors = field(default_factory=lambda: Survivors((), (), ()))
 
     @classmethod
-    def recall(cls, memory: Memory) -> "Round":
-        """The round that ``remember`` described."""
+    def recall(cls, memory: Memory) -> "RoundSecrets":
+        """Return the round that ``remember`` described."""
         neighbours = memory.neighbours
         return cls(
             memory.frame,
@@ -81,13 +81,13 @@ class Round:
             memory.advertised,
             memory.advertised_hash,
             dict(zip(neighbours, memory.mask_keys, strict=True)),
-            dict(zip(neighbours, memory.open_keys, strict=False)),  # none once they are wiped
+            dict(zip(neighbours, memory.open_keys, strict=False)),  # empty after wiping
             dict(zip(memory.owners, map(bytearray, memory.shares), strict=True)),
             memory.survivors,
         )
 
-    def remember(self, parameters: Parameters, state: State) -> Memory:
-        """The round as plain values, secrets included."""
+    def remember(self, parameters: Parameters, state: PartyState) -> Memory:
+        """Return the round as plain values, secrets included."""
         return Memory(
             parameters=parameters,
             state=int(state),
@@ -107,18 +107,18 @@ class Round:
         )
 
     def __getstate__(self) -> NoReturn:
-        """Only ``remember`` takes secrets out of here: no pickle, no copy."""
+        """Refuse to be pickled or copied: only ``remember`` takes secrets out."""
         raise StageError("the secrets of a round cannot be stored or copied")
 
     def wipe_masks(self) -> None:
-        """Forget what made this site's own masks; shares held for others stay."""
+        """Wipe the secrets of this site's own masks; shares held for others stay."""
         wipe(self.seed)
         self.mask_pair.wipe()
         self.seal_pair.wipe()
         self.open_keys.clear()
 
     def wipe(self) -> None:
-        """Forget every secret."""
+        """Wipe every secret."""
         self.wipe_masks()
         for share in self.held.values():
             wipe(share)
@@ -126,7 +126,7 @@ class Round:
 
 
 def _exchange(private: bytes) -> Exchange:
-    """The key pair again; one that was wiped stays unusable."""
+    """Return the key pair again; a wiped pair stays unusable."""
     pair = Exchange(private)
     if not any(private):
         pair.wipe()

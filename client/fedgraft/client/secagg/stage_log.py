@@ -1,8 +1,9 @@
-"""What this site has begun and agreed to in masked rounds, on its disk, so that nothing is twice.
+"""Replay protection of masked rounds: the stages begun and the sums agreed to, on the site's disk.
 
-A coordinator that could have a stage answered twice (two messages at once, a restart, memory
-brought back from a copy) could have two survivor sets signed and open one site's update. One that
-could have the same work summed over two sets of sites would learn their difference.
+Suppose that a coordinator could have a stage answered twice (by two messages at once, a restart, or
+memory restored from a copy). It could then have two survivor sets signed and open one site's
+update. Or suppose that it could have the same work summed over two sets of sites. It would then
+learn the difference of the two sums.
 """
 
 import fcntl
@@ -13,46 +14,46 @@ from pathlib import Path
 from typing import IO
 
 from fedgraft.common.secagg.errors import StageError
-from fedgraft.common.secagg.statements import Stage
+from fedgraft.common.secagg.statements import SecAggStage
 
-__all__ = ["Claims", "Pledges"]
+__all__ = ["AgreedSums", "StageLog"]
 
 
-class Claims:
+class StageLog:
     """The stages begun in one session: a file with a line ``ROUND STAGE`` for each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def __call__(self, number: int, stage: Stage) -> None:
-        """Claim a stage: durable when this returns, and never granted a second time.
+    def __call__(self, number: int, stage: SecAggStage) -> None:
+        """Claim a stage: the claim is durable when this returns, and is never granted again.
 
         Raises:
             StageError: this stage, or a later one, was claimed before.
         """
-        with _ledger(self._path) as (lines, append):
+        with _open_log(self._path) as (lines, append):
             latest = (0, 0)
             for first, second in lines:
-                if first.isdecimal() and second in Stage.__members__:
-                    latest = max(latest, (int(first), Stage[second].value))
+                if first.isdecimal() and second in SecAggStage.__members__:
+                    latest = max(latest, (int(first), SecAggStage[second].value))
             if (number, stage) <= latest:
                 raise StageError("this stage of the round, or a later one, was served before")
             append(f"{number} {stage.name}")
 
 
-class Pledges:
+class AgreedSums:
     """The sums that this site ever agreed to: a file with a line ``WORK SUM`` (hex) for each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def __call__(self, work: bytes, total: bytes) -> None:
-        """Agree that ``work`` is summed over the sites that ``total`` stands for; durable.
+        """Agree that ``work`` is summed over the sites that ``total`` stands for, durably.
 
         Raises:
             StageError: this site agreed to another sum of the same work.
         """
-        with _ledger(self._path) as (lines, append):
+        with _open_log(self._path) as (lines, append):
             agreed = {second for first, second in lines if first == work.hex()}
             if agreed - {total.hex()}:
                 raise StageError("this work was summed before, over other sites")
@@ -61,14 +62,14 @@ class Pledges:
 
 
 @contextmanager
-def _ledger(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
-    """The pairs in a file that only grows, locked, and how to add a line durably."""
+def _open_log(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
+    """Lock a file that only grows; yield its pairs, and a function that adds a line durably."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
         file.seek(0)
         text = file.read()
-        # What follows the last line end was torn by a power cut, and never answered.
+        # Text after the last line end was torn by a power cut; its stage was never answered.
         file.truncate(text.rfind(b"\n") + 1)
         whole = text.decode(errors="replace").split("\n")[:-1]
         lines = [(first, second) for first, _, second in (line.partition(" ") for line in whole)]
@@ -76,7 +77,7 @@ def _ledger(path: Path) -> Iterator[tuple[list[tuple[str, str]], "_Append"]]:
 
 
 class _Append:
-    """Adds lines to an open ledger that holds ``text``."""
+    """Adds lines to an open log that holds ``text``."""
 
     def __init__(self, path: Path, file: IO[bytes], text: bytes) -> None:
         self._path, self._file, self._text = path, file, text
@@ -86,14 +87,14 @@ class _Append:
         self._file.write(f"{line}\n".encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        for folder in () if self._text else self._path.parents[:2]:  # both may be new
+        for folder in () if self._text else self._path.parents[:2]:  # both may be new folders
             _sync_folder(folder)
 
 
 def _sync_folder(path: Path) -> None:
     try:
         folder = os.open(path, os.O_RDONLY)
-    except PermissionError:  # not ours, so we did not make it
+    except PermissionError:  # the folder is not ours, so we did not make it
         return
     try:
         os.fsync(folder)

@@ -1,1 +1,1 @@
-"""Statistics by which backbones are ranked before any training."""
+"""Statistics that rank backbones before any training."""

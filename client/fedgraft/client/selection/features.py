@@ -1,8 +1,9 @@
-"""Features of examples: what a frozen backbone makes of them before any head.
+"""Features of examples: the output of a frozen backbone before any head.
 
-Of a text the mean of its tokens' last hidden states, as sentence encoders are trained (Reimers &
-Gurevych, "Sentence-BERT", 2019) and as every text model has them; of other examples what enters the
-head, averaged over positions. Where the backbone has a head of its own, also what that predicts.
+The feature of a text is the mean of its tokens' last hidden states: sentence encoders are trained
+like this (Reimers & Gurevych, "Sentence-BERT", 2019), and every text model has these states. The
+feature of another example is the input of the head, averaged over positions. If the backbone has a
+head of its own, the head's predictions are added.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ BLOCK = 4096  # examples whose features are held at once
 
 @dataclass(frozen=True)
 class Features:
-    """Of n examples: ``labels`` int64 [n], ``values`` float32 [n, d].
+    """The features of n examples: ``labels`` int64 [n], ``values`` float32 [n, d].
 
     ``probabilities``, float32 [n, z], are those of the source labels; z is 0 without a source head.
     """
@@ -42,7 +43,7 @@ class Features:
 
 
 def blocks_of(stack: Stack, examples: Examples, store: Store) -> Iterator[Features]:
-    """The features of all examples, at most ``BLOCK`` at a time, kept in files of ``store``.
+    """Yield the features of all examples, at most ``BLOCK`` at a time, cached in ``store``.
 
     Raises:
         BackboneError: the backbone's features cannot be found, or are not finite.
@@ -60,7 +61,7 @@ def blocks_of(stack: Stack, examples: Examples, store: Store) -> Iterator[Featur
 
 
 def features_of(stack: Stack, examples: Examples) -> Features:
-    """The features of ``examples``, which are batched by length.
+    """Return the features of ``examples``, which are batched by length.
 
     Raises:
         BackboneError: as ``blocks_of``.
@@ -85,7 +86,7 @@ def features_of(stack: Stack, examples: Examples) -> Features:
 
 @torch.inference_mode()
 def _forward(stack: Stack, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [b, d] and logits [b, z] of one batch, float32 on the CPU."""
+    """Return features [b, d] and logits [b, z] of one batch, float32 on the CPU."""
     caught: list[torch.Tensor] = []
     mask = inputs.get("attention_mask")
     text = "input_ids" in inputs and mask is not None
@@ -118,7 +119,10 @@ def _forward(stack: Stack, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pooled(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[b, d]: the mean over the tokens of ``mask``, over positions [b, p, d] or [b, d, h, w]."""
+    """Return means [b, d] over the tokens of ``mask``, or over all positions without a mask.
+
+    ``hidden`` is [b, p, d], [b, d, h, w] or [b, d].
+    """
     if mask is not None:
         weights = mask.to(hidden)[..., None]
         return (hidden * weights).sum(1) / weights.sum(1)

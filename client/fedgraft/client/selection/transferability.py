@@ -1,9 +1,9 @@
-"""What a site adds to a backbone's transferability scores and to its few-shot accuracy: sums.
+"""The sums that a site adds to a backbone's transferability scores and to its few-shot accuracy.
 
-Few-shot is nearest prototype: a class is the mean of the unit features of ``k`` examples of it at
-every site (Snell et al., "Prototypical Networks for Few-shot Learning", 2017), and an example is of
-the class whose mean has the largest cosine with its own. With 0 shots the prototype is the feature
-of the label's name.
+Few-shot classification is by nearest prototype (Snell et al., "Prototypical Networks for Few-shot
+Learning", 2017). The prototype of a class is the mean of the unit features of ``k`` of its examples
+at every site. An example gets the class whose prototype has the largest cosine with its feature.
+With 0 shots, the prototype is the feature of the label's name.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ Prototypes = Mapping[int, Matrix]
 class SiteSums:
     """Sums over the training examples of a site, or of several, all float64.
 
-    ``soft`` [c, z] adds the probabilities of the source labels by class, ``hard`` [c, z] counts the
-    likeliest ones; both are empty without a source head. ``shots[k]`` [c, d] adds the unit features
-    of up to ``k`` examples of each class a site.
+    ``soft`` [c, z] adds the probabilities of the source labels by class. ``hard`` [c, z] counts the
+    likeliest source labels. Both are empty without a source head. ``shots[k]`` [c, d] adds the unit
+    features of up to ``k`` examples of each class at each site.
     """
 
     moments: Moments
@@ -51,9 +51,10 @@ def site_sums(
     shots: Sequence[int],
     generator: np.random.Generator,
 ) -> SiteSums | None:
-    """What one site adds; ``labels`` [n] are those of all ``blocks``, in order. None without any.
+    """Return the sums of one site; None if there are no blocks.
 
-    ``generator`` draws which examples are the site's shots.
+    ``labels`` [n] are those of all ``blocks``, in order. ``generator`` draws the examples that are
+    the site's shots.
     """
     order = draw_shots(labels, generator)
     total, start = None, 0
@@ -80,9 +81,10 @@ def _block_sums(block: Features, turns: Indices, classes: int, shots: Sequence[i
 
 
 def draw_shots(labels: Indices, generator: np.random.Generator) -> Indices:
-    """For each example its turn within its class in a random order, int64 [n], from 0.
+    """Return each example's turn within its class in a random order, int64 [n], from 0.
 
-    The ``k`` shots of a class are its examples with turns below ``k``: fewer shots are among more.
+    The ``k`` shots of a class are its examples with turns below ``k``. So a smaller number of shots
+    is a subset of a larger one.
     """
     turns = np.zeros(len(labels), np.int64)
     mixed = generator.permutation(len(labels))
@@ -96,7 +98,7 @@ def draw_shots(labels: Indices, generator: np.random.Generator) -> Indices:
 class Answers:
     """Sums of the second pass: ``leep`` in nats over training examples, ``right`` test answers.
 
-    ``right[k]`` counts how many of the ``tested`` examples the prototypes of ``k`` shots know.
+    ``right[k]`` counts the ``tested`` examples that the prototypes of ``k`` shots classify right.
     """
 
     leep: float
@@ -116,10 +118,10 @@ def site_answers(
     *,
     knows_labels: bool,
 ) -> Answers:
-    """The second pass over a site's ``train`` and ``test`` features.
+    """Return the sums of the second pass over a site's ``train`` and ``test`` features.
 
-    ``given`` [c, z] is P(label | source label). With ``knows_labels`` the source labels are the
-    job's, and what the backbone's own head predicts is the answer of 0 shots.
+    ``given`` [c, z] is P(label | source label). With ``knows_labels``, the source labels are the
+    job's labels, and the prediction of the backbone's own head is the answer of 0 shots.
     """
     leep = sum((leep_terms(given, one.probabilities, one.labels) for one in train), 0.0)
     right = dict.fromkeys([*prototypes, *([0] if knows_labels else [])], 0)
@@ -136,7 +138,7 @@ def site_answers(
 
 
 def nearest(units: Matrix, prototypes: Matrix) -> Indices:
-    """For each of ``units`` [n, d] the class whose prototype [c, d] has the largest cosine.
+    """Return for each of ``units`` [n, d] the class whose prototype [c, d] has the largest cosine.
 
     A class whose prototype is zero, because no site has a shot of it, is never the answer.
     """
@@ -148,7 +150,7 @@ def nearest(units: Matrix, prototypes: Matrix) -> Indices:
 
 
 def unit(values: NDArray[np.floating]) -> Matrix:
-    """The rows of ``values`` [n, d] at length 1, float64; a row of zeros stays."""
+    """Return the rows of ``values`` [n, d] scaled to length 1, float64; a row of zeros stays."""
     exact = np.asarray(values, np.float64)
     length = np.linalg.norm(exact, axis=1, keepdims=True)
     scaled: Matrix = np.divide(exact, length, out=np.zeros(exact.shape), where=length > 0)

@@ -1,8 +1,8 @@
 """Zero-shot answers of a dual encoder: the label whose name, as a sentence, is nearest to an image.
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP):
-both encoders end in one space, and the answer is the largest cosine. The whole model is loaded for
-it: as a backbone only its vision tower is used.
+both encoders map into one space, and the answer is the label with the largest cosine. The whole
+model is loaded for this, because a backbone uses only its vision tower.
 """
 
 from dataclasses import dataclass
@@ -21,25 +21,25 @@ from fedgraft.common.examples import Examples, Indices
 __all__ = ["DUAL_MODALITY", "DualEncoder", "is_dual", "open_dual_encoder"]
 
 BATCH = 64
-DUAL_MODALITY = "image"  # what the encoder beside the one of texts reads
+DUAL_MODALITY = "image"  # the encoder beside the text encoder reads this
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
 def is_dual(config: Any) -> bool:
-    """Whether a configuration of transformers is of two encoders that share a space."""
+    """Return whether a configuration of transformers has two encoders that share a space."""
     return all(hasattr(config, one) for one in ("text_config", "vision_config", "projection_dim"))
 
 
 @dataclass(frozen=True)
 class DualEncoder:
-    """``prompts`` are unit embeddings of the labels' sentences, float32 [c, d]."""
+    """A dual encoder; ``prompts`` are unit embeddings of the labels' sentences, float32 [c, d]."""
 
     model: Any
     prompts: torch.Tensor
 
     @torch.inference_mode()
     def answers(self, examples: Examples) -> Indices:
-        """For each example the label whose sentence is nearest, int64 [n]."""
+        """Return for each example the label whose sentence is nearest, int64 [n]."""
         found = [np.empty(0, np.int64)]
         every = np.arange(len(examples))
         for index in np.split(every, range(BATCH, len(every), BATCH)):
@@ -52,7 +52,7 @@ class DualEncoder:
 
 @lru_cache(maxsize=1)
 def open_dual_encoder(folder: Path, labels: tuple[str, ...], prompt: str) -> DualEncoder:
-    """The model in ``folder`` with its embeddings of ``prompt``, whose ``{}`` is a label's name.
+    """Return the model in ``folder`` with its embeddings of ``prompt``; ``{}`` becomes a label.
 
     Raises:
         BackboneError: the folder has no tokenizer, or cannot be loaded.
@@ -60,7 +60,7 @@ def open_dual_encoder(folder: Path, labels: tuple[str, ...], prompt: str) -> Dua
     import transformers
 
     try:
-        # Without any, transformers 5 makes an empty one that knows no word.
+        # Without these files, transformers 5 makes an empty tokenizer that knows no word.
         if not any((folder / name).exists() for name in VOCABULARIES):
             raise FileNotFoundError
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -80,5 +80,5 @@ def open_dual_encoder(folder: Path, labels: tuple[str, ...], prompt: str) -> Dua
 
 
 def _embedding(output: Any) -> torch.Tensor:
-    """Unit rows; transformers wraps what is projected as the pooled output."""
+    """Return unit rows; transformers wraps the projected embedding as the pooled output."""
     return functional.normalize(getattr(output, "pooler_output", output).float(), dim=-1)

@@ -1,9 +1,10 @@
-"""Training examples varied anew each time they are seen, from the site's own generator.
+"""Augmentation: vary training examples each time they are used, with the site's own generator.
 
-Images by kornia, whose draws come from PyTorch's default generator: it is seeded for the moment
-from the site's. Only a site's real rows are varied, so that it draws the same numbers whoever is
-in the pass with it. Of texts and recordings what is varied is a line each; the libraries there are
-draw from generators of their own kind, or are no longer kept (nlpaug).
+kornia varies images. It draws from PyTorch's default generator, which is therefore seeded from the
+site's generator for that moment. Only a site's real rows are varied, so the site draws the same
+numbers whichever sites share its pass. Texts and recordings are varied here, with one line of code
+for each kind of change. The existing libraries for them draw from generators of their own kind, or
+are no longer maintained (nlpaug).
 """
 
 from collections.abc import Callable
@@ -27,10 +28,12 @@ Vary = Callable[[Inputs, torch.Tensor, SiteRows], tuple[Inputs, torch.Tensor]]
 
 
 def open_augmentation(settings: Augmentation) -> Vary:
-    """What varies inputs, not targets, of one site; ``SiteRows.count`` come first and are real.
+    """Return the function that varies the inputs of one site; the targets stay the same.
+
+    The first ``SiteRows.count`` rows of a batch are real; only these are varied.
 
     Raises:
-        InputError: kornia is not installed, and images are to be varied.
+        InputError: images are to be varied, and kornia is not installed.
     """
     images = _open_images(settings.image) if settings.image is not None else None
 
@@ -38,7 +41,7 @@ def open_augmentation(settings: Augmentation) -> Vary:
         return varied(inputs, rows), targets
 
     def varied(inputs: Inputs, rows: SiteRows) -> Inputs:
-        if not rows.count:  # of a batch that others in the pass have more of: nothing is drawn
+        if not rows.count:  # other sites in the pass have more rows: nothing is drawn here
             return inputs
         if images is not None and "pixel_values" in inputs:
             return {**inputs, "pixel_values": images(inputs["pixel_values"], rows)}
@@ -83,7 +86,7 @@ def _open_images(settings: ImageAugmentation) -> Callable[[torch.Tensor, SiteRow
 
 
 def _vary_texts(settings: TextAugmentation, inputs: Inputs, rows: SiteRows) -> Inputs:
-    """Ids and mask of each text, of which the first and the last token stay as they are."""
+    """Vary token ids and mask of each text; its first and its last token stay unchanged."""
     ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
     for row in range(rows.count):
         places = mask[row].nonzero().flatten()[1:-1]
@@ -99,7 +102,7 @@ def _vary_texts(settings: TextAugmentation, inputs: Inputs, rows: SiteRows) -> I
 
 
 def _vary_audio(settings: AudioAugmentation, inputs: Inputs, rows: SiteRows) -> Inputs:
-    """Samples [b, samples] or a spectrogram [b, bands, frames]; what is padding may move too."""
+    """Vary samples [b, samples] or a spectrogram [b, bands, frames]; padding may move too."""
     name = "input_values" if "input_values" in inputs else "input_features"
     sound, draw = inputs[name].clone(), rows.generator
     for row in range(rows.count):

@@ -1,18 +1,19 @@
-"""Adapting to sites without labels: make features of sites with and without labels alike.
+"""Domain adaptation: make the features of sites without labels like those of labelled sites.
 
-Three ways, each a loss beside that of the labels, times a weight that grows from 0 over the
-federation as in Ganin et al. 2016:
+There are three methods. Each adds a loss to the loss of the labels, times a weight that grows from
+0 over the federation's training, as in Ganin et al. 2016:
 
-    coral  distance of covariances (Sun and Saenko 2016, "Deep CORAL")
-    mmd    distance of mean embeddings in a kernel's space (Long et al. 2015, "Deep Adaptation
-           Networks"), by random Fourier features
-    dann   a discriminator that features are trained to mislead (Ganin et al. 2016, "Domain-
+    coral  distance between covariances (Sun and Saenko 2016, "Deep CORAL")
+    mmd    distance between mean embeddings in a kernel's space (Long et al. 2015, "Deep Adaptation
+           Networks"), with random Fourier features
+    dann   a discriminator, which the features are trained to mislead (Ganin et al. 2016, "Domain-
            Adversarial Training of Neural Networks")
 
-There both groups' examples are in one batch. Here a site has only its own, and the other group's
-statistics, or the discriminator, come with the adapter as they were after the last round. A batch
-says little about a covariance: compared are means over about an epoch, into which the batch brings
-the gradient. Features have length one, so that sites compare directions.
+In these papers, one batch has examples of both groups. Here a site has examples of its own group
+only. The other group's statistics, or the discriminator, come with the adapter, as they were after
+the last round. A single batch says little about a covariance. Therefore the loss compares means
+over about an epoch, and the gradient is that of the current batch. Features are scaled to length
+one, so that sites compare directions.
 """
 
 import math
@@ -37,19 +38,19 @@ from fedgraft.common.layout import DOMAIN, Layout, Vector
 
 __all__ = ["Alignment", "Statistics", "growth", "watch_features"]
 
-STEEPNESS = 10.0  # of the weight's growth, as in Ganin et al.
+STEEPNESS = 10.0  # how steeply the weight grows, as in Ganin et al.
 
 Statistics = dict[str, torch.Tensor]
 
 
 def growth(progress: float) -> float:
-    """What the weight is multiplied by at ``progress`` (0 to 1): from 0 to nearly 1."""
+    """Return the factor of the weight at ``progress`` (0 to 1); it grows from 0 to nearly 1."""
     return 2 / (1 + math.exp(-STEEPNESS * progress)) - 1
 
 
 @contextmanager
 def watch_features(stack: Stack) -> Iterator[list[torch.Tensor]]:
-    """What enters the head of ``stack`` in the passes made meanwhile."""
+    """Collect the head's inputs in all forward passes of ``stack`` inside the context."""
     seen: list[torch.Tensor] = []
 
     def entering(module: nn.Module, args: Any) -> None:
@@ -64,9 +65,11 @@ def watch_features(stack: Stack) -> Iterator[list[torch.Tensor]]:
 
 
 def pooled(hidden: torch.Tensor, lengths: torch.Tensor, left: bool) -> torch.Tensor:
-    """Features of length one, float32 [b, d]: of a sequence the mean over what is no padding.
+    """Return features of length one, float32 [b, d].
 
-    ``hidden`` is [b, d], [b, positions, d] with ``lengths`` [b] (0: all of it), or [b, d, h, w].
+    ``hidden`` is [b, d], [b, positions, d] with ``lengths`` [b] (0: all positions), or
+    [b, d, h, w]. The feature of a sequence is the mean over its positions without padding, which
+    stands on the ``left`` or on the right.
     """
     hidden = hidden.float()
     if hidden.ndim == 3:
@@ -82,7 +85,11 @@ def pooled(hidden: torch.Tensor, lengths: torch.Tensor, left: bool) -> torch.Ten
 
 @dataclass
 class _Member:
-    """A site in a pass: its rows in an epoch, the other group's means, its own so far."""
+    """One site in a pass.
+
+    ``epoch`` is its number of rows in an epoch, ``other`` holds the other group's means, and
+    ``means`` its own running means over ``rows`` rows so far.
+    """
 
     labelled: bool
     epoch: int
@@ -91,7 +98,7 @@ class _Member:
     means: Statistics = field(default_factory=dict)
 
     def mixed(self, batch: Statistics, rows: int) -> Statistics:
-        """The running means with a batch of ``rows`` in them."""
+        """Return the running means after adding a batch of ``rows`` rows."""
         rate = rows / max(min(self.rows + rows, self.epoch), rows)
         return {
             name: value if not self.means else torch.lerp(self.means[name], value, rate)
@@ -100,7 +107,10 @@ class _Member:
 
 
 class Alignment:
-    """The losses of the sites of a pass. ``flat`` [sites, trained.size] is what they start from."""
+    """The alignment losses of the sites of a pass.
+
+    ``flat`` [sites, trained.size] holds the vectors that the sites start from.
+    """
 
     def __init__(
         self,
@@ -121,7 +131,7 @@ class Alignment:
         self.seed = seed
 
     def _received(self, row: torch.Tensor, group: str) -> Statistics | None:
-        """The means over the sites of ``group``; None before any has said something."""
+        """Return the means over the sites of ``group``; None before any of them sent statistics."""
         names = {name.rpartition(".")[2]: name for name in self._slots(group)}
         if "seen" not in names or float(row[self.trained.slices[names["seen"]]]) <= 0:
             return None
@@ -143,10 +153,10 @@ class Alignment:
         views: Sequence[torch.Tensor],
         progress: Sequence[float],
     ) -> tuple[list[torch.Tensor], list[Statistics]]:
-        """Each site's loss, and the statistics of its rows to ``take``.
+        """Return each site's loss, and the statistics of its rows, which ``take`` needs.
 
-        ``hidden`` [sites x rows, ...] entered the head; ``index`` are the real rows of each feed,
-        which come first among its rows; ``views`` are the tensors [sites, ...] that train.
+        ``hidden`` [sites x rows, ...] is the input of the head. ``index`` has the real rows of each
+        feed, which come first among its rows. ``views`` are the trained tensors [sites, ...].
         """
         rows = len(hidden) // len(feeds)
         terms: list[torch.Tensor] = []
@@ -167,14 +177,17 @@ class Alignment:
         return terms, found
 
     def take(self, found: Sequence[Statistics], counts: Sequence[int]) -> None:
-        """Add the statistics of a micro-batch that was done, of ``counts`` rows a site."""
+        """Add the statistics of a finished micro-batch; ``counts`` are the rows of each site."""
         for member, statistics, rows in zip(self.members, found, counts, strict=False):
             if rows:
                 member.means = member.mixed(statistics, rows)
                 member.rows += rows
 
     def write(self, number: int, vector: Vector) -> None:
-        """Put a site's own statistics into its ``vector``, and zeros in the other group's place."""
+        """Put a site's own statistics into its ``vector``.
+
+        The slots of the other group get zeros.
+        """
         if self.settings.kind == "dann":
             return
         member = self.members[number]
@@ -190,7 +203,7 @@ class Alignment:
                     vector[where] = SCALE * member.means[slot].flatten().cpu().numpy()
 
     def _statistics(self, features: torch.Tensor) -> Statistics:
-        """Means over the rows of ``features`` [r, d]."""
+        """Return the statistics of ``features`` [r, d]: means over the rows."""
         rows = max(len(features), 1)
         if self.settings.kind == "coral":
             return {"mean": features.sum(0) / rows, "second": features.T @ features / rows}
@@ -201,9 +214,13 @@ class Alignment:
         return {"embedding": waves.sum(0) / rows * math.sqrt(2 / self.settings.components)}
 
     def _distance(self, number: int, rows: int, batch: Statistics) -> torch.Tensor:
-        """Of this site's means, whose gradient is the batch's, from the other group's."""
+        """Return the distance between this site's means and the other group's.
+
+        The gradient of the site's means is that of the current batch.
+        """
         member = self.members[number]
-        # One example has no covariance: its gradient would be rounding, AdamW's steps whole ones.
+        # One example has no covariance: the gradient would be rounding error, and AdamW would
+        # still take full steps.
         if member.other is None or not rows or member.epoch < 2:
             return next(iter(batch.values())).new_zeros(())
         with torch.no_grad():
@@ -216,7 +233,11 @@ class Alignment:
     def _adversarial(
         self, features: torch.Tensor, number: int, layers: Sequence[torch.Tensor], weight: float
     ) -> torch.Tensor:
-        """The discriminator's loss, less ``weight`` times that of the features under it."""
+        """Return the discriminator's loss, minus ``weight`` times the same loss for the features.
+
+        The first term trains only the discriminator. The second term trains only the features,
+        which learn to mislead the discriminator.
+        """
         if not len(features):
             return features.new_zeros(())
         scaled = features * math.sqrt(features.shape[1])
@@ -238,6 +259,6 @@ def _discriminate(
     second: torch.Tensor,
     second_bias: torch.Tensor,
 ) -> torch.Tensor:
-    """Logits, [rows], that examples are of a site with labels."""
+    """Return the logit, [rows], that an example comes from a site with labels."""
     hidden = functional.relu(functional.linear(x, first, first_bias))
     return functional.linear(hidden, second, second_bias).squeeze(-1)

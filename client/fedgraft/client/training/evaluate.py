@@ -1,4 +1,4 @@
-"""Measure an adapter on a site's examples; only sums leave, the predictions stay."""
+"""Evaluate an adapter on a site's examples. Only sums leave the site; predictions stay."""
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def measure(
 ) -> Evaluation:
     """Evaluate the adapter ``vector``, float32 [trained.size], on all of ``examples``.
 
-    ``measures`` says what is counted. Examples are batched by length, so that little is padding.
+    ``measures`` defines the counts. Examples are batched by length, to have little padding.
     """
     collector = measures.collect(examples)
     feed = open_feed(stack, trained, examples, store)

@@ -1,4 +1,8 @@
-"""Elastic weight consolidation at a site: measure what its data needs, hold to what old did."""
+"""Elastic weight consolidation at a site: measure Fisher information, hold values to an anchor.
+
+The measurement says which values the loss on the site's data depends on. The pull holds each value
+to its anchor as strongly as the old data's loss depends on it (``common.adapters.fisher``).
+"""
 
 from collections.abc import Sequence
 
@@ -13,12 +17,13 @@ __all__ = ["Consolidation"]
 
 
 class Consolidation:
-    """Of a pass whose sites start from ``flat``, float32 [sites, trained.size].
+    """The consolidation of one pass, whose sites start from ``flat``.
 
-    ``epochs`` are the rows of each site's epoch. The diagonal of the empirical Fisher information
-    is the mean of squared gradients of single examples. Where those of a batch of b are independent
-    around zero, as near an optimum, it is b times the mean of squared batch gradients, of which
-    there is one for each step anyhow.
+    ``flat`` is float32 [sites, trained.size]; ``epochs`` are the rows of each site's epoch. The
+    diagonal of the empirical Fisher information is the mean of squared gradients of single
+    examples. If the gradients in a batch of b examples are independent with mean zero, as near an
+    optimum, this diagonal is b times the mean of squared batch gradients. Each step computes a
+    batch gradient in any case.
     """
 
     def __init__(
@@ -26,7 +31,8 @@ class Consolidation:
     ) -> None:
         self.settings, self.trained, self.epochs = settings, trained, epochs
         start = trained.slices[NEW].start
-        # What travels stands first in the layout, before anything beside it, but for local heads.
+        # The exchanged tensors stand first in the layout. Only local heads may stand between them
+        # and the tensors that travel beside the adapter.
         size = trained.slices[NEW].stop - start
         self.carried = slice(0, size)
         self.start = flat[:, start:].clone()
@@ -38,7 +44,7 @@ class Consolidation:
             self.held = old, anchor
 
     def take(self, gradient: torch.Tensor, sizes: Sequence[int]) -> None:
-        """Note the gradients [active, values] of the losses of batches of ``sizes``."""
+        """Add the gradients [active, values] of batch losses; ``sizes`` are the batches' rows."""
         squares = gradient[:, self.carried] ** 2
         for number, size in enumerate(sizes):
             seen = self.rows[number]
@@ -47,7 +53,7 @@ class Consolidation:
             self.rows[number] = seen + size
 
     def pull(self, gradient: torch.Tensor, flat: torch.Tensor) -> None:
-        """Add weight x F x (what it is - what it was) to the gradients [active, values]."""
+        """Add weight x F x (value - anchor) to the gradients [active, values]."""
         if self.held is None:
             return
         old, anchor = (part[: len(flat)] for part in self.held)
@@ -55,7 +61,7 @@ class Consolidation:
         gradient[:, self.carried].add_(old * away, alpha=self.settings.weight)
 
     def write(self, number: int, vector: Vector) -> None:
-        """Put a site's measurement into its ``vector``; what was handed out stays as it came."""
+        """Put a site's measurement into its ``vector``; the old information and anchor stay."""
         vector[self.trained.slices[NEW].start :] = self.start[number].cpu().numpy()
         measured = self.squares[number].clamp(max=1.0) * SCALE
         vector[self.trained.slices[NEW]] = measured.cpu().numpy()

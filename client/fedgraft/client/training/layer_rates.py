@@ -1,8 +1,8 @@
-"""Rates that differ by depth: slower below (discriminative), and later (gradual unfreezing).
+"""Learning rates by depth: lower blocks have smaller rates, and start to train later.
 
-Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification" (sections 3.2
-and 3.3). What is below has more general features, and a new head's first gradients would spoil
-them.
+The two are discriminative fine-tuning and gradual unfreezing: Howard and Ruder 2018, "Universal
+Language Model Fine-tuning for Text Classification" (sections 3.2 and 3.3). Lower blocks have more
+general features, and the first gradients of a new head would spoil them.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ __all__ = ["Pace", "open_pace"]
 
 
 class Pace:
-    """How fast each value of a vector moves beside the learning rate.
+    """The factor of the learning rate for each value of a vector.
 
-    ``depth`` is that of each tensor (``depths``), ``sizes`` how many values it has. The rate falls
-    by ``decay`` with each block; the lowest one starts to move at ``unfreeze`` of all training, the
-    others before it in equal distances.
+    ``depth`` has the depth of each tensor (``depths``), ``sizes`` its number of values. The rate is
+    multiplied by ``decay`` with each block downwards. The lowest block starts to train when the
+    share ``unfreeze`` of all training is over; the others start before it, at equal distances.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class Pace:
         self.opens = torch.tensor([unfreeze * one / deepest for one in depth])
 
     def at(self, progress: Sequence[float]) -> torch.Tensor:
-        """Factors of the rate, float32 [sites, values]; ``progress`` is each site's, 0 to 1."""
+        """Return the factors, float32 [sites, values], at each site's ``progress``, 0 to 1."""
         opened = torch.tensor(progress)[:, None] >= self.opens
         return (self.rates * opened).float().repeat_interleave(self.sizes, dim=1)
 
 
 def open_pace(stack: Stack, trained: Layout, settings: Training) -> Pace | None:
-    """The pace of what ``trained`` names; None where all of it moves alike."""
+    """Return the pace of the tensors in ``trained``; None if all of them have the same rate."""
     if settings.layer_decay == 1 and not settings.unfreeze:
         return None
     sizes = [prod(shape) for shape in trained.shapes]

@@ -1,4 +1,4 @@
-"""What a pass minimises for each site: what labels, a teacher and other domains say."""
+"""The training objective of a pass: each site's loss from labels, a teacher and other domains."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +32,9 @@ __all__ = ["Batch", "PassLoss", "Value"]
 class Batch:
     """A micro-batch of every site, padded to ``width`` tokens.
 
-    ``padded`` are equally many rows of each feed, of which ``real`` come first; the rest weigh
-    nothing. ``sizes`` are the rows of whole batches, ``progress`` (0 to 1) how far each site is.
+    ``padded`` has the same number of rows for each feed. The ``real`` rows come first among them;
+    the others have weight zero. ``sizes`` are the numbers of rows of the whole batches.
+    ``progress`` is each site's share of the federation's training, 0 to 1.
     """
 
     feeds: Sequence[Feed]
@@ -46,9 +47,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Value:
-    """``summed`` [sites]: the loss of the real rows; ``minimised``: what gradients are taken of.
+    """The objective's value for one micro-batch.
 
-    ``statistics`` are for ``PassLoss.take``, once gradients are there.
+    ``summed`` [sites] is the summed loss of the real rows. Gradients are taken of ``minimised``.
+    ``statistics`` go to ``PassLoss.take`` after the gradients are computed.
     """
 
     summed: torch.Tensor
@@ -57,7 +59,7 @@ class Value:
 
 
 class PassLoss:
-    """What is minimised in a pass over sites with these ``examples``, starting from ``flat``."""
+    """The training objective of a pass over sites with these ``examples``, from ``flat`` on."""
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class PassLoss:
         if settings.consolidation is not None:
             epochs = [len(one) for one in examples]
             self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
-        self.vary: Vary | None = None  # what is seen anew each time
+        self.vary: Vary | None = None  # changes a batch each time it is used
         if corrupt := stack.bench.task.corruption(examples[0]):
             self.vary = _on_tensors(corrupt)
         elif settings.augmentation is not None:
@@ -83,7 +85,7 @@ class PassLoss:
             self.alignment = Alignment(settings.domain, trained, examples, flat, stack.bench.seed)
 
     def of(self, batch: Batch, views: Sequence[torch.Tensor]) -> Value:
-        """Its value for ``batch``, computed with the tensors ``views`` [sites, ...]."""
+        """Return the value for ``batch``, computed with the tensors ``views`` [sites, ...]."""
         if self.alignment is None:
             return self._labelled(batch)
         with watch_features(self.stack) as seen:
@@ -97,14 +99,15 @@ class PassLoss:
         return Value(value.summed, total, statistics)
 
     def take(self, value: Value, batch: Batch) -> None:
-        """Note what was computed: memory sufficed for its gradients."""
+        """Add the statistics of ``batch``; call it only after memory sufficed for its gradients."""
         if self.alignment is not None:
             self.alignment.take(value.statistics, [len(real) for real in batch.real])
 
     def pull(self, gradient: torch.Tensor, flat: torch.Tensor, sizes: Sequence[int]) -> None:
-        """Add to the ``gradient`` of whole batches what holds values back, both [active, values].
+        """Add the terms that hold values back to the ``gradient`` of whole batches.
 
-        FedProx (Li et al. 2020): mu/2 |x - x0|^2, where x0 is what training started from.
+        ``gradient`` and ``flat`` are [active, values]. The terms are consolidation and FedProx (Li
+        et al. 2020): mu/2 |x - x0|^2, where x0 is the vector that training started from.
         """
         if self.consolidation is not None:
             self.consolidation.take(gradient, sizes)
@@ -113,7 +116,7 @@ class PassLoss:
             gradient.add_(flat - self.anchor[: len(flat)], alpha=self.settings.proximal)
 
     def finish(self, number: int, vector: Vector) -> None:
-        """Put what a site tells beside its adapter into its ``vector``."""
+        """Put the statistics that a site sends beside its adapter into its ``vector``."""
         if self.alignment is not None:
             self.alignment.write(number, vector)
         if self.consolidation is not None:
@@ -128,7 +131,7 @@ class PassLoss:
         return Value(summed, (summed * share).sum())
 
     def _varied(self) -> VaryFeed | None:
-        """What changes a batch of each site, of which the stack knows the real rows."""
+        """Return the function that changes each site's batch; the stack knows the real rows."""
         vary = self.vary
         if vary is None:
             return None
@@ -136,7 +139,7 @@ class PassLoss:
         return lambda number, inputs, targets: vary(inputs, targets, rows[number])
 
     def _each(self, batch: Batch) -> torch.Tensor:
-        """Of every row, float32 [sites x rows]."""
+        """Return the loss of every row, float32 [sites x rows]."""
         logits, targets = predict(batch.feeds, batch.padded, batch.width, self._varied())
         each = self.stack.objective.losses(logits, targets, smoothing=self.settings.label_smoothing)
         distillation = self.settings.distillation
@@ -151,7 +154,7 @@ class PassLoss:
 
 
 def _on_tensors(corrupt: Corrupt) -> Vary:
-    """What a task does to NumPy arrays, on tensors of the same memory."""
+    """Return a task's function of NumPy arrays as a function of tensors on the same memory."""
 
     def vary(inputs: Inputs, targets: torch.Tensor, rows: SiteRows) -> tuple[Inputs, torch.Tensor]:
         arrays = {name: value.numpy() for name, value in inputs.items()}

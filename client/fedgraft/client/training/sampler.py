@@ -1,4 +1,4 @@
-"""In which order a site's examples are trained on."""
+"""The order in which a site's examples are trained on."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,16 @@ from fedgraft.common.examples import Examples, Indices
 
 __all__ = ["MEGABATCH", "shuffled"]
 
-MEGABATCH = 16  # batches among which ``group_by_length`` sorts
+MEGABATCH = 16  # batches within which ``group_by_length`` sorts
 
 
 def shuffled(
     examples: Examples, generator: torch.Generator, epochs: int, settings: Training
 ) -> Iterator[Indices]:
-    """Shuffled batches, epoch after epoch; with ``group_by_length`` of rows about as long."""
+    """Yield shuffled batches, epoch after epoch.
+
+    With ``group_by_length``, the rows of a batch have similar lengths.
+    """
     size = settings.batch_size
     for _ in range(epochs):
         order = torch.randperm(len(examples), generator=generator)
@@ -29,7 +32,7 @@ def shuffled(
 def _grouped(
     order: torch.Tensor, examples: Examples, size: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """Sort by length within stretches of a random order, then put whole batches in random order.
+    """Sort by length within stretches of a random ``order``, then shuffle whole batches.
 
     The partial batch, if any, stays last.
     """

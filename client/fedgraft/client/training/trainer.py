@@ -1,11 +1,11 @@
 """Local training: AdamW over the adapter as one flat vector, for one site or for several at once.
 
-The backbone stays in eval mode: its batch-norm statistics must not drift (they are not exchanged)
-and its activations are then the same every epoch. Dropout acts where something trains: on the
-low-rank path and inside the head, from a generator of the site's own.
+The backbone stays in eval mode: its batch-norm statistics must not drift, because they are not
+exchanged, and its activations are then the same in every epoch. Dropout acts where something
+trains: on the low-rank path and inside the head. It draws from the site's own generator.
 
-Where a device's memory does not suffice for a micro-batch, it is halved; what a step comes to is
-the same, because gradients are added up until the batch is whole.
+If a device's memory does not suffice for a micro-batch, the micro-batch is halved. The result of a
+step stays the same, because gradients are added up until the batch is complete.
 """
 
 import logging
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Span:
-    """Which part of the whole federation's training this is: shares from 0 to 1."""
+    """The part of the whole federation's training that is to run: shares from 0 to 1."""
 
     start: float = 0.0
     end: float = 1.0
@@ -58,8 +58,8 @@ class Span:
 class Task:
     """One site's part of a pass.
 
-    ``start`` is what training starts from, float32 [trained size]; ``generator`` (CPU) decides
-    batches and dropout; activations of frozen layers are kept in ``store``.
+    ``start`` is the vector that training starts from, float32 [trained size]. ``generator`` (CPU)
+    decides batches and dropout. ``store`` caches the activations of frozen layers.
     """
 
     examples: Examples
@@ -70,8 +70,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Trained:
-    """``vector`` is what training came to, float32 [trained size]; ``loss`` the mean over all
-    examples seen, in nats; ``steps`` the optimiser steps taken."""
+    """The result of training: ``vector``, float32 [trained size]; ``loss``, the mean over all
+    examples seen, in nats; ``steps``, the number of optimiser steps."""
 
     vector: Vector
     loss: float
@@ -80,7 +80,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a site wants trained, and with what."""
+    """A site's request for training: the tensors to train, and the task and settings for it."""
 
     stack: Stack
     trained: Layout
@@ -90,7 +90,7 @@ class Wanted:
 
 
 def learning_rate(peak: float, schedule: Schedule, progress: float) -> float:
-    """The rate at ``progress`` (0..1 of what the schedule is over): linear warm-up, then shape."""
+    """Return the rate at ``progress``, 0..1 of the schedule: linear warm-up, then its shape."""
     if progress < schedule.warmup:
         return peak * max(progress / schedule.warmup, 0.01)
     after = (progress - schedule.warmup) / (1 - schedule.warmup)
@@ -111,7 +111,7 @@ def train_alone(
     epochs: int | None = None,
     span: Span | None = None,
 ) -> Trained:
-    """``train`` for one site.
+    """Run ``train`` for one site.
 
     Raises:
         SiteFailure: ``no-examples``, ``loss-not-finite`` or ``out-of-memory``.
@@ -131,15 +131,16 @@ def train(
     epochs: int | None = None,
     span: Span | None = None,
 ) -> list[Trained | SiteFailure]:
-    """Train the tensors of ``trained`` for every task in one pass; the results in their order.
+    """Train the tensors of ``trained`` for every task in one pass; results are in task order.
 
-    Runs ``epochs`` (default: the settings') in shuffled batches. Adapters are float32; with bf16
-    the frozen backbone computes in bfloat16. FedProx (Li et al. 2020) adds ``mu/2 |x - x0|^2``
-    where ``x0`` is what training started from. A site whose loss is not finite fails alone
-    (``loss-not-finite``), as does one without examples (``no-examples``).
+    Training runs ``epochs`` (default: ``settings.epochs``) in shuffled batches. Adapters are
+    float32; with bf16 the frozen backbone computes in bfloat16. FedProx (Li et al. 2020) adds
+    ``mu/2 |x - x0|^2``, where ``x0`` is the vector that training started from. A site whose loss is
+    not finite fails alone (``loss-not-finite``), and so does one without examples
+    (``no-examples``).
 
     Raises:
-        SiteFailure: ``out-of-memory``, where it does not suffice for one row of each site.
+        SiteFailure: ``out-of-memory``: memory does not suffice for one row of each site.
     """
     epochs = epochs or settings.epochs
     sites = [_Site(task, settings, epochs) for task in tasks]
@@ -150,10 +151,10 @@ def train(
 
 
 def train_together(sites: Sequence[Generator[Wanted, Trained, T]]) -> list[T]:
-    """Let each site come to what it wants trained, train those in one pass, let each finish.
+    """Run each site up to its training request, train the requests together, let each site finish.
 
-    Sites that want the same tensors of the same stack trained in the same way are in one pass. A
-    site that fails must turn that into its result.
+    Sites share a pass if they want the same tensors of the same stack trained in the same way. An
+    error is thrown into the site, which must turn it into its result.
     """
     results: dict[int, T] = {}
     passes: dict[tuple[object, ...], list[int]] = {}
@@ -173,7 +174,7 @@ def train_together(sites: Sequence[Generator[Wanted, Trained, T]]) -> list[T]:
         stack, settings, span = first.stack, first.settings, first.span
         try:
             trained = train(stack, first.trained, tasks, settings=settings, span=span)
-        except Exception as error:  # nobody's own: each site says of it what it says of failures
+        except Exception as error:  # not one site's fault: every site of the pass reports it
             trained = [error] * len(members)
         for number, came in zip(members, trained, strict=True):
             results[number] = _finish(sites[number], came)
@@ -194,7 +195,7 @@ def _finish(site: Generator[Wanted, Trained, T], came: Trained | Exception) -> T
 
 @dataclass
 class _Site:
-    """A task on its way."""
+    """A task in training."""
 
     task: Task
     settings: Training
@@ -220,17 +221,17 @@ class _Site:
 
 
 class _Pass:
-    """Several sites' steps side by side; who has fewer leaves earlier.
+    """The steps of several sites side by side; a site with fewer steps leaves earlier.
 
-    One flat tensor holds all adapters, one parameter of the optimiser is a row of it: a step over
-    a small adapter is then arithmetic, not kernel launches.
+    One flat tensor holds all adapters, and each row of it is one parameter of the optimiser. A
+    step over a small adapter then spends its time on arithmetic, not on kernel launches.
     """
 
     def __init__(
         self, stack: Stack, trained: Layout, sites: list[_Site], settings: Training, span: Span
     ) -> None:
         self.stack, self.trained, self.settings, self.span = stack, trained, settings, span
-        self.sites = sites  # those with the most steps first
+        self.sites = sites  # sites with the most steps come first
         starts = np.stack([site.task.start for site in sites])
         self.flat = torch.from_numpy(starts).to(stack.device, copy=True)
         self.gradient = torch.zeros_like(self.flat)
@@ -252,12 +253,12 @@ class _Pass:
             fused=True,
         )
         self.total = torch.zeros(len(sites), device=stack.device)
-        self.progress: list[float] = []  # of each site, 0 to 1 of the whole federation
-        self.views: list[torch.Tensor] = []  # of the flat tensor, as the stack computes with them
-        self.micro = settings.batch_size // settings.accumulation  # rows of each site in one pass
+        self.progress: list[float] = []  # of each site: 0 to 1 of the whole federation
+        self.views: list[torch.Tensor] = []  # of the flat tensor; the stack computes with them
+        self.micro = settings.batch_size // settings.accumulation  # rows of a site in a micro-batch
 
     def run(self) -> None:
-        """All steps of all sites; each site's vector and summed loss are left with it."""
+        """Run all steps of all sites; leave the vector and the summed loss in each site."""
         active = 0
         try:
             for step in range(self.sites[0].steps):
@@ -271,7 +272,7 @@ class _Pass:
                 self._step(step, active)
             self._finish(0, active)
         finally:
-            self.stack.randomness.rows = ()  # from here on nothing is random
+            self.stack.randomness.rows = ()  # nothing is random after training
 
     def _step(self, step: int, active: int) -> None:
         self.gradient.zero_()
@@ -298,9 +299,10 @@ class _Pass:
         self._move(active, rates)
 
     def _move(self, active: int, rates: torch.Tensor | None) -> None:
-        """A step of the optimiser; with ``rates`` [active, values] each value goes that share.
+        """Take an optimiser step; ``rates`` [active, values] are the shares of it that values move.
 
-        What still stands has moments of its gradients all the same, and so starts without a jump.
+        AdamW keeps gradient moments also for a value whose rate is still 0. So this value starts
+        without a jump later.
         """
         flat = self.flat[:active]
         before = None if rates is None else flat.clone()
@@ -309,17 +311,19 @@ class _Pass:
             flat.copy_(torch.lerp(before, flat, rates))
 
     def _fits(self, batches: Sequence[Indices], part: slice) -> bool:
-        """Do ``_backward`` if memory suffices; else nothing, and half as many rows from now on.
+        """Return whether memory sufficed for ``_backward``; if not, halve the rows from now on.
+
+        If memory does not suffice, nothing else changes.
 
         Raises:
-            SiteFailure: ``out-of-memory`` where there is nothing to halve.
+            SiteFailure: ``out-of-memory``: one row of each site cannot be halved.
         """
         generators = [site.task.generator for site in self.sites[: len(batches)]]
         drawn = [generator.get_state() for generator in generators]
         try:
             self._backward(batches, part)
         except torch.OutOfMemoryError:
-            pass  # what it holds is free only when it is forgotten
+            pass  # the error holds tensors: they are freed only after this block
         else:
             return True
         for generator, state in zip(generators, drawn, strict=True):
@@ -329,14 +333,14 @@ class _Pass:
         self.micro //= 2
         log.warning("out of memory: %d rows at a time from now on", self.micro)
         if self.stack.device.type == "cuda":
-            torch.cuda.empty_cache()  # in pieces of the old size, it is of no use
+            torch.cuda.empty_cache()  # cached blocks have the old, useless size
         return False
 
     def _backward(self, batches: Sequence[Indices], part: slice) -> None:
-        """Add the gradient of one micro-batch, [sites x rows]; rows that pad weigh nothing."""
+        """Add the gradient of one micro-batch, [sites x rows]; padding rows have weight zero."""
         parts = [batch[part] for batch in batches]
         rows = max(len(index) for index in parts)
-        # A site with fewer rows repeats its own: another's might not be finite.
+        # A site with fewer rows repeats its own rows: another site's might not be finite.
         padded = [
             np.resize(index if len(index) else batch, rows)
             for index, batch in zip(parts, batches, strict=True)
@@ -352,10 +356,10 @@ class _Pass:
         sizes = [len(batch) for batch in batches]
         batch = Batch(feeds, padded, parts, sizes, width, self.progress)
         value = self.objective.of(batch, self.views)
-        # A model may have layers that its output does not depend on: these stay as they are.
+        # The output of a model may not depend on some layers: these stay unchanged.
         gradients = torch.autograd.grad(value.minimised, self.views, allow_unused=True)
         flat = [g if g is None else g.reshape(len(batches), -1) for g in gradients]
-        # From here on nothing takes memory: it is done whole or, before here, not at all.
+        # Nothing below allocates memory: a micro-batch is added completely or not at all.
         for where, gradient in zip(self.trained.slices.values(), flat, strict=True):
             if gradient is not None:
                 self.gradient[: len(batches), where].add_(gradient)
@@ -365,7 +369,7 @@ class _Pass:
     def _finish(self, still: int, active: int) -> None:
         """Take the results of the sites from ``still`` up to ``active``, which have no more steps.
 
-        Their rows stay in the optimiser, without a gradient: it passes over them.
+        Their rows stay in the optimiser without a gradient, so it skips them.
         """
         for number in range(still, active):
             vector = self.flat[number].cpu().numpy().copy()

@@ -1,1 +1,1 @@
-"""An adapter: attached to a backbone, as one vector, as a PEFT folder with a model card."""
+"""The adapter: attached to a backbone, as one vector, and as a PEFT folder with a model card."""

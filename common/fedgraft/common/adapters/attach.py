@@ -1,8 +1,8 @@
-"""All that trains, as one flat float32 vector with a named layout.
+"""All trainable parameters as one flat float32 vector with a named layout.
 
-peft puts the low-rank factors and the trainable copy of the head into the model; this module
-names them in a fixed order, so that what crosses the network is one array and what it means is
-agreed by a fingerprint.
+peft adds the low-rank factors and the trainable copy of the head to the model. This module lists
+them in a fixed order. So coordinator and sites exchange one array, and a fingerprint of the layout
+shows that both give it the same meaning.
 """
 
 from collections.abc import Iterable
@@ -29,9 +29,10 @@ __all__ = [
 
 
 def attach(model: nn.Module, job: Job) -> PeftModel:
-    """Put the job's adapter into ``model`` (in place) and return the peft model around it.
+    """Add the job's adapter to ``model`` (in place) and return the peft model around it.
 
-    Initial factors come from a seed hashed from the job's: equal at every site.
+    Initial factors come from a seed that is a hash of the job's seed, so they are equal at every
+    site.
 
     Raises:
         AdapterError: the targets match no module of the model, or it has fewer blocks than train.
@@ -48,7 +49,10 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
 
 
 def adapter_layout(model: PeftModel) -> Layout:
-    """Every parameter that peft made trainable: A factors, B factors and magnitudes, then heads."""
+    """Return the layout of all parameters that peft made trainable.
+
+    The order is: A factors, B factors and magnitudes, then heads.
+    """
     pairs = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     pairs.sort(key=lambda pair: (is_head(pair[0]), not is_factor_a(pair[0]), pair[0]))
     return Layout(tuple(n for n, _ in pairs), tuple(s for _, s in pairs))
@@ -57,7 +61,7 @@ def adapter_layout(model: PeftModel) -> Layout:
 def read(model: nn.Module, layout: Layout) -> Vector:
     """Copy the named parameters into a new vector, float32 [layout.size].
 
-    What only travels beside an adapter is zero.
+    Tensors that only travel beside an adapter are zero in the result.
     """
     parameters = dict(model.named_parameters())
     vector = np.zeros(layout.size, np.float32)
@@ -72,7 +76,7 @@ def read(model: nn.Module, layout: Layout) -> Vector:
 def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
     """Copy ``vector``, float32 [layout.size], into the named parameters of the model.
 
-    What only travels beside an adapter is passed over.
+    Tensors that only travel beside an adapter are skipped.
 
     Raises:
         AdapterError: the vector has another length or dtype.
@@ -87,9 +91,10 @@ def write(model: nn.Module, layout: Layout, vector: Vector) -> None:
 
 
 def _freeze_other_biases(model: PeftModel, heads: Iterable[str]) -> None:
-    """Freeze what peft's "all" means beside: a frozen head's biases, and those of replaced modules.
+    """Freeze the biases that peft's "all" includes but that must not train.
 
-    The latter are the originals that peft keeps beside the copies that train.
+    They are the biases of a frozen head and of replaced modules. A replaced module is the original
+    that peft keeps beside its trainable copy.
     """
     frozen = tuple(f"{OUTER}{name}." for name in heads)
     for name, parameter in model.named_parameters():

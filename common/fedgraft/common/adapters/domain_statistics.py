@@ -1,12 +1,13 @@
-"""What adapting to sites without labels adds to a job: tensors of statistics beside the adapter.
+"""The statistics of domain adaptation: tensors that travel beside the adapter.
 
-They travel, are masked and are averaged like everything else, so that a coordinator learns of each
-group of sites (``source`` with labels, ``target`` without) no more than the mean over it. A site
-fills the slots of its own group and leaves zeros in the other's; ``seen``, the share that filled a
-slot, makes means out of that.
+Domain adaptation trains with sites that have no labels. The tensors travel, are masked and are
+averaged like the adapter. So the coordinator learns only the mean over each group of sites
+(``source`` with labels, ``target`` without labels). A site fills the slots of its own group and
+sends zeros for the other group. ``seen`` is the share of sites that filled a slot; a sum divided by
+it gives the mean of the group.
 
-Features have length one (``client.domain``), and all that is sent is scaled by ``SCALE``: no value
-exceeds what secure aggregation clips at.
+Features have length one (``client/training/domain_adaptation.py``), and all values are scaled by
+``SCALE`` before sending. So no value exceeds the clip of secure aggregation.
 """
 
 from math import sqrt
@@ -27,10 +28,10 @@ GROUPS = ("source", "target")
 
 
 def feature_size(model: nn.Module) -> int:
-    """How many numbers enter the head of a model of transformers.
+    """Return the number of inputs of a transformers model's head.
 
     Raises:
-        BackboneError: its head has no linear layer.
+        BackboneError: the head has no linear layer.
     """
     for name in head_names(model):
         for module in model.get_submodule(name).modules():
@@ -43,7 +44,10 @@ def feature_size(model: nn.Module) -> int:
 
 
 def domain_tensors(settings: DomainAdaptation, size: int, seed: int) -> tuple[Layout, Vector]:
-    """What travels beside an adapter for features of ``size`` numbers, and what it starts from."""
+    """Return the layout and the initial values of the tensors beside an adapter.
+
+    ``size`` is the number of values of a feature.
+    """
     if settings.kind == "dann":
         return _discriminator(size, settings.hidden, seed)
     slots: dict[str, tuple[int, ...]] = {"mean": (size,), "second": (size, size), "seen": (1,)}
@@ -55,7 +59,7 @@ def domain_tensors(settings: DomainAdaptation, size: int, seed: int) -> tuple[La
 
 
 def _discriminator(size: int, hidden: int, seed: int) -> tuple[Layout, Vector]:
-    """Two layers that tell one group's features from the other's, drawn from the job's seed."""
+    """Return two layers that distinguish the features of the groups, drawn from the job's seed."""
     shapes = {"first.weight": (hidden, size), "first.bias": (hidden,),
               "second.weight": (1, hidden), "second.bias": (1,)}  # fmt: skip
     generator = torch_generator(seed, "domain")
@@ -69,10 +73,11 @@ def _discriminator(size: int, hidden: int, seed: int) -> tuple[Layout, Vector]:
 
 
 def frequencies(size: int, components: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random Fourier features of a mixture of Gaussian kernels: weights [size, m], phases [m].
+    """Return random Fourier features of a mixture of Gaussian kernels.
 
-    Rahimi and Recht 2007, "Random Features for Large-Scale Kernel Machines". Unrelated features of
-    length one are sqrt(2) apart; squared widths lie from 1/4 to 4 times half of its square.
+    They are weights [size, m] and phases [m] (Rahimi and Recht 2007, "Random Features for
+    Large-Scale Kernel Machines"). Unrelated features of length one have the distance sqrt(2), and
+    half of its square is 1. The squared widths are 1/4 to 4 times this value.
     """
     generator = torch_generator(seed, "domain")
     weights = torch.randn(size, components, generator=generator)

@@ -1,14 +1,14 @@
-"""What elastic weight consolidation adds to a job: which values of an adapter mattered, and where.
+"""The tensors of elastic weight consolidation (EWC): the importance of each value of an adapter.
 
 Kirkpatrick et al. 2017, "Overcoming catastrophic forgetting in neural networks": training on new
-data is held, value by value, to where it was after the old, by how much the old data's loss depends
-on it: the diagonal of the Fisher information. Online as in Schwarz et al. 2018, "Progress &
-Compress": what old and new data depend on is added up.
+data keeps each value close to its value after training on old data. The strength depends on the old
+loss's sensitivity to the value: the diagonal of the Fisher information. Online EWC as in Schwarz et
+al. 2018, "Progress & Compress": the Fisher information of old and new data is added.
 
-Sites measure on their own data, and the mean over sites travels beside the adapter like everything
-else: ``ewc.new``. A job that continues an earlier one also hands out that one's Fisher information
-and adapter, ``ewc.old`` and ``ewc.anchor``. Each has one value for each value of the adapter that
-travels.
+Sites measure it on their own data. The mean over sites travels beside the adapter like the adapter
+itself: ``ewc.new``. A job that continues an earlier job also sends the earlier Fisher information
+and adapter to the sites: ``ewc.old`` and ``ewc.anchor``. Each tensor has one value for each adapter
+value that travels.
 """
 
 from pathlib import Path
@@ -38,20 +38,20 @@ FILE = "fisher.safetensors"
 
 
 def consolidation_tensors(settings: Consolidation, carried: Layout) -> tuple[Layout, Vector]:
-    """What travels beside the tensors ``carried``, and zeros to start from."""
+    """Return the layout and the initial zeros of the tensors beside the exchanged ``carried``."""
     names = (NEW, OLD, ANCHOR) if settings.weight else (NEW,)
     layout = Layout(names, ((carried.size,),) * len(names))
     return layout, np.zeros(layout.size, np.float32)
 
 
 def fisher_of(layout: Layout, vector: Vector) -> Vector:
-    """The Fisher information of all data so far, float32 [carried size]."""
+    """Return the Fisher information of all data so far, float32 [carried size]."""
     found: Vector = vector[layout.slices[NEW]] / np.float32(SCALE)
     return found + vector[layout.slices[OLD]] if OLD in layout.slices else found
 
 
 def save_fisher(folder: Path, carried: Layout, fisher: Vector) -> None:
-    """Write it beside an adapter's weights, tensor by tensor."""
+    """Write the Fisher information beside an adapter's weights, tensor by tensor."""
     shapes = zip(carried.slices.items(), carried.shapes, strict=True)
     arrays: dict[str, NDArray[Any]] = {
         name: np.ascontiguousarray(fisher[where].reshape(shape)) for (name, where), shape in shapes
@@ -60,15 +60,15 @@ def save_fisher(folder: Path, carried: Layout, fisher: Vector) -> None:
 
 
 def load_fisher(folder: Path, carried: Layout) -> Vector:
-    """What ``save_fisher`` wrote to ``folder``, float32 [carried.size].
+    """Return the Fisher information from ``save_fisher`` in ``folder``, float32 [carried.size].
 
     Raises:
-        InputError: there is none, or it is of another adapter.
+        InputError: there is none, or it belongs to another adapter.
     """
     try:
         arrays = load_file(folder / FILE)
         parts = [arrays[name] for name in carried.names]
-    except Exception as error:  # torn files raise many kinds
+    except Exception as error:  # damaged files raise many kinds of error
         raise InputError(
             f"no Fisher information can be read from {folder} ({type(error).__name__})",
             hint="export a run whose job has [training.consolidation]",

@@ -1,4 +1,4 @@
-"""What the first round starts from: the backbone's initial adapter, or one of an earlier run."""
+"""The adapter before round 1: the backbone's initial adapter, or an earlier run's adapter."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ __all__ = ["starting_point"]
 
 
 def starting_point(job: Job, bench: Workbench, exchanged: Layout) -> Vector:
-    """The exchanged adapter before round 1, float32 [exchanged.size].
+    """Return the exchanged adapter before round 1, float32 [exchanged.size].
 
     Raises:
-        InputError: ``job.start`` names no adapter that fits the job, or none with the Fisher
-            information that ``training.consolidation`` needs.
+        InputError: ``job.start`` names no adapter that fits the job, or the adapter lacks the
+            Fisher information that ``training.consolidation`` needs.
     """
     consolidation = job.training.consolidation
     if job.start is None:

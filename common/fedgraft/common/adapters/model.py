@@ -1,7 +1,7 @@
-"""A backbone with its adapter attached, loaded once per process and reused by whoever works there.
+"""A backbone with its adapter attached, loaded once per process and shared in that process.
 
-A coordinator reads the initial adapter from it and exports with it. What computes at a site is a
-``client.stack`` on the same frozen tensors.
+A coordinator reads the initial adapter from it and uses it for exports. At a site, the computation
+runs in a ``Stack`` (``client/model/batched_model.py``) on the same frozen tensors.
 """
 
 import os
@@ -48,14 +48,15 @@ __all__ = [
 class Workbench:
     """One job's model in this process.
 
-    ``own`` names the tensors that stay at a site: a head whose policy is ``local``, the factors B
-    of the rule ``fedsa``. ``heads`` names each label's head where a job has several
-    (``General.head_of``); ``task`` and ``seed`` are the job's.
+    ``own`` are the names of the tensors that stay at a site: a head with the policy ``local``, the
+    factors B of the rule ``fedsa``. ``heads`` is the number of each label's head if a job has
+    several heads (``General.head_of``). ``task`` and ``seed`` are the job's.
 
-    ``layout`` names every adapter tensor, ``initial`` (float32 [layout.size]) is what they start
-    from; ``fresh_head`` says that the head has no pre-training, so zero-shot means nothing.
-    ``drawn`` is the SHA-256 over frozen parameters that came from a seed instead of the backbone's
-    folder, empty if there are none: such a model cannot be rebuilt from folder and adapter alone.
+    ``layout`` contains every adapter tensor; ``initial``, float32 [layout.size], are their initial
+    values. ``fresh_head``: the head has no pre-training, so zero-shot has no meaning. ``drawn`` is
+    the SHA-256 over frozen parameters that were drawn from a seed and are not in the backbone's
+    folder; it is empty if there are none. A model with drawn parameters cannot be rebuilt from
+    folder and adapter alone.
     """
 
     own: tuple[str, ...]
@@ -73,16 +74,16 @@ class Workbench:
 
     @property
     def local(self) -> Layout:
-        """The tensors that stay at a site."""
+        """Return the layout of the tensors that stay at a site."""
         return self.layout.only(self.own)
 
     @property
     def carried(self) -> Layout:
-        """The tensors of the adapter that sites exchange."""
+        """Return the layout of the adapter tensors that sites exchange."""
         return _carried(self.layout, self.own)
 
     def initial_of(self, layout: Layout) -> Vector:
-        """The initial values of the tensors in ``layout``, float32 [layout.size]."""
+        """Return the initial values of the tensors in ``layout``, float32 [layout.size]."""
         return self.layout.part(self.initial, layout)
 
     def put(self, *parts: tuple[Layout, Vector]) -> None:
@@ -91,10 +92,11 @@ class Workbench:
             write(self.model, layout, vector)
 
     def fixed_hash(self, trained: Iterable[str]) -> str:
-        """SHA-256 over what was drawn from a seed and neither trains nor travels.
+        """Return the SHA-256 over the seed-drawn values that neither train nor travel.
 
-        That is adapter tensors not in ``trained``, and drawn parameters of the backbone.
-        Coordinator and sites compare it: another version of a library might have drawn others.
+        These are adapter tensors not in ``trained``, and drawn parameters of the backbone.
+        Coordinator and sites compare the hash, because another version of a library might draw
+        other values.
         """
         rest = self.layout.only(set(self.layout.names) - set(trained))
         parts = [self.initial[self.layout.slices[name]] for name in rest.names]
@@ -112,25 +114,27 @@ def _own(layout: Layout, job: Job) -> tuple[str, ...]:
 
 
 def open_workbench(job: Job) -> Workbench:
-    """The workbench for ``job``, on the CPU; the same object for the same backbone and method.
+    """Return the workbench for ``job``, on the CPU.
+
+    It is the same object for the same backbone and method.
 
     Raises:
         BackboneError: the backbone cannot be found or loaded.
         AdapterError: the method's targets match nothing.
     """
-    # Only these sections shape the model: rounds or training settings must not load it again.
+    # Only these sections decide the model: other rounds or training settings must not reload it.
     return _open(shaping_of(job))
 
 
 def shaping_of(job: Job) -> str:
-    """The sections of a job, as JSON, that its model and its layout follow from."""
+    """Return the sections of a job, as JSON, that decide its model and its layout."""
     shaping: dict[str, Any] = dict.fromkeys(("job", "backbone", "method"), True)
-    if job.rule.keeps_own:  # else the rule has no say in what stays at a site
+    if job.rule.keeps_own:  # otherwise the rule does not decide which tensors stay
         shaping["aggregation"] = {"rule"}
     return job.model_dump_json(include={**shaping, "training": {"domain", "consolidation"}})
 
 
-@lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
+@lru_cache(maxsize=3)  # a federation, its head-only baseline, and one more
 def _open(shaping: str) -> Workbench:
     job = Job.model_validate_json(shaping)
     backbone, processor = open_processor(job)
@@ -166,13 +170,13 @@ def _open(shaping: str) -> Workbench:
 
 
 def close_workbenches() -> None:
-    """Let go of all workbenches and processors; what still uses one keeps it."""
+    """Drop all cached workbenches and processors; code that still uses one keeps it."""
     _open.cache_clear()
     _open_processor.cache_clear()
 
 
 def open_processor(job: Job) -> tuple[Backbone, Any]:
-    """The job's backbone, checked but not loaded, and what prepares inputs for it.
+    """Return the job's backbone, checked but not loaded, and the processor of its inputs.
 
     Raises:
         BackboneError: the backbone cannot be found, or has no tokenizer or image settings.
@@ -187,7 +191,7 @@ def _open_processor(source: str, weights: str, modality: str) -> tuple[Backbone,
 
 
 def _drawn_hash(loaded: LoadedBackbone, *, head_trains: bool) -> str:
-    """SHA-256 over the drawn parameters that stay frozen; empty if there are none."""
+    """Return the SHA-256 over the drawn parameters that stay frozen; empty if there are none."""
     heads = tuple(f"{name}." for name in head_names(loaded.model)) if head_trains else ()
     frozen = [name for name in loaded.drawn if not (heads and name.startswith(heads))]
     parameters = dict(loaded.model.named_parameters())
@@ -195,7 +199,7 @@ def _drawn_hash(loaded: LoadedBackbone, *, head_trains: bool) -> str:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """``auto`` takes cuda, else mps, else cpu; a device that is not there is an error.
+    """Return the device for ``wanted``; ``auto`` takes cuda, else mps, else cpu.
 
     Raises:
         InputError: the wanted device is not available on this machine.
@@ -214,9 +218,9 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: ``FEDGRAFT_CACHE``, else ~/.cache/fedgraft.
+    """Return the folder for files that can be made again: ``FEDGRAFT_CACHE`` or ~/.cache/fedgraft.
 
-    For this user alone: it holds sites' examples, encoded.
+    Only this user may read it, because it contains encoded examples of sites.
     """
     folder = Path(os.environ.get("FEDGRAFT_CACHE") or Path.home() / ".cache" / "fedgraft")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

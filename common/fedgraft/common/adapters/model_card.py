@@ -1,9 +1,9 @@
-"""The model card of an export: what it is, where it comes from, how good it is, what it is not for.
+"""The model card of an export: the model, its origin, its quality and its limits.
 
-After Mitchell et al. 2019, "Model Cards for Model Reporting" (arXiv:1810.03993), with a statement
-on the data after Bender and Friedman 2018, "Data Statements for Natural Language Processing"
-(TACL 6), as far as a federation can know. It names no site. The metadata is that of the Hugging
-Face hub.
+The form follows Mitchell et al. 2019, "Model Cards for Model Reporting" (arXiv:1810.03993). A
+statement on the data follows Bender and Friedman 2018, "Data Statements for Natural Language
+Processing" (TACL 6), with the facts that a federation can know. The card names no site. The
+metadata is in the format of the Hugging Face hub.
 """
 
 import re
@@ -29,12 +29,12 @@ LIBRARIES = {"peft": "peft", "merged": "transformers", "onnx": "onnx"}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from: the run, its ``rounds`` and ``sites`` (0: not known).
+    """The origin of a model: the run, its ``rounds`` and ``sites`` (0: not known).
 
-    ``final`` is what a summary says of the models on the pooled test set, ``validation`` what the
-    last round's federated validation came to; ``outcomes`` counts the sites that federating helped
-    or hurt, ``examples`` (0: not known) trained it. ``own_parts`` is whether what stayed at its
-    site, a head or factors, is in the folder.
+    ``final`` is the summary's results of the models on the pooled test set. ``validation`` is the
+    result of the last round's federated validation. ``outcomes`` counts the sites that federating
+    helped or hurt. ``examples`` (0: not known) is the number of training examples. ``own_parts``:
+    the folder contains the tensors that stayed at a site, a head or factors.
     """
 
     run: str
@@ -49,11 +49,11 @@ class Origin:
 
 
 def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str:
-    """The model card, Markdown with the metadata that model hubs read."""
+    """Return the model card, Markdown with the metadata that model hubs read."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
-        autoescape=False,  # noqa: S701  # Markdown, and every value is ours or the job's
+        autoescape=False,  # noqa: S701  # Markdown; all values are ours or the job's
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -83,7 +83,7 @@ def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str
 
 
 def backbone_name(bench: Workbench) -> str:
-    """The backbone's name without this machine's folders."""
+    """Return the backbone's name without the folders of this machine."""
     kind, _, name = public_source(bench.backbone.source).partition(":")
     return name.partition("@")[0] if kind == "hf" else name
 
@@ -91,7 +91,7 @@ def backbone_name(bench: Workbench) -> str:
 def _metadata(
     job: Job, source: str, licence: str, federated: Mapping[str, Any], form: Form
 ) -> ModelCardData:
-    """The front matter; a licence only where the backbone's card names one that hubs know."""
+    """Return the front matter; it has a licence only if hubs know that of the backbone's card."""
     kind, _, name = source.partition(":")
     tags = ["federated-learning", "fedgraft", *([job.method.kind] if form == "peft" else [])]
     return ModelCardData(
@@ -119,7 +119,7 @@ def _results(job: Job, federated: Mapping[str, Any]) -> Iterator[EvalResult]:
 
 
 def _shown(job: Job, federated: Mapping[str, Any], final: Mapping[str, Any]) -> list[Metric]:
-    """The metrics that have a column, those of any model."""
+    """Return the metrics that at least one model has; each gets a column."""
     models = [federated, *(one for one in final.values() if one)]
     return [
         metric
@@ -129,14 +129,14 @@ def _shown(job: Job, federated: Mapping[str, Any], final: Mapping[str, Any]) -> 
 
 
 def _cell(metrics: Mapping[str, Any], metric: Metric) -> str:
-    """A metric with its interval where there is one."""
+    """Return a metric with its interval, if there is one."""
     ends = metrics.get(f"{metric.key}_interval")
     span = " (" + " to ".join(metric.text(end, unit="") for end in ends) + ")" if ends else ""
     return metric.text(metrics.get(metric.key)) + span
 
 
 def _base_code(source: str) -> str:
-    """The first argument of ``from_pretrained`` for this backbone, as Python."""
+    """Return the first argument of ``from_pretrained`` for this backbone, as Python."""
     kind, _, name = source.partition(":")
     if kind != "hf":
         return repr(f"FOLDER_OF/{name}")

@@ -1,6 +1,6 @@
-"""An adapter as a standard PEFT folder, with a model card that says where it comes from.
+"""An adapter as a standard PEFT folder, with a model card that states its origin.
 
-The coordinator writes one at the end of a run, and every site keeps one: the same files.
+The coordinator writes the folder at the end of a run, and every site keeps one with the same files.
 """
 
 import json
@@ -36,7 +36,7 @@ def save_adapter(
 ) -> None:
     """Write an adapter as a PEFT folder that ``PeftModel.from_pretrained`` loads.
 
-    It is what the adapter starts from with ``parts`` written over it in order.
+    The adapter is its initial values with ``parts`` written over them in order.
 
     Raises:
         InputError: ``folder`` exists and is not an earlier export, or cannot be written.
@@ -48,7 +48,7 @@ def save_adapter(
 
     def write(target: Path) -> None:
         bench.model.save_pretrained(target, save_embedding_layers=False)
-        if bench.drawn:  # the backbone's folder is not all of the model: give the rest along
+        if bench.drawn:  # the backbone's folder lacks drawn weights: add them
             base: Any = load(bench.backbone, job).model
             base.save_pretrained(target / BASE)
         (target / "README.md").write_text(card, encoding="utf-8")
@@ -60,12 +60,13 @@ def save_adapter(
 
 
 def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector:
-    """The adapter in ``folder``, float32 [bench.layout.size], of the job that ``bench`` is for.
+    """Return the adapter in ``folder`` for the job of ``bench``, float32 [bench.layout.size].
 
-    What travels beside an adapter is zero. Without ``head`` the head stays as the job's begins.
+    Tensors that travel beside an adapter are zero. Without ``head`` the head keeps the job's
+    initial values.
 
     Raises:
-        InputError: there is none that can be read.
+        InputError: no adapter can be read.
     """
     bench.put()
     try:
@@ -83,7 +84,7 @@ def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector
         found = set_peft_model_state_dict(bench.model, weights)
     except InputError:
         raise
-    except Exception as error:  # torn files raise many kinds
+    except Exception as error:  # damaged files raise many kinds of error
         raise InputError(
             f"no adapter can be read from {folder} ({type(error).__name__})",
             hint="restore the folder from a backup",
@@ -94,14 +95,14 @@ def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector
 
 
 def _head_of(bench: Workbench) -> dict[str, Any]:
-    """What an adapter folder has of the job's head as it begins."""
+    """Return the job's initial head, in the form of an adapter folder."""
     heads = tuple(f"{OUTER}{name}." for name in head_names(bench.model.get_base_model()))
     own = get_peft_model_state_dict(bench.model, save_embedding_layers=False)
     return {name: one for name, one in own.items() if name.startswith(heads)}
 
 
 def _other_head(folder: Path) -> tuple[str, ...]:
-    """How names in an adapter folder begin of modules that train as a whole, by its own config."""
+    """Return the prefixes of the head's names in an adapter folder, according to its own config."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     modules = config.get("modules_to_save") or ()
     names = [f"{OUTER}{name}." for name in modules]
@@ -109,7 +110,7 @@ def _other_head(folder: Path) -> tuple[str, ...]:
 
 
 def folder_facts(bench: Workbench, job: Job, origin: Origin) -> dict[str, Any]:
-    """What a folder says of itself to machines."""
+    """Return the machine-readable facts of a folder."""
     return {
         "run": origin.run,
         "created": origin.created,
@@ -121,13 +122,13 @@ def folder_facts(bench: Workbench, job: Job, origin: Origin) -> dict[str, Any]:
 
 
 def replace_folder(folder: Path, facts: dict[str, Any], write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary folder, then put it in the place of ``folder``.
+    """Let ``write`` fill a temporary folder, then replace ``folder`` by it.
 
-    What is there already is replaced only if it carries our mark: an adapter or model of somebody
-    else looks just like ours.
+    An existing folder is replaced only if it contains our mark, because other people's adapters and
+    models look the same as ours.
 
     Raises:
-        InputError: it does not, or the folder cannot be written.
+        InputError: it has no mark, or the folder cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file", hint="name a folder with --out")
@@ -157,7 +158,7 @@ def replace_folder(folder: Path, facts: dict[str, Any], write: Callable[[Path], 
 
 
 def _sync(folder: Path) -> None:
-    """Make what lies in ``folder`` survive a power cut."""
+    """Make the files in ``folder`` survive a power failure."""
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         with path.open("rb") as file:
             os.fsync(file.fileno())

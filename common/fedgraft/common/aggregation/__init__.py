@@ -1,4 +1,4 @@
-"""How updates combine: one file a rule, and the table of them."""
+"""The aggregation rules: one file for each rule, and the table of all rules."""
 
 from typing import TYPE_CHECKING, Literal
 

@@ -1,4 +1,4 @@
-"""The contract of a rule, and the running sum that every rule which needs only sums shares."""
+"""The interface of an aggregation rule, and the running sum for every rule that needs only sums."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -25,86 +25,93 @@ PLAIN_MEAN = (
     "training.{beside} needs the plain mean over sites, of their statistics too",
     'aggregation.rule = "fedavg" with server_optimizer.kind = "none"',
 )
-"""Why statistics that travel beside an adapter (domain, consolidation) are refused."""
+"""The error text and the hint that refuse statistics beside an adapter (domain, consolidation)."""
 
 
 class Rule(Protocol):
-    """How the updates of one round become one.
+    """An aggregation rule: it combines the updates of one round into one step of the adapter.
 
-    ``needs`` is ``"sum"`` if the weighted sum of the updates is enough, so that masked sums work,
-    or ``"individual"`` if the rule must see each site's own. ``refuses`` says what does not go
-    together with it, by the names of ``config/compatibility.py``.
+    ``needs`` is ``"sum"`` if the weighted sum of the updates is enough: such a rule works with
+    masked sums. ``needs`` is ``"individual"`` if the rule must see the update of each site.
+    ``refuses`` lists the settings that do not work with the rule, by the names in
+    ``config/compatibility.py``.
     """
 
     @property
     def needs(self) -> Literal["sum", "individual"]:
-        """What the rule must see."""
+        """Return ``"sum"`` or ``"individual"``: the input that the rule needs."""
         ...
 
     @property
     def refuses(self) -> Refuses:
-        """What does not go together with the rule."""
+        """Return the settings that do not work with the rule."""
         ...
 
     @property
     def keeps_own(self) -> bool:
-        """Whether each site keeps tensors to itself."""
+        """Return whether each site keeps some tensors that it does not send."""
         ...
 
     def keeps(self, name: str) -> bool:
-        """Whether the adapter tensor ``name`` trains and stays at each site."""
+        """Return whether the adapter tensor ``name`` is trained at each site and stays there."""
         ...
 
     def card_note(self, *, own_parts: bool, shared_head: bool) -> str:
-        """What the model card says of tensors that stay at sites; empty where none do.
+        """Return the model card's text about the tensors that stay at sites; empty if none stay.
 
-        ``own_parts``: the folder has those of one site; ``shared_head``: the head travels.
+        ``own_parts``: the folder contains such tensors of one site. ``shared_head``: sites send the
+        head.
         """
         ...
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
-        """Names of the tensors in ``layout`` that sites train and send."""
+        """Return the names of the tensors in ``layout`` that sites train and send."""
         ...
 
     def collect(self, size: int) -> "Collector":
-        """Something that takes the updates of one round, float32 [size] each."""
+        """Return a collector for the updates of one round; each update is float32 [size]."""
         ...
 
     def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The step of the global adapter, from what ``collect`` combined, both [d].
+        """Return the step of the global adapter from the output of ``collect``; both are [d].
 
-        For a rule that needs only sums that is the weighted mean, whoever computed it.
+        For a rule that needs only sums, ``combined`` is the weighted mean. The rule does not need
+        to know which code computed that mean.
         """
         ...
 
 
 class Collector(Protocol):
-    """Takes updates one by one and combines them."""
+    """An object that takes updates one by one and combines them."""
 
     @property
     def count(self) -> int:
-        """Updates so far."""
+        """Return the number of updates so far."""
         ...
 
     def add(self, update: Vector, weight: float) -> None:
-        """Take ``update``, float32 [size], with a positive ``weight``."""
+        """Add ``update``, float32 [size], with a positive ``weight``."""
         ...
 
     def combined(self) -> NDArray[np.float64]:
-        """All of them combined, float64 [size]; ZeroDivisionError if there are none."""
+        """Return the combination of all updates, float64 [size].
+
+        Raises:
+            ZeroDivisionError: there is no update.
+        """
         ...
 
     def kept(self) -> Tensors:
-        """All that it holds, so that a round can go on after a crash."""
+        """Return the full state, so that a round can continue after a crash."""
         ...
 
     def restore(self, kept: Tensors) -> None:
-        """Hold what ``kept`` gave, instead of nothing."""
+        """Replace the empty state by ``kept``, a state that the method ``kept`` returned."""
         ...
 
 
 class RunningMean:
-    """Weighted mean of updates that arrive one by one; one float64 vector, never the updates."""
+    """The weighted mean of updates that arrive one by one; it stores one float64 vector only."""
 
     def __init__(self, size: int) -> None:
         self._sum = np.zeros(size, np.float64)
@@ -118,19 +125,19 @@ class RunningMean:
         self.count += 1
 
     def kept(self) -> Tensors:
-        """The sum [size], the weight and the count, float64."""
+        """Return the sum [size], and the weight and the count; all float64."""
         return {"sum": self._sum, "facts": np.array([self.weight, self.count], np.float64)}
 
     def restore(self, kept: Tensors) -> None:
-        """Go on from what ``kept`` gave."""
+        """Continue from ``kept``, a state that the method ``kept`` returned."""
         self._sum, (self.weight, count) = kept["sum"].copy(), kept["facts"].tolist()
         self.count = int(count)
 
     def combined(self) -> NDArray[np.float64]:
-        """The weighted mean so far, float64 [size].
+        """Return the weighted mean so far, float64 [size].
 
         Raises:
-            ZeroDivisionError: nothing was added.
+            ZeroDivisionError: no update was added.
         """
         if not self.count:
             raise ZeroDivisionError("the mean of no updates")
@@ -138,34 +145,34 @@ class RunningMean:
 
 
 class WholeAdapter:
-    """A base for rules under which every tensor trains and travels."""
+    """A base class for rules under which sites train and send every tensor."""
 
     refuses: ClassVar[Refuses] = {}
     keeps_own: ClassVar[bool] = False
 
     def keeps(self, name: str) -> bool:
-        """No tensor stays at a site."""
+        """Return False: no tensor stays at a site."""
         return False
 
     def card_note(self, *, own_parts: bool, shared_head: bool) -> str:
-        """Nothing."""
+        """Return an empty text: no tensor stays at a site."""
         return ""
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
-        """Every tensor of the adapter."""
+        """Return the name of every tensor of the adapter."""
         return layout.names
 
 
 @dataclass(frozen=True)
 class MeanRule(WholeAdapter):
-    """What rules have in common whose step is the weighted mean of what travels."""
+    """The common part of all rules whose step is the weighted mean of the sent tensors."""
 
     needs: Literal["sum", "individual"] = "sum"
 
     def collect(self, size: int) -> RunningMean:
-        """The weighted mean."""
+        """Return a running weighted mean."""
         return RunningMean(size)
 
     def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The mean itself."""
+        """Return the mean itself."""
         return combined

@@ -1,12 +1,12 @@
-"""FedAvg over adapters: factors and shared heads are averaged element by element.
+"""FedAvg for adapters: factors and shared heads are averaged element by element.
 
 McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data";
 for LoRA: Zhang et al. 2023, "Towards Building the Federated GPT" (FedIT).
 
     x <- x + sum_i p_i (x_i - x),   p_i = n_i / sum_j n_j  or  1/n
 
-The average of the factors is not the factors of the average: mean(B) mean(A) differs from
-mean(B A). The difference is the rule's aggregation error; ``ffa`` has none.
+The product of the averaged factors is not the average of the products: mean(B) mean(A) differs from
+mean(B A). This difference is the rule's aggregation error; the rule ``ffa`` has no such error.
 """
 
 from dataclasses import dataclass
@@ -16,4 +16,4 @@ from fedgraft.common.aggregation.base import MeanRule
 
 @dataclass(frozen=True)
 class FedAvg(MeanRule):
-    """Every tensor of the adapter trains and travels."""
+    """The FedAvg rule: sites train and send every tensor of the adapter."""

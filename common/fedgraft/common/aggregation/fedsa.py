@@ -1,12 +1,12 @@
-"""FedSA-LoRA: the factors A are shared, each site keeps its own B.
+"""FedSA-LoRA: sites share the factors A, and each site keeps its own factors B.
 
 Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Federated Learning" (ICLR).
 
     A <- A + sum_i p_i (A_i - A),   B_i stays at site i
 
-In their analysis A learns what all data have in common and B what is a client's own. The model of a
-site is W0 + B_i A with its own B_i: there is no global model of low rank, and what travels is about
-half of an adapter.
+In the analysis of the paper, A learns the features that all data share, and B learns the features
+of one client's data. The model of a site is W0 + B_i A with its own B_i. So there is no global
+model of low rank, and sites send about half of an adapter.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from fedgraft.common.section import Refuses
 
 @dataclass(frozen=True)
 class FedSa(MeanRule):
-    """Everything but the factors B travels; those train and stay."""
+    """The FedSA rule: sites train every tensor, and send all tensors except the factors B."""
 
     keeps_own: ClassVar[bool] = True
     refuses: ClassVar[Refuses] = {
@@ -44,15 +44,15 @@ class FedSa(MeanRule):
     }
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
-        """Factors A and the head."""
+        """Return the names of the factors A and of the head."""
         return tuple(name for name in layout.names if not is_factor_b(name))
 
     def keeps(self, name: str) -> bool:
-        """The factors B."""
+        """Return whether ``name`` is a factor B."""
         return is_factor_b(name)
 
     def card_note(self, *, own_parts: bool, shared_head: bool) -> str:
-        """Whose factors B are in the folder."""
+        """Return a text that says which factors B the folder contains."""
         if own_parts:
             return (
                 "The factors B in this folder are this site's own and never left it; the factors A "

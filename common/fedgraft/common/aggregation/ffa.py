@@ -1,11 +1,12 @@
-"""FFA-LoRA: A is drawn once, equal everywhere and frozen; only B and the head train and travel.
+"""FFA-LoRA: A is drawn once, equal at all sites, and frozen; sites train and send B and the head.
 
 Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (ICLR).
 
     A_i = A fixed,   B <- B + sum_i p_i (B_i - B)
 
-With one A for all, mean(B A) = mean(B) A: averaging is exact, and a round moves about half the
-bytes. A comes from a seed hashed from the job's and is compared by hash before the first round.
+All sites have the same A, so mean(B A) = mean(B) A: the average is exact. A round also sends about
+half as many bytes. A comes from a seed that is a hash of the job's seed. Before the first round
+each site compares the hash of its A with the coordinator's hash.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from fedgraft.common.section import Refuses
 
 @dataclass(frozen=True)
 class Ffa(MeanRule):
-    """Everything but the factors A trains and travels."""
+    """The FFA rule: sites train and send every tensor except the factors A."""
 
     refuses: ClassVar[Refuses] = {
         "start": (
@@ -41,5 +42,5 @@ class Ffa(MeanRule):
     }
 
     def exchanges(self, layout: Layout) -> tuple[str, ...]:
-        """Factors B and the head."""
+        """Return the names of the factors B and of the head."""
         return tuple(name for name in layout.names if not is_factor_a(name))

@@ -1,11 +1,11 @@
-"""The coordinate-wise median: a few sites that send nonsense cannot move it far.
+"""The coordinate-wise median: a few sites with wrong updates cannot move it far.
 
 Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates" (ICML).
 
     x <- x + median_i (x_i - x),   coordinate by coordinate
 
-Every site counts alike. It must see each update, so it keeps one vector a site, and it cannot work
-under secure aggregation.
+Every site has the same weight. The rule must see each update: it stores one vector for each site,
+and it cannot work under secure aggregation.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from fedgraft.common.section import Refuses
 
 @dataclass(frozen=True)
 class Median(WholeAdapter):
-    """Every tensor of the adapter trains and travels."""
+    """The median rule: sites train and send every tensor of the adapter."""
 
     needs: Literal["sum", "individual"] = "individual"
     refuses: ClassVar[Refuses] = {
@@ -36,16 +36,16 @@ class Median(WholeAdapter):
     }
 
     def collect(self, size: int) -> "Updates":
-        """All updates, for their median."""
+        """Return a collector that stores all updates, because the median needs all of them."""
         return Updates(size)
 
     def merge(self, combined: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The median itself."""
+        """Return the median itself."""
         return combined
 
 
 class Updates:
-    """The updates of one round, kept: float32 [count, size]."""
+    """The stored updates of one round: float32 [count, size]."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -53,23 +53,23 @@ class Updates:
 
     @property
     def count(self) -> int:
-        """Updates so far."""
+        """Return the number of updates so far."""
         return len(self._kept)
 
     def add(self, update: Vector, weight: float) -> None:
-        """Keep ``update``, float32 [size]; the weight does not count."""
+        """Store ``update``, float32 [size]; the weight is ignored."""
         self._kept.append(update)
 
     def kept(self) -> Tensors:
-        """The updates, float32 [count, size]."""
+        """Return the updates, float32 [count, size]."""
         return {"updates": np.array(self._kept, np.float32).reshape(-1, self._size)}
 
     def restore(self, kept: Tensors) -> None:
-        """Go on from what ``kept`` gave."""
+        """Continue from ``kept``, a state that the method ``kept`` returned."""
         self._kept = list(kept["updates"])
 
     def combined(self) -> NDArray[np.float64]:
-        """The median of every coordinate, float64 [size].
+        """Return the median of every coordinate, float64 [size].
 
         Raises:
             ZeroDivisionError: there is no update.
@@ -77,7 +77,7 @@ class Updates:
         if not self._kept:
             raise ZeroDivisionError("the median of no updates")
         result = np.empty(self._size, np.float64)
-        for low in range(0, self._size, PIECE):  # a copy of a piece, not of everything
+        for low in range(0, self._size, PIECE):  # np.median copies: only one piece at a time
             piece = slice(low, low + PIECE)
             result[piece] = np.median([update[piece] for update in self._kept], axis=0)
         return result

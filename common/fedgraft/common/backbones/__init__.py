@@ -1,1 +1,1 @@
-"""Pre-trained models: found, refused, loaded and stored."""
+"""Pre-trained models: they are found, checked, loaded and stored."""

@@ -1,15 +1,15 @@
-"""Backbones on disk: content-addressed, verified chunk by chunk, whole or not there.
+"""Backbones on disk: content-addressed, verified chunk by chunk, and either complete or absent.
 
-    manifests/DIGEST.json    written last: what has one was complete once
-    models/DIGEST/NAME       what transformers reads: hard links to
-    files/CONTENT            whole files, so that backbones share what they have in common
-    partial/CONTENT          files that are still coming, at their full size, with holes
+    manifests/DIGEST.json    written last: a backbone with a manifest was complete once
+    models/DIGEST/NAME       the files that transformers reads: hard links to
+    files/CONTENT            whole files, so that backbones share equal files
+    partial/CONTENT          incomplete files, at their full size, with holes
 
-A chunk counts when the bytes that lie in its place have its hash. Nothing else keeps the score:
-whoever goes on after a crash hashes what is there. So bytes may be written before they are
-verified, a process killed anywhere loses at most the chunk it was receiving, and two that write
-one file write the same bytes to it. Damage found later is handled alike: the file goes back to
-``partial`` and the next fetch mends the chunks that are wrong.
+A chunk is complete if the bytes in its place have its hash. No other state is stored: after a crash
+the next process hashes the bytes on disk. So bytes may be written before they are verified. A
+killed process loses at most the chunk that it was receiving, and two processes that write one file
+write the same bytes. Damage found later is treated in the same way: the file goes back to
+``partial``, and the next fetch repairs the wrong chunks.
 """
 
 import errno
@@ -33,20 +33,19 @@ from fedgraft.common.backbones.manifest import (
     make_manifest,
 )
 from fedgraft.common.errors import BackboneError, MessageError, TransferError
-from fedgraft.common.files import sync_folder, write_atomically
-from fedgraft.common.locks import lock_folder
+from fedgraft.common.files import lock_folder, sync_folder, write_atomically
 
 __all__ = ["BlobStore", "Manifest", "Receiver", "make_manifest", "open_store", "set_store"]
 
-RESERVE = 268_435_456  # bytes that stay free on the disk: runs, audit and logs need some
+RESERVE = 268_435_456  # bytes that stay free on the disk for runs, audit and logs
 PLACE = "FEDGRAFT_BACKBONES"
 
 
 class BlobStore:
-    """The backbones in the folder ``root``, which is made if it is not there (mode 0700).
+    """The backbones in the folder ``root``; it is created (mode 0700) if it does not exist.
 
     Raises:
-        TransferError: it cannot be made.
+        TransferError: it cannot be created.
     """
 
     def __init__(self, root: Path) -> None:
@@ -59,13 +58,13 @@ class BlobStore:
             raise _not_stored(error, root) from None
 
     def manifest(self, digest: str) -> Manifest:
-        """The manifest of a backbone that is or was complete here.
+        """Return the manifest of a backbone that is or was complete here.
 
         Raises:
             BackboneError: there is none, or its file is damaged.
         """
         path = self._manifest_path(digest)
-        if not re.fullmatch(DIGEST, digest) or not path.exists():  # it may come from the wire
+        if not re.fullmatch(DIGEST, digest) or not path.exists():  # it may come from the network
             raise BackboneError(
                 f"no backbone {digest[:12]} in {self.root}", hint="fedgraft fetch PATH brings it"
             )
@@ -75,17 +74,17 @@ class BlobStore:
         return manifest
 
     def complete(self, manifest: Manifest) -> bool:
-        """Whether every file is here; that no bit of it changed since is for ``check``."""
+        """Return whether every file is present; only ``check`` finds changed bytes."""
         return self._manifest_path(manifest.digest).exists() and all(
             self._has(file) for file in manifest.files
         )
 
     def missing(self, manifest: Manifest) -> tuple[int, ...]:
-        """Indexes of the chunks that are not here; hashes what files under way hold."""
+        """Return the indices of the missing chunks; incomplete files are hashed."""
         coming = {file.content: file for file in manifest.files if not self._has(file)}
         wanted = {
             file.name: self._unverified(self._partial(file), file) for file in coming.values()
-        }  # of two files with one content, one
+        }  # one entry for files with equal content
         return tuple(
             index
             for index, chunk in enumerate(manifest.chunks)
@@ -93,10 +92,10 @@ class BlobStore:
         )
 
     def check(self, manifest: Manifest) -> None:
-        """Hash every file that is here again; one that changed goes back to ``partial``.
+        """Hash every present file again; a changed file goes back to ``partial``.
 
         Raises:
-            BackboneError: a file is not as it came. Receiving the manifest again mends it.
+            BackboneError: a file has changed. Receiving the manifest again repairs it.
         """
         if damaged := self._put_back_damaged(manifest):
             raise BackboneError(
@@ -105,10 +104,10 @@ class BlobStore:
             )
 
     def folder(self, digest: str) -> Path:
-        """The folder with a backbone's files, for transformers to read.
+        """Return the folder with a backbone's files for transformers.
 
         Raises:
-            BackboneError: it is not complete, or something was put into its folder.
+            BackboneError: it is not complete, or another file is in its folder.
         """
         manifest = self.manifest(digest)
         folder = self._model(digest)
@@ -117,19 +116,19 @@ class BlobStore:
         return folder
 
     def file_path(self, file: ManifestFile) -> Path:
-        """Where a whole file lies, if it does."""
+        """Return the path of a whole file; the file need not exist."""
         return self.root / "files" / file.content
 
     @contextmanager
     def receive(self, manifest: Manifest) -> Iterator["Receiver"]:
-        """Take in what is missing of a backbone; it is there once nothing is missing any more.
+        """Receive the missing chunks of a backbone; it is available once no chunk is missing.
 
         Raises:
             RunError: another process receives into this store.
-            TransferError: not enough room on the disk; nothing was written.
+            TransferError: not enough space on the disk; nothing was written.
         """
         with lock_folder(self.root):
-            for file in manifest.files:  # of another size, so damaged
+            for file in manifest.files:  # another size: damaged
                 if self.file_path(file).exists() and not self._has(file):
                     self._put_back(file)
             missing = self.missing(manifest)
@@ -142,10 +141,10 @@ class BlobStore:
     def import_folder(
         self, folder: Path, manifest: Manifest, *, progress: Progress | None = None
     ) -> Path:
-        """Copy what is missing or damaged here from a local folder, verified; the store's folder.
+        """Copy missing or damaged chunks from a local folder, verified; return the store's folder.
 
         Raises:
-            BackboneError: a file there is missing or not what the manifest says.
+            BackboneError: a file is missing there, or differs from the manifest.
             RunError: another process receives into this store.
             TransferError: the disk is full.
         """
@@ -204,7 +203,7 @@ class BlobStore:
         self.file_path(file).replace(self._partial(file))
 
     def _unverified(self, path: Path, file: ManifestFile) -> set[int]:
-        """Offsets of the chunks of ``file`` that ``path`` does not hold."""
+        """Return the offsets of the chunks of ``file`` that ``path`` does not contain."""
         if not path.exists():
             return {chunk.offset for chunk in file.split()}
         with path.open("rb") as opened, ThreadPoolExecutor(HASHERS) as hashers:
@@ -224,7 +223,7 @@ class BlobStore:
             )
 
     def _commit(self, manifest: Manifest) -> None:
-        """Links first, the manifest last: a crash between them is as if nothing had come."""
+        """Write links first and the manifest last: after a crash between, nothing counts."""
         folder = self._model(manifest.digest)
         folder.mkdir(exist_ok=True, mode=0o700)
         for stranger in {path.name for path in folder.iterdir()} - _names(manifest):
@@ -242,9 +241,9 @@ class BlobStore:
 
 
 class Receiver:
-    """One backbone on its way in; made by ``BlobStore.receive``. Threads may share it.
+    """A receiver of one backbone, made by ``BlobStore.receive``; threads may share it.
 
-    ``missing`` is what has not been confirmed yet, ``done`` the bytes that are there and good.
+    ``missing`` are the chunks not yet confirmed; ``done`` is the number of verified bytes.
     """
 
     def __init__(self, store: BlobStore, manifest: Manifest, missing: tuple[int, ...]) -> None:
@@ -273,21 +272,21 @@ class Receiver:
 
     @property
     def missing(self) -> tuple[int, ...]:
-        """Indexes of the chunks still to come, in order."""
+        """Return the indices of the chunks that are still missing, in order."""
         with self._lock:
             return tuple(sorted(index for left in self._left.values() for index in left))
 
     @property
     def done(self) -> int:
-        """Bytes of the backbone that are here and verified."""
+        """Return the number of bytes that are present and verified."""
         return self._done
 
     def write(self, index: int, offset: int, piece: bytes | memoryview) -> None:
-        """Put ``piece`` at ``offset`` of a missing chunk; it counts once ``confirm`` says so.
+        """Write ``piece`` at ``offset`` of a missing chunk; only ``confirm`` makes it count.
 
         Raises:
-            MessageError: it would reach beyond the chunk.
-            TransferError: the disk does not take it.
+            MessageError: the piece would go beyond the end of the chunk.
+            TransferError: the disk does not accept it.
         """
         chunk = self.manifest.chunks[index]
         if offset + len(piece) > chunk.length:
@@ -298,10 +297,10 @@ class Receiver:
             raise _not_stored(error, self._store.root) from None
 
     def confirm(self, index: int) -> bool:
-        """Hash what lies in the chunk's place; the last one of a file makes the file whole.
+        """Hash the bytes in the chunk's place; the last chunk of a file completes the file.
 
         Raises:
-            TransferError: the disk does not take it.
+            TransferError: the disk does not accept it.
         """
         chunk = self.manifest.chunks[index]
         content = chunk.file.content
@@ -324,7 +323,7 @@ class Receiver:
         except OSError as error:
             raise _not_stored(error, self._store.root) from None
         self._open[file.content] = descriptor
-        if not self._left[file.content]:  # killed just before it was renamed, or empty
+        if not self._left[file.content]:  # killed just before the rename, or empty
             self._finish(file)
 
     def _finish(self, file: ManifestFile) -> None:
@@ -334,7 +333,7 @@ class Receiver:
             self._store._partial(file).replace(self._store.file_path(file))
             sync_folder(self._store.root / "files")
         except FileNotFoundError:
-            if not self._store._has(file):  # unless another thread had the same file whole
+            if not self._store._has(file):  # else another thread completed the same file
                 raise BackboneError(
                     f"{self._store.root} was changed meanwhile", hint="fetch again"
                 ) from None
@@ -343,15 +342,15 @@ class Receiver:
 
 
 def set_store(root: Path) -> None:
-    """Let ``manifest:`` backbones of this process, and of those it starts, come from ``root``."""
+    """Set the store of ``manifest:`` backbones for this process and for its child processes."""
     os.environ[PLACE] = str(root)
 
 
 def open_store() -> BlobStore:
-    """The store of this process: what ``set_store`` or ``FEDGRAFT_BACKBONES`` names.
+    """Return the store of this process, from ``set_store`` or ``FEDGRAFT_BACKBONES``.
 
     Raises:
-        BackboneError: neither does.
+        BackboneError: neither is set.
     """
     root = os.environ.get(PLACE)
     if not root:
@@ -367,7 +366,7 @@ def _names(manifest: Manifest) -> set[str]:
 
 
 def _holds(folder: Path, manifest: Manifest, store: BlobStore) -> bool:
-    """Whether ``folder`` has exactly the manifest's files, as they lie in the store."""
+    """Return whether ``folder`` has exactly the manifest's files, linked to the store."""
     if not folder.is_dir() or {path.name for path in folder.iterdir()} != _names(manifest):
         return False
     return all((folder / file.name).samefile(store.file_path(file)) for file in manifest.files)
@@ -377,7 +376,7 @@ def _holds_chunk(descriptor: int, chunk: Chunk) -> bool:
     try:  # a hole needs no hashing
         if os.lseek(descriptor, chunk.offset, os.SEEK_DATA) >= chunk.offset + chunk.length:
             return False
-    except OSError:  # nothing but a hole from here on, or the file is shorter
+    except OSError:  # only a hole from here on, or the file is shorter
         return False
     return hash_chunk(descriptor, chunk.offset, chunk.length) == chunk.digest
 

@@ -1,8 +1,8 @@
-"""How deep below the head each trained tensor lies: blocks of a model, counted from the top.
+"""The depth of each trained tensor below the head: blocks of a model, counted from the top.
 
-A block is whatever stands in a numbered container of modules (``encoder.layer.3``, ``h.11``,
-``stages.0``), the outermost where they are nested. What comes before the first block, such as
-embeddings, is one more at the bottom; what comes after the last one is part of it.
+A block is a module in a numbered container (``encoder.layer.3``, ``h.11``, ``stages.0``); if
+containers are nested, the outermost one counts. Modules before the first block, such as embeddings,
+form one more block at the bottom. Modules after the last block are part of it.
 """
 
 import re
@@ -18,14 +18,14 @@ BLOCK = re.compile(r"(.*?\.\d+)(\.|$)")
 
 
 def blocks_in(model: nn.Module) -> tuple[str, ...]:
-    """Names of the blocks of a model of transformers in its own order, the lowest first."""
+    """Return the names of a transformers model's blocks in the model's order, lowest first."""
     return _blocks(_body(model, (name for name, _ in model.named_parameters())))
 
 
 def depths(model: nn.Module, trained: Iterable[str]) -> tuple[int, ...]:
-    """The depth of each tensor in ``trained``: 0 in the head, 1 in the last block, and so on.
+    """Return the depth of each tensor in ``trained``: 0 in the head, 1 in the last block, ...
 
-    ``model`` is one of transformers with what peft put into it, and ``trained`` are names in it.
+    ``model`` is a transformers model with peft's modules, and ``trained`` are names in it.
     """
     body = _body(model, (name for name, _ in model.named_parameters()))
     blocks = _blocks(body)

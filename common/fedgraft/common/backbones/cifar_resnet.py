@@ -1,10 +1,10 @@
-"""ResNets for small images, as He et al. 2016 used them on CIFAR-10, for weights made elsewhere.
+"""ResNets for small images, as in He et al. 2016 on CIFAR-10, for weights from other projects.
 
 He et al., "Deep Residual Learning for Image Recognition", section 4.2: a 3x3 stem without pooling,
 three stages of n blocks with 16, 32 and 64 channels, and shortcuts without parameters (option A:
 every second pixel, zeros for new channels). transformers' own ResNet begins with a 7x7 stem of
-stride 2 and pooling, into which these weights do not go. Importing this module makes transformers'
-Auto classes know the architecture by its name, ``cifar_resnet``.
+stride 2 and pooling, so these weights do not fit it. The import of this module registers the
+architecture in transformers' Auto classes under the name ``cifar_resnet``.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ STEMS = {"bn1": "norm1", "bn2": "norm2"}
 
 
 class CifarResnetConfig(PretrainedConfig):
-    """``blocks`` in each of three stages, whose channels are ``width`` times 1, 2 and 4."""
+    """``blocks`` in each of three stages; their channels are ``width`` times 1, 2 and 4."""
 
     model_type = "cifar_resnet"
     blocks: int = 3
@@ -45,7 +45,7 @@ class _Block(nn.Module):
         self.stride, self.new = stride, after - before
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` [b, before, h, w] to [b, after, h / stride, w / stride]."""
+        """Map ``x`` [b, before, h, w] to [b, after, h / stride, w / stride]."""
         y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
         x = x[:, :, :: self.stride, :: self.stride]
         around = self.new // 2
@@ -74,7 +74,7 @@ class _Body(nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features [b, 4 x width] of images [b, channels, h, w]."""
+        """Return features [b, 4 x width] of images [b, channels, h, w]."""
         hidden = functional.relu(self.norm(self.stem(pixels)))
         for stage in self.stages:
             hidden = stage(hidden)
@@ -82,7 +82,7 @@ class _Body(nn.Module):
 
 
 class CifarResnetForImageClassification(PreTrainedModel):
-    """The body, and a linear classifier on its features."""
+    """The body with a linear classifier on its features."""
 
     config_class = CifarResnetConfig
     base_model_prefix = "resnet"
@@ -101,15 +101,15 @@ class CifarResnetForImageClassification(PreTrainedModel):
                 nn.init.zeros_(module.bias)
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> ImageClassifierOutput:
-        """Logits [b, labels] of normalised images [b, channels, h, w]."""
+        """Return logits [b, labels] of normalised images [b, channels, h, w]."""
         return ImageClassifierOutput(logits=self.classifier(self.resnet(pixel_values)))
 
 
 def converted(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with the usual names of such networks, under this module's names.
+    """Return a state dict with this module's names, from the usual names of such networks.
 
-    ``conv1``, ``bn1``, ``layer1.0.conv1``, ``layer1.0.bn1`` and so on, and ``linear``; a leading
-    ``module.``, which parallel training leaves, is dropped.
+    The usual names are ``conv1``, ``bn1``, ``layer1.0.conv1``, ``layer1.0.bn1`` and so on, and
+    ``linear``. A leading ``module.``, which parallel training adds, is removed.
     """
     found = {}
     for name, tensor in state.items():

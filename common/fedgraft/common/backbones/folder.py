@@ -1,7 +1,7 @@
-"""A model's folder: which files make the model, what is refused, what identifies it.
+"""A model's folder: its model files, the refusal of unsafe content, and its fingerprint.
 
-Only safetensors are read and no code of a model repository ever runs: a pickle file or an
-``auto_map`` in a config would let whoever wrote it run code at every site.
+Only safetensors are read, and no code of a model repository ever runs. A pickle file, or an
+``auto_map`` in a config, would let its author run code at every site.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
 
 
 def refuse_unsafe(folder: Path, source: str, weights: str = "pretrained") -> None:
-    """Refuse a folder whose loading could run code, or that cannot be a model's.
+    """Refuse a folder whose loading could run code, or that is not a model's folder.
 
-    ``source`` is what its user calls it. With ``weights = "random"`` it needs no weights.
+    ``source`` is the user's name of the folder. With ``weights = "random"`` it needs no weights.
 
     Raises:
         BackboneError: not a Hugging Face folder, no safetensors, pickles, remote code, an adapter.
@@ -31,7 +31,7 @@ def refuse_unsafe(folder: Path, source: str, weights: str = "pretrained") -> Non
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        remote = "auto_map" in config.keys()  # noqa: SIM118  # of an object and nothing else
+        remote = "auto_map" in config.keys()  # noqa: SIM118  # fails unless it is an object
     except (ValueError, AttributeError):
         raise BackboneError(f"{source}: config.json is not JSON", hint="copy it again") from None
     if remote:
@@ -59,7 +59,10 @@ def refuse_unsafe(folder: Path, source: str, weights: str = "pretrained") -> Non
 
 
 def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
-    """An index may name any file, also a pickle or one that no fingerprint covers."""
+    """Refuse an index that names a file which is not a .safetensors file in the same folder.
+
+    An index can name any file, for example a pickle or a file that no fingerprint covers.
+    """
     for index in folder.glob("*.index.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -82,12 +85,15 @@ def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files in ``folder`` that make the model what it is, by name; nothing else is loaded."""
+    """Return the files in ``folder`` that define the model, by name; only these are loaded."""
     return sorted(p for p in folder.iterdir() if p.suffix in FINGERPRINTED and p.is_file())
 
 
 def fingerprint(folder: Path, weights: str) -> str:
-    """SHA-256 (hex) over names and contents of ``model_files``, or of the config alone."""
+    """Return the SHA-256 (hex) over names and contents of ``model_files``, or of the config.
+
+    Random weights need only the config.
+    """
     files = model_files(folder) if weights != "random" else [folder / "config.json"]
     digest = hashlib.sha256(f"fedgraft-backbone/1 {weights}\n".encode())
     for path in files:

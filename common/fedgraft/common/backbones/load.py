@@ -1,6 +1,6 @@
-"""The frozen model: find it, refuse what is unsafe, fingerprint it, load it.
+"""The frozen model: find it, refuse unsafe content, fingerprint it, load it.
 
-What is refused, and why, is in ``model_folder.py``.
+``folder.py`` decides what is unsafe, and gives the reasons.
 """
 
 import json
@@ -38,10 +38,10 @@ BUILTIN = Path(__file__).parents[1] / "builtin"
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone on this machine: where it came from, its folder, and what identifies it.
+    """A backbone on this machine: its source, its folder and its fingerprint.
 
     ``fingerprint`` is the SHA-256 (hex) over names and contents of its weights, config and
-    tokenizer files; two folders with equal fingerprints compute the same function.
+    tokenizer files. Two folders with equal fingerprints compute the same function.
     """
 
     source: str
@@ -51,15 +51,15 @@ class Backbone:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The folder's ``config.json``."""
+        """Return the content of the folder's ``config.json``."""
         return dict(json.loads((self.folder / "config.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """The frozen model in eval mode; ``fresh_head`` says its head carries no pre-training.
+    """The frozen model in eval mode; ``fresh_head``: its head has no pre-training.
 
-    ``drawn`` names the parameters that the folder does not have: they were drawn from a seed.
+    ``drawn`` are the names of the parameters that are not in the folder and were drawn from a seed.
     """
 
     model: nn.Module
@@ -69,13 +69,13 @@ class LoadedBackbone:
 
 
 def find_backbone(source: str, *, weights: str = "pretrained") -> Backbone:
-    """Resolve a job's ``backbone.source`` to a checked local folder.
+    """Return the checked local folder of a job's ``backbone.source``.
 
-    ``hf:REPO[@REVISION]``, ``path:DIR``, ``builtin:NAME``, or ``manifest:DIGEST`` of what lies in
-    this process's store of backbones (``blobs.open_store``).
+    The source is ``hf:REPO[@REVISION]``, ``path:DIR``, ``builtin:NAME``, or ``manifest:DIGEST`` for
+    a backbone in this process's store (``blob_store.open_store``).
 
     Raises:
-        BackboneError: not there, damaged, no Hugging Face folder, pickle weights or remote code.
+        BackboneError: absent, damaged, not a Hugging Face folder, pickle weights or remote code.
     """
     kind, _, name = source.partition(":")
     places = {"hf": _download, "path": Path, "builtin": _builtin, "manifest": _stored}
@@ -85,11 +85,12 @@ def find_backbone(source: str, *, weights: str = "pretrained") -> Backbone:
 
 
 def load(backbone: Backbone, job: Job) -> LoadedBackbone:
-    """Load the backbone for the job's task and labels, every parameter frozen, fp32, on the CPU.
+    """Load the backbone for the job's task and labels: frozen, fp32, on the CPU.
 
-    Weights that the folder lacks (a head for these labels, usually) start from a seed hashed from
-    the job's, so that every site starts from the same ones. A head in the folder is kept only if
-    its label names are the job's; a head for other labels says nothing about these.
+    Weights that the folder lacks (usually a head for these labels) are drawn from a seed that is a
+    hash of the job's seed, so that they are equal at every site. A head in the folder is kept only
+    if its label names are the job's labels: a head for other labels has no information about these
+    labels.
 
     Raises:
         BackboneError: transformers cannot build this task's model from the folder.
@@ -115,14 +116,14 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
 
 
 def read_config(backbone: Backbone) -> Any:
-    """The backbone's configuration as transformers understands it.
+    """Return the backbone's configuration as transformers reads it.
 
     Raises:
         BackboneError: transformers does not know this architecture, or timm is not installed.
     """
     import transformers
 
-    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # an architecture by its name
+    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # registers an architecture
 
     if "pretrained_cfg" in backbone.config and not find_spec("timm"):
         raise BackboneError(
@@ -133,7 +134,7 @@ def read_config(backbone: Backbone) -> Any:
         return transformers.AutoConfig.from_pretrained(
             backbone.folder, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # hostile configs raise almost anything
+    except Exception as error:  # hostile configs raise almost any error
         raise BackboneError(
             f"{backbone.source}: {_first_line(error)}",
             hint="it must be a model that this version of transformers ships",
@@ -141,14 +142,17 @@ def read_config(backbone: Backbone) -> Any:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the head's modules: top-level children with parameters beside the backbone's own."""
+    """Return the names of the head's modules.
+
+    They are the top-level children with parameters that do not belong to the backbone's body.
+    """
     if is_timm(model):
         return timm_heads(model)
     body = body_names(model)
     return tuple(
         name
         for name, child in model.named_children()
-        # T5 has its table of embeddings beside its encoder: a model begins there.
+        # T5's embedding table is a child beside its encoder, but belongs to the body.
         if not isinstance(child, nn.Embedding)
         and name not in body
         and any(True for _ in child.parameters())
@@ -156,10 +160,10 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def body_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules below the head: the child that transformers calls the base model.
+    """Return the names of the modules below the head: the child that transformers calls base model.
 
-    Where there is none (the encoder of Whisper, the vision tower of CLIP), each child that is a
-    model of transformers itself.
+    If there is no base model (the encoder of Whisper, the vision tower of CLIP), each child that is
+    a transformers model itself.
     """
     prefix = getattr(model, "base_model_prefix", "")
     children = dict(model.named_children())
@@ -169,17 +173,17 @@ def body_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def own_labels(backbone: Backbone) -> list[str | None]:
-    """The labels that the head in the backbone's folder was trained for, as its config says."""
+    """Return the labels of the head in the backbone's folder, according to its config."""
     config = backbone.config
-    named = config.get("id2label") or dict(enumerate(config.get("label_names") or ()))  # of timm
+    named = config.get("id2label") or dict(enumerate(config.get("label_names") or ()))  # timm
     by_index = {int(index): name for index, name in named.items()}
     return [by_index.get(index) for index in range(len(by_index))]
 
 
 def public_source(source: str) -> str:
-    """``source`` as it may be shown to others: ``path:NAME`` without folders.
+    """Return ``source`` in the form that others may see: ``path:NAME`` without folders.
 
-    A backbone that is named by its manifest is what its sender calls it, where it is in the store.
+    A backbone with a manifest in the store has the name that its sender gave it.
     """
     kind, _, name = source.partition(":")
     if kind == "manifest":
@@ -213,7 +217,7 @@ def _download(name: str) -> Path:
 
 
 def _stored(digest: str) -> Path:
-    """Every chunk is hashed again: a disk may have changed a bit since it came."""
+    """Return the folder; every chunk is hashed again, because the disk may have changed a bit."""
     store = open_store()
     store.check(store.manifest(digest))
     return store.folder(digest)
@@ -227,10 +231,10 @@ def _builtin(name: str) -> Path:
 
 
 def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Module, set[str]]:
-    """The model and the names of the weights the folder did not have."""
+    """Return the model and the names of the weights that the folder does not have."""
     import transformers
 
-    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # an architecture by its name
+    import fedgraft.common.backbones.cifar_resnet  # noqa: F401  # registers an architecture
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -252,7 +256,7 @@ def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Mo
             output_loading_info=True,
             **options,
         )
-    except Exception as error:  # loaders of hostile or torn files raise almost anything
+    except Exception as error:  # hostile or damaged files make loaders raise almost any error
         raise BackboneError(
             f"{backbone.source} cannot be loaded for {task.name}: {_first_line(error)}",
             hint=f"it must be a model that {task.auto_class} can load",
@@ -264,9 +268,10 @@ def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Mo
 
 
 def _refuse_random_layers(model: nn.Module, missing: set[str], source: str, task: Task) -> None:
-    """A head that trains may be missing, a pooler often is; another gap would be frozen noise.
+    """Refuse a model with missing weights that would be frozen random values.
 
-    What stands for a hidden patch begins as zeros, which are no noise.
+    A head that trains may be missing, and a pooler is often missing. The token for a hidden patch
+    may be missing too: its initial value is zeros, which are not random.
     """
     heads = tuple(f"{name}." for name in head_names(model)) if task.head_trains else ()
     gaps = sorted(
@@ -292,7 +297,10 @@ def _first_line(error: Exception) -> str:
 def _head_is_fresh(
     model: nn.Module, missing: set[str], backbone: Backbone, labels: Sequence[str]
 ) -> bool:
-    """Whether the head is not the folder's, or is for other labels; one for tokens has none."""
+    """Return whether the head is not from the folder, or is for other labels.
+
+    A head for tokens has no labels.
+    """
     if backbone.weights == "random":
         return True
     names = own_labels(backbone)
@@ -302,7 +310,7 @@ def _head_is_fresh(
 
 
 def _reset(head: nn.Module, model: nn.Module) -> None:
-    """Initialise a head afresh, the way transformers does for this architecture."""
+    """Initialise a head again, as transformers does for this architecture."""
     for parameter in head.parameters():
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # set by loading
     initialise = model._init_weights

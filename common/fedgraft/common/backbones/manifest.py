@@ -1,9 +1,9 @@
-"""What a backbone consists of: its files in chunks, each with its SHA-256.
+"""The content of a backbone: its files in chunks, with the SHA-256 of each chunk.
 
-Whoever has the digest of a manifest can take the backbone from anybody: the manifest is checked
-against the digest, and every chunk against the manifest. The digest covers names and contents and
-nothing else, so that two copies of a model have one digest, wherever they came from; licence and
-source are what the sender says of it. The files are those that ``model_folder.fingerprint`` covers.
+With the digest of a manifest the backbone can be taken from any sender: the manifest is checked
+against the digest, and every chunk against the manifest. The digest covers only names and contents,
+so two copies of a model have one digest, independent of their source. Licence and source are
+statements of the sender. The files are those that ``folder.fingerprint`` covers.
 """
 
 import hashlib
@@ -41,12 +41,12 @@ DIGEST = r"^[0-9a-f]{64}$"
 HASHERS = min(8, os.cpu_count() or 1)
 AGAIN = "ask whoever runs the coordinator: this does not come from fedgraft"
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # bytes done, total bytes
 
 
 def _is_safe(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", name):
-        raise ValueError("is no plain file name")  # a folder, hidden, or worse
+        raise ValueError("is no plain file name")  # a path, a hidden file, or worse
     suffix = PurePath(name).suffix
     if suffix in PICKLES:
         raise ValueError("is in a format that can run code")
@@ -76,7 +76,7 @@ class Chunk(NamedTuple):
 
 
 class ManifestFile(Section):
-    """One file: its name, its bytes, the SHA-256 (hex) of each chunk."""
+    """One file: its name, its number of bytes, and the SHA-256 (hex) of each chunk."""
 
     name: FileName
     size: int = Field(ge=0, strict=True)
@@ -90,18 +90,18 @@ class ManifestFile(Section):
 
     @cached_property
     def content(self) -> str:
-        """SHA-256 (hex) over size and chunks: the same for the same bytes under any name."""
+        """Return the SHA-256 (hex) over size and chunks: equal for equal bytes under any name."""
         return hashlib.sha256(_canonical([self.size, self.chunks])).hexdigest()
 
     def split(self) -> Iterator[Chunk]:
-        """Its chunks, in order."""
+        """Yield the file's chunks, in order."""
         for place, digest in enumerate(self.chunks):
             offset = place * CHUNK
             yield Chunk(self, offset, min(CHUNK, self.size - offset), digest)
 
 
 class Manifest(Section):
-    """A backbone's files, sorted by name, and what its sender says about licence and source."""
+    """A backbone's files, sorted by name, and the sender's statements on licence and source."""
 
     format: Literal["fedgraft-backbone/1"] = "fedgraft-backbone/1"
     chunk_bytes: Literal[4_194_304] = CHUNK
@@ -120,30 +120,30 @@ class Manifest(Section):
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
-        """Every chunk of every file, in order: a chunk's index is its place here."""
+        """Return every chunk of every file, in order; a chunk's index is its position here."""
         return tuple(chunk for file in self.files for chunk in file.split())
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of the canonical JSON without licence and source."""
+        """Return the SHA-256 (hex) of the canonical JSON without licence and source."""
         content = self.model_dump(mode="json", exclude={"licence", "source"})
         return hashlib.sha256(_canonical(content)).hexdigest()
 
     @cached_property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the number of bytes of all files."""
         return sum(file.size for file in self.files)
 
     def to_json(self) -> bytes:
-        """Canonical JSON, which ``from_json`` reads back."""
+        """Return canonical JSON, which ``from_json`` reads."""
         return _canonical(self.model_dump(mode="json"))
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Read what ``to_json`` wrote, and nothing that it would have written otherwise.
+        """Return the manifest that ``to_json`` wrote; only canonical JSON is accepted.
 
         Raises:
-            BackboneError: not a manifest, or one that names files no model needs.
+            BackboneError: not a manifest, or a manifest with files that no model needs.
         """
         if len(data) > LIMIT:
             raise BackboneError(f"a manifest of more than {LIMIT:,} bytes", hint=AGAIN)
@@ -151,16 +151,16 @@ class Manifest(Section):
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
             raise BackboneError(f"no manifest: {_first_problem(error)}", hint=AGAIN) from None
-        if manifest.to_json() != data:  # a key twice, other spelling, other order
+        if manifest.to_json() != data:  # a repeated key, other spelling, other order
             raise BackboneError("no manifest: its JSON is not canonical", hint=AGAIN)
         return manifest
 
 
 def make_manifest(folder: Path, *, source: str, progress: Progress | None = None) -> Manifest:
-    """The manifest of the model in ``folder``; reads every byte once, a chunk at a time.
+    """Return the manifest of the model in ``folder``; every byte is read once, chunk by chunk.
 
     Raises:
-        BackboneError: it cannot be read, or not be loaded as a model (``refuse_unsafe``).
+        BackboneError: it cannot be read, or cannot be loaded as a model (``refuse_unsafe``).
     """
     refuse_unsafe(folder, source, "random")  # a config alone is enough for random weights
     files, done = [], 0
@@ -192,7 +192,10 @@ def make_manifest(folder: Path, *, source: str, progress: Progress | None = None
 
 
 def hash_chunk(file: int, offset: int, length: int) -> str:
-    """SHA-256 (hex) of ``length`` bytes at ``offset`` of an open file, or of what is there."""
+    """Return the SHA-256 (hex) of ``length`` bytes at ``offset`` of an open file.
+
+    If the file is shorter, only the existing bytes are hashed.
+    """
     return hashlib.sha256(os.pread(file, length, offset)).hexdigest()
 
 
@@ -216,7 +219,7 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def licence_of(folder: Path) -> str:
-    """What the model card says, else the first line of a licence file, else nothing."""
+    """Return the licence in the model card, else the first line of a licence file, else ""."""
     card = _first_lines(folder / "README.md")
     if found := re.match(r"---\n(?:.*\n)*?license:[ \t]*([^\n]+)", card):
         return _shown(found[1].strip("'\" "))

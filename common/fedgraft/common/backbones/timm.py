@@ -1,7 +1,7 @@
-"""Models of timm (VGG, Inception...), which transformers wraps: what they have elsewhere.
+"""Models of timm (VGG, Inception...), wrapped by transformers: the differences to other models.
 
-Their head is a module inside the wrapped model, and their folder's ``config.json`` says under
-``pretrained_cfg`` how images are prepared, as timm's repositories on the hub have it.
+Their head is a module inside the wrapped model. ``pretrained_cfg`` in their ``config.json``
+describes the preparation of images, as in timm's repositories on the hub.
 """
 
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ __all__ = ["is_timm", "name_timm_labels", "timm_heads"]
 
 
 def is_timm(model: nn.Module) -> bool:
-    """Whether ``model`` is transformers' wrapper around one of timm."""
+    """Return whether ``model`` is transformers' wrapper around a timm model."""
     return hasattr(model, TIMM_MODEL)
 
 
 def timm_heads(model: Any) -> tuple[str, ...]:
-    """Names of the modules in ``model`` that are the classifier of the timm model it wraps.
+    """Return the names of the modules in ``model`` that form the wrapped timm model's classifier.
 
     Raises:
-        BackboneError: it has none, or in an unknown place.
+        BackboneError: there is none, or it is in an unknown place.
     """
     found = model.timm_model.get_classifier()
     parts = found if isinstance(found, tuple) else (found,)
@@ -39,5 +39,5 @@ def timm_heads(model: Any) -> tuple[str, ...]:
 
 
 def name_timm_labels(config: Any, labels: Sequence[str]) -> None:
-    """Let a configuration say ``labels``: it would go on to be saved with those of its folder."""
+    """Set ``labels`` in a configuration; otherwise the labels of its folder would be saved."""
     config.num_classes, config.label_names = len(labels), list(labels)

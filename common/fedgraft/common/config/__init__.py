@@ -1,1 +1,1 @@
-"""The job file: its sections, how it is read, and which settings go together."""
+"""The job file: its sections, the reader, and the check of settings that do not work together."""

@@ -1,4 +1,4 @@
-"""``[training.augmentation]``: how training examples are varied, anew each time they are seen."""
+"""``[training.augmentation]``: random changes of training examples, new in each step."""
 
 from typing import Self
 
@@ -10,7 +10,7 @@ __all__ = ["AudioAugmentation", "Augmentation", "ImageAugmentation", "TextAugmen
 
 
 class ImageAugmentation(Section):
-    """By kornia (Riba et al. 2020), on pixels as the model reads them."""
+    """Augmentation by kornia (Riba et al. 2020), on pixels as the model reads them."""
 
     flip: bool = Field(default=False, description="half of them left to right")
     shift: float = Field(default=0.0, ge=0, le=1, description="at most, share of a side")
@@ -21,14 +21,14 @@ class ImageAugmentation(Section):
 
 
 class TextAugmentation(Section):
-    """On tokens: word dropout (Iyyer et al. 2015) and swapping (EDA, Wei and Zou 2019)."""
+    """Augmentation of tokens: word dropout (Iyyer et al. 2015), swaps (EDA, Wei and Zou 2019)."""
 
     hide: float = Field(default=0.0, ge=0, lt=1, description="share hidden from attention")
     swap: float = Field(default=0.0, ge=0, lt=1, description="share of pairs swapped")
 
 
 class AudioAugmentation(Section):
-    """On samples, or on frames of a spectrogram, where only ``delay`` and ``noise`` act."""
+    """Augmentation of samples or spectrogram frames; frames take only ``delay`` and ``noise``."""
 
     gain: float = Field(default=0.0, ge=0, le=60, description="at most louder or softer, decibels")
     delay: float = Field(default=0.0, ge=0, lt=1, description="at most, share of the length, round")
@@ -36,7 +36,7 @@ class AudioAugmentation(Section):
 
 
 class Augmentation(Section):
-    """One of the three, that of the job's task."""
+    """One of the three augmentations: the one for the job's task."""
 
     image: ImageAugmentation | None = None
     text: TextAugmentation | None = None

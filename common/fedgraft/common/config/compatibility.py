@@ -1,8 +1,9 @@
-"""What of a job does not go together, checked in one place.
+"""The check of settings that do not work together, in one place.
 
-A task, a rule and a method say in their ``refuses`` which features of a job they do not go with,
-why, and what to write instead. ``FEATURES`` says how a job has a feature. What concerns no task,
-rule or method, two plain settings that contradict each other, is checked below by name.
+The ``refuses`` of a task, a rule or a method lists the features of a job that it does not support,
+with a reason and a replacement. ``FEATURES`` maps a feature's name to a test whether a job has it.
+Two other settings that contradict each other, without a task, rule or method, are checked below in
+functions of their own.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,17 +51,17 @@ FEATURES: dict[str, Callable[["Job"], bool]] = {
     "quantized_magnitudes": lambda job: job.method.magnitudes and job.backbone.bits > 0,
     "larger_ranks": lambda job: _largest_rank(job) > job.method.low_rank,
     "secure_aggregation": lambda job: job.privacy.secure_aggregation.enabled,
-    # Of verbs, which ask by ``refusal_of``: no job has them.
+    # Features of commands, which call ``refusal_of``: no job has them.
     "selection": lambda job: False,
     "explanation": lambda job: False,
 }
 
 
 def check_compatible(job: "Job") -> None:
-    """Check that everything in ``job`` goes together.
+    """Check that all settings of ``job`` work together.
 
     Raises:
-        IllegalJob: the first thing that does not, and what to write instead.
+        IllegalJob: the first conflict, and its replacement.
     """
     job.task.check_keys(job.data.own_keys(job.task.keys))
     for feature, has in FEATURES.items():
@@ -72,7 +73,7 @@ def check_compatible(job: "Job") -> None:
 
 
 def refusal_of(job: "Job", feature: str) -> tuple[str, str] | None:
-    """Why the job's task, rule or method does not go with ``feature``, and a hint; else None."""
+    """Return the reason and the hint if the task, rule or method refuses ``feature``; else None."""
     owners = (job.task.refuses, job.rule.refuses, job.method.refuses)
     for refuses in owners:
         if feature in refuses:
@@ -83,7 +84,7 @@ def refusal_of(job: "Job", feature: str) -> tuple[str, str] | None:
 
 
 def _words(job: "Job", feature: str) -> Mapping[str, object]:
-    """What a refusal may name."""
+    """Return the words that a refusal text can contain."""
     sums = ", ".join(f'"{name}"' for name, rule in RULES.items() if rule.needs == "sum")
     return {
         "task": job.job.task,
@@ -104,7 +105,7 @@ def _partition(job: "Job") -> str | None:
 
 
 def _check_statistics(job: "Job") -> None:
-    """Statistics beside updates stay a plain mean, and are not clipped."""
+    """Check that statistics beside updates stay a plain mean and are not clipped."""
     for kind in ("domain", "consolidation"):
         if getattr(job.training, kind) is None:
             continue

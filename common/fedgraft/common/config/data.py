@@ -1,4 +1,4 @@
-"""``[data]``: what every site's rows look like."""
+"""``[data]``: the format of every site's rows."""
 
 import difflib
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ __all__ = ["Data"]
 
 
 class Data(Section):
-    """``[data]``: the schema every site must offer, and how rows become tensors.
+    """``[data]``: the columns that every site must have, and the conversion of rows to tensors.
 
-    A task may have keys of its own (``Task.keys``): they are in no job of another task.
+    A task can have keys of its own (``Task.keys``); no job of another task has them.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -39,10 +39,10 @@ class Data(Section):
     groups: tuple[str, ...] = Field(default=(), description="its values, a fixed list")
 
     def own_keys(self, defaults: Mapping[str, str | float]) -> dict[str, Any]:
-        """The keys that only a task has, with its ``defaults`` filled in.
+        """Return the keys that only this task has, with its ``defaults`` filled in.
 
         Raises:
-            IllegalJob: a key is not known, or its value is of another type than the default.
+            IllegalJob: a key is not known, or its value has another type than the default.
         """
         given = self.model_extra or {}
         known = [*type(self).model_fields, *defaults]
@@ -58,11 +58,14 @@ class Data(Section):
         return {**defaults, **given}
 
     def column(self, key: str) -> str:
-        """What the column is called that ``key`` stands for: its own value, or the key itself."""
+        """Return the name of the column for ``key``: the value of ``key``, or ``key`` itself."""
         return str(getattr(self, key, key))
 
     def skips(self, modality: str) -> bool:
-        """Whether what does not decode is left out instead of refused; texts need no decoding."""
+        """Return whether a cell that cannot be decoded is skipped; otherwise it is refused.
+
+        Texts need no decoding.
+        """
         return getattr(self, f"on_bad_{modality}", "refuse") == "skip"
 
     @model_validator(mode="after")

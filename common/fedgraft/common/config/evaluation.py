@@ -1,4 +1,4 @@
-"""``[evaluation]``: what is measured beyond loss, accuracy and F1, and who is shown apart."""
+"""``[evaluation]``: further metrics beside loss, accuracy and F1, and metrics by group."""
 
 from pydantic import Field, field_validator
 
@@ -9,7 +9,7 @@ __all__ = ["Evaluation"]
 
 
 class Evaluation(Section):
-    """``[evaluation]``: absent, nothing is counted beside the confusion matrix."""
+    """``[evaluation]``: if absent, only the confusion matrix is counted."""
 
     score_bins: int = Field(
         default=0, ge=0, le=1000, description="for AUROC and calibration error; 0 is neither"

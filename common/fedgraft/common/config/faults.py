@@ -1,4 +1,4 @@
-"""``[simulation.faults]``: what goes wrong on purpose, so that a consortium can rehearse it."""
+"""``[simulation.faults]``: intended faults, so that a consortium can practise with them."""
 
 import math
 from typing import Annotated, Literal
@@ -11,7 +11,10 @@ __all__ = ["Faults"]
 
 
 def _word(value: object) -> object:
-    """TOML, and with it ``--set simulation.faults.poison=nan``, reads a bare nan as a number."""
+    """Return "nan" for a NaN.
+
+    TOML, and with it ``--set simulation.faults.poison=nan``, reads a bare nan as a number.
+    """
     return "nan" if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -19,10 +22,11 @@ Poison = Annotated[Literal["labels", "sign-flip", "noise", "nan"], BeforeValidat
 
 
 class Faults(Section):
-    """``[simulation.faults]``; all off by default.
+    """``[simulation.faults]``; all faults are off by default.
 
-    ``stragglers`` and ``poisoned`` are shares of the sites, the same sites all run; at least one
-    where the share is above 0. ``delay`` is the mean of an exponential distribution, in seconds.
+    ``stragglers`` and ``poisoned`` are shares of the sites. The same sites are affected during the
+    whole run, at least one site if the share is above 0. ``delay`` is the mean of an exponential
+    distribution, in seconds.
     """
 
     dropout: float = Field(default=0.0, ge=0, lt=1, description="chance of a site in a round")
@@ -33,24 +37,24 @@ class Faults(Section):
 
     @property
     def any(self) -> bool:
-        """Whether anything goes wrong on purpose."""
+        """Return whether any fault is on."""
         return bool(self.dropout or self.stragglers or self.poisoned)
 
     @property
     def poisons_labels(self) -> bool:
-        """Whether sites are written with wrong labels."""
+        """Return whether some sites get wrong labels."""
         return self.poisoned > 0 and self.poison == "labels"
 
     @property
     def poisons_updates(self) -> bool:
-        """Whether updates are altered on their way to the coordinator."""
+        """Return whether updates are changed on their way to the coordinator."""
         return self.poisoned > 0 and self.poison != "labels"
 
     def check_masked(self) -> None:
-        """Whether these faults can be played under secure aggregation.
+        """Check that these faults can be simulated under secure aggregation.
 
         Raises:
-            IllegalJob: updates would have to be altered, and they are masked.
+            IllegalJob: a fault must change updates, but the updates are masked.
         """
         if self.poisons_updates:
             raise IllegalJob(

@@ -1,7 +1,7 @@
-"""The job file: what to train, in one frozen object that coordinator, sites and simulation share.
+"""The job: one frozen object that the coordinator, the sites and the simulation share.
 
-Only the meaning of a job lives here; reading it from TOML, overriding it and explaining what is
-wrong with it is ``jobfile.py``. A ``Job`` that exists is consistent: what does not go together
+This file defines only the meaning of a job. ``jobfile.py`` reads a job from TOML, applies overrides
+and explains errors. An existing ``Job`` is consistent: a job whose settings do not work together
 does not validate (``compatibility.py``).
 """
 
@@ -28,7 +28,7 @@ __all__ = ["Job"]
 
 
 class Job(Section):
-    """One job; everything random in it is derived from ``job.seed``."""
+    """One job; all its random numbers are derived from ``job.seed``."""
 
     job: General
     backbone: Backbone
@@ -53,22 +53,22 @@ class Job(Section):
 
     @property
     def task(self) -> Task:
-        """The kind of problem."""
+        """Return the task."""
         return TASKS[self.job.task]
 
     @property
     def rule(self) -> Rule:
-        """How updates combine."""
+        """Return the aggregation rule."""
         return RULES[self.aggregation.rule]
 
     @property
     def keeps_own(self) -> bool:
-        """Whether each site keeps a part of its model to itself."""
+        """Return whether each site keeps a part of its model that it does not send."""
         return self.method.head == "local" or self.rule.keeps_own
 
     @property
     def settings(self) -> Settings:
-        """What decides how rows become examples, and what is measured on them."""
+        """Return the settings for the conversion of rows to examples and for the measures."""
         return Settings(
             labels=self.job.labels,
             seed=self.job.seed,
@@ -84,18 +84,18 @@ class Job(Section):
 
     @property
     def measures(self) -> Measures:
-        """What an evaluation of this job counts."""
+        """Return the measures of an evaluation of this job."""
         return self.task.measures(self.settings)
 
     def check_sites(self, sites: int) -> None:
-        """Whether rounds can work with ``sites`` sites.
+        """Check that rounds can work with ``sites`` sites.
 
         Raises:
             IllegalJob: the cohort would be too large or too small.
         """
         self.rounds.check_sites(sites)
         self._check_cohort(self.rounds.cohort_size(sites))
-        if self.rounds.early_stopping:  # all of them evaluate
+        if self.rounds.early_stopping:  # all sites evaluate
             self._check_cohort(sites)
 
     def _check_cohort(self, cohort: int) -> None:
@@ -103,9 +103,10 @@ class Job(Section):
             self.privacy.secure_aggregation.plan(cohort)
 
     def for_sites(self) -> "Job":
-        """The job as sites get it: without what names the coordinator's files.
+        """Return the job in the form for sites: without the names of the coordinator's files.
 
-        That it goes on from an earlier adapter they may know; which, they get in round 1.
+        Sites may know that the job starts from an earlier adapter. They get the adapter itself in
+        round 1.
         """
         start = None
         if self.start is not None:

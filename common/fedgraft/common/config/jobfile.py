@@ -1,4 +1,4 @@
-"""Read a job from TOML, apply ``--set`` overrides, and say clearly what is wrong with it."""
+"""Read a job from TOML, apply ``--set`` overrides, and explain every error."""
 
 import difflib
 import os
@@ -26,9 +26,9 @@ PATH_KEYS = ("train", "test")
 def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
     """Load and validate the job file at ``path``.
 
-    ``overrides`` are ``"section.key=value"`` strings whose values are TOML (bare words are taken
-    as strings). Relative paths in the file are relative to the file; in an override, to the
-    working directory. ``${NAME}`` in a path is the environment variable.
+    ``overrides`` are ``"section.key=value"`` strings whose values are TOML; a bare word is read as
+    a string. A relative path in the file is relative to the file; in an override it is relative to
+    the working directory. ``${NAME}`` in a path is replaced by the environment variable.
 
     Raises:
         JobError: the file is missing, is not UTF-8 TOML, or does not describe a valid job.
@@ -50,10 +50,10 @@ def load_job(path: Path, overrides: tuple[str, ...] = ()) -> Job:
 
 
 def parse_job(raw: dict[str, Any], *, where: str) -> Job:
-    """Validate ``raw`` as a job; ``where`` names its origin in errors.
+    """Validate ``raw`` as a job; ``where`` is the name of its source in errors.
 
     Raises:
-        JobError: with every problem found, and the nearest known key for a misspelt one.
+        JobError: with every problem found, and the nearest known key for a misspelt key.
     """
     try:
         return Job.model_validate(raw)
@@ -65,7 +65,7 @@ def parse_job(raw: dict[str, Any], *, where: str) -> Job:
 
 
 def dump_job(job: Job) -> str:
-    """The job as TOML, every default spelled out; ``parse_job`` reads back an equal job."""
+    """Return the job as TOML with all defaults; ``parse_job`` reads an equal job from it."""
     return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True))
 
 
@@ -86,7 +86,7 @@ def _override(raw: dict[str, Any], item: str) -> None:
 
 
 def _one_source_of_labels(raw: dict[str, Any], over: dict[str, Any]) -> None:
-    """An override of ``labels`` replaces the file's ``labels_from``, and the other way round."""
+    """Let an override of ``labels`` replace the file's ``labels_from``, and the reverse."""
     base, new = raw.get("job"), over.get("job")
     if isinstance(base, dict) and isinstance(new, dict):
         for given, other in (("labels", "labels_from"), ("labels_from", "labels")):
@@ -95,7 +95,7 @@ def _one_source_of_labels(raw: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _one_kind_of_method(raw: dict[str, Any], over: dict[str, Any]) -> None:
-    """An override of ``method.kind`` lets go of the settings of the file's own kind."""
+    """Let an override of ``method.kind`` drop the file's settings for its own kind."""
     base, new = raw.get("method"), over.get("method")
     if not (isinstance(base, dict) and isinstance(new, dict)):
         return
@@ -112,7 +112,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
-    """Make the file paths of a raw job absolute, environment variables filled in."""
+    """Make the file paths of a raw job absolute, and fill in environment variables."""
     simulation, job, backbone = (raw.get(name) for name in ("simulation", "job", "backbone"))
     start = raw.get("start")
     if isinstance(start, dict) and isinstance(start.get("adapter"), str) and start["adapter"]:
@@ -128,7 +128,7 @@ def _anchor_paths(raw: dict[str, Any], base: Path) -> None:
     ):  # fmt: skip
         if isinstance(section, dict) and str(section.get(key)).startswith("path:"):
             path = section[key].removeprefix("path:")
-            if path:  # an empty one is not the working directory
+            if path:  # an empty path is not the working directory
                 section[key] = "path:" + _absolute(path, base, name)
 
 
@@ -143,7 +143,7 @@ def _absolute(text: str, base: Path, key: str) -> str:
 
 
 def _read_labels(raw: dict[str, Any]) -> None:
-    """Replace ``job.labels_from`` (one label a line) by ``job.labels``."""
+    """Replace ``job.labels_from`` (one label per line) by ``job.labels``."""
     section = raw.get("job")
     if not isinstance(section, dict) or "labels_from" not in section:
         return
@@ -157,12 +157,12 @@ def _read_labels(raw: dict[str, Any]) -> None:
 
 
 def _explain(problem: dict[str, Any]) -> tuple[str, str]:
-    """One pydantic problem as (what is wrong, what to do)."""
-    # The discriminator's tag stands in loc but not in the file: method.lora.rank is method.rank.
+    """Return one pydantic problem as (the error, the hint)."""
+    # loc has the discriminator's tag, the file does not: method.lora.rank is method.rank.
     loc = [str(part) for part in problem["loc"]]
     if len(loc) > 1 and loc[0] == "method" and loc[1] in METHODS:
         loc = [loc[0], *loc[2:]]
-    if "targets" in loc:  # pydantic names every kind it could have been
+    if "targets" in loc:  # pydantic lists every possible type
         return "method.targets is no list of module names", 'targets = ["query", "value"]'
     if "sites_per_pass" in loc:
         return "simulation.sites_per_pass is no number of sites", '"auto", or 1 to 256'
@@ -189,7 +189,7 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    """Keys of the section at ``loc`` in the job's models."""
+    """Return the keys of the section at ``loc`` in the job's models."""
     models: list[type[BaseModel]] = [Job]
     for part in loc:
         if part in METHODS and len(models) > 1:

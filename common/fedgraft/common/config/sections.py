@@ -1,4 +1,4 @@
-"""Sections of a job that have no file of their own: what, on what, for how long, and how merged."""
+"""Sections of a job without their own file: job, backbone, start, rounds and aggregation."""
 
 from typing import Literal, Self
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 class General(Section):
-    """``[job]``: the name, the task and its labels, and the seed everything random comes from."""
+    """``[job]``: the name, the task and its labels, and the seed of all random numbers."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     task: TaskName
@@ -32,7 +32,7 @@ class General(Section):
 
     @property
     def head_of(self) -> tuple[int, ...]:
-        """Of each label the number of its head; empty with one for all."""
+        """Return the number of the head for each label; empty if one head has all labels."""
         numbers = {label: n for n, labels in enumerate(self.heads.values()) for label in labels}
         return tuple(numbers[label] for label in self.labels) if numbers else ()
 
@@ -63,9 +63,10 @@ class General(Section):
 
 
 class Backbone(Section):
-    """``[backbone]``: the frozen model; ``weights = "random"`` takes only its ``config.json``.
+    """``[backbone]``: the frozen model; ``weights = "random"`` uses only its ``config.json``.
 
-    ``quantize`` says in how many bits sites keep its frozen linear layers while they compute.
+    ``quantize`` is the number of bits with which sites store the frozen linear layers during
+    computation.
     """
 
     source: str = Field(pattern=r"^((hf|path|builtin):.+|manifest:[0-9a-f]{64})$")
@@ -74,15 +75,15 @@ class Backbone(Section):
 
     @property
     def bits(self) -> int:
-        """Bits of a frozen linear layer's weight; 0 where it stays as it is."""
+        """Return the bits of a frozen linear layer's weight; 0 if the weights are not quantised."""
         return {"none": 0, "8bit": 8, "4bit": 4}[self.quantize]
 
 
 class Start(Section):
-    """``[start]``: go on from the adapter of an earlier run, as ``fedgraft export`` writes it.
+    """``[start]``: continue from an earlier run's adapter, as ``fedgraft export`` writes it.
 
-    Without ``head`` the head starts anew, where the labels are others. Only the coordinator reads
-    the folder: sites get its adapter in the first round.
+    If ``head`` is false, the head starts from new weights, for a job with other labels. Only the
+    coordinator reads the folder: sites get the adapter in the first round.
     """
 
     adapter: str = Field(min_length=1)
@@ -90,7 +91,7 @@ class Start(Section):
 
 
 class EarlyStopping(Section):
-    """Stop when federated validation has not improved for ``patience`` evaluations."""
+    """Stop if federated validation has not improved for ``patience`` evaluations."""
 
     metric: Literal["loss", "accuracy", "macro_f1"] = "loss"
     patience: int = Field(default=3, ge=1)
@@ -98,7 +99,7 @@ class EarlyStopping(Section):
 
 
 class Rounds(Section):
-    """``[rounds]``: how many, with whom, and how long to wait for them."""
+    """``[rounds]``: the number of rounds, the sites of a round, and the time limit for replies."""
 
     count: int = Field(default=10, ge=1)
     cohort: int | None = Field(default=None, ge=1, description="sites of a round; all if absent")
@@ -120,7 +121,7 @@ class Rounds(Section):
         return self
 
     def check_sites(self, sites: int) -> None:
-        """Whether rounds can work with ``sites`` sites.
+        """Check that rounds can work with ``sites`` sites.
 
         Raises:
             IllegalJob: the cohort is larger, or ``min_sites`` can never be reached.
@@ -139,14 +140,17 @@ class Rounds(Section):
             )
 
     def cohort_size(self, sites: int) -> int:
-        """Sites asked in a round when ``sites`` are present (at least one)."""
+        """Return the number of sites in a round if ``sites`` are present (at least one)."""
         if self.fraction is not None:
             return max(1, round(self.fraction * sites))
         return min(sites, self.cohort) if self.cohort is not None else sites
 
 
 class ServerOptimizer(Section):
-    """How the aggregate moves the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.")."""
+    """The optimiser of the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.").
+
+    It computes the adapter's step from the aggregate.
+    """
 
     kind: Literal["none", "momentum", "adam", "yogi", "reptile"] = "none"
     learning_rate: float = Field(default=1.0, gt=0)
@@ -156,7 +160,7 @@ class ServerOptimizer(Section):
 
 
 class Aggregation(Section):
-    """``[aggregation]``: the rule, the weights, and what a reply may at most be."""
+    """``[aggregation]``: the rule, the weights, and the limits for a reply."""
 
     rule: RuleName = "fedavg"
     weights: Literal["examples", "uniform"] = "examples"

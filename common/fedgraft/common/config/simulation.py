@@ -1,4 +1,4 @@
-"""``[simulation]``: what stands for the sites where there are none."""
+"""``[simulation]``: the simulated sites of a run without real sites."""
 
 from typing import Annotated, Literal
 
@@ -14,10 +14,11 @@ BASELINES: tuple[Baseline, ...] = ("zero_shot", "head_only", "local_only", "cent
 
 
 class Partition(Section):
-    """How a simulation splits one data set over its sites.
+    """The split of one data set over the sites of a simulation.
 
-    ``dirichlet``: each class over the sites by Dirichlet(alpha) (Hsu et al. 2019); ``iid``: evenly;
-    ``natural``: one site per folder or file that ``train`` matches.
+    ``dirichlet``: each class is distributed over the sites by Dirichlet(alpha) (Hsu et al. 2019).
+    ``iid``: examples are distributed evenly. ``natural``: each folder or file that ``train``
+    matches is one site.
     """
 
     kind: Literal["dirichlet", "iid", "natural"] = "dirichlet"
@@ -26,21 +27,21 @@ class Partition(Section):
 
 
 class CentralTraining(Section):
-    """Settings of the pooled reference where they differ from a site's (absent: the same)."""
+    """Settings of central training that differ from a site's settings (absent: the same)."""
 
     learning_rate: float | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, ge=1)
 
 
 class Actor(Section):
-    """What one process of the Ray engine takes; several share a GPU with, say, ``gpus = 0.25``."""
+    """The resources of one Ray process; several processes share a GPU with e.g. ``gpus = 0.25``."""
 
     cpus: float = Field(default=1.0, gt=0)
     gpus: float = Field(default=1.0, gt=0, description="if the device is a GPU")
 
 
 class Simulation(Section):
-    """``[simulation]``: stands for the sites; never sent to a site."""
+    """``[simulation]``: the settings of simulated sites; this section is never sent to a site."""
 
     sites: int | None = Field(default=None, ge=1, description="from the data if natural")
     train: str

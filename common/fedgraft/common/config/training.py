@@ -1,4 +1,4 @@
-"""``[training]``: one site's local steps of AdamW in one round, and the rate over all of them."""
+"""``[training]``: a site's local AdamW steps in one round, and the learning rate over all steps."""
 
 from typing import Literal, Self
 
@@ -11,9 +11,10 @@ __all__ = ["Consolidation", "Distillation", "DomainAdaptation", "Schedule", "Tra
 
 
 class Schedule(Section):
-    """The learning rate: warm-up, then ``shape`` down to ``floor``, ``over`` all or each round.
+    """The learning rate: warm-up, then a fall to ``floor`` in the form of ``shape``.
 
-    Over each round it starts again (warm restarts, Loshchilov and Hutter 2017, "SGDR").
+    ``over``: one schedule over all rounds, or one for each round. With one for each round the
+    schedule restarts (warm restarts, Loshchilov and Hutter 2017, "SGDR").
     """
 
     over: Literal["federation", "round"] = "federation"
@@ -23,9 +24,9 @@ class Schedule(Section):
 
 
 class Distillation(Section):
-    """Learn from a teacher beside the labels: (1 - weight) of the loss, and weight T^2 KL to it.
+    """Distillation: the loss is (1 - weight) x label loss + weight x T^2 x KL to a teacher.
 
-    The teacher is each site's own (``teacher`` in its ``site.toml``) and never leaves it.
+    Each site has its own teacher (``teacher`` in its ``site.toml``), which never leaves the site.
     """
 
     weight: float = Field(default=0.5, gt=0, le=1)
@@ -33,7 +34,10 @@ class Distillation(Section):
 
 
 class DomainAdaptation(Section):
-    """Make features of sites with and without labels alike (``client.domain`` has the sources)."""
+    """Domain adaptation: make features of sites with labels and of sites without labels similar.
+
+    ``client/training/domain_adaptation.py`` has the sources.
+    """
 
     kind: Literal["coral", "mmd", "dann"]
     weight: float = Field(default=1.0, gt=0)
@@ -42,16 +46,17 @@ class DomainAdaptation(Section):
 
 
 class Consolidation(Section):
-    """Elastic weight consolidation: measure what the data depends on, hold to an earlier adapter.
+    """Elastic weight consolidation: keep weights that the data needs close to an earlier adapter.
 
-    With ``weight = 0`` only measure, for a job that continues this one.
+    The training measures the importance of each weight for the data. With ``weight = 0`` it only
+    measures, for a later job that continues this job.
     """
 
     weight: float = Field(default=0.0, ge=0)
 
 
 class Training(Section):
-    """``[training]``: one site's local steps of AdamW in one round."""
+    """``[training]``: a site's local AdamW steps in one round."""
 
     epochs: int = Field(default=1, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -78,7 +83,7 @@ class Training(Section):
 
     @property
     def alone(self) -> "Training":
-        """The same without what only means something in a federation."""
+        """Return these settings without those that only have a meaning in a federation."""
         return self.model_copy(update={"domain": None, "consolidation": None})
 
     @model_validator(mode="after")

@@ -1,1 +1,1 @@
-"""Who takes part: roster, kits, certificates and the audit log."""
+"""The members of a federation: roster, kits, certificates and the audit log."""

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from fedgraft.common.errors import AuditError
 
-__all__ = ["Audit", "Head", "read", "rows", "verify"]
+__all__ = ["Audit", "AuditHead", "read", "rows", "verify"]
 
 NOTHING = "0" * 64  # the hash before the first line
 LONGEST = 1 << 24  # bytes of a line
@@ -36,7 +36,7 @@ LINE = re.compile(
 
 
 @dataclass(frozen=True)
-class Head:
+class AuditHead:
     """The end of a chain: how many lines it has, and the hash of the last one."""
 
     lines: int
@@ -57,19 +57,19 @@ class Audit:
         self._clock, self._entropy = clock, entropy
 
     @property
-    def head(self) -> Head:
+    def head(self) -> AuditHead:
         """The end of the chain as it is on disk.
 
         Raises:
             AuditError: the file cannot be read, or its last line is none of ours.
         """
         if not self.path.exists():
-            return Head(0, NOTHING)
+            return AuditHead(0, NOTHING)
         with _locked(self.path, "rb") as file:
             return _settled(self.path, file)[0]
 
     @property
-    def newest(self) -> tuple[Head, dict[str, Any]]:
+    def newest(self) -> tuple[AuditHead, dict[str, Any]]:
         """``head``, and the facts of the line that it is of; none where there is no line.
 
         Raises:
@@ -81,10 +81,10 @@ class Audit:
                 size = file.seek(0, os.SEEK_END)
                 *before, _ = _tail(file, size)  # what follows the last line end is no line yet
         if not before:
-            return Head(0, NOTHING), {}
+            return AuditHead(0, NOTHING), {}
         return _head_of(self.path, before[-1]), json.loads(before[-1])
 
-    def append(self, facts: Mapping[str, Any]) -> Head:
+    def append(self, facts: Mapping[str, Any]) -> AuditHead:
         """Add a line; it is durable when this returns, and what is torn off is cut before.
 
         ``facts`` are JSON and have none of the chain's own keys.
@@ -104,7 +104,9 @@ class Audit:
         return new
 
 
-def _sealed(head: Head, facts: dict[str, Any], seconds: float, salt: bytes) -> tuple[bytes, Head]:
+def _sealed(
+    head: AuditHead, facts: dict[str, Any], seconds: float, salt: bytes
+) -> tuple[bytes, AuditHead]:
     """The line after ``head``, and the head that it makes."""
     moment = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
     chain = {"n": head.lines + 1, "time": moment, "salt": salt.hex(), "previous": head.hash}
@@ -112,7 +114,7 @@ def _sealed(head: Head, facts: dict[str, Any], seconds: float, salt: bytes) -> t
         raise ValueError(f"facts may not be named {min(taken)}")
     body = json.dumps(chain | facts, separators=(",", ":"), allow_nan=False).encode()[:-1]
     digest = hashlib.sha256(body).hexdigest()
-    return body + f',"hash":"{digest}"}}\n'.encode(), Head(head.lines + 1, digest)
+    return body + f',"hash":"{digest}"}}\n'.encode(), AuditHead(head.lines + 1, digest)
 
 
 def _write(file: IO[bytes], content: bytes, start: int) -> None:
@@ -124,7 +126,7 @@ def _write(file: IO[bytes], content: bytes, start: int) -> None:
     os.fsync(file.fileno())
 
 
-def _settled(path: Path, file: IO[bytes]) -> tuple[Head, int, bytes]:
+def _settled(path: Path, file: IO[bytes]) -> tuple[AuditHead, int, bytes]:
     """The head of an open file, where the next line goes, and what is lacking before it.
 
     What follows the last line end was being written when its writer died, and nobody relied on
@@ -132,7 +134,7 @@ def _settled(path: Path, file: IO[bytes]) -> tuple[Head, int, bytes]:
     """
     size = file.seek(0, os.SEEK_END)
     *before, torn = _tail(file, size)
-    head = _head_of(path, before[-1]) if before else Head(0, NOTHING)
+    head = _head_of(path, before[-1]) if before else AuditHead(0, NOTHING)
     if not torn:
         return head, size, b""
     if (whole := _follows(torn, head)) is not None:  # only its line end is lacking
@@ -154,7 +156,7 @@ def _tail(file: IO[bytes], size: int) -> list[bytes]:
     return found.split(b"\n")[-2:]
 
 
-def _head_of(path: Path, line: bytes) -> Head:
+def _head_of(path: Path, line: bytes) -> AuditHead:
     """The head that the last line makes, whatever came before it."""
     chain = _chain(line)
     if chain is None:
@@ -162,15 +164,15 @@ def _head_of(path: Path, line: bytes) -> Head:
     return chain[1]
 
 
-def _chain(line: bytes) -> tuple[str, Head] | None:
+def _chain(line: bytes) -> tuple[str, AuditHead] | None:
     """The hash that a line follows and the head that it makes; None if it was changed."""
     found = LINE.fullmatch(line)
     if found is None or hashlib.sha256(found[1]).hexdigest() != found[4].decode():
         return None
-    return found[3].decode(), Head(int(found[2]), found[4].decode())
+    return found[3].decode(), AuditHead(int(found[2]), found[4].decode())
 
 
-def _follows(line: bytes, before: Head) -> Head | None:
+def _follows(line: bytes, before: AuditHead) -> AuditHead | None:
     """The head that a line makes after ``before``; None if it does not belong there."""
     chain = _chain(line)
     if chain is None or chain[0] != before.hash or chain[1].lines != before.lines + 1:
@@ -217,7 +219,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
         )
     with _locked(path, "rb") as file:
         left = os.fstat(file.fileno()).st_size  # what comes later is for the next reader
-    head = Head(0, NOTHING)
+    head = AuditHead(0, NOTHING)
     with path.open("rb") as file:
         while left > 0:
             line = file.readline(min(left, LONGEST))
@@ -226,7 +228,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _checked(path: Path, line: bytes, before: Head) -> Head:
+def _checked(path: Path, line: bytes, before: AuditHead) -> AuditHead:
     """The head after the line that comes after ``before``."""
     number = before.lines + 1
     if not line.endswith(b"\n"):
@@ -244,7 +246,7 @@ def _checked(path: Path, line: bytes, before: Head) -> Head:
     return head
 
 
-def verify(path: Path, known: Head | None = None) -> int:
+def verify(path: Path, known: AuditHead | None = None) -> int:
     """Check the whole chain, in constant memory; the number of its lines.
 
     ``known`` is a head that somebody else kept: the chain must go through it.

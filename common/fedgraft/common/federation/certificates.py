@@ -1,7 +1,8 @@
 """The federation's certificates: one CA, the coordinator's server certificate, one for each site.
 
-X.509 (RFC 5280) with ECDSA on P-256 throughout: Flower signs requests with NIST curves and gRPC's
-TLS library takes no Ed25519. Functions take the time and give PEM; nothing here reads a file.
+All are X.509 (RFC 5280) with ECDSA on P-256: Flower signs requests with NIST curves, and gRPC's TLS
+library does not accept Ed25519. Functions get the time as an argument and return PEM; no function
+reads a file.
 """
 
 import ipaddress
@@ -38,17 +39,17 @@ __all__ = [
 ]
 
 CA_DAYS, SERVER_DAYS = 3650, 825
-BEHIND = timedelta(minutes=5)  # a clock that is a little behind must not refuse a new certificate
+BEHIND = timedelta(minutes=5)  # a slightly slow clock must not refuse a new certificate
 HASH = hashes.SHA256()
 
 
 def make_key() -> ec.EllipticCurvePrivateKey:
-    """A new P-256 key."""
+    """Return a new P-256 key."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The private key as PKCS #8 in PEM, not encrypted: for a file of mode 0600."""
+    """Return the private key as PKCS #8 in PEM, not encrypted: for a file of mode 0600."""
     return key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -57,7 +58,7 @@ def key_to_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
-    """The P-256 key in ``pem``.
+    """Return the P-256 key in ``pem``.
 
     Raises:
         ValueError: it is something else.
@@ -69,7 +70,7 @@ def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def public_pem(key: ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) -> bytes:
-    """The public key as SubjectPublicKeyInfo in PEM, as Flower knows a node."""
+    """Return the public key as SubjectPublicKeyInfo in PEM, Flower's format for a node's key."""
     public = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
     return public.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -77,7 +78,7 @@ def public_pem(key: ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) -> b
 
 
 def make_ca(name: str, key: ec.EllipticCurvePrivateKey, now: datetime) -> bytes:
-    """The CA certificate of the federation ``name``, PEM."""
+    """Return the CA certificate of the federation ``name``, PEM."""
     subject = _named(f"{name} CA"[:64])
     builder = _begin(subject, subject, key.public_key(), now, timedelta(days=CA_DAYS))
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -93,7 +94,7 @@ def issue_server(
     host: str,
     now: datetime,
 ) -> bytes:
-    """The coordinator's certificate for ``host`` (a name or an address) and loopback, PEM."""
+    """Return the coordinator's certificate for ``host`` (a name or address) and loopback, PEM."""
     names = dict.fromkeys((host, "localhost", "127.0.0.1"))
     builder = _begin(
         _named(host[:64]), _subject(ca), public, now, timedelta(days=SERVER_DAYS)
@@ -110,19 +111,19 @@ def issue_site(
     now: datetime,
     lifetime: timedelta,
 ) -> bytes:
-    """A site's certificate: its subject is CN=``site``, whatever the request said; PEM."""
+    """Return a site's certificate, PEM; its subject is CN=``site``, independent of the request."""
     builder = _begin(_named(site), _subject(ca), public, now, lifetime)
     return _signed(_leaf(builder, ExtendedKeyUsageOID.CLIENT_AUTH), ca_key)
 
 
 def make_csr(key: ec.EllipticCurvePrivateKey, site: str) -> bytes:
-    """A request for a certificate (PKCS #10, RFC 2986), PEM."""
+    """Return a request for a certificate (PKCS #10, RFC 2986), PEM."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_named(site))
     return builder.sign(key, HASH).public_bytes(serialization.Encoding.PEM)
 
 
 def read_csr(pem: bytes) -> ec.EllipticCurvePublicKey:
-    """The key that a request is for, which it proves to hold.
+    """Return the public key in a certificate request; the request proves that its sender holds it.
 
     Raises:
         ValueError: it is malformed, not signed by its key, or not on P-256.
@@ -142,7 +143,7 @@ def read_csr(pem: bytes) -> ec.EllipticCurvePublicKey:
 def make_crl(
     ca: bytes, key: ec.EllipticCurvePrivateKey, serials: Iterable[int], now: datetime
 ) -> bytes:
-    """The list of revoked certificates, PEM. It is good for as long as the CA is."""
+    """Return the list of revoked certificates, PEM; it is valid as long as a CA certificate."""
     builder = x509.CertificateRevocationListBuilder().issuer_name(_subject(ca))
     builder = builder.last_update(now - BEHIND).next_update(now + timedelta(days=CA_DAYS))
     for number in sorted(set(serials)):
@@ -152,46 +153,46 @@ def make_crl(
 
 
 def revoked(crl: bytes) -> set[int]:
-    """The serial numbers in a list of revoked certificates."""
+    """Return the serial numbers in a list of revoked certificates."""
     return {one.serial_number for one in x509.load_pem_x509_crl(crl)}
 
 
 def _read(pem: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(pem)
-    except x509.InvalidVersion as error:  # which is no ValueError, as all other mistakes are
+    except x509.InvalidVersion as error:  # not a ValueError, unlike all other errors
         raise ValueError(str(error)) from None
 
 
 def fingerprint(pem: bytes) -> str:
-    """SHA-256 of a certificate, 64 hex digits.
+    """Return the SHA-256 of a certificate, 64 hex digits.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``pem`` is not a certificate.
     """
     return _read(pem).fingerprint(HASH).hex()
 
 
 def expires(pem: bytes) -> datetime:
-    """When a certificate ends (UTC)."""
+    """Return the end of a certificate's validity (UTC)."""
     return _read(pem).not_valid_after_utc
 
 
 def begins(pem: bytes) -> datetime:
-    """When a certificate begins (UTC)."""
+    """Return the start of a certificate's validity (UTC)."""
     return _read(pem).not_valid_before_utc
 
 
 def serial(pem: bytes) -> int:
-    """A certificate's serial number."""
+    """Return a certificate's serial number."""
     return _read(pem).serial_number
 
 
 def site_of(pem: bytes, ca: bytes, public: ec.EllipticCurvePublicKey, now: datetime) -> str:
-    """The site that ``pem`` names, once it is found to be by ``ca``, for ``public``, and valid.
+    """Return the site in ``pem``, a valid certificate from ``ca`` for the key ``public``.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not valid, not from ``ca``, for another key, or has more than a name.
     """
     try:
         certificate = _read(pem)
@@ -213,12 +214,12 @@ def site_of(pem: bytes, ca: bytes, public: ec.EllipticCurvePublicKey, now: datet
 
 
 def sign(key: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
-    """ECDSA with SHA-256 over ``message``, DER."""
+    """Return the ECDSA signature with SHA-256 over ``message``, DER."""
     return key.sign(message, ec.ECDSA(HASH))
 
 
 def verify(ca: bytes, signature: bytes, message: bytes) -> bool:
-    """Whether ``signature`` over ``message`` is by the key of the certificate ``ca``."""
+    """Return whether the key of the certificate ``ca`` made ``signature`` over ``message``."""
     key = _read(ca).public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return False

@@ -1,7 +1,8 @@
-"""``federation.toml``: who takes part, by name and public key, and the floor no site goes below.
+"""``federation.toml``: the sites by name and public key, and the floor of secure aggregation.
 
-It comes with a site's kit and lies at every site and at the coordinator; it is never taken from a
-message. A site's id in secure aggregation is the place of its name in the sorted list of names.
+The file comes with a site's kit and is stored at every site and at the coordinator; it is never
+taken from a message. A site's id in secure aggregation is the position of its name in the sorted
+list of names.
 """
 
 import tomllib
@@ -32,10 +33,11 @@ PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Floor(Section):
-    """``[secure_aggregation]``: what every site insists on, whatever a job says.
+    """``[secure_aggregation]``: the least protection that every site requires, for every job.
 
-    ``colluders`` is the fewest sites that must be assumed to work with the coordinator,
-    ``min_cohort`` the fewest in a sum; ``max_clip`` bounds what one site can do to a coordinate.
+    ``colluders`` is the smallest number of sites that must be assumed to work with the coordinator.
+    ``min_cohort`` is the smallest number of sites in a sum. ``max_clip`` limits the effect of one
+    site on a coordinate.
     """
 
     colluders: int = Field(default=1, ge=1)
@@ -62,33 +64,33 @@ class Federation(Section):
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The sites' names, sorted: a site's id is its place here."""
+        """Return the sites' names, sorted: a site's id is its position here."""
         return tuple(sorted(self.sites))
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Every site's id by its name."""
+        """Return the id of each site by its name."""
         return {name: place for place, name in enumerate(self.names)}
 
     @cached_property
     def roster(self) -> Roster:
-        """The public keys in the order of the names."""
+        """Return the public keys in the order of the names."""
         return Roster(tuple(bytes.fromhex(self.sites[name]) for name in self.names))
 
     def key_of(self, site: str) -> bytes | None:
-        """The public key of a site, 32 bytes; None if it is no member."""
+        """Return the public key of a site, 32 bytes; None if the site is not a member."""
         key = self.sites.get(site)
         return bytes.fromhex(key) if key else None
 
     @property
     def policy(self) -> Policy:
-        """The floor, as secure aggregation checks it."""
+        """Return the floor in the form that secure aggregation checks."""
         floor = self.secure_aggregation
         return Policy(floor.colluders, floor.min_cohort, floor.min_ring_bits, floor.max_clip)
 
 
 def load_federation(path: Path) -> Federation:
-    """Load the ``federation.toml`` at ``path``.
+    """Return the federation in the ``federation.toml`` at ``path``.
 
     Raises:
         JobError: it is missing, is not UTF-8 TOML, or does not describe a federation.
@@ -102,7 +104,7 @@ def load_federation(path: Path) -> Federation:
 
 
 def parse_federation(text: str, where: str) -> Federation:
-    """The federation that ``text`` (TOML) describes; errors name ``where`` it came from.
+    """Return the federation that ``text`` (TOML) describes; errors give its source ``where``.
 
     Raises:
         JobError: it does not describe a federation.
@@ -123,5 +125,5 @@ def parse_federation(text: str, where: str) -> Federation:
 
 
 def dump_federation(federation: Federation) -> str:
-    """The federation as TOML, which ``load_federation`` reads back."""
+    """Return the federation as TOML, which ``load_federation`` reads."""
     return tomli_w.dumps(federation.model_dump(mode="json"))

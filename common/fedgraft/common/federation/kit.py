@@ -1,8 +1,8 @@
-"""A kit: what a site gets to join, one signed file. There is no private key in it.
+"""A kit: one signed file with which a site joins. It contains no private key.
 
 ``{"kit": {...}, "signature": hex}``: ECDSA by the federation's CA over the canonical JSON of the
-kit. The CA itself is in the kit; that it is the right one is what the fingerprint is for, which the
-site is told by another way. The token lets one site in, once, before the kit expires.
+kit. The CA itself is in the kit. The fingerprint, which the site gets by another way, shows that it
+is the right CA. The token lets one site in, once, before the kit expires.
 """
 
 import hmac
@@ -23,13 +23,13 @@ from fedgraft.common.section import IllegalJob, Section
 
 __all__ = ["Endpoint", "Kit", "enrolment_statement", "open_kit", "sign_kit", "write_kit"]
 
-FEWEST_DIGITS = 32  # of a fingerprint: 128 bits cannot be met by trying
+FEWEST_DIGITS = 32  # of a fingerprint: no trial can hit the same 128 bits
 LARGEST = 1_000_000
 Endpoint = Annotated[str, Field(pattern=r"^[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}$")]
 
 
 class Kit(Section):
-    """What the file says; times in UTC."""
+    """The content of the file; times in UTC."""
 
     format: Literal[1] = 1
     federation: str
@@ -51,27 +51,27 @@ class Kit(Section):
 
 
 def write_kit(kit: Kit, key: ec.EllipticCurvePrivateKey, path: Path) -> None:
-    """Sign the kit and write it to ``path``, for this user alone: the token is a secret."""
+    """Sign the kit and write it to ``path``, readable by this user only: the token is a secret."""
     write_private(path, sign_kit(kit, key))
 
 
 def sign_kit(kit: Kit, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The kit's file, signed with the CA's key."""
+    """Return the kit's file, signed with the CA's key."""
     inner = kit.model_dump(mode="json")
     signed = {"kit": inner, "signature": sign(key, _canonical(inner)).hex()}
     return json.dumps(signed, indent=1).encode()
 
 
 def enrolment_statement(site: str, csr: bytes) -> bytes:
-    """What a site signs with its identity when it joins: this request is mine."""
+    """Return the text that a site signs with its identity when it joins: this request is mine."""
     return b"fedgraft-enrol/1\n" + site.encode() + b"\n" + csr
 
 
 def open_kit(path: Path, told: str, now: datetime) -> Kit:
-    """The kit in ``path``, if its CA has the fingerprint that the site was ``told``.
+    """Return the kit in ``path``, if its CA has the fingerprint that the site was ``told``.
 
     Raises:
-        InputError: it is missing, malformed, changed, expired, or by another CA.
+        InputError: it is missing, malformed, changed, expired, or from another CA.
     """
     again = "ask the coordinator for the kit again"
     try:
@@ -106,5 +106,8 @@ def open_kit(path: Path, told: str, now: datetime) -> Kit:
 
 
 def _canonical(inner: dict[str, Any]) -> bytes:
-    """What is signed: as it is in the file, so that no default fills in for what was taken out."""
+    """Return the text to sign: the file's own content.
+
+    So no default replaces a value that was removed from the file.
+    """
     return json.dumps(inner, sort_keys=True, separators=(",", ":")).encode()

@@ -1,1 +1,1 @@
-"""What coordinator and sites say to each other, and how it is encoded and signed."""
+"""The messages between coordinator and sites, with their encoding and their signatures."""

@@ -1,10 +1,10 @@
 """The codec between typed payloads and Flower's records.
 
-A payload (``payloads.py``) is on the wire one Flower ``RecordDict`` with one ``ConfigRecord`` and,
-if it has large arrays, one ``ArrayRecord``: few, flat records, because Flower moves every nested
-object in a request of its own, and each array is two. Small arrays are in the ``ConfigRecord``.
-Arrays travel as plain numpy (pickles refused), so the dtype is what it says; adapters are float32
-whatever the precision that a site trains in.
+A payload (``payloads.py``) is sent as one Flower ``RecordDict`` with one ``ConfigRecord`` and, if
+it has large arrays, one ``ArrayRecord``. The records are few and flat, because Flower moves every
+nested object in a request of its own, and each array is two objects. Small arrays are in the
+``ConfigRecord``. Arrays are sent as plain numpy (pickles are refused), so the dtype is explicit.
+Adapters are always float32, independent of a site's precision in training.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from functools import cache
 from types import GenericAlias
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-# Flower reports usage, looks for updates and installs packages unless it is told not to.
+# By default Flower reports usage, looks for updates and installs packages.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
@@ -46,14 +46,14 @@ __all__ = [
 ]
 
 FORMAT = 2
-# Bytes of an array that travels in the payload's record. On its own it is three objects more, each
-# asked for by a site in a request of 3 to 4 ms of the SuperLink, which passes on 50 MB/s.
+# Largest array (bytes) in the payload's record. A separate array means three more objects, and each
+# costs a request of 3 to 4 ms at the SuperLink, which passes on 50 MB/s.
 SMALL = 512 * 1024
-WORTH_KEEPING = 64 * 1024  # bytes of an array that several messages may hold
+WORTH_KEEPING = 64 * 1024  # smallest array (bytes) that several messages share
 
 
 class Stage(StrEnum):
-    """A request and its reply inside a round; the value is Flower's message type."""
+    """A request and its reply in a round; the value is Flower's message type."""
 
     PLAN = "query.plan"
     KEYS = "query.keys"
@@ -66,14 +66,14 @@ class Stage(StrEnum):
 
 
 T = TypeVar("T")
-Shared = dict[int, tuple[NDArray[Any], Array]]  # by identity; an array in it keeps its own
+Shared = dict[int, tuple[NDArray[Any], Array]]  # by id(); the entry keeps its array alive
 
 
 def encode(payload: "DataclassInstance", arrays: Shared | None = None) -> RecordDict:
-    """The payload as a Flower record.
+    """Return the payload as a Flower record.
 
-    ``arrays`` may be shared by calls with payloads that hold the same arrays (by identity), which
-    are then serialised once.
+    Several calls can share ``arrays``. If their payloads contain the same arrays (by identity),
+    each array is serialised only once.
     """
     shared = {} if arrays is None else arrays
     config: dict[str, Any] = {"kind": type(payload).__name__, "format": FORMAT}
@@ -96,7 +96,10 @@ def encode(payload: "DataclassInstance", arrays: Shared | None = None) -> Record
 
 
 def _flatten(prefix: str, payload: "DataclassInstance") -> Iterator[tuple[str, Any]]:
-    """Fields as flat keys: ``outer.inner``; a tuple of dataclasses is a list for each field."""
+    """Yield fields with flat keys: ``outer.inner``.
+
+    A tuple of dataclasses gives one list for each field.
+    """
     for name, hint in _hints(type(payload)).items():
         key, value = prefix + name, getattr(payload, name)
         if is_dataclass(hint):
@@ -109,10 +112,10 @@ def _flatten(prefix: str, payload: "DataclassInstance") -> Iterator[tuple[str, A
 
 
 def decode(record: RecordDict, *kinds: type[T]) -> T:
-    """Read a payload of one of ``kinds`` back.
+    """Return the payload in ``record``, which must be of one of ``kinds``.
 
     Raises:
-        MessageError: another kind or format, a field missing, unknown or of the wrong type.
+        MessageError: another kind or format, or a field is missing, unknown or of another type.
     """
     config = record.config_records.get("payload")
     if config is None or set(record) - {"payload", "arrays"}:
@@ -134,7 +137,7 @@ def decode(record: RecordDict, *kinds: type[T]) -> T:
 
 
 def _build(cls: Callable[..., T], prefix: str, values: dict[str, Any]) -> T:
-    """A ``cls`` from the flat keys that ``_flatten`` gave, which are taken out of ``values``."""
+    """Return a ``cls`` from the flat keys of ``_flatten``, and remove these from ``values``."""
     found: dict[str, Any] = {}
     for name, hint in _hints(cls).items():
         key = prefix + name
@@ -156,18 +159,21 @@ def _build(cls: Callable[..., T], prefix: str, values: dict[str, Any]) -> T:
 
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """Fields of a dataclass with their types, in order."""
+    """Return the fields of a dataclass with their types, in order."""
     return get_type_hints(cls)
 
 
 def _dataclass_in(hint: Any) -> Any:
-    """``X`` if ``hint`` is ``tuple[X, ...]`` of a dataclass X, else None."""
+    """Return ``X`` if ``hint`` is ``tuple[X, ...]`` of a dataclass X, else None."""
     arguments = get_args(hint)
     return arguments[0] if get_origin(hint) is tuple and is_dataclass(arguments[0]) else None
 
 
 def _take(values: dict[str, Any], key: str, hint: Any) -> Any:
-    """The value of ``key``, of the type that ``hint`` says: a scalar, a tuple of one, an array."""
+    """Return the value of ``key``, which must have the type ``hint``.
+
+    The type is a scalar, a tuple of scalars, or an array.
+    """
     value = values.pop(key, None)
     if get_origin(hint) is tuple:
         kind = get_args(hint)[0]
@@ -184,11 +190,11 @@ def _take(values: dict[str, Any], key: str, hint: Any) -> Any:
 
 
 def _read_small(data: bytes) -> NDArray[Any]:
-    """The array in ``data``, which is a whole .npy file."""
+    """Return the array in ``data``, which is a whole .npy file."""
     file = io.BytesIO(data)
     try:
         found: NDArray[Any] = np.load(file, allow_pickle=False)
-    except Exception as error:  # numpy raises many kinds over hostile bytes
+    except Exception as error:  # hostile bytes make numpy raise many kinds of error
         raise MessageError(f"an array cannot be read ({type(error).__name__})") from None
     if not isinstance(found, np.ndarray) or file.read(1):
         raise MessageError("an array is not one array")
@@ -199,34 +205,34 @@ def _read_arrays(record: RecordDict) -> dict[str, NDArray[Any]]:
     arrays = record.array_records.get("arrays", {})
     try:
         return {key: array.numpy() for key, array in arrays.items()}
-    except Exception as error:  # numpy raises many kinds over hostile bytes
+    except Exception as error:  # hostile bytes make numpy raise many kinds of error
         raise MessageError(f"an array cannot be read ({type(error).__name__})") from None
 
 
 def remember(state: RecordDict, memory: "DataclassInstance | None") -> None:
-    """Keep ``memory`` in a node's ``state``, which Flower holds in memory; None drops it."""
+    """Store ``memory`` in a node's ``state``, which Flower keeps in memory; None removes it."""
     state.pop("memory", None)
     if memory is not None:
         state["memory"] = encode(memory)["payload"]
 
 
 def recall(state: RecordDict, kind: type[T]) -> T | None:
-    """What ``remember`` kept; None if there is nothing."""
+    """Return the memory that ``remember`` stored; None if there is none."""
     kept = state.get("memory")
     return None if kept is None else decode(RecordDict({"payload": kept}), kind)
 
 
 def arrays_in(payload: "DataclassInstance") -> Iterator[tuple[str, NDArray[Any]]]:
-    """The arrays of a payload, each with its field's name, as ``adapter`` or ``train.adapter``."""
+    """Yield the arrays of a payload with their field's name: ``adapter`` or ``train.adapter``."""
     for name, value in _flatten("", payload):
         if isinstance(value, np.ndarray):
             yield name, value
 
 
 def parts(record: RecordDict) -> Iterator[tuple[str, bytes]]:
-    """The record's content as it is serialised: ``NAME.npy`` for an array, ``NAME`` for the rest.
+    """Yield the serialised content of a record: ``NAME.npy`` for an array, ``NAME`` for the rest.
 
-    A zip file of them is one that ``numpy.load`` opens.
+    ``numpy.load`` can open a zip file of these parts.
     """
     for group in record.array_records.values():
         for name, array in group.items():
@@ -236,12 +242,12 @@ def parts(record: RecordDict) -> Iterator[tuple[str, bytes]]:
 
 
 def wire_bytes(record: RecordDict) -> int:
-    """Bytes of the record's content as it is serialised, without Flower's envelope and hashes."""
+    """Return the bytes of the record's serialised content, without Flower's envelope and hashes."""
     return sum(len(content) for _, content in parts(record))
 
 
 def array_hash(*arrays: NDArray[Any]) -> str:
-    """SHA-256 (hex) over dtype, shape and bytes of arrays."""
+    """Return the SHA-256 (hex) over dtype, shape and bytes of arrays."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str} {array.shape}\n".encode())

@@ -1,6 +1,7 @@
-"""What a site sends in one round, of zeros: made before anything is sent, to be counted.
+"""The replies of a site in one round, filled with zeros.
 
-The site says with it what would leave, the coordinator what a job costs.
+They are made before anything is sent. The site uses them to report the data that would leave it;
+the coordinator uses them to compute the cost of a job.
 """
 
 import numpy as np
@@ -28,7 +29,10 @@ NO_SESSION = "00" * 16
 
 
 def blank_replies(job: Job, exchanged: Layout, cohort: int) -> list[Reply]:
-    """The replies of one of ``cohort`` sites in a round that trains ``exchanged`` and evaluates."""
+    """Return the replies of one of ``cohort`` sites in a round with training and evaluation.
+
+    Training sends the tensors ``exchanged``.
+    """
     if job.privacy.secure_aggregation.enabled:
         return _masked(job, exchanged, tuple(range(cohort)))
     update = np.zeros(exchanged.size, np.float32)
@@ -40,7 +44,7 @@ def blank_replies(job: Job, exchanged: Layout, cohort: int) -> list[Reply]:
 
 
 def _masked(job: Job, exchanged: Layout, cohort: tuple[int, ...]) -> list[Reply]:
-    """Those of all five stages, once for training and once for validation."""
+    """Return the replies of all five stages, once for training and once for validation."""
     works = [training_terms(job, NO_SESSION, cohort, exchanged)]
     if job.data.validation:
         works.append(evaluation_terms(job, NO_SESSION, cohort))

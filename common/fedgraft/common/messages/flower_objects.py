@@ -1,13 +1,15 @@
-"""Flower's objects that need not be asked for, because it is known what is in them.
+"""Flower's objects that need no request, because the receiver knows their content.
 
-Flower moves a message as a tree of objects, each named by the SHA-256 of its content and each asked
-for in a request of its own; at a SuperLink a request costs more than anything else in a round. Most
-of our messages (``messages.py``) are three objects: the payload, the record that names it, and the
-message's head. The record says nothing but the payload's id, and the head what came with the offer
-of the message. So both are made here, and taken if their hash is the id that was offered.
+Flower moves a message as a tree of objects. The SHA-256 of an object's content is its id, and each
+object costs a request of its own. At a SuperLink, requests cost more than anything else in a round.
+Most of our messages (``codec.py``) are three objects: the payload, the record that contains the
+payload's id, and the message's head. The record contains only this id, and the head contains only
+data that came with the offer of the message. So the receiver makes both itself, and uses them if
+their hash is the offered id.
 
-What the other side makes itself must not be sent either: it takes the message as soon as it has
-the rest, upon which the SuperLink forgets all its objects and refuses those still on their way.
+The sender must also not send the objects that the receiver makes itself. The receiver takes the
+message as soon as it has the other objects; then the SuperLink forgets all objects of the message
+and refuses those that arrive later.
 """
 
 import hashlib
@@ -25,13 +27,13 @@ __all__ = ["known_objects", "unasked_objects"]
 
 
 def known_objects(identifiers: Sequence[str], offered: ProtoMessage | None) -> dict[str, bytes]:
-    """Content by id (hex of SHA-256) of those objects of a message that need not be asked for.
+    """Return the content, by id (hex SHA-256), of those objects of a message that need no request.
 
-    ``identifiers`` are those of all its objects, parts before what they are parts of; ``offered``
-    is the message without its content, if it is at hand.
+    ``identifiers`` are the ids of all its objects; a part comes before the object that contains it.
+    ``offered`` is the message without its content, if available.
     """
     if len(identifiers) != 3 or offered is None:
-        return {}  # with large arrays there are more: the record names several
+        return {}  # large arrays add objects: the record has several ids
     payload, record, _ = identifiers
     body = json.dumps({"payload": payload}).encode()
     head = ProtoMessage(metadata=offered.metadata)
@@ -45,7 +47,7 @@ def known_objects(identifiers: Sequence[str], offered: ProtoMessage | None) -> d
 
 
 def unasked_objects(message: Message) -> set[str]:
-    """Ids of those objects of ``message`` that its receiver does not ask for."""
+    """Return the ids of those objects of ``message`` that its receiver does not request."""
     if not message.has_content():
         return set()
     order = [part.object_id for part in iterate_object_tree(get_object_tree(message))]
@@ -53,6 +55,6 @@ def unasked_objects(message: Message) -> set[str]:
 
 
 def _object(kind: str, child: str, body: bytes) -> bytes:
-    """An object as Flower lays it out: its class, the ids of its parts, its length, its body."""
+    """Return an object in Flower's layout: its class, the ids of its parts, its length, body."""
     head = HEAD_VALUE_DIVIDER.join((kind, child, str(len(body))))
     return bytes(head.encode() + HEAD_BODY_DIVIDER + body)

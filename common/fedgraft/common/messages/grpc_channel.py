@@ -1,12 +1,12 @@
-"""gRPC between coordinator and sites: how a channel is opened, and the options of both ends."""
+"""gRPC between coordinator and sites: the opening of a channel, and the options of both ends."""
 
 import grpc
 
 __all__ = ["SERVER_OPTIONS", "open_channel"]
 
 LARGEST_MESSAGE = 8_388_608  # bytes; above the largest manifest and the largest piece of a chunk
-# A dead line is noticed within a minute, also by a site that only waits; a coordinator that starts
-# again is found within seconds.
+# A broken connection is detected within a minute, even at a site that only waits. A restarted
+# coordinator is found within seconds.
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
     ("grpc.max_send_message_length", LARGEST_MESSAGE),
@@ -20,17 +20,18 @@ CHANNEL_OPTIONS = (
 SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", LARGEST_MESSAGE),
     ("grpc.max_send_message_length", LARGEST_MESSAGE),
-    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),  # sites ask every 40 s
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),  # sites ping every 40 s
 )
 
 
 def open_channel(
     endpoint: str, ca: bytes = b"", key: bytes | None = None, certificate: bytes | None = None
 ) -> grpc.Channel:
-    """A channel to ``HOST:PORT`` over mutual TLS, or to ``unix:PATH`` on this host without.
+    """Return a channel to ``HOST:PORT`` over mutual TLS, or to ``unix:PATH`` on this host.
 
-    All three are PEM; without ``key`` and ``certificate`` the other side does not learn who calls,
-    which only enrolment allows. Nothing is sent before the first call.
+    A channel to ``unix:PATH`` has no TLS. ``ca``, ``key`` and ``certificate`` are PEM. Without
+    ``key`` and ``certificate`` the other side does not know the caller; only enrolment allows this.
+    Nothing is sent before the first call.
     """
     if endpoint.startswith("unix:"):
         return grpc.insecure_channel(endpoint, CHANNEL_OPTIONS)

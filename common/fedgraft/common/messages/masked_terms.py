@@ -1,8 +1,8 @@
-"""The terms of a masked round: what coordinator and sites compute alike from job and cohort.
+"""The terms of a masked round, which coordinator and sites compute separately from job and cohort.
 
-A masked round trains, or it evaluates. A site derives the terms from the job, its own model and
-its own federation file; the coordinator's word counts for the cohort alone, and whoever computes
-other terms has another context, so that no signature fits.
+A masked round either trains or evaluates. A site derives the terms from the job, its own model and
+its own federation file; it relies on the coordinator only for the cohort. If another party computes
+other terms, it has another context, and no signature matches.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ __all__ = [
 def training_terms(
     job: Job, session: str, cohort: tuple[int, ...], exchanged: Layout
 ) -> Parameters:
-    """Terms of a round that trains ``exchanged``; ``cohort`` are ids, ascending.
+    """Return the terms of a round that trains ``exchanged``; ``cohort`` are ids, ascending.
 
     Raises:
         ParameterError: the cohort is too small, too large or malformed.
@@ -46,10 +46,10 @@ def training_terms(
 
 
 def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Parameters:
-    """Terms of a round that evaluates: a vector of ``Tally.counts``, summed exactly.
+    """Return the terms of a round that evaluates: a vector of ``Tally.counts``, summed exactly.
 
-    With ``clip`` equal to the number of levels, a weight of 1 and no random rounding, quantising
-    leaves an integer as it is.
+    With ``clip`` equal to the number of levels, weight 1 and no random rounding, quantisation does
+    not change an integer.
 
     Raises:
         ParameterError: as ``training_terms``.
@@ -73,12 +73,12 @@ def _terms(
 
 
 def floor_for(policy: Policy, parameters: Parameters, stage: str) -> Policy:
-    """The floor for a round: the ceiling of ``clip`` is one for updates, not for counts."""
+    """Return the floor for a round; the limit of ``clip`` applies to updates, not to counts."""
     return policy if stage == "train" else replace(policy, max_clip=parameters.coding.clip)
 
 
 def describe(request: TrainRequest | EvaluateRequest) -> Work:
-    """The work that a request asks for, its adapter by hash alone."""
+    """Return the work of a request; the adapter is given only by its hash."""
     trains = isinstance(request, TrainRequest)
     return Work(
         stage="train" if trains else "evaluate",
@@ -92,6 +92,9 @@ def describe(request: TrainRequest | EvaluateRequest) -> Work:
 
 
 def hash_work(work: Work) -> bytes:
-    """What all sites of a round must be asked alike; the same in every session."""
+    """Return the hash of the work, which must be equal for all sites of a round.
+
+    It does not depend on the session.
+    """
     settings = encode(work.stage, work.round, work.attempt, work.split, work.job, *work.names)
     return hash_model(work.adapter, settings)

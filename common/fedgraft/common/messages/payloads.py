@@ -1,7 +1,7 @@
-"""What coordinator and site say to each other: one typed payload per stage.
+"""The payloads of messages between coordinator and site: one typed payload per stage.
 
-A payload is a frozen dataclass of strings, numbers, bytes, arrays, and of such dataclasses. What a
-site replies in a masked round are the statements of ``common.secagg``.
+A payload is a frozen dataclass of strings, numbers, bytes, arrays, and of such dataclasses. The
+replies of a site in a masked round are the statements of ``common.secagg``.
 """
 
 from dataclasses import dataclass
@@ -48,10 +48,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Coordinator to site, once a session: will you take part in this job?
+    """Coordinator to site, once per session: the question whether the site takes part in this job.
 
-    ``job`` is ``Job.for_sites()`` as JSON; ``layout`` the fingerprint of the exchanged adapter;
-    ``fixed`` the SHA-256 of the adapter tensors that are not exchanged but must be equal.
+    ``job`` is ``Job.for_sites()`` as JSON. ``layout`` is the fingerprint of the exchanged adapter.
+    ``fixed`` is the SHA-256 of the adapter tensors that are not exchanged but must be equal.
     """
 
     session: str
@@ -74,7 +74,7 @@ class PlanReply:
 class TrainRequest:
     """Train from this adapter, float32 [layout size]; ``names`` are its tensors, all trained.
 
-    ``attempt`` counts from 0: a round that came to nothing is done again with other draws.
+    ``attempt`` counts from 0: a round without a result is repeated with other random draws.
     """
 
     session: str
@@ -87,7 +87,7 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """``update`` = trained minus received adapter, float32; ``loss`` the mean training loss."""
+    """``update`` is the trained minus the received adapter, float32; ``loss`` is the mean loss."""
 
     session: str
     round: int
@@ -120,7 +120,7 @@ class EvaluateReply:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The site did not do it; ``code`` is a reason code or a class name, never a message's text."""
+    """The site refused or failed; ``code`` is a reason code or class name, never an error text."""
 
     session: str
     code: str
@@ -128,9 +128,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Work:
-    """What a masked round does: ``train`` in round ``round``, or ``evaluate`` after it (``stage``).
+    """The work of a masked round; ``stage`` is ``train`` in round ``round``, or ``evaluate`` after.
 
-    ``adapter`` is the SHA-256 of an adapter that is sent only when the masks are agreed on.
+    ``adapter`` is the SHA-256 of an adapter; the adapter itself is sent only after the sites have
+    agreed on the masks.
     """
 
     stage: str
@@ -144,9 +145,9 @@ class Work:
 
 @dataclass(frozen=True)
 class KeysAsk:
-    """Begin a masked round, the sites with the ids in ``cohort`` together.
+    """Begin a masked round; the sites with the ids in ``cohort`` take part together.
 
-    ``work`` and ``request.model`` commit to what will follow.
+    ``work`` and ``request.model`` are a commitment to the work that follows.
     """
 
     session: str
@@ -157,7 +158,7 @@ class KeysAsk:
 
 @dataclass(frozen=True)
 class SharesAsk:
-    """Everyone's keys: share your secrets with your neighbours."""
+    """The keys of all sites, with the request to share secrets with the neighbours."""
 
     session: str
     request: SharesRequest
@@ -165,33 +166,33 @@ class SharesAsk:
 
 @dataclass(frozen=True)
 class MaskedTrain:
-    """Train, then reply with a ``MaskedInput`` under the masks agreed on."""
+    """Train, then reply with a ``MaskedInput`` under the agreed masks."""
 
     train: TrainRequest
     delivery: Delivery
 
     @property
     def session(self) -> str:
-        """The session, as every request names it."""
+        """Return the session; every request has this name."""
         return self.train.session
 
 
 @dataclass(frozen=True)
 class MaskedEvaluate:
-    """Evaluate, then reply with a ``MaskedInput`` under the masks agreed on."""
+    """Evaluate, then reply with a ``MaskedInput`` under the agreed masks."""
 
     evaluate: EvaluateRequest
     delivery: Delivery
 
     @property
     def session(self) -> str:
-        """The session, as every request names it."""
+        """Return the session; every request has this name."""
         return self.evaluate.session
 
 
 @dataclass(frozen=True)
 class ConfirmAsk:
-    """Whose inputs are in the sum: sign it."""
+    """The list of sites whose inputs are in the sum, with the request to sign it."""
 
     session: str
     survivors: Survivors
@@ -199,7 +200,7 @@ class ConfirmAsk:
 
 @dataclass(frozen=True)
 class UnmaskAsk:
-    """Enough have signed: reveal one share of each neighbour."""
+    """Enough sites have signed: the request to reveal one share of each neighbour."""
 
     session: str
     request: UnmaskRequest
@@ -207,9 +208,10 @@ class UnmaskAsk:
 
 @dataclass(frozen=True)
 class PastRound:
-    """What a round of the federation came to, over all its sites.
+    """The result of a round of the federation, over all its sites.
 
-    ``loss`` is of training; ``accuracy`` of federated validation, NaN where there was none.
+    ``loss`` is the training loss. ``accuracy`` is that of federated validation, NaN if there was
+    none.
     """
 
     round: int
@@ -220,10 +222,10 @@ class PastRound:
 
 @dataclass(frozen=True)
 class ResultRequest:
-    """Coordinator to site, once at the end of a run: this is what it came to, keep it.
+    """Coordinator to site, once at the end of a run: the result, for the site to keep.
 
-    ``adapter`` is the final one, float32 [layout size]; ``round`` the last round, ``run`` the name
-    of the run, ``sites`` how many took part.
+    ``adapter`` is the final adapter, float32 [layout size]; ``round`` is the last round, ``run``
+    the name of the run, ``sites`` the number of sites that took part.
     """
 
     session: str
@@ -238,7 +240,7 @@ class ResultRequest:
 
 @dataclass(frozen=True)
 class ResultReply:
-    """The site has kept it."""
+    """The site has kept the result."""
 
     session: str
 

@@ -1,9 +1,10 @@
-"""Who a reply is from: a site signs what it sends, so that only the site asked can have said it.
+"""The seal of a reply: a site signs its replies, so that only the requested site can send them.
 
-Between a site and ``rounds.py`` lie nginx and the SuperLink, which delivers a reply to whoever
-knows the id of a request. A seal is an Ed25519 signature (RFC 8032) by the site's identity over
-its name, the id of the request and all of the reply's content; so a reply cannot be made by another
-site, changed on its way, or used as the answer to another request.
+nginx and the SuperLink are between a site and ``server/rounds.py``, and the SuperLink passes on a
+reply from anyone who knows the id of a request. A seal is an Ed25519 signature (RFC 8032) with the
+site's identity over its name, the id of the request and the full content of the reply. So another
+site cannot make the reply, nobody can change it on its way, and it cannot be used as the answer to
+another request.
 """
 
 import hashlib
@@ -24,14 +25,14 @@ CONTEXT = b"fedgraft-reply/1\n"
 def seal(content: RecordDict, *, site: str, request: str, sign: Callable[[bytes], bytes]) -> None:
     """Add the seal of ``site`` to ``content``, the reply to the message with the id ``request``."""
     signature = sign(_digest(content, site, request))
-    # In the payload's record: one of its own would cost two requests more.
+    # In the payload's record: a record of its own would cost two more requests.
     content.config_records[PLACE].update({SITE: site, SIGNATURE: signature})
 
 
 def unseal(content: RecordDict, *, request: str, key_of: Callable[[str], bytes | None]) -> str:
-    """Take the seal off ``content``; the name of the site whose seal it is.
+    """Remove the seal from ``content`` and return the name of the site that made it.
 
-    ``key_of`` gives the 32-byte public key of a site, or None.
+    ``key_of`` returns the 32-byte public key of a site, or None.
 
     Raises:
         MessageError: there is no seal, or it is not one of that site over this reply.
@@ -51,7 +52,10 @@ def unseal(content: RecordDict, *, request: str, key_of: Callable[[str], bytes |
 
 
 def _digest(content: RecordDict, site: str, request: str) -> bytes:
-    """What is signed; every part with its length before it, so that none can pass for another."""
+    """Return the digest to sign.
+
+    The length of every part precedes the part, so that no part can be read as another part.
+    """
     digest = hashlib.sha256()
     for part in (CONTEXT, site.encode(), request.encode()):
         digest.update(len(part).to_bytes(8, "big") + part)

@@ -1,4 +1,7 @@
-"""What trains of a model, and so what travels: one file a method, and the table of them."""
+"""The training methods: one file for each method, and the table of all methods.
+
+A method decides which weights of a model train, and so which weights travel.
+"""
 
 from functools import reduce
 from operator import or_
@@ -20,4 +23,4 @@ METHODS: dict[str, type[MethodSection]] = {
 if TYPE_CHECKING:
     Method = MethodSection
 else:
-    Method: Any = reduce(or_, METHODS.values())  # the union that ``kind`` tells apart
+    Method: Any = reduce(or_, METHODS.values())  # a union; ``kind`` selects the member

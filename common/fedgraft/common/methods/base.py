@@ -1,4 +1,4 @@
-"""The contract of a method: its section of the job file, and what trains of a model under it."""
+"""The interface of a method: its section of the job file, and the weights that it trains."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ HeadPolicy = Literal["shared", "local", "frozen"]
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Names of the modules of a model: its ``heads``, and its ``blocks``, the lowest first.
+    """The names of a model's modules: its ``heads``, and its ``blocks`` from lowest to highest.
 
-    ``task`` is how PEFT calls the job's task.
+    ``task`` is PEFT's name of the job's task.
     """
 
     heads: tuple[str, ...]
@@ -24,37 +24,37 @@ class Anatomy:
 
 
 class MethodSection(Section):
-    """``[method]`` of one ``kind``. ``head`` says what becomes of the task's head."""
+    """``[method]`` of one ``kind``. ``head`` is the policy for the task's head."""
 
     refuses: ClassVar[Refuses] = {}
 
-    if TYPE_CHECKING:  # each kind declares them, in the order in which a job writes them
+    if TYPE_CHECKING:  # each kind declares both, in the order of the job file
         kind: str
         head: HeadPolicy
 
     @property
     def low_rank(self) -> int:
-        """The rank of the low-rank factors; 0 where the method has none."""
+        """Return the rank of the low-rank factors; 0 if the method has none."""
         return 0
 
     @property
     def magnitudes(self) -> bool:
-        """Whether magnitudes of weights train apart from their directions (DoRA)."""
+        """Return whether magnitudes of weights train separately from their directions (DoRA)."""
         return False
 
     @property
     def opens_backbone(self) -> bool:
-        """Whether weights of the backbone itself train."""
+        """Return whether weights of the backbone itself train."""
         return False
 
     def describe(self) -> str:
-        """The method in a few words, for the model card."""
+        """Return the method in a few words, for the model card."""
         return self.kind
 
     def peft_config(self, model: Any, anatomy: Anatomy) -> Any:
-        """PEFT's configuration that puts the method into ``model``, a model of transformers.
+        """Return the PEFT configuration that adds the method to ``model``, a transformers model.
 
         Raises:
-            AdapterError: the model has nothing of what should train.
+            AdapterError: the model has none of the modules that should train.
         """
         raise TypeError(f"{type(self).__name__} has no PEFT configuration")

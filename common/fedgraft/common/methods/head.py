@@ -1,4 +1,4 @@
-"""Only the head trains: the backbone is a feature extractor."""
+"""Head-only training: the backbone is a feature extractor, and only the head trains."""
 
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +9,7 @@ __all__ = ["HeadMethod", "heads_alone"]
 
 
 class HeadMethod(MethodSection):
-    """``kind = "head"``: the backbone as feature extractor, only the shared head trains."""
+    """``kind = "head"``: the backbone is a feature extractor; only the shared head trains."""
 
     refuses: ClassVar[Refuses] = {
         "domain": (
@@ -26,13 +26,13 @@ class HeadMethod(MethodSection):
     head: Literal["shared"] = "shared"
 
     def peft_config(self, model: Any, anatomy: Anatomy) -> Any:
-        """A trainable copy of each head and nothing else."""
+        """Return a configuration with a trainable copy of each head and nothing else."""
         return heads_alone(anatomy.heads)
 
 
 def heads_alone(heads: tuple[str, ...]) -> Any:
-    """A configuration of PEFT with trainable copies of ``heads`` and no low-rank factors."""
+    """Return a PEFT configuration with trainable copies of ``heads`` and no low-rank factors."""
     from peft import LoraConfig
-    from peft.utils.constants import DUMMY_TARGET_MODULES  # peft's marker for "none at all"
+    from peft.utils.constants import DUMMY_TARGET_MODULES  # peft's marker for "no target module"
 
     return LoraConfig(r=1, target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads))

@@ -1,4 +1,7 @@
-"""LoRA: low-rank factors beside frozen layers (Hu et al. 2022, "LoRA: Low-Rank Adaptation...")."""
+"""LoRA: low-rank factors beside frozen layers.
+
+Hu et al. 2022, "LoRA: Low-Rank Adaptation...".
+"""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -14,7 +17,7 @@ __all__ = ["LoraMethod"]
 
 
 class LoraMethod(MethodSection):
-    """``kind = "lora"``: low-rank factors at ``targets``, and the head by its own policy."""
+    """``kind = "lora"``: low-rank factors at ``targets``; the head has its own policy."""
 
     refuses: ClassVar[Refuses] = {
         "quantized_magnitudes": (
@@ -48,20 +51,22 @@ class LoraMethod(MethodSection):
 
     @property
     def low_rank(self) -> int:
-        """The rank of the shared adapter."""
+        """Return the rank of the shared adapter."""
         return self.rank
 
     @property
     def magnitudes(self) -> bool:
-        """Whether the method is DoRA."""
+        """Return whether the method is DoRA."""
         return self.dora
 
     def describe(self) -> str:
-        """With rank, alpha and dropout."""
+        """Return the method with its rank, alpha and dropout."""
         return f"lora, rank {self.rank}, alpha {self.alpha}, dropout {self.dropout}"
 
     def peft_config(self, model: Any, anatomy: Anatomy) -> Any:
-        """Factors at ``targets``, and a trainable copy of each head unless it is frozen.
+        """Return a configuration with factors at ``targets``, and a trainable copy of each head.
+
+        A frozen head gets no copy.
 
         Raises:
             AdapterError: a target matches no module.
@@ -82,7 +87,7 @@ class LoraMethod(MethodSection):
 
 
 def _targets(model: Any, targets: str | Sequence[str], heads: tuple[str, ...]) -> list[str]:
-    """Full names of the modules outside the head that ``targets`` means.
+    """Return the full names of the modules outside the head that match ``targets``.
 
     A target is ``all-linear``, ``all-conv``, or the end of a module's dotted name.
     """
@@ -100,7 +105,7 @@ def _targets(model: Any, targets: str | Sequence[str], heads: tuple[str, ...]) -
         for name, module in model.named_modules()
         if isinstance(module, (*kinds_of["all-linear"], nn.Conv2d))
         and not f"{name}.".startswith(inside)
-        # peft needs the rank to divide by the groups; depthwise kernels are tiny anyway
+        # peft needs a rank divisible by the groups; grouped (depthwise) kernels are tiny anyway
         and getattr(module, "groups", 1) == 1
     }
     found: set[str] = set()

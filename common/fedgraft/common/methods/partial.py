@@ -13,10 +13,10 @@ __all__ = ["PartialMethod"]
 
 
 class PartialMethod(MethodSection):
-    """``kind = "partial"``: some weights of the backbone itself train, and the head by its policy.
+    """``kind = "partial"``: some weights of the backbone train; the head has its own policy.
 
-    The last ``blocks`` as a whole, and beside them every normalisation layer or every bias (Ben
-    Zaken et al. 2022, "BitFit").
+    The last ``blocks`` train as a whole. In addition, all normalisation layers or all biases can
+    train (Ben Zaken et al. 2022, "BitFit").
     """
 
     refuses: ClassVar[Refuses] = {
@@ -40,11 +40,13 @@ class PartialMethod(MethodSection):
 
     @property
     def opens_backbone(self) -> bool:
-        """Some of its weights train."""
+        """Return True: some weights of the backbone train."""
         return True
 
     def peft_config(self, model: Any, anatomy: Anatomy) -> Any:
-        """Trainable copies of the opened modules, and of each head unless it is frozen.
+        """Return a configuration with trainable copies of the opened modules and of each head.
+
+        A frozen head gets no copy.
 
         Raises:
             AdapterError: the model has fewer blocks than should train.
@@ -55,7 +57,7 @@ class PartialMethod(MethodSection):
         return config
 
     def _opened(self, model: Any, anatomy: Anatomy) -> list[str]:
-        """Names of the modules of the backbone that train as a whole."""
+        """Return the names of the backbone modules that train as a whole."""
         blocks = anatomy.blocks()
         if self.blocks > len(blocks):
             raise AdapterError(
@@ -68,7 +70,7 @@ class PartialMethod(MethodSection):
             opened += [
                 name
                 for name, module in model.named_modules()
-                if "Norm" in type(module).__name__  # whichever of the many, of torch or of a model
+                if "Norm" in type(module).__name__  # torch and models have many such classes
                 and any(True for _ in module.parameters(recurse=False))
                 and not f"{name}.".startswith(inside)
             ]

@@ -1,1 +1,1 @@
-"""Figures of a model as sums, with intervals and verdicts."""
+"""The metrics of a model as sums, with intervals and verdicts."""

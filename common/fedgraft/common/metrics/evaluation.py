@@ -1,7 +1,8 @@
-"""The contract of what a task measures: what is counted, batch by batch, and what comes of it.
+"""The interface of a task's measures: the counts of each batch, and the metrics from these counts.
 
-A ``Measures`` says what a job counts. Its ``Collector`` takes batches at a site and gives an
-``Evaluation``, which stays there. Only its ``Tally``, sums, may leave.
+A ``Measures`` defines the counts of a job. Its ``Collector`` takes batches at a site and returns an
+``Evaluation``, which stays at the site. Only the evaluation's ``Tally``, which consists of sums,
+may leave.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,67 +17,77 @@ from fedgraft.common.metrics.verdict import Rival
 __all__ = ["PARTS_LIMIT", "TALLY_LIMIT", "Collector", "Evaluation", "Measures"]
 
 TALLY_LIMIT = 131072.0  # nats: the largest sum of losses over one site's validation examples
-PARTS_LIMIT = 2.0**24  # the same over its tokens, of which an example has hundreds
+PARTS_LIMIT = 2.0**24  # the same over tokens: an example has hundreds
 
 
 class Evaluation(Protocol):
-    """What a model came to on a site's examples."""
+    """The results of a model on a site's examples."""
 
     @property
     def tally(self) -> Tally:
-        """The sums."""
+        """Return the sums."""
 
     def intervals(self, generator: np.random.Generator) -> dict[str, Any]:
-        """95 % intervals of figures, as ``KEY_interval``; draws come from ``generator``."""
+        """Return 95 % intervals of metrics, as ``KEY_interval``.
+
+        ``generator`` is the source of the random draws.
+        """
 
     def compare(
         self, other: Self, generator: np.random.Generator, *, name: str, rival: Rival
     ) -> dict[str, Any]:
-        """This model, the federated one, against ``other`` on the same examples of site ``name``.
+        """Compare this model, the federated one, with ``other`` on the same examples.
 
-        A ``Verdict`` as a dictionary, and what else can be said of the difference.
+        ``name`` is the site. Return a ``Verdict`` as a dictionary, and further facts about the
+        difference.
         """
 
     def joined(self, others: Sequence[Self]) -> Self:
-        """The examples of this one and of ``others`` as one, in order."""
+        """Return one evaluation of the examples of this one and of ``others``, in order."""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, which ``Measures.evaluation`` reads."""
+        """Return the evaluation as plain JSON values, which ``Measures.evaluation`` reads."""
 
 
 class Collector(Protocol):
-    """Takes what a model predicts, batch by batch."""
+    """A collector of a model's predictions, batch by batch."""
 
     def add(self, index: Indices, found: Mapping[str, Any]) -> None:
-        """Take the batch of the examples at ``index``: what the objective's ``counts`` gave."""
+        """Add the batch of the examples at ``index``.
+
+        ``found`` is the output of the objective's ``counts``.
+        """
 
     def evaluation(self) -> Any:
-        """All of them."""
+        """Return the evaluation of all added examples."""
 
 
 class Measures(Counted, Protocol):
-    """What a job counts. An example has up to ``most_parts`` parts that are counted."""
+    """The counts of a job. Up to ``most_parts`` parts of an example are counted."""
 
     @property
     def most_parts(self) -> int:
-        """The most parts of an example."""
+        """Return the largest number of parts of an example."""
 
     @property
     def loss_limit(self) -> float:
-        """The largest sum of losses over one site's validation examples."""
+        """Return the largest sum of losses over one site's validation examples."""
 
     @property
     def named(self) -> tuple[str, ...]:
-        """What is counted beside the confusion matrix, as terms of a masked round name it."""
+        """Return the names of the additional counts, as the terms of a masked round list them.
+
+        Additional counts are all counts except the confusion matrix.
+        """
 
     def collect(self, examples: Examples) -> Collector:
-        """Takes what a model predicts for ``examples``."""
+        """Return a collector of a model's predictions for ``examples``."""
 
     def evaluation(self, value: Mapping[str, Any]) -> Any:
-        """The evaluation that ``to_json`` wrote."""
+        """Return the evaluation that ``to_json`` wrote."""
 
     def figures(self, tally: Tally) -> dict[str, Any]:
-        """All that ``tally`` says of a model, by the keys of its metrics; ``loss`` is the mean."""
+        """Return all metrics of a model from ``tally``, by their keys; ``loss`` is the mean."""
 
     def without_few(self, counts: Counts) -> Counts:
-        """``counts`` beside the confusion matrix without what too few examples are in."""
+        """Return the additional ``counts`` without those over too few examples."""

@@ -1,21 +1,21 @@
 """Confidence intervals and tests for shares, macro F1 and differences of two models.
 
-Both models answer the same test examples, so only the examples on which exactly one of them is
-right can tell them apart. That is the exact McNemar test: the discordant examples against a fair
-coin (McNemar 1947, "Note on the sampling error of the difference between correlated proportions
-or percentages", Psychometrika 12). The interval of the difference is method 10 of Newcombe 1998
-("Improved confidence intervals for the difference between binomial proportions based on paired
-data", Statistics in Medicine 17): Wilson intervals of both shares, squared and added with a
-correction for their correlation. It keeps its level in small test sets and never leaves -1..1.
-Macro F1 is no share of examples: its difference has a paired bootstrap interval, in which both
-models answer the same redrawn examples (Efron and Tibshirani 1993, "An Introduction to the
-Bootstrap", chapter 13).
+Both models predict the same test examples. So only the examples on which exactly one model is
+correct (discordant examples) show a difference. The exact McNemar test compares the discordant
+examples with a fair coin (McNemar 1947, "Note on the sampling error of the difference between
+correlated proportions or percentages", Psychometrika 12). The interval of the difference is method
+10 of Newcombe 1998 ("Improved confidence intervals for the difference between binomial proportions
+based on paired data", Statistics in Medicine 17): Wilson intervals of both shares, squared and
+added, with a correction for their correlation. This interval keeps its level in small test sets and
+never leaves -1..1. Macro F1 is not a share of examples: its difference has a paired bootstrap
+interval, in which both models predict the same resampled examples (Efron and Tibshirani 1993, "An
+Introduction to the Bootstrap", chapter 13).
 
-Sums over clusters of an example's parts (the tokens of a block of text) are redrawn cluster by
-cluster: Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for Inference with
-Clustered Errors", Review of Economics and Statistics 90. The paired permutation test flips at
-random which model a cluster's losses belong to (Good 2005, "Permutation, Parametric, and Bootstrap
-Tests of Hypotheses").
+Sums over the parts of an example (the tokens of a block of text) are resampled by clusters: one
+example is one cluster. Source: Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for
+Inference with Clustered Errors", Review of Economics and Statistics 90. The paired permutation test
+swaps the losses of the two models in randomly chosen clusters (Good 2005, "Permutation, Parametric,
+and Bootstrap Tests of Hypotheses").
 """
 
 import math
@@ -39,17 +39,17 @@ __all__ = [
 
 LEVEL = 0.05
 DRAWN_AT_ONCE = 1 << 20  # counts, 8 bytes each
-_Z = 1.959963984540054  # the normal quantile that leaves 2.5 % on either side
+_Z = 1.959963984540054  # the normal quantile with 2.5 % on either side
 DRAWS = 1000
-AT_ONCE = 1 << 22  # redrawn clusters in memory
+AT_ONCE = 1 << 22  # resampled clusters in memory
 
 Clusters = npt.NDArray[Any]
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of ``correct / total``, as fractions (Wilson 1927, JASA 22).
+    """Return the 95 % score interval of ``correct / total``, as fractions (Wilson 1927, JASA 22).
 
-    With no examples nothing is known: (0, 1).
+    Without examples the share is unknown, and the interval is (0, 1).
 
     Raises:
         ValueError: unless ``0 <= correct <= total``.
@@ -61,7 +61,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     share, z2 = correct / total, _Z * _Z
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    # At the ends the formula is exact on paper and off by an ulp in floating point.
+    # At the ends the formula is exact in theory; floating point is off by one ulp.
     low = 0.0 if correct == 0 else max(0.0, centre - half)
     high = 1.0 if correct == total else min(1.0, centre + half)
     return low, high
@@ -70,17 +70,17 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def macro_f1_interval(
     confusion: npt.NDArray[np.integer], generator: np.random.Generator, draws: int = 500
 ) -> tuple[float, float]:
-    """The 95 % percentile interval of macro F1, by multinomial bootstrap of the confusion matrix.
+    """Return the 95 % percentile interval of macro F1: a multinomial bootstrap of the matrix.
 
-    Every draw spreads as many examples as there were over the cells, in proportion to their
-    counts, which is the same as redrawing the test examples with replacement. Macro F1 is the mean
-    over the classes that occur among the true labels, in each draw those of that draw. The
-    interval cannot know of mistakes that did not occur: a perfect matrix gives (1, 1).
+    Each resample distributes the same number of examples over the cells of the confusion matrix, in
+    proportion to their counts. This is equal to resampling the test examples with replacement.
+    Macro F1 is the mean over the classes that occur among the true labels of that resample. The
+    interval does not cover mistakes that did not occur: a perfect matrix gives (1, 1).
 
     Args:
-        confusion: int [c, c], rows the true label, columns the predicted one.
-        generator: where the draws come from.
-        draws: resamples; 500 put the ends within about a tenth of the interval's width.
+        confusion: int [c, c]; a row is a true label, a column is a predicted label.
+        generator: the source of the random draws.
+        draws: resamples; with 500 the ends are within about a tenth of the interval's width.
 
     Returns:
         Low and high as fractions; (0, 1) if the matrix is empty.
@@ -98,10 +98,10 @@ def macro_f1_interval(
     total = int(counts.sum())
     if total == 0:
         return 0.0, 1.0
-    # Cells at zero stay at zero: with many classes nearly all of the matrix need not be drawn.
+    # Zero cells stay zero: with many classes nearly all of the matrix is not drawn.
     true, predicted = np.nonzero(counts)
     shares = counts[true, predicted] / total
-    # In slices, which are the same draws: a large matrix must not be held 500 times over.
+    # Slices give the same draws and avoid 500 copies of a large matrix.
     most = max(1, DRAWN_AT_ONCE // len(shares))
     scores = [
         _macro_f1(generator.multinomial(total, shares, size=size), true, predicted)
@@ -119,13 +119,13 @@ def macro_f1_difference(
     generator: np.random.Generator,
     draws: int = 500,
 ) -> tuple[float, tuple[float, float]]:
-    """Macro F1 of ``first`` minus that of ``second``, and its 95 % paired bootstrap interval.
+    """Return macro F1 of ``first`` minus that of ``second``, with a 95 % paired bootstrap interval.
 
     Args:
         true: int64 [n], the labels.
-        first: int64 [n], what one model predicts for the same examples.
-        second: int64 [n], what the other does.
-        generator: where the draws come from.
+        first: int64 [n], the predictions of one model.
+        second: int64 [n], the predictions of the other model for the same examples.
+        generator: the source of the random draws.
         draws: resamples, as for ``macro_f1_interval``.
 
     Returns:
@@ -140,7 +140,7 @@ def macro_f1_difference(
         raise ValueError(f"at least one draw, not {draws}")
     if not len(true):
         return 0.0, (-1.0, 1.0)
-    # An example is known by its label and both answers: redrawing examples is redrawing cells.
+    # The label and both predictions define an example: resampling examples is resampling cells.
     cells, counts = np.unique(np.stack([true, first, second]), axis=1, return_counts=True)
     labels, ours, others = cells
 
@@ -159,11 +159,11 @@ def macro_f1_difference(
 def _macro_f1(
     samples: npt.NDArray[np.int64], true: npt.NDArray[np.intp], predicted: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.float64]:
-    """Macro F1 [draws] of counts [draws, cells] whose cell k is (true[k], predicted[k])."""
-    labels = np.unique(true)  # a class that is never true does not count
+    """Return macro F1 [draws] of counts [draws, cells]; cell k is (true[k], predicted[k])."""
+    labels = np.unique(true)  # a class without true examples does not count
     row_of = {label: row for row, label in enumerate(labels.tolist())}
     hits, support, guesses = np.zeros((3, len(labels), len(samples)), np.int64)
-    # Cell by cell: there are few of them in a site's matrix, and no copy of all in a large one.
+    # Cell by cell: a site's matrix has few cells, and a large matrix is not copied.
     cells = np.ascontiguousarray(samples.T)
     for counts, row, column in zip(cells, true.tolist(), predicted.tolist(), strict=True):
         support[row_of[row]] += counts
@@ -171,7 +171,7 @@ def _macro_f1(
             hits[row_of[row]] += counts
         if column in row_of:
             guesses[row_of[column]] += counts
-    # F1 = 2 hits / (support + guesses), and support > 0 wherever it counts.
+    # F1 = 2 hits / (support + guesses); support > 0 for every class that counts.
     f1 = np.zeros((len(samples), int(labels[-1]) + 1))
     f1[:, labels] = (2 * hits / np.maximum(support + guesses, 1)).T
     occurs = np.zeros(f1.shape, np.bool_)
@@ -180,13 +180,13 @@ def _macro_f1(
     return scores
 
 
-@cache  # thousands of sites with small test sets share few pairs of counts
+@cache  # thousands of sites with small test sets have few different pairs
 def mcnemar(only_federated: int, only_local: int) -> float:
-    """Two-sided exact p-value; with no discordant example there is nothing against equality."""
+    """Return the two-sided exact p-value; it is 1 without discordant examples."""
     discordant = only_federated + only_local
     if discordant == 0:
         return 1.0
-    from scipy.stats import binomtest  # at the end of a run, not in the memory of every worker
+    from scipy.stats import binomtest  # only at the end of a run: not in every worker's memory
 
     return float(binomtest(only_federated, discordant, 0.5).pvalue)
 
@@ -194,7 +194,7 @@ def mcnemar(only_federated: int, only_local: int) -> float:
 def paired_interval(
     both: int, only_federated: int, only_local: int, total: int
 ) -> tuple[float, float]:
-    """Newcombe's method 10 for federated minus local, 95 %."""
+    """Return Newcombe's method 10 for federated minus local, 95 %."""
     neither = total - both - only_federated - only_local
     federated, local = both + only_federated, both + only_local
     difference = (only_federated - only_local) / total
@@ -207,7 +207,7 @@ def paired_interval(
     phi = _correlation(both * neither - only_federated * only_local, federated, local, total)
     down = below_f**2 - 2 * phi * below_f * above_l + above_l**2
     up = above_f**2 - 2 * phi * above_f * below_l + below_l**2
-    # Both are sums of squares on paper (|phi| <= 1); rounding may put them just below 0.
+    # Both are sums of squares in theory (|phi| <= 1); rounding can give values just below 0.
     return (
         max(-1.0, difference - math.sqrt(max(0.0, down))),
         min(1.0, difference + math.sqrt(max(0.0, up))),
@@ -215,7 +215,7 @@ def paired_interval(
 
 
 def _correlation(cross: int, federated: int, local: int, total: int) -> float:
-    """Phi of the 2x2 table with Newcombe's continuity correction (only where positive)."""
+    """Return phi of the 2x2 table with Newcombe's continuity correction (only if positive)."""
     margins = federated * (total - federated) * local * (total - local)
     if margins == 0:
         return 0.0
@@ -224,7 +224,7 @@ def _correlation(cross: int, federated: int, local: int, total: int) -> float:
 
 
 def redrawn_sums(sums: Clusters, generator: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Sums [k, DRAWS] over redrawn columns of ``sums`` [k, clusters]."""
+    """Return sums [k, DRAWS] over resampled columns of ``sums`` [k, clusters]."""
     clusters = sums.shape[1]
     shares = np.full(clusters, 1 / clusters)
     most = max(1, AT_ONCE // clusters)
@@ -236,18 +236,18 @@ def redrawn_sums(sums: Clusters, generator: np.random.Generator) -> npt.NDArray[
 
 
 def percentile_interval(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The 95 % percentile interval of redrawn ``values``."""
+    """Return the 95 % percentile interval of resampled ``values``."""
     low, high = np.quantile(values, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
 
 def permutation_test(gaps: Clusters, generator: np.random.Generator) -> float:
-    """Two-sided p-value: how often chance alone would put the models as far apart.
+    """Return the two-sided p-value: how often a random swap gives a difference at least as large.
 
-    The observed order is counted as one of the draws, so that it is never 0 (Phipson and Smyth
+    The observed order counts as one of the draws, so that the p-value is never 0 (Phipson and Smyth
     2010, "Permutation P-values Should Never Be Zero").
     """
-    least = abs(gaps.sum()) * (1 - 1e-9)  # sums of the same numbers differ in the last bits
+    least = abs(gaps.sum()) * (1 - 1e-9)  # the order of a sum changes the last bits
     most, found = max(1, AT_ONCE // len(gaps)), 0
     for at in range(0, DRAWS, most):
         signs = generator.choice((-1.0, 1.0), (min(most, DRAWS - at), len(gaps)))

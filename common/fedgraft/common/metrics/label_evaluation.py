@@ -1,7 +1,7 @@
-"""What a model predicted for a site's labelled examples, and whether federating was worth it there.
+"""A model's predictions for a site's labelled examples, and the verdict on federating at that site.
 
-All of it treats test examples as independent draws; many images of one patient are fewer
-examples than they seem, and then every interval here is too narrow.
+All functions treat test examples as independent draws. Many images of one patient are not
+independent; then every interval here is too narrow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,10 +29,11 @@ __all__ = ["LabelEvaluation", "verdict"]
 
 @dataclass(frozen=True)
 class LabelEvaluation:
-    """The summed ``loss`` (nats), true and predicted labels, both int64 [examples], in their order.
+    """The summed ``loss`` (nats), and true and predicted labels, both int64 [examples], in order.
 
-    What follows from them is worked out when asked for: thousands of sites' confusion matrices,
-    most of them zeros, need not be held. ``more`` is what ``measures`` counts beside.
+    Derived values are computed on request: most entries in the confusion matrices of thousands of
+    sites are zero, so the matrices are not stored. ``more`` are the additional counts of
+    ``measures``.
     """
 
     loss: float
@@ -43,17 +44,17 @@ class LabelEvaluation:
 
     @property
     def tally(self) -> Tally:
-        """The sums."""
+        """Return the sums."""
         return Tally.of(self.loss, self.true, self.predicted, self.classes, self.more)
 
     @property
     def correct(self) -> npt.NDArray[np.bool_]:
-        """Which examples were predicted right, bool [examples]."""
+        """Return a mask of the correctly predicted examples, bool [examples]."""
         correct: npt.NDArray[np.bool_] = self.predicted == self.true
         return correct
 
     def intervals(self, generator: np.random.Generator) -> dict[str, Any]:
-        """95 % intervals of accuracy and macro F1, as ``KEY_interval``."""
+        """Return 95 % intervals of accuracy and macro F1, as ``KEY_interval``."""
         tally = self.tally
         return {
             "accuracy_interval": list(wilson_interval(tally.correct, tally.examples)),
@@ -63,10 +64,10 @@ class LabelEvaluation:
     def compare(
         self, other: "LabelEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
     ) -> dict[str, Any]:
-        """This model, the federated one, against ``other`` on the same examples of site ``name``.
+        """Compare this model, the federated one, with ``other`` on the same examples.
 
-        The ``Verdict`` and ``macro_f1_difference`` with its paired bootstrap interval; differences
-        are fractions -1..1.
+        ``name`` is the site. Return the ``Verdict``, and ``macro_f1_difference`` with its paired
+        bootstrap interval; differences are fractions -1..1.
         """
         judged = verdict(self.correct, other.correct, name=name, rival=rival)
         gap, interval = macro_f1_difference(
@@ -80,16 +81,16 @@ class LabelEvaluation:
         }
 
     def joined(self, others: "Sequence[LabelEvaluation]") -> "LabelEvaluation":
-        """The examples of this one and of ``others`` as one, in order."""
+        """Return one evaluation of the examples of this one and of ``others``, in order."""
         every = (self, *others)
-        loss = reduce(add, (one.loss for one in every))  # sum() rounds differently from 3.12 on
+        loss = reduce(add, (one.loss for one in every))  # since 3.12 sum() rounds differently
         true = np.concatenate([one.true for one in every])
         predicted = np.concatenate([one.predicted for one in every])
         more = reduce(add, (one.more for one in every))
         return LabelEvaluation(loss, true, predicted, self.classes, more)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values: two labels a test example."""
+        """Return the evaluation as plain JSON values: two labels per test example."""
         arrays = {"true": self.true.tolist(), "predicted": self.predicted.tolist()}
         at = np.flatnonzero(self.more)  # most bins are empty
         more = [len(self.more), at.tolist(), self.more[at].tolist()]
@@ -97,9 +98,9 @@ class LabelEvaluation:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "LabelEvaluation":
-        """What ``to_json`` gave."""
+        """Return the evaluation that ``to_json`` wrote."""
         true, predicted = (np.array(value[key], np.int64) for key in ("true", "predicted"))
-        size, at, counts = value.get("more", (0, [], []))  # older runs have none
+        size, at, counts = value.get("more", (0, [], []))  # older runs have no "more"
         more = np.zeros(size, np.int64)
         more[at] = counts
         return cls(value["loss"], true, predicted, value["classes"], more)
@@ -115,10 +116,10 @@ def verdict(
     """Compare two models on the same test examples of the site ``name``.
 
     Args:
-        federated_correct: bool [n], where the federated model is right.
-        local_correct: bool [n], where the other model is right, in the same order.
-        name: the site as the sentence calls it; not escaped.
-        rival: what the other model is: the site's own, or the backbone untouched.
+        federated_correct: bool [n], True where the federated model is correct.
+        local_correct: bool [n], True where the other model is correct, in the same order.
+        name: the site's name in the sentence; it is not escaped.
+        rival: the other model: the site's own model, or the backbone without training.
 
     Raises:
         ValueError: the two are not boolean vectors of one length.
@@ -153,7 +154,10 @@ def verdict(
 
 
 def _outcome(interval: tuple[float, float], p_value: float) -> Outcome:
-    """Both must agree: test and interval differ at the margin, and the sentence shows both."""
+    """Return the outcome; the test and the interval must agree.
+
+    The two can differ close to the limit, and the sentence shows both.
+    """
     if p_value < LEVEL and interval[0] > 0:
         return "helped"
     if p_value < LEVEL and interval[1] < 0:
@@ -196,7 +200,10 @@ def _sentence_of_backbone(
     p_value: float,
     examples: int,
 ) -> str:
-    """The verdict on training at all, beside the one on training together."""
+    """Return the verdict on training compared with no training.
+
+    ``_sentence`` is the verdict on training together compared with training alone.
+    """
     federated, untouched = (f"{100 * share:.1f} %" for share in shares)
     gap = f"difference {as_points(difference)} points"
     span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"

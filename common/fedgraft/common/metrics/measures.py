@@ -1,19 +1,21 @@
-"""What is counted beside the confusion matrix, as whole numbers that add up over sites.
+"""Additional counts beside the confusion matrix: whole numbers that are summed over sites.
 
-Ranking and calibration need scores, which must not leave a site one by one. What leaves is how
-many scores fell into each of a fixed number of bins, and how many examples of each group were
-right: a vector whose length follows from the job alone, so that it goes through a secure sum.
+Ranking and calibration need scores, but the score of one example must not leave a site. A site
+sends the number of scores in each of a fixed number of bins, and the number of correct examples of
+each group. The length of this vector depends only on the job, so the vector can go through a secure
+sum.
 
     scores[c, s, b]   examples of class c (s = 0) or of another (s = 1) whose log-odds of class c
                       are in bin b; log-odds, because ranks need resolution near 0 and 1
-    sure[s, b]        predictions that were right (s = 0) or wrong (s = 1), by the probability of
+    sure[s, b]        predictions that were correct (s = 0) or wrong (s = 1), by the probability of
                       the predicted class, in bins of equal width over 0..1
-    groups[g, s]      examples of group g that were predicted right (s = 0) or wrong (s = 1)
+    groups[g, s]      examples of group g with a correct (s = 0) or a wrong (s = 1) prediction
 
-AUROC is exact but for pairs whose scores share a bin: each counts 1/2 where the truth is between 0
-and 1, so it is off by at most half the share of such pairs (``auroc_error``). The calibration error
-(Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI) takes a
-bin's middle for the probabilities in it, and is off by at most half a bin, ``1 / (2 bins)``.
+AUROC is exact except for pairs whose scores are in one bin. Each such pair counts 1/2, and the true
+value is between 0 and 1. So the error of AUROC is at most half the share of such pairs
+(``auroc_error``). The calibration error (Naeini et al. 2015, "Obtaining Well Calibrated
+Probabilities Using Bayesian Binning", AAAI) uses the middle of a bin for the probabilities in the
+bin. So its error is at most half a bin, ``1 / (2 bins)``.
 """
 
 from collections.abc import Mapping
@@ -31,13 +33,13 @@ from fedgraft.common.metrics.tally import Counts, Tally
 
 __all__ = ["CALIBRATION_BINS", "LabelMeasures"]
 
-CALIBRATION_BINS = 10  # of the calibration error; ``bins`` is a multiple, so that edges are shared
-LOG_ODDS = 16.0  # beyond, 1 in 9 million, all scores are in the last bin
+CALIBRATION_BINS = 10  # of the calibration error; ``bins`` is a multiple, so that edges agree
+LOG_ODDS = 16.0  # all log-odds beyond it (1 in 9 million) are in the last bin
 
 
 @dataclass(frozen=True)
 class LabelMeasures:
-    """What a job counts of ``classes`` labels: scores in ``bins`` (0: none), these ``groups``.
+    """The counts of a job with ``classes`` labels: scores in ``bins`` (0: none), and ``groups``.
 
     A group with fewer than ``fewest`` examples is not shown.
     """
@@ -52,7 +54,7 @@ class LabelMeasures:
 
     @cached_property
     def size(self) -> int:
-        """How many counts there are beside the confusion matrix."""
+        """Return the number of additional counts beside the confusion matrix."""
         return (
             2 * ((self.classes + 1) * self.bins + len(self.groups))
             if self.bins
@@ -61,19 +63,19 @@ class LabelMeasures:
 
     @property
     def named(self) -> tuple[str, ...]:
-        """What is counted beside; what is not asked for is not named."""
+        """Return the names of the additional counts; it is empty if the job asks for none."""
         return (f"bins {self.bins}", *self.groups) if self.size else ()
 
     def collect(self, examples: Examples) -> "_Collector":
-        """Takes what a model predicts for ``examples``, batch by batch."""
+        """Return a collector of a model's predictions for ``examples``, batch by batch."""
         return _Collector(self, examples)
 
     def evaluation(self, value: Mapping[str, Any]) -> LabelEvaluation:
-        """The evaluation that ``to_json`` wrote."""
+        """Return the evaluation that ``to_json`` wrote."""
         return LabelEvaluation.from_json(value)
 
     def count_scores(self, logits: NDArray[np.floating[Any]], true: Counts) -> Counts:
-        """Count a batch of predictions: [size], zero where ``count_groups`` counts.
+        """Return the counts of a batch of predictions: [size], zero where ``count_groups`` counts.
 
         Args:
             logits: float [examples, classes].
@@ -98,7 +100,10 @@ class LabelMeasures:
         return counts
 
     def count_groups(self, groups: Counts, correct: NDArray[np.bool_]) -> Counts:
-        """Count examples by group, int64 [examples] (-1: of none): [size], zero elsewhere."""
+        """Return the counts of examples by group: [size], zero elsewhere.
+
+        ``groups`` are int64 [examples]; -1 means no group.
+        """
         counts = np.zeros(self.size, np.int64)
         known = groups >= 0
         wrong = (~correct).astype(np.int64)
@@ -106,14 +111,14 @@ class LabelMeasures:
         return counts
 
     def without_few(self, counts: Counts) -> Counts:
-        """``counts`` with zeros for every group that has fewer than ``fewest`` examples."""
+        """Return ``counts`` with zeros for every group with fewer than ``fewest`` examples."""
         kept = counts.copy()
         groups = self._parts(kept)[2]
         groups[groups.sum(1) < self.fewest] = 0
         return kept
 
     def fits(self, tally: Tally) -> bool:
-        """Whether the counts of ``tally`` can belong to its confusion matrix."""
+        """Return whether the counts of ``tally`` can belong to its confusion matrix."""
         if tally.more.shape != (self.size,) or (tally.more < 0).any():
             return False
         scores, sure, groups = self._parts(tally.more)
@@ -127,16 +132,20 @@ class LabelMeasures:
         )
 
     def figures(self, tally: Tally) -> dict[str, Any]:
-        """All that ``tally`` says of a model: fractions 0..1, the mean ``loss`` in nats."""
+        """Return all metrics of a model from ``tally``: fractions 0..1, and the ``loss`` in nats.
+
+        The loss is the mean over the examples.
+        """
         return {**tally.summary(), **self.summary(tally)}
 
     def summary(self, tally: Tally) -> dict[str, Any]:
-        """What the counts of ``tally`` come to; {} if nothing beside the confusion matrix is asked.
+        """Return the metrics from the additional counts of ``tally``; {} if the job asks for none.
 
-        ``auroc`` (one class against the others, mean over the classes for which there are both)
-        with ``auroc_error``, ``calibration_error`` with ``calibration_error_bound``; of ``groups``
-        the ``examples`` and ``accuracy`` each (None for one with too few), and ``accuracy_gap``,
-        the largest difference between two that are shown. None where nothing can be said.
+        ``auroc`` (one class against the others, the mean over the classes with both kinds of
+        examples) with ``auroc_error``; ``calibration_error`` with ``calibration_error_bound``;
+        ``groups`` with the ``examples`` and ``accuracy`` of each group (None for a group with too
+        few examples); and ``accuracy_gap``, the largest difference between two shown groups. A
+        metric is None if it cannot be computed.
         """
         scores, sure, groups = self._parts(tally.more)
         found: dict[str, Any] = {}
@@ -164,7 +173,7 @@ class LabelMeasures:
         return {"groups": shown, "accuracy_gap": gap}
 
     def _parts(self, counts: Counts) -> tuple[Counts, Counts, Counts]:
-        """Views of ``scores``, ``sure`` and ``groups`` into ``counts``."""
+        """Return views of ``scores``, ``sure`` and ``groups`` into ``counts``."""
         first = 2 * self.classes * self.bins
         second = first + 2 * self.bins
         return (
@@ -175,7 +184,7 @@ class LabelMeasures:
 
 
 class _Collector:
-    """Predictions of some examples, put back into their order."""
+    """A collector of predictions; it restores the order of the examples."""
 
     def __init__(self, measures: LabelMeasures, examples: Examples) -> None:
         self._measures, self._groups = measures, examples.groups
@@ -184,9 +193,10 @@ class _Collector:
         self._loss = 0.0
 
     def add(self, index: Indices, found: Mapping[str, Any]) -> None:
-        """Take a batch: its summed ``loss`` (nats), ``true`` and ``predicted`` labels, ``logits``.
+        """Add a batch: its summed ``loss`` (nats), ``true`` and ``predicted`` labels, ``logits``.
 
-        ``index`` int64 [b] are the examples; labels int64 [b], ``logits`` float [b, classes].
+        ``index``, int64 [b], are the examples; labels are int64 [b], ``logits`` are float [b,
+        classes].
         """
         self._loss += found["loss"]
         self._true[index], self._predicted[index] = found["true"], found["predicted"]
@@ -194,7 +204,7 @@ class _Collector:
             self._more += self._measures.count_scores(found["logits"], found["true"])
 
     def evaluation(self) -> LabelEvaluation:
-        """All of them."""
+        """Return the evaluation of all added examples."""
         if self._groups is not None:
             right = self._true == self._predicted
             self._more += self._measures.count_groups(self._groups, right)
@@ -203,7 +213,10 @@ class _Collector:
 
 
 def _softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Probabilities in double precision: near 1, single precision has no log-odds left."""
+    """Return probabilities in double precision.
+
+    Near 1, single precision is too coarse for log-odds.
+    """
     shifted = np.asarray(logits, np.float64)
     shares = np.exp(shifted - shifted.max(1, keepdims=True))
     total: NDArray[np.float64] = shares / shares.sum(1, keepdims=True)
@@ -211,19 +224,19 @@ def _softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 def _others(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """1 - p, not below 0."""
+    """Return 1 - p, at least 0."""
     return np.maximum(1 - shares, 0.0)
 
 
 def _binned(values: NDArray[np.float64], bins: int) -> Counts:
-    """The bin of each value of 0..1; what is outside is in the first or last."""
-    # Not floor(x * bins): an edge such as 0.3 must be where 3 / 10 is, as others have it.
+    """Return the bin of each value in 0..1; outside values go to the first or the last bin."""
+    # Not floor(x * bins): an edge such as 0.3 must equal 3 / 10, as in other implementations.
     edges = np.arange(1, bins) / bins
     return np.searchsorted(edges, values, side="right").astype(np.int64)
 
 
 def _auroc(scores: Counts) -> tuple[float | None, float | None]:
-    """Mean over classes with both kinds of examples, and how far it may be off."""
+    """Return the mean AUROC over classes with both kinds of examples, and its largest error."""
     areas, errors = [], []
     for own, other in scores.astype(np.float64):
         pairs = own.sum() * other.sum()
@@ -236,7 +249,10 @@ def _auroc(scores: Counts) -> tuple[float | None, float | None]:
 
 
 def _calibration_error(sure: Counts) -> float:
-    """Mean distance of a bin's accuracy from its confidence, bins weighed by their examples."""
+    """Return the mean distance of a bin's accuracy from its confidence.
+
+    Bins are weighted by their examples.
+    """
     bins = sure.shape[1]
     middles = (np.arange(bins) + 0.5) / bins
     coarse = sure.reshape(2, CALIBRATION_BINS, -1)

@@ -1,4 +1,4 @@
-"""A figure of a model, as tables and pages show it."""
+"""A metric of a model, as tables and pages show it."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ __all__ = ["Metric"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a model: its ``key`` in a summary, its ``name`` in a table.
+    """A metric of a model: its ``key`` in a summary, its ``name`` in a table.
 
-    ``percent``: it is a share, shown in percent. ``hub`` is what the Hugging Face hub calls it,
-    where that differs from the key. ``higher``: a larger value is a better model.
-    ``short`` is the name where there is little room. ``digits`` that count
-    are shown where that is not 0: of a figure whose unit is not known.
+    ``percent``: the metric is a share, shown in percent. ``hub`` is the Hugging Face hub's name, if
+    it differs from the key. ``higher``: a larger value means a better model. ``short`` is the name
+    for narrow places. ``digits``, if not 0, is the number of significant digits: for a metric whose
+    unit is not known.
     """
 
     key: str
@@ -26,11 +26,11 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The name as a sentence begins with it."""
+        """Return the name with a capital letter, for the start of a sentence."""
         return self.name[:1].upper() + self.name[1:]
 
     def text(self, value: float | None, missing: str = "-", unit: str = " %") -> str:
-        """``value`` with one decimal of a percent, or in a few digits."""
+        """Return ``value`` in percent with one decimal, or in a few digits."""
         if value is None or not math.isfinite(value):
             return missing
         if self.percent:

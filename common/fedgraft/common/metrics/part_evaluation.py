@@ -1,12 +1,13 @@
-"""What a model came to on examples made of parts: blocks of tokens, images of patches.
+"""The results of a model on examples made of parts: blocks of tokens, images of patches.
 
-The tokens of a block depend on one another: one word that a model does not know costs it several.
-To take each token for a draw of its own would make every interval far too narrow. So blocks are
-redrawn, each with all of its tokens. Both models read the same blocks, and what is compared is the
-loss in nats per token; perplexity is e to the power of it. An image is a block too, of hidden
-patches, and its loss the mean absolute error.
+The tokens of a block depend on one another: one unknown word affects several tokens. If each token
+counted as an independent draw, every interval would be far too narrow. So whole blocks are
+resampled, each with all its tokens. Both models read the same blocks. The comparison uses the loss
+in nats per token; perplexity is e to the power of this loss. An image counts as a block of hidden
+patches, and its loss is the mean absolute error.
 
-Blocks are treated as independent draws. Neighbouring blocks of one document are not quite.
+Blocks are treated as independent draws. For neighbouring blocks of one document this is not fully
+true.
 """
 
 import math
@@ -39,7 +40,7 @@ __all__ = [
     "part_intervals",
 ]
 
-LARGEST_EXPONENT = 700.0  # of e: beyond is no float, and JSON has no infinity
+LARGEST_EXPONENT = 700.0  # of e: a larger one overflows, and JSON has no infinity
 NEGATIVE = " This is negative transfer."
 
 Blocks = npt.NDArray[Any]
@@ -47,11 +48,11 @@ Blocks = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class PartWords:
-    """How examples made of parts are spoken of.
+    """The words for examples made of parts.
 
-    ``parts`` is the plural of a part; ``metric`` the headline, e to the power of the mean loss
-    where it is ``exponential``; ``difference`` is the pattern for a difference of two mean losses;
-    ``one`` and ``many`` count examples.
+    ``parts`` is the plural of a part. ``metric`` is the headline metric; if ``exponential``, it is
+    e to the power of the mean loss. ``difference`` is the pattern for a difference of two mean
+    losses. ``one`` and ``many`` are the words for numbers of examples.
     """
 
     parts: str
@@ -62,7 +63,7 @@ class PartWords:
     many: str
 
     def value(self, loss: float) -> float:
-        """The headline of a mean loss."""
+        """Return the headline metric for a mean loss."""
         return math.exp(min(loss, LARGEST_EXPONENT)) if self.exponential else loss
 
 
@@ -87,10 +88,10 @@ WORDS = {words.parts: words for words in (TOKENS, PATCHES)}
 
 @dataclass(frozen=True)
 class PartEvaluation:
-    """Of each block or image, in their order: the summed loss, and its parts that are right.
+    """The summed loss and the number of correct parts of each block or image, in order.
 
-    ``losses`` float64 (nats), ``right`` and ``counted`` int64, all [blocks]. Tokens of a block and
-    patches of an image depend on one another, so that blocks and not parts are what can be redrawn.
+    ``losses`` are float64 (nats), ``right`` and ``counted`` are int64, all [blocks]. Tokens of a
+    block, and patches of an image, depend on one another, so only whole blocks can be resampled.
     """
 
     losses: npt.NDArray[np.float64]
@@ -100,19 +101,25 @@ class PartEvaluation:
 
     @property
     def tally(self) -> Tally:
-        """The sums: a right part is of class 0, as it should be, a wrong one of class 1."""
+        """Return the sums; the true class of every part is 0.
+
+        A correct part counts as predicted 0, a wrong part as predicted 1.
+        """
         right, counted = int(self.right.sum()), int(self.counted.sum())
         confusion = np.array([[right, counted - right], [0, 0]], np.int64)
         return Tally(float(self.losses.sum()), confusion)
 
     def intervals(self, generator: np.random.Generator) -> dict[str, Any]:
-        """95 % intervals of the headline metric and of accuracy (``part_intervals``)."""
+        """Return 95 % intervals of the headline metric and of accuracy (``part_intervals``)."""
         return part_intervals(self.losses, self.right, self.counted, generator, self.words)
 
     def compare(
         self, other: "PartEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
     ) -> dict[str, Any]:
-        """This model, the federated one, against ``other`` on the same blocks of site ``name``."""
+        """Compare this model, the federated one, with ``other`` on the same blocks.
+
+        ``name`` is the site.
+        """
         judged = block_verdict(
             self.losses,
             other.losses,
@@ -125,7 +132,7 @@ class PartEvaluation:
         return {**asdict(judged), "interval": judged.interval and list(judged.interval)}
 
     def joined(self, others: "Sequence[PartEvaluation]") -> "PartEvaluation":
-        """The blocks of this one and of ``others`` as one, in order."""
+        """Return one evaluation of the blocks of this one and of ``others``, in order."""
         columns = zip(
             *((one.losses, one.right, one.counted) for one in (self, *others)), strict=True
         )
@@ -133,13 +140,13 @@ class PartEvaluation:
         return PartEvaluation(losses, right, counted, self.words)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values: three sums a block."""
+        """Return the evaluation as plain JSON values: three sums per block."""
         arrays = {key: getattr(self, key).tolist() for key in ("losses", "right", "counted")}
         return {**arrays, "target": self.words.parts}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PartEvaluation":
-        """What ``to_json`` gave."""
+        """Return the evaluation that ``to_json`` wrote."""
         right, counted = (np.array(value[key], np.int64) for key in ("right", "counted"))
         losses = np.array(value["losses"], np.float64)
         return cls(losses, right, counted, WORDS[value.get("target", "tokens")])
@@ -147,9 +154,9 @@ class PartEvaluation:
 
 @dataclass(frozen=True)
 class PartMeasures:
-    """What a job counts of up to ``most_parts`` parts an example: right ones, and the others.
+    """The counts of a job with up to ``most_parts`` parts per example: correct and wrong parts.
 
-    Nothing is counted beside.
+    There are no additional counts.
     """
 
     most_parts: int
@@ -161,30 +168,30 @@ class PartMeasures:
     loss_limit = PARTS_LIMIT
 
     def fits(self, tally: Tally) -> bool:
-        """Whether nothing is counted beside."""
+        """Return whether there are no additional counts."""
         return tally.more.shape == (0,)
 
     def without_few(self, counts: Counts) -> Counts:
-        """``counts``, of which there are none."""
+        """Return ``counts``, which are empty."""
         return counts
 
     def collect(self, examples: Examples) -> "_Collector":
-        """Takes what a model predicts for ``examples``, batch by batch."""
+        """Return a collector of a model's predictions for ``examples``, batch by batch."""
         return _Collector(self, examples)
 
     def evaluation(self, value: Mapping[str, Any]) -> PartEvaluation:
-        """The evaluation that ``to_json`` wrote."""
+        """Return the evaluation that ``to_json`` wrote."""
         return PartEvaluation.from_json(value)
 
     def figures(self, tally: Tally) -> dict[str, Any]:
-        """``accuracy``, the headline metric, and ``loss``, all per part."""
+        """Return ``accuracy``, the headline metric, and ``loss``, all per part."""
         loss = tally.mean_loss
         headline = self.words.value(loss) if tally.examples or not self.words.exponential else 0.0
         return {"accuracy": tally.accuracy, self.words.metric.key: headline, "loss": loss}
 
 
 class _Collector:
-    """Sums of some examples, put back into their order."""
+    """A collector of sums per example; it restores the order of the examples."""
 
     def __init__(self, measures: PartMeasures, examples: Examples) -> None:
         self._words = measures.words
@@ -192,15 +199,15 @@ class _Collector:
         self._right, self._counted = np.zeros((2, len(examples)), np.int64)
 
     def add(self, index: Indices, found: Mapping[str, Any]) -> None:
-        """Take a batch: of each example the summed ``losses``, its ``right`` and ``counted`` parts.
+        """Add a batch: ``losses``, ``right`` and ``counted`` parts, summed for each example.
 
-        ``index`` int64 [b] are the examples; each of the others is [b].
+        ``index``, int64 [b], are the examples; each of the others is [b].
         """
         self._losses[index] = found["losses"]
         self._right[index], self._counted[index] = found["right"], found["counted"]
 
     def evaluation(self) -> PartEvaluation:
-        """All of them."""
+        """Return the evaluation of all added examples."""
         return PartEvaluation(self._losses, self._right, self._counted, self._words)
 
 
@@ -211,17 +218,17 @@ def part_intervals(
     generator: np.random.Generator,
     words: PartWords = TOKENS,
 ) -> dict[str, list[float]]:
-    """95 % intervals of the headline metric and ``accuracy`` over blocks, as ``KEY_interval``.
+    """Return 95 % intervals of the headline metric and ``accuracy``, as ``KEY_interval``.
 
     Args:
         losses: float [blocks], summed over a block's tokens, nats.
-        right: int [blocks], tokens that were predicted right.
+        right: int [blocks], correctly predicted tokens.
         counted: int [blocks], tokens.
-        generator: where the draws come from.
-        words: what blocks are made of, and how they are spoken of.
+        generator: the source of the random draws.
+        words: the words for blocks and their parts.
 
     Returns:
-        {} for fewer than two blocks: nothing can be redrawn.
+        {} for fewer than two blocks, because they cannot be resampled.
     """
     if np.count_nonzero(counted) < 2:
         return {}
@@ -245,12 +252,12 @@ def block_verdict(
 
     Args:
         federated: float [blocks], the federated model's loss summed over a block, nats.
-        other: float [blocks], that of the other model on the same blocks.
+        other: float [blocks], the other model's loss on the same blocks.
         counted: int [blocks], tokens of a block.
-        name: the site as the sentence calls it; not escaped.
-        generator: where the draws come from.
-        rival: what the other model is: the site's own, or the backbone untouched.
-        words: what blocks are made of, and how they are spoken of.
+        name: the site's name in the sentence; it is not escaped.
+        generator: the source of the random draws.
+        rival: the other model: the site's own model, or the backbone without training.
+        words: the words for blocks and their parts.
 
     Raises:
         ValueError: the three are not vectors of one length.
@@ -283,7 +290,10 @@ def block_verdict(
 
 
 def _outcome(interval: tuple[float, float] | None, p_value: float) -> Outcome:
-    """Test and interval must agree, as where labels are predicted; less loss is better."""
+    """Return the outcome; the test and the interval must agree, as for labels.
+
+    A smaller loss is better.
+    """
     if interval is None or p_value >= LEVEL:
         return "unclear"
     if interval[1] < 0:

@@ -1,13 +1,14 @@
-"""Entities that IOB2 tags spell: counted by type, with intervals and a verdict over sentences.
+"""Entities marked by IOB2 tags: counts by type, with intervals and a verdict over sentences.
 
 IOB2: Ramshaw and Marcus 1995, "Text Chunking using Transformation-Based Learning"; Tjong Kim Sang
 and De Meulder 2003, "Introduction to the CoNLL-2003 Shared Task". ``B-TYPE`` begins an entity,
-``I-TYPE`` goes on, ``O`` is outside. An entity is right where its type and both its ends are, as in
-CoNLL's evaluation; ``I-TYPE`` without an entity of its type before it begins one.
+``I-TYPE`` continues it, ``O`` is outside. An entity is correct if its type and both its ends are
+correct, as in CoNLL's evaluation. An ``I-TYPE`` begins an entity if no entity of its type is before
+it.
 
-Entities of a sentence depend on one another, so sentences are redrawn for intervals, and the test
-flips at random which model a sentence's entities belong to (Yeh 2000, "More Accurate Tests for the
-Statistical Significance of Result Differences").
+Entities of a sentence depend on one another. So intervals resample whole sentences, and the test
+swaps the entities of the two models in randomly chosen sentences (Yeh 2000, "More Accurate Tests
+for the Statistical Significance of Result Differences").
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +27,12 @@ from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict, as_points
 __all__ = ["OUTSIDE", "TagEvaluation", "TagMeasures", "entities", "types_of"]
 
 OUTSIDE = "O"
-COLUMNS = 3  # of the counts of a type: entities that are right, predicted, true
+COLUMNS = 3  # counts of a type: correct, predicted and true entities
 DRAWS = 1000
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """The entities that IOB2 ``tags`` spell: type, first word, first word after it."""
+    """Return the entities that IOB2 ``tags`` mark: type, first word, first word after it."""
     found: set[tuple[str, int, int]] = set()
     kind, start = "", 0
     for at, tag in enumerate([*tags, OUTSIDE]):
@@ -45,22 +46,22 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def types_of(labels: Sequence[str]) -> tuple[str, ...]:
-    """The types of entities that ``labels`` have, sorted."""
+    """Return the entity types in ``labels``, sorted."""
     return tuple(sorted({label.partition("-")[2] for label in labels if label != OUTSIDE}))
 
 
 def f1_of(counts: NDArray[Any]) -> NDArray[np.float64]:
-    """F1 of ``counts`` [..., 3] (right, predicted, true), 0 where there are neither."""
+    """Return F1 of ``counts`` [..., 3] (correct, predicted, true); 0 if all are zero."""
     both = counts[..., 1] + counts[..., 2]
     return np.asarray(2 * counts[..., 0] / np.maximum(both, 1), np.float64)
 
 
 @dataclass(frozen=True)
 class TagEvaluation:
-    """Of each sentence, in their order: its loss, its tokens and its entities.
+    """The loss, the tokens and the entities of each sentence, in order.
 
-    ``losses`` float64 (nats), ``right`` and ``counted`` tokens int64, all [n]; ``found`` int64
-    [n, types, 3] are entities that are right, predicted and true, by type in ``types``.
+    ``losses`` are float64 (nats); the ``right`` and ``counted`` tokens are int64; all are [n].
+    ``found``, int64 [n, types, 3], are correct, predicted and true entities, by type in ``types``.
     """
 
     losses: NDArray[np.float64]
@@ -71,13 +72,16 @@ class TagEvaluation:
 
     @property
     def tally(self) -> Tally:
-        """The sums: tokens as a confusion matrix of right and wrong, entities beside it."""
+        """Return the sums: a confusion matrix of correct and wrong tokens, with the entities."""
         right, counted = int(self.right.sum()), int(self.counted.sum())
         confusion = np.array([[right, counted - right], [0, 0]], np.int64)
         return Tally(float(self.losses.sum()), confusion, self.found.sum(0).reshape(-1))
 
     def intervals(self, generator: np.random.Generator) -> dict[str, Any]:
-        """95 % intervals of entity F1 and token accuracy over sentences; {} for fewer than two."""
+        """Return 95 % intervals of entity F1 and token accuracy over sentences.
+
+        The result is {} for fewer than two sentences.
+        """
         if len(self.counted) < 2:
             return {}
         columns = [*self.found.sum(1).T, self.right, self.counted]
@@ -91,26 +95,29 @@ class TagEvaluation:
     def compare(
         self, other: "TagEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
     ) -> dict[str, Any]:
-        """The difference of entity F1 to ``other`` on the same sentences of the site ``name``."""
+        """Return the difference of entity F1 to ``other`` on the same sentences.
+
+        ``name`` is the site.
+        """
         verdict = _verdict(self.found.sum(1), other.found.sum(1), generator, name, rival)
         return {**asdict(verdict), "interval": verdict.interval and list(verdict.interval)}
 
     def joined(self, others: "Sequence[TagEvaluation]") -> "TagEvaluation":
-        """The sentences of this one and of ``others`` as one, in order."""
+        """Return one evaluation of the sentences of this one and of ``others``, in order."""
         every = (self, *others)
         columns = zip(*((e.losses, e.right, e.counted, e.found) for e in every), strict=True)
         losses, right, counted, found = (np.concatenate(column) for column in columns)
         return TagEvaluation(losses, right, counted, found, self.types)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the evaluation as plain JSON values."""
         arrays = ("losses", "right", "counted", "found")
         return {**{key: getattr(self, key).tolist() for key in arrays}, "types": list(self.types)}
 
 
 @dataclass(frozen=True)
 class TagMeasures:
-    """What a job counts of sentences of up to ``most_parts`` tokens, tagged with ``labels``."""
+    """The counts of a job for sentences of up to ``most_parts`` tokens with tags in ``labels``."""
 
     labels: tuple[str, ...]
     most_parts: int
@@ -120,36 +127,39 @@ class TagMeasures:
 
     @property
     def types(self) -> tuple[str, ...]:
-        """Types of entities, sorted."""
+        """Return the entity types, sorted."""
         return types_of(self.labels)
 
     @property
     def size(self) -> int:
-        """Right, predicted and true entities of each type."""
+        """Return the number of additional counts.
+
+        They are the correct, predicted and true entities of each type.
+        """
         return COLUMNS * len(self.types)
 
     @property
     def named(self) -> tuple[str, ...]:
-        """The types."""
+        """Return the word "entities" and the types."""
         return ("entities", *self.types)
 
     def fits(self, tally: Tally) -> bool:
-        """Whether no more entities are right than predicted, or than true."""
+        """Return whether correct entities are not more than predicted ones or than true ones."""
         if tally.more.shape != (self.size,) or (tally.more < 0).any() or tally.confusion[1].any():
             return False
         right, predicted, true = tally.more.reshape(-1, COLUMNS).T
         return bool((right <= predicted).all() and (right <= true).all())
 
     def without_few(self, counts: Counts) -> Counts:
-        """``counts``: they are of all examples together."""
+        """Return ``counts`` unchanged: they are over all examples together."""
         return counts
 
     def collect(self, examples: Any) -> "_Collector":
-        """Takes what a model predicts for ``examples``, which are tagged sentences."""
+        """Return a collector of a model's predictions for ``examples`` (tagged sentences)."""
         return _Collector(self, examples)
 
     def evaluation(self, value: Mapping[str, Any]) -> TagEvaluation:
-        """The evaluation that ``to_json`` wrote."""
+        """Return the evaluation that ``to_json`` wrote."""
         right, counted, found = (
             np.array(value[k], np.int64) for k in ("right", "counted", "found")
         )
@@ -158,10 +168,10 @@ class TagMeasures:
         return TagEvaluation(np.array(value["losses"], np.float64), right, counted, found, types)
 
     def figures(self, tally: Tally) -> dict[str, Any]:
-        """Entity precision, recall and F1 over all types (micro), their mean, and of each type.
+        """Return entity precision, recall and F1 over all types (micro), and of each type.
 
-        ``macro_f1`` is over the types that are true or predicted. ``accuracy`` is of tokens,
-        ``loss`` the mean in nats a token.
+        ``macro_f1`` is the mean F1 over the types that are true or predicted. ``accuracy`` is over
+        tokens; ``loss`` is the mean in nats per token.
         """
         by_type = tally.more.reshape(-1, COLUMNS)
         right, predicted, true = by_type.sum(0).tolist()
@@ -186,7 +196,7 @@ class TagMeasures:
 
 
 class _Collector:
-    """Entities of some sentences, put back into their order."""
+    """A collector of entities per sentence; it restores the order of the sentences."""
 
     def __init__(self, measures: TagMeasures, examples: Any) -> None:
         self._labels, self._types = measures.labels, measures.types
@@ -196,7 +206,7 @@ class _Collector:
         self._found[..., 2] = examples.cut
 
     def add(self, index: Indices, found: Mapping[str, Any]) -> None:
-        """Take a batch as ``Tokens.counts`` gives it: ``true`` and ``predicted`` [b, width]..."""
+        """Add a batch from ``Tokens.counts``: ``true`` and ``predicted`` [b, width], and sums."""
         self._losses[index] = found["losses"]
         self._right[index], self._counted[index] = found["right"], found["counted"]
         for at, true, predicted in zip(
@@ -212,7 +222,7 @@ class _Collector:
         return entities([self._labels[tag] for tag in tags.tolist()])
 
     def evaluation(self) -> TagEvaluation:
-        """All of them."""
+        """Return the evaluation of all added sentences."""
         return TagEvaluation(self._losses, self._right, self._counted, self._found, self._types)
 
 
@@ -250,9 +260,9 @@ def _verdict(
 
 
 def _swapped(ours: Counts, theirs: Counts, least: float, generator: np.random.Generator) -> float:
-    """Two-sided p-value: how often F1 differs as much where sentences are swapped by lot.
+    """Return the two-sided p-value: how often random swaps of sentences give as large a difference.
 
-    The observed order is counted as one of the draws, so that it is never 0.
+    The observed order counts as one of the draws, so that the p-value is never 0.
     """
     gaps, found = theirs - ours, 0
     for _ in range(DRAWS):

@@ -1,8 +1,8 @@
-"""How good a model is, kept as sums so that sites can be merged exactly.
+"""The quality of a model as sums, which can be merged exactly over sites.
 
-A ``Tally`` of several sites is the sum of their tallies: accuracy and macro F1 of the pooled
-examples follow from the summed confusion matrix, without any example leaving its site. What a job
-counts beside it is said by the measures of its task.
+The ``Tally`` of several sites is the sum of their tallies: accuracy and macro F1 over the pooled
+examples follow from the summed confusion matrix, and no example leaves its site. The measures of a
+task define its additional counts beside the confusion matrix.
 """
 
 from dataclasses import dataclass, field
@@ -17,30 +17,30 @@ __all__ = ["Counted", "Counts", "Tally"]
 
 Counts = NDArray[np.int64]
 
-LARGEST = 2.0**40  # of any count: sums of them stay exact in int64 and float64
+LARGEST = 2.0**40  # of any count: sums stay exact in int64 and float64
 
 
 class Counted(Protocol):
-    """What a job counts: the shape of its tallies."""
+    """The counts of a job: the shape of its tallies."""
 
     @property
     def classes(self) -> int:
-        """Rows and columns of the confusion matrix."""
+        """Return the number of rows, and of columns, of the confusion matrix."""
 
     @property
     def size(self) -> int:
-        """Counts beside the confusion matrix."""
+        """Return the number of additional counts beside the confusion matrix."""
 
     def fits(self, tally: "Tally") -> bool:
-        """Whether the counts beside can belong to the confusion matrix."""
+        """Return whether the additional counts can belong to the confusion matrix."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over examples: ``loss`` (nats) and ``confusion`` int64 [classes, classes].
+    """Sums over examples: ``loss`` (nats) and ``confusion``, int64 [classes, classes].
 
-    ``confusion[i, j]`` counts examples of true class i that were predicted as j; ``more`` int64
-    [``Counted.size``] is what the job counts beside.
+    ``confusion[i, j]`` is the number of examples of true class i that were predicted as j.
+    ``more``, int64 [``Counted.size``], are the additional counts of the job.
     """
 
     loss: float
@@ -49,7 +49,7 @@ class Tally:
 
     @classmethod
     def empty(cls, measures: Counted) -> Self:
-        """No examples yet."""
+        """Return a tally of no examples."""
         square = (measures.classes, measures.classes)
         return cls(0.0, np.zeros(square, np.int64), np.zeros(measures.size, np.int64))
 
@@ -57,7 +57,7 @@ class Tally:
     def of(
         cls, loss: float, true: Counts, predicted: Counts, n: int, more: Counts | None = None
     ) -> Self:
-        """Tally predictions, both int64 [examples], of ``n`` classes."""
+        """Return the tally of predictions, both int64 [examples], of ``n`` classes."""
         confusion = np.zeros((n, n), np.int64)
         np.add.at(confusion, (true, predicted), 1)
         return cls(loss, confusion, np.zeros(0, np.int64) if more is None else more)
@@ -68,52 +68,52 @@ class Tally:
 
     @property
     def examples(self) -> int:
-        """How many examples were counted."""
+        """Return the number of examples."""
         return int(self.confusion.sum())
 
     @property
     def correct(self) -> int:
-        """How many were predicted right."""
+        """Return the number of correctly predicted examples."""
         return int(np.trace(self.confusion))
 
     @property
     def accuracy(self) -> float:
-        """Share predicted right; 0 without examples."""
+        """Return the share of correctly predicted examples; 0 without examples."""
         return self.correct / max(self.examples, 1)
 
     @property
     def mean_loss(self) -> float:
-        """Mean cross entropy in nats; 0 without examples."""
+        """Return the mean cross entropy in nats; 0 without examples."""
         return self.loss / max(self.examples, 1)
 
     @property
     def macro_f1(self) -> float:
-        """Mean F1 over the classes that occur among the true labels; 0 without examples."""
+        """Return the mean F1 over the classes among the true labels; 0 without examples."""
         return float(self._f1()[0].mean()) if self.examples else 0.0
 
     @property
     def weighted_f1(self) -> float:
-        """Mean F1 over the classes, each weighed by its examples; 0 without examples."""
+        """Return the mean F1 over the classes, weighted by their examples; 0 without examples."""
         f1, support = self._f1()
         return float((f1 * support).sum() / support.sum()) if self.examples else 0.0
 
     @property
     def balanced_accuracy(self) -> float:
-        """Mean recall over the classes that occur among the true labels; 0 without examples."""
+        """Return the mean recall over the classes among the true labels; 0 without examples."""
         support = self.confusion.sum(1)
         present = support > 0
         recall = np.diag(self.confusion)[present] / support[present]
         return float(recall.mean()) if self.examples else 0.0
 
     def _f1(self) -> tuple[NDArray[np.float64], Counts]:
-        """F1 and examples of the classes that occur among the true labels, both [present]."""
+        """Return F1 and examples of the classes among the true labels, both [present]."""
         right = np.diag(self.confusion).astype(np.float64)
         true, predicted = self.confusion.sum(1), self.confusion.sum(0)
         present = true > 0
         return 2 * right[present] / (true + predicted)[present], true[present]
 
     def summary(self) -> dict[str, float]:
-        """Accuracies and F1 scores (0..1), and the mean ``loss`` (nats)."""
+        """Return accuracies and F1 scores (0..1), and the mean ``loss`` (nats)."""
         return {
             "accuracy": self.accuracy,
             "macro_f1": self.macro_f1,
@@ -124,15 +124,18 @@ class Tally:
 
     @property
     def counts(self) -> Counts:
-        """All counts in one vector [classes^2 + size]: the confusion matrix by rows, the rest."""
+        """Return all counts in one vector [classes^2 + size].
+
+        The confusion matrix comes first, by rows; the additional counts follow.
+        """
         return np.concatenate([self.confusion.reshape(-1), self.more])
 
     @classmethod
     def of_counts(cls, loss: float, counts: Counts, measures: Counted) -> Self:
-        """The tally with these ``counts``.
+        """Return the tally with these ``counts``.
 
         Raises:
-            MessageError: some are negative, or they do not belong together.
+            MessageError: some counts are negative, or the counts contradict each other.
         """
         classes = measures.classes
         confusion, more = counts[: classes**2].reshape(classes, classes), counts[classes**2 :]
@@ -144,15 +147,15 @@ class Tally:
         return tally
 
     def to_vector(self) -> NDArray[np.float64]:
-        """As one float64 vector [1 + classes^2 + size]: the loss, then ``counts``."""
+        """Return one float64 vector [1 + classes^2 + size]: the loss, then ``counts``."""
         return np.concatenate([[self.loss], self.counts]).astype(np.float64)
 
     @classmethod
     def from_vector(cls, vector: NDArray[np.float64], measures: Counted) -> Self:
-        """The tally that ``to_vector`` wrote.
+        """Return the tally that ``to_vector`` wrote.
 
         Raises:
-            MessageError: wrong length, not finite, or counts that are no counts.
+            MessageError: wrong length, not finite, too large, or counts that are not whole numbers.
         """
         if vector.dtype != np.float64 or vector.shape != (1 + measures.classes**2 + measures.size,):
             raise MessageError("a metrics vector has the wrong length or type")

@@ -1,4 +1,6 @@
-"""How well a frozen backbone should transfer to a task, before any training, from sums over sites.
+"""Scores that predict how well a frozen backbone transfers to a task, from sums over sites.
+
+They need no training.
 
     LogME    mean log evidence of a Bayesian linear model for each class (You et al., "LogME:
              Practical Assessment of Pre-trained Models for Transfer Learning", ICML 2021)
@@ -9,10 +11,10 @@
     LEEP     log likelihood of the labels under P(y|z) averaged over the head's own P(z|x) (Nguyen
              et al., "LEEP: A New Measure to Evaluate Transferability", ICML 2020)
 
-Higher is better in each. LogME and H-score need class counts, sums of features by class and their
-second moments; NCE needs how often each label meets each source label; LEEP needs the mean joint
-probability and then, in a second pass, one more sum. All of them are sums over examples, so what a
-site contributes could go through a secure sum.
+A higher score is better. LogME and H-score need class counts, sums of features by class and their
+second moments. NCE needs the number of examples for each pair of label and source label. LEEP needs
+the mean joint probability and then, in a second pass, one more sum. All of these are sums over
+examples, so they could go through a secure sum.
 """
 
 from dataclasses import dataclass
@@ -25,10 +27,10 @@ __all__ = ["Moments", "conditional", "h_score", "leep_terms", "logme", "nce"]
 
 Matrix = NDArray[np.float64]
 
-NEGLIGIBLE = 1e-9  # of the largest eigenvalue: below is rounding of float32 features
-STEPS = 200  # of the fixed-point iteration; it settles within ten or so
+NEGLIGIBLE = 1e-9  # relative to the largest eigenvalue; smaller is float32 rounding
+STEPS = 200  # of the fixed-point iteration; about ten are enough
 SETTLED = 1e-10  # relative change of both precisions
-PLENTY = 1e12  # alpha over beta and the largest eigenvalue: the weights are 0, and alpha may be any
+PLENTY = 1e12  # alpha over beta times the largest eigenvalue: weights are 0, alpha is free
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -45,7 +47,7 @@ class Moments:
 
     @classmethod
     def of(cls, features: NDArray[Any], labels: NDArray[np.int64], classes: int) -> Self:
-        """The sums over ``features`` [n, d] with ``labels`` [n] below ``classes``."""
+        """Return the sums over ``features`` [n, d] with ``labels`` [n] below ``classes``."""
         values = np.asarray(features, np.float64)
         one_hot = np.eye(classes)[labels]
         return cls(one_hot.sum(0), one_hot.T @ values, values.T @ values)
@@ -57,12 +59,12 @@ class Moments:
 
     @property
     def examples(self) -> float:
-        """How many examples were added."""
+        """Return the number of examples."""
         return float(self.counts.sum())
 
 
 def logme(moments: Moments) -> float:
-    """Log evidence of an example in nats, the mean over the classes that occur.
+    """Return the log evidence per example in nats, the mean over the classes that occur.
 
     Each class is a regression of 0 and 1 on the features, y ~ N(Fw, 1/beta) with w ~ N(0, 1/alpha),
     at the alpha and beta that maximise the evidence (MacKay's fixed point).
@@ -79,10 +81,10 @@ def logme(moments: Moments) -> float:
 
 
 def _evidence(sigma: Matrix, projected: Matrix, norm: float, moments: Moments) -> float:
-    """The best log evidence for one class, divided by the examples.
+    """Return the largest log evidence for one class, divided by the number of examples.
 
-    ``sigma`` are the eigenvalues of F'F that are not 0, ``projected`` is F'y in their basis and
-    ``norm`` is y'y. What is orthogonal to all features can never be explained.
+    ``sigma`` are the nonzero eigenvalues of F'F, ``projected`` is F'y in their basis, and ``norm``
+    is y'y. No model can explain the part of y that is orthogonal to all features.
     """
     n, d = moments.examples, len(moments.second)
     explained = projected**2 / sigma  # of y'y, in each direction
@@ -104,7 +106,10 @@ def _evidence(sigma: Matrix, projected: Matrix, norm: float, moments: Moments) -
 def _posterior(
     sigma: Matrix, explained: Matrix, beyond: float, ratio: float
 ) -> tuple[float, float, float]:
-    """Effective parameters, |m|^2 and |Fm - y|^2 of the mean weights m at ``ratio`` alpha/beta."""
+    """Return the effective parameters, |m|^2 and |Fm - y|^2.
+
+    m are the mean weights at the ``ratio`` alpha/beta.
+    """
     shrunk = sigma / (sigma + ratio)
     weights = (explained * shrunk**2 / sigma).sum()
     residual = beyond + (explained * (1 - shrunk) ** 2).sum()
@@ -112,10 +117,11 @@ def _posterior(
 
 
 def h_score(moments: Moments) -> float:
-    """Between-class over total variance of the features, summed over all directions: 0 to c - 1.
+    """Return the ratio of between-class and total variance of the features, over all directions.
 
-    Directions without variance (fewer examples than features) do not count. With few examples for
-    so many features it is close to its maximum whatever the backbone.
+    The ratios of all directions are summed: 0 to c - 1. Directions without variance (fewer examples
+    than features) do not count. With few examples for many features the score is close to its
+    maximum for any backbone.
     """
     n = max(moments.examples, 1.0)
     present = moments.counts > 0
@@ -128,9 +134,9 @@ def h_score(moments: Moments) -> float:
 
 
 def nce(joint: NDArray[Any]) -> float:
-    """Negative conditional entropy -H(Y|Z) in nats, at most 0.
+    """Return the negative conditional entropy -H(Y|Z) in nats, at most 0.
 
-    ``joint`` [c, z] counts the examples of each label with each source label.
+    ``joint`` [c, z] is the number of examples for each label and source label.
     """
     share = joint / joint.sum()
     given = conditional(joint)
@@ -139,17 +145,20 @@ def nce(joint: NDArray[Any]) -> float:
 
 
 def conditional(joint: NDArray[Any]) -> Matrix:
-    """P(y|z), float64 [c, z]: the columns of ``joint`` [c, z] divided by their sums, or zeros."""
+    """Return P(y|z), float64 [c, z]: the columns of ``joint`` [c, z] divided by their sums.
+
+    A column with sum 0 gives zeros.
+    """
     total = joint.sum(0, keepdims=True)
     given: Matrix = np.divide(joint, total, out=np.zeros(joint.shape), where=total > 0)
     return given
 
 
 def leep_terms(given: Matrix, probabilities: NDArray[Any], labels: NDArray[np.int64]) -> float:
-    """The sum of log sum_z P(y|z) P(z|x) over examples, nats; LEEP is the mean over all sites.
+    """Return the sum of log sum_z P(y|z) P(z|x) over examples, nats.
 
-    ``given`` [c, z] is ``conditional`` of the summed probabilities, ``probabilities`` [n, z] are
-    the head's, ``labels`` [n].
+    LEEP is the mean over the examples of all sites. ``given`` [c, z] is ``conditional`` of the
+    summed probabilities; ``probabilities`` [n, z] are the head's; ``labels`` are [n].
     """
     likelihood = (given[labels] * probabilities).sum(1)
     return float(np.log(np.maximum(likelihood, np.finfo(np.float32).tiny)).sum())

@@ -1,4 +1,4 @@
-"""What is said of two models on one site's test examples: the shape of a verdict, its words."""
+"""The verdict on two models on one site's test examples: its fields and its words."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,13 +11,13 @@ Rival = Literal["local_only", "zero_shot"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison says; differences are federated minus the other.
+    """The result of a comparison; differences are federated minus the other model.
 
-    ``outcome`` is "helped" or "hurt" only where the test is below 5 % and the interval excludes 0,
-    "unclear" where the examples cannot tell, "unknown" where there are none. The unit of
-    ``difference`` and ``interval`` is that of the task: of labels a fraction -1..1, of tokens nats
-    a token, of patches the mean absolute error of a pixel. ``interval`` is None where there are too
-    few examples for one.
+    ``outcome`` is "helped" or "hurt" only if the test is below 5 % and the interval excludes 0. It
+    is "unclear" if the examples do not show a difference, and "unknown" if there are no examples.
+    The unit of ``difference`` and ``interval`` is the task's unit: for labels a fraction -1..1, for
+    tokens nats per token, for patches the mean absolute error of a pixel. ``interval`` is None if
+    there are too few examples for an interval.
     """
 
     outcome: Outcome
@@ -28,6 +28,6 @@ class Verdict:
 
 
 def as_points(fraction: float) -> str:
-    """Signed percentage points with one decimal; what rounds to zero has no sign."""
+    """Return signed percentage points with one decimal; a value that rounds to zero has no sign."""
     text = f"{100 * fraction:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text

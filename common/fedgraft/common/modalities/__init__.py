@@ -1,4 +1,4 @@
-"""What backbones read: one file a modality, and the table of them."""
+"""The modalities, which are the kinds of input of backbones: one file for each, and their table."""
 
 from fedgraft.common.modalities.audio import Audio
 from fedgraft.common.modalities.base import Modality, Processor

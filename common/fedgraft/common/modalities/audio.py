@@ -1,9 +1,10 @@
 """Recordings to model inputs: wav files, one sampling rate, and a backbone's feature extractor.
 
-scipy reads the files and changes their rate: it is there already, and all that wav needs. Every
-recording is cut or padded to one length. A model whose feature extractor asks for it is given the
-attention mask; of others (wav2vec 2.0 with group norm, Whisper) the padding is part of the input,
-and one length for all makes it the same at every site and in every batch.
+scipy reads the files and changes their sampling rate: it is already installed, and wav files need
+nothing more. Every recording is cut or padded to one length. A model gets an attention mask if its
+feature extractor asks for one. For other models (wav2vec 2.0 with group norm, Whisper) the padding
+is part of the input. One length for all recordings makes this padding the same at every site and in
+every batch.
 """
 
 import hashlib
@@ -27,23 +28,26 @@ from fedgraft.common.modalities.base import Modality
 __all__ = ["SHORTEST", "Audio", "AudioProcessor", "Recording", "load_audio", "open_recording"]
 
 SHORTEST = 0.025  # seconds: one analysis window of wav2vec 2.0, HuBERT and Whisper
-HOP, RATE = 160, 16_000  # of Whisper's spectrogram: samples from frame to frame, samples a second
+HOP, RATE = 160, 16_000  # Whisper's spectrogram: samples from frame to frame, samples per second
 
 Samples = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One channel, float32 [samples] in [-1, 1], of ``rate`` samples a second."""
+    """One channel, float32 [samples] in [-1, 1], at ``rate`` samples per second."""
 
     samples: Samples
     rate: int
 
     def at(self, rate: int) -> Samples:
-        """Resampled to ``rate`` by a polyphase filter: ceil(samples * rate / self.rate) samples."""
+        """Return the samples at ``rate``: ceil(samples * rate / self.rate) of them.
+
+        A polyphase filter resamples the recording.
+        """
         if rate == self.rate:
             return self.samples
-        from scipy.signal import resample_poly  # a third of a second to import
+        from scipy.signal import resample_poly  # this import takes a third of a second
 
         common = math.gcd(rate, self.rate)
         found: Samples = resample_poly(self.samples, rate // common, self.rate // common)
@@ -52,10 +56,10 @@ class Recording:
 
 @dataclass(frozen=True)
 class AudioProcessor:
-    """From recordings to arrays of one shape.
+    """A converter from recordings to arrays of one shape.
 
-    ``extractor`` is a Hugging Face feature extractor. ``frames`` says that it leaves samples as
-    they are, and the model makes frames of them, of at least ``fewest`` samples.
+    ``extractor`` is a Hugging Face feature extractor. ``frames``: the extractor returns samples,
+    and the model makes frames of them; it needs at least ``fewest`` samples.
     """
 
     extractor: Any
@@ -64,35 +68,35 @@ class AudioProcessor:
 
     @property
     def name(self) -> str:
-        """What the model calls its input."""
+        """Return the model's name for its input."""
         return str(self.extractor.model_input_names[0])
 
     @property
     def rate(self) -> int:
-        """Samples a second."""
+        """Return the sampling rate in samples per second."""
         return int(self.extractor.sampling_rate)
 
     @property
     def masked(self) -> bool:
-        """Whether the model is told by an attention mask which samples are padding."""
+        """Return whether the model gets an attention mask that marks the padding."""
         return self.frames and bool(self.extractor.return_attention_mask)
 
     def configure(self, config: Any) -> None:
-        """Nothing of a model depends on it."""
+        """Do nothing: no setting of a model depends on this processor."""
 
     def blank(self, settings: Settings) -> Inputs:
-        """One silent recording, float32 [1, ...], by the model's name for it."""
+        """Return one silent recording, float32 [1, ...], under the model's name for its input."""
         return {self.name: np.zeros((1, *self.shape(settings.seconds)), np.float32)}
 
     def describe(self, settings: Settings) -> str:
-        """Nothing."""
+        """Return an empty text."""
         return ""
 
     def size(self, seconds: float) -> int:
-        """Samples in ``seconds``.
+        """Return the number of samples in ``seconds``.
 
         Raises:
-            BackboneError: the backbone reads no recordings of that length.
+            BackboneError: the backbone does not accept recordings of that length.
         """
         size, most = round(seconds * self.rate), getattr(self.extractor, "n_samples", None)
         if most is not None and size > most:
@@ -108,14 +112,14 @@ class AudioProcessor:
         return size
 
     def shape(self, seconds: float) -> tuple[int, ...]:
-        """The shape of what ``features`` gives for one recording."""
+        """Return the shape of the output of ``features`` for one recording."""
         silence = Recording(np.zeros(self.rate, np.float32), self.rate)
         return self.features([silence], seconds).shape[1:]
 
     def features(self, recordings: Sequence[Recording], seconds: float) -> NDArray[np.float32]:
-        """What the model reads of the first ``seconds`` of each, float32 [n, *shape].
+        """Return the model's input for the first ``seconds`` of each, float32 [n, *shape].
 
-        Each by itself: what a recording becomes does not depend on its company.
+        Each recording is converted alone, so its result does not depend on the other recordings.
         """
         size = self.size(seconds)
         options: dict[str, Any] = {"sampling_rate": self.rate, "return_tensors": "np"}
@@ -125,22 +129,22 @@ class AudioProcessor:
         return np.concatenate([np.asarray(one[self.name], np.float32) for one in made])
 
     def filled(self, recording: Recording, seconds: float) -> int:
-        """How many of the samples are the recording's and no padding."""
+        """Return the number of samples that belong to the recording and are not padding."""
         length = -(-len(recording.samples) * self.rate // recording.rate)
         return min(length, self.size(seconds))
 
     @cached_property
     def identity(self) -> str:
-        """A digest of everything that decides what a recording becomes."""
+        """Return a digest of everything that decides the result for a recording."""
         text = f"{type(self.extractor).__name__}:{self.extractor.to_json_string()}:{self.frames}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Audio(Modality):
-    """Recordings in wav files, padded to one length, as images are to one size.
+    """Recordings in wav files, padded to one length, as images are resized to one size.
 
-    Large arrays are kept. A recording can be heard again from its samples: what is kept belongs to
-    the site.
+    Large arrays are kept in files. A recording can be played from its kept samples, so these files
+    must stay at the site.
     """
 
     name = "audio"
@@ -148,17 +152,17 @@ class Audio(Modality):
     one_file = "wav file"
 
     def load(self, folder: Path, config: Any) -> AudioProcessor:
-        """The feature extractor in ``folder`` (``load_audio``)."""
+        """Return the feature extractor in ``folder`` (``load_audio``)."""
         return load_audio(folder, config)
 
     def check(self, value: Any) -> None:
-        """A cell reads as a wav file with sound in it."""
+        """Check that a cell is a readable wav file with sound in it."""
         open_recording(self.require(value))
 
     def encode(
         self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
     ) -> AudioExamples:
-        """What the backbone reads of the first ``data.seconds`` of each recording."""
+        """Return the backbone's input for the first ``data.seconds`` of each recording."""
         seconds = settings.seconds
         shape = (len(labels), *processor.shape(seconds))
         sources = rows.column(self.name)
@@ -180,11 +184,13 @@ class Audio(Modality):
 
 
 def open_recording(source: Mapping[str, Any]) -> Recording:
-    """Read the wav file ``{"bytes", "path"}`` (bytes win), its channels averaged.
+    """Return the recording in the wav file ``{"bytes", "path"}``, the mean of its channels.
+
+    ``bytes`` takes precedence over ``path``.
 
     Raises:
-        DataError: the file is missing, no wav that can be read, cut short, empty, shorter than
-            ``SHORTEST``, silent, or it has samples that are no numbers.
+        DataError: the file is missing, is not a readable wav file, is cut short, is empty, is
+            shorter than ``SHORTEST``, is silent, or has samples that are not finite numbers.
     """
     from scipy.io import wavfile
 
@@ -192,12 +198,12 @@ def open_recording(source: Mapping[str, Any]) -> Recording:
     what = str(path) if path and data is None else "an embedded recording"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # chunks of notes and pictures beside the samples
+            warnings.simplefilter("ignore")  # warnings about chunks of notes and pictures
             warnings.filterwarnings("error", message="Reached EOF")
             rate, read = wavfile.read(io.BytesIO(Path(path).read_bytes() if data is None else data))
     except FileNotFoundError:
         raise DataError(f"no recording {path}", hint="check the path in the data file") from None
-    except Exception:  # scipy stumbles over broken headers with struct.error, KeyError and more
+    except Exception:  # a broken header makes scipy raise struct.error, KeyError and more
         raise DataError(
             f"{what} does not read as a wav file",
             hint="save it as uncompressed wav (PCM or float), mend or remove it, "
@@ -221,7 +227,11 @@ def _problem(read: NDArray[Any], rate: int) -> str | None:
 
 
 def _scaled(read: NDArray[Any]) -> Samples:
-    """One channel in [-1, 1]: of integers by their range; 8 bits are unsigned, 128 is zero."""
+    """Return one channel in [-1, 1].
+
+    Integer samples are divided by the range of their type. 8-bit samples are unsigned; 128 means
+    zero.
+    """
     if read.dtype.kind == "u":
         scaled = (read.astype(np.float64) - 128) / 128
     elif read.dtype.kind == "i":
@@ -232,18 +242,18 @@ def _scaled(read: NDArray[Any]) -> Samples:
 
 
 def load_audio(folder: Path, config: Any) -> AudioProcessor:
-    """Load the feature extractor in ``folder``, or what the architecture's papers use without one.
+    """Return the feature extractor in ``folder``, or the usual one of the architecture's papers.
 
-    That is 16 kHz with zero mean and unit variance for models that read samples (Baevski et al.
-    2020, "wav2vec 2.0"), with a mask where their features have layer norm; and the log-mel
-    spectrogram of Radford et al. 2022 ("Whisper").
+    For models that read samples, the usual one is 16 kHz with zero mean and unit variance (Baevski
+    et al. 2020, "wav2vec 2.0"). It has an attention mask if the model's feature layers have layer
+    norm. For Whisper it is the log-mel spectrogram of Radford et al. 2022 ("Whisper").
 
     Raises:
-        BackboneError: there is none, or it does not fit.
+        BackboneError: there is no feature extractor, or it does not fit the backbone.
     """
     try:
         extractor = _shipped(folder) or _usual(config)
-    except Exception as error:  # whatever the feature extractor of some model raises
+    except Exception as error:  # feature extractors raise many kinds of error
         raise _unusable(folder, type(error).__name__) from None
     if extractor is None:
         raise BackboneError(
@@ -279,7 +289,7 @@ def _usual(config: Any) -> Any:
 
 
 def _check_fit(processor: AudioProcessor, folder: Path, config: Any) -> None:
-    """Two recordings of different lengths must come out alike, and as Whisper must have them."""
+    """Check that recordings of different lengths get one shape, and that Whisper gets its own."""
     draw = np.random.default_rng(0)
     try:
         noise = [draw.normal(0, 0.1, processor.rate // part).astype(np.float32) for part in (2, 5)]
@@ -302,7 +312,7 @@ def _unusable(folder: Path, reason: str) -> BackboneError:
 
 
 def _receptive_field(config: Any) -> int:
-    """Samples that one frame of the convolutions sees."""
+    """Return the number of samples that one frame of the convolutions covers."""
     seen = 1
     pairs = list(zip(config.conv_kernel, config.conv_stride, strict=True))
     for kernel, stride in reversed(pairs):

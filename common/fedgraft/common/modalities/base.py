@@ -1,4 +1,4 @@
-"""The contract of a modality: how one kind of cell is checked, and how rows of it are encoded."""
+"""The interface of a modality: it checks one kind of cell and encodes rows of such cells."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -14,29 +14,30 @@ __all__ = ["Modality", "Processor"]
 
 
 class Processor(Protocol):
-    """What turns cells into inputs of one backbone: a tokenizer, an image processor..."""
+    """A converter from cells to inputs of one backbone: a tokenizer, an image processor..."""
 
     @property
     def identity(self) -> str:
-        """A digest of everything that decides what a cell becomes."""
+        """Return a digest of everything that decides the result for a cell."""
 
     def configure(self, config: Any) -> None:
-        """Tell a model's configuration what the processor decides, such as the padding token."""
+        """Write the processor's decisions (such as the padding token) into a model's config."""
 
     def blank(self, settings: Settings) -> Inputs:
-        """One example of full length without content, to count memory with."""
+        """Return one example of full length without content, to measure memory with."""
 
     def describe(self, settings: Settings) -> str:
-        """A sentence for the model card; empty where there is nothing to say."""
+        """Return a sentence for the model card; empty if there is nothing to say."""
 
 
 class Modality(ABC):
-    """A kind of input. ``name`` is also the column of rows and the default of the job's key.
+    """A kind of input. ``name`` is also the column of the rows and the default of the job's key.
 
-    ``kind`` is how rows store a cell (``client.data.rows.KINDS``).
-    ``files``: cells are files, embedded or by path, rather than values. ``one_file`` and
-    ``one_cell`` name one of them in errors. ``threads``: checking may run in threads.
-    ``augmented``: ``[training.augmentation]`` has a section for it; else ``unvaried`` says so.
+    ``kind`` is the kind of storage for a cell (``client.data.rows.KINDS``). ``files``: cells are
+    files (embedded or by path), not values. ``one_file`` and ``one_cell`` are the names of one file
+    and one cell in error messages. ``threads``: cells may be checked in threads. ``augmented``:
+    ``[training.augmentation]`` has a section for the modality; otherwise ``unvaried`` gives the
+    reason.
     """
 
     name: str
@@ -50,12 +51,12 @@ class Modality(ABC):
 
     @abstractmethod
     def load(self, folder: Path, config: Any) -> Any:
-        """The processor of the backbone in ``folder``, from local files alone.
+        """Return the processor of the backbone in ``folder``, from local files only.
 
-        ``config`` is the backbone's configuration, as transformers understands it.
+        ``config`` is the backbone's configuration as transformers reads it.
 
         Raises:
-            BackboneError: it has none, or one that does not fit.
+            BackboneError: the backbone has no processor, or its processor does not fit.
         """
 
     @abstractmethod
@@ -63,18 +64,18 @@ class Modality(ABC):
         """Check that a cell can be read.
 
         Raises:
-            DataError: it is empty, or does not decode.
+            DataError: the cell is empty or cannot be decoded.
         """
 
     @abstractmethod
     def encode(
         self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
     ) -> Examples:
-        """The examples of ``rows`` with ``labels``, int64 [n].
+        """Return the examples of ``rows`` with ``labels``, int64 [n].
 
         Raises:
             BackboneError: the settings do not fit the backbone.
-            DataError: a file changed since it was read, or a text becomes no tokens.
+            DataError: a file changed after it was read, or a text gives no tokens.
         """
 
     def samples(
@@ -85,20 +86,21 @@ class Modality(ABC):
         draw: np.random.Generator,
         shape: tuple[int, int],
     ) -> Inputs:
-        """Random inputs of the right names, shapes and types, of ``shape`` (examples, tokens).
+        """Return random inputs with the right names, shapes and types.
 
-        ``config`` is the model's. The trace of an ONNX graph needs them.
+        ``shape`` is (examples, tokens), and ``config`` is the model's configuration. The trace of
+        an ONNX graph needs such inputs.
 
         Raises:
-            InputError: there is no ONNX export of this modality.
+            InputError: this modality has no ONNX export.
         """
         raise InputError(f"no ONNX export where {self.name} is read", hint="--format peft")
 
     def require(self, value: Any) -> Any:
-        """``value``, unless the cell is empty.
+        """Return ``value``, and check that the cell is not empty.
 
         Raises:
-            DataError: it is empty.
+            DataError: the cell is empty.
         """
         if value is None:
             raise DataError(f"no {self.name}", hint="fill it in or remove the row")

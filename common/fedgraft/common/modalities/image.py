@@ -1,8 +1,8 @@
-"""Images as pixels: the image processor that belongs to a backbone, and rows decoded once.
+"""Images as pixels: the backbone's image processor, and rows that are decoded once.
 
-Every site must see the same picture in the same way, so what a processor does may depend only on
-the backbone's folder: remote code is never run, and Hugging Face image processors always run on
-PIL, because their torchvision variants resize differently and not every site has torchvision.
+Every site must get the same pixels from the same image, so the processor may depend only on the
+backbone's folder. Remote code never runs. Hugging Face image processors always run on PIL, because
+their torchvision variants resize differently and not every site has torchvision.
 """
 
 import hashlib
@@ -26,9 +26,12 @@ from fedgraft.common.modalities.base import Modality
 __all__ = ["Image", "ImageProcessor", "load_image", "open_image", "to_channels"]
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
-"""What ``open_image`` decodes; PIL knows more, among them EPS, which starts an interpreter."""
+"""The formats that ``open_image`` decodes.
+
+PIL knows more formats; one of them is EPS, which starts an interpreter.
+"""
 HALF = np.float32(0.5)
-DEFAULT_SIZE = 224  # of backbones whose config has no image_size, such as ResNet
+DEFAULT_SIZE = 224  # for backbones whose config has no image_size, such as ResNet
 BATCH = 32  # images decoded at once
 
 Normalize = Literal["backbone", "per-image"]
@@ -37,11 +40,12 @@ Pixels = NDArray[np.float32]  # [images, channels, height, width]
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """From PIL images to pixels of ``size`` (height, width) with 1 (grey) or 3 (RGB) channels.
+    """A converter from PIL images to pixels of ``size`` (height, width) with 1 or 3 channels.
 
-    ``pipeline`` is the Hugging Face image processor that the backbone ships. Without one: bilinear
-    resize, scale to [0, 1], then (x - 0.5) / 0.5. ``patch`` is the side, in pixels, of the patches
-    that the backbone cuts an image into; 0 where it does not.
+    1 channel is grey; 3 channels are RGB. ``pipeline`` is the Hugging Face image processor that
+    comes with the backbone. Without a pipeline: bilinear resize, scale to [0, 1], then (x - 0.5) /
+    0.5. ``patch`` is the side in pixels of the patches that the backbone cuts an image into; 0 if
+    it cuts none.
     """
 
     pipeline: Any | None
@@ -50,14 +54,14 @@ class ImageProcessor:
     patch: int = 0
 
     def pixels(self, images: Sequence[Pil.Image], normalize: Normalize) -> Pixels:
-        """Return float32 [n, channels, height, width].
+        """Return the pixels of ``images``, float32 [n, channels, height, width].
 
-        ``"per-image"`` puts (x - mean) / (std + 0.05), each over the whole image scaled to [0, 1],
-        in the place of the backbone's constants: it takes out a camera's brightness and contrast.
-        The 0.05 keeps an empty image from becoming amplified noise.
+        ``"per-image"`` replaces the backbone's constants by (x - mean) / (std + 0.05), with mean
+        and std over the whole image scaled to [0, 1]. This removes the brightness and the contrast
+        of a camera. The 0.05 prevents an empty image from becoming amplified noise.
 
         Raises:
-            DataError: an image of a mode that ``to_channels`` refuses.
+            DataError: ``to_channels`` refuses the mode of an image.
         """
         ready = [to_channels(image, self.channels) for image in images]
         per_image = normalize == "per-image"
@@ -69,20 +73,20 @@ class ImageProcessor:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of everything that decides which pixels an image becomes."""
+        """Return a digest of everything that decides the pixels of an image."""
         state = self.pipeline.to_json_string() if self.pipeline is not None else "plain"
         text = f"{type(self.pipeline).__name__}:{state}:{self.channels}:{self.size}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def configure(self, config: Any) -> None:
-        """Nothing of a model depends on it."""
+        """Do nothing: no setting of a model depends on this processor."""
 
     def blank(self, settings: Settings) -> Inputs:
-        """``pixel_values`` of one black image, float32 [1, channels, height, width]."""
+        """Return ``pixel_values`` of one black image, float32 [1, channels, height, width]."""
         return {"pixel_values": np.zeros((1, self.channels, *self.size), np.float32)}
 
     def describe(self, settings: Settings) -> str:
-        """How pixels are normalised."""
+        """Return the text about the normalisation of pixels."""
         if settings.normalize == "per-image":
             how = (
                 "standardised one by one: pixels scaled to 0..1, then (x - mean) / (std + 0.05) "
@@ -113,20 +117,20 @@ class Image(Modality):
 
     name = kind = "image"
     one_cell = one_file = "image"
-    threads = True  # PIL lets go of the interpreter
+    threads = True  # PIL releases the interpreter's lock
 
     def load(self, folder: Path, config: Any) -> ImageProcessor:
-        """The image processor in ``folder`` (``load_image``)."""
+        """Return the image processor in ``folder`` (``load_image``)."""
         return load_image(folder, config)
 
     def check(self, value: Any) -> None:
-        """A cell decodes, and its mode can be used."""
+        """Check that a cell can be decoded and its mode can be used."""
         to_channels(open_image(self.require(value)), 3)
 
     def encode(
         self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
     ) -> ImageExamples:
-        """Pixels float32 [n, channels, height, width], kept where they are many."""
+        """Return pixels, float32 [n, channels, height, width]; large arrays are kept in a file."""
         shape, normalize = (len(labels), processor.channels, *processor.size), settings.normalize
 
         def fill(pixels: Pixels) -> None:
@@ -150,16 +154,18 @@ class Image(Modality):
         draw: np.random.Generator,
         shape: tuple[int, int],
     ) -> Inputs:
-        """Noise, float32 [examples, channels, height, width]."""
+        """Return noise, float32 [examples, channels, height, width]."""
         size = (shape[0], processor.channels, *processor.size)
         return {"pixel_values": draw.normal(size=size).astype(np.float32)}
 
 
 def open_image(source: Mapping[str, Any]) -> Pil.Image:
-    """Decode ``{"bytes", "path"}`` (bytes win) completely, turned upright as its EXIF tag says.
+    """Return the fully decoded image of ``{"bytes", "path"}``, rotated as its EXIF tag says.
+
+    ``bytes`` takes precedence over ``path``.
 
     Raises:
-        DataError: the file is missing, or it is not an image of ``FORMATS`` or is cut short.
+        DataError: the file is missing, is not an image of ``FORMATS``, or is cut short.
     """
     data, path = source["bytes"], source["path"]
     file: Any = path if data is None else io.BytesIO(data)
@@ -169,8 +175,8 @@ def open_image(source: Mapping[str, Any]) -> Pil.Image:
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise DataError(f"no image {path}", hint="check the path in the data file") from None
-    # PIL's decoders raise whatever a broken file makes them stumble over: SyntaxError, ValueError,
-    # struct.error, DecompressionBombError and more.
+    # For a broken file PIL's decoders raise many errors: SyntaxError, ValueError, struct.error,
+    # DecompressionBombError and more.
     except Exception:
         what = path if path and data is None else "an embedded image"
         raise DataError(
@@ -183,10 +189,10 @@ def open_image(source: Mapping[str, Any]) -> Pil.Image:
 def to_channels(image: Pil.Image, channels: int) -> Pil.Image:
     """Return the image as mode L (1 channel) or RGB (3); 16-bit grey is scaled to 8 bits.
 
-    PIL's own conversion cuts 16-bit values at 255, which would turn an X-ray white.
+    PIL's own conversion cuts 16-bit values at 255; an X-ray would become white.
 
     Raises:
-        DataError: float or 32-bit pixels, whose range nobody has agreed on.
+        DataError: the pixels are float or 32-bit, so their range is not defined.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
@@ -207,12 +213,12 @@ def _standardized(scaled: Pixels) -> Pixels:
 
 
 def load_image(folder: Path, config: Any) -> ImageProcessor:
-    """Load the image processor in ``folder``; without one, images are resized and scaled.
+    """Return the image processor in ``folder``; without one, images are resized and scaled.
 
     Raises:
-        BackboneError: the backbone wants neither grey nor RGB, or its processor does not fit.
+        BackboneError: the backbone takes neither grey nor RGB, or its processor does not fit.
     """
-    config = getattr(config, "vision_config", config)  # of CLIP, which reads texts as well
+    config = getattr(config, "vision_config", config)  # CLIP, which also reads texts
     channels = int(getattr(config, "num_channels", None) or 3)
     if channels not in (1, 3):
         raise BackboneError(
@@ -236,7 +242,7 @@ def load_image(folder: Path, config: Any) -> ImageProcessor:
         if hasattr(config, "num_frames"):
             pipeline = _of_frames(pipeline)
         return ImageProcessor(pipeline, channels, _probe(pipeline, channels), patch)
-    except Exception as error:  # whatever the image processor of some model raises
+    except Exception as error:  # image processors raise many kinds of error
         raise BackboneError(
             f"the image processor in {folder} cannot be used: {_first_line(error)}",
             hint='preprocessor_config.json must give images of one "size" with '
@@ -245,7 +251,7 @@ def load_image(folder: Path, config: Any) -> ImageProcessor:
 
 
 def _of_frames(pipeline: Any) -> Any:
-    """The settings of a pipeline for clips, applied to frames as if they were images."""
+    """Return the settings of a clip pipeline as an image pipeline: each frame is one image."""
     from transformers import CLIPImageProcessorPil
 
     settings = pipeline.to_dict()
@@ -254,7 +260,11 @@ def _of_frames(pipeline: Any) -> Any:
 
 
 def _probe(pipeline: Any, channels: int) -> tuple[int, int]:
-    """The (height, width) that ``pipeline`` makes of any image; ValueError if it depends on it."""
+    """Return the (height, width) that ``pipeline`` gives to every image.
+
+    Raises:
+        ValueError: the shape depends on the image, or has other channels.
+    """
     trial = ImageProcessor(pipeline, channels, (0, 0))
     mode = "L" if channels == 1 else "RGB"
     shapes = {
@@ -275,10 +285,10 @@ def _config_size(config: Any) -> tuple[int, int]:
 
 
 def timm_pipeline(config: Any) -> Any:
-    """Resize, crop and normalise as the pre-training's evaluation did (``pretrained_cfg``).
+    """Return the resize, crop and normalisation of the pre-training's evaluation.
 
-    The resized side is the model's divided by ``crop_pct``; then the middle is cropped, with
-    timm's defaults for what is not said.
+    They are in ``pretrained_cfg``. The image is resized to the model's side divided by
+    ``crop_pct``; then the middle is cropped. Missing settings take timm's defaults.
     """
     from transformers import CLIPImageProcessorPil
 

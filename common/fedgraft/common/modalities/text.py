@@ -46,11 +46,11 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TextProcessor:
-    """A tokenizer and what padding takes; ``limit`` is the longest input in tokens, or none.
+    """A tokenizer and its padding; ``limit`` is the longest input in tokens, or None.
 
-    Where the tokenizer has no padding token, ``pad_id`` is its end-of-text token: a model that
-    finds the last token by ``config.pad_token_id`` must be told this one. ``decoder_start`` is what
-    the decoder reads first, of models that have an encoder and a decoder.
+    If the tokenizer has no padding token, ``pad_id`` is its end-of-text token. A model that finds
+    the last token by ``config.pad_token_id`` must get this id. ``decoder_start`` is the first token
+    of the decoder's input, for models with an encoder and a decoder.
     """
 
     tokenizer: Any
@@ -62,9 +62,10 @@ class TextProcessor:
     def tokenize(
         self, texts: Sequence[str], max_length: int, *, written: bool = False
     ) -> dict[str, list[list[int]]]:
-        """Tokenise each text, cut to ``max_length``, unpadded; keys as the tokenizer names them.
+        """Return the tokens of each text, cut to ``max_length`` and not padded.
 
-        Some tokenizers treat what is to be ``written`` differently.
+        The keys are the tokenizer's names. ``written``: the texts are targets that the model
+        writes; some tokenizers treat targets differently.
         """
         cut = {"truncation": True, "max_length": max_length}
         if written:
@@ -74,7 +75,7 @@ class TextProcessor:
         return {name: encoded[name] for name in encoded}
 
     def tokenize_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text as a whole, and behind them the end-of-text token, if there is."""
+        """Return the ids of each whole text, with the end-of-text token (if any) at the end."""
         found: list[list[int]] = self.tokenizer(list(texts), truncation=False, verbose=False)[
             "input_ids"
         ]
@@ -84,7 +85,7 @@ class TextProcessor:
     def tokenize_stretches(
         self, texts: Sequence[str], max_length: int
     ) -> dict[str, list[list[int]]]:
-        """All of each text in stretches of ``max_length``, each with the special tokens around."""
+        """Return all tokens of each text in blocks of ``max_length``, with special tokens each."""
         encoded = self.tokenizer(
             list(texts), truncation=True, max_length=max_length, return_overflowing_tokens=True
         )
@@ -92,32 +93,32 @@ class TextProcessor:
 
     @cached_property
     def identity(self) -> str:
-        """A digest of everything that decides which ids a text becomes."""
+        """Return a digest of everything that decides the ids of a text."""
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         state = json.loads(fast.to_str()) if fast is not None else self.tokenizer.get_vocab()
-        for setting in ("truncation", "padding"):  # they change with every call
+        for setting in ("truncation", "padding"):  # every call changes them
             state.pop(setting, None)
         parts = [getattr(self.tokenizer, "truncation_side", ""), state]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def configure(self, config: Any) -> None:
-        """Name the padding token: GPT-like classifiers look for the last token that is none."""
+        """Set the padding token: GPT-like classifiers need it to find the last real token."""
         config.pad_token_id = self.pad_id
 
     def blank(self, settings: Settings) -> Inputs:
-        """``input_ids`` and ``attention_mask`` of one text of full length, int64 [1, tokens]."""
+        """Return ``input_ids`` and ``attention_mask`` of one full text, int64 [1, tokens]."""
         length = min(settings.max_length, self.limit or settings.max_length)
         ids = np.full((1, length), self.pad_id)
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
     def describe(self, settings: Settings, *, blocks: bool = False) -> str:
-        """How texts are cut; ``blocks``: into several examples, not only to a length."""
+        """Return the text about the cut of texts; ``blocks``: into blocks, not only to a length."""
         cut = "into blocks of" if blocks else "to"
         return f"Text: the backbone's own tokenizer, cut {cut} {settings.max_length} tokens."
 
 
 class Text(Modality):
-    """Strings, each cut to ``data.max_length`` tokens."""
+    """Strings; each is cut to ``data.max_length`` tokens."""
 
     name = "text"
     kind = "string"
@@ -125,17 +126,17 @@ class Text(Modality):
     one_cell = one_file = "text"
 
     def load(self, folder: Path, config: Any) -> TextProcessor:
-        """The tokenizer in ``folder`` (``load_text``)."""
+        """Return the tokenizer in ``folder`` (``load_text``)."""
         return load_text(folder, config)
 
     def check(self, value: Any) -> None:
-        """A cell is a string with something in it, in whole characters."""
+        """Check that a cell is a string that is not blank and has no broken character."""
         check_string(value, "text")
 
     def encode(
         self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
     ) -> TextExamples:
-        """One example a text; the ids are kept."""
+        """Return one example for each text; the ids are kept."""
         most = settings.max_length
         check_length(processor, most)
         name = (processor.identity, most, rows.digest(self.name))
@@ -151,7 +152,10 @@ class Text(Modality):
         draw: np.random.Generator,
         shape: tuple[int, int],
     ) -> Inputs:
-        """Random ids with their mask (and types), int64 [examples, tokens]; one text is shorter."""
+        """Return random ids with their mask (and types), int64 [examples, tokens].
+
+        If there are several examples, the last one is shorter.
+        """
         examples, tokens = shape
         width = min(tokens, settings.max_length, processor.limit or tokens)
         ids = draw.integers(0, int(config.vocab_size), (examples, width))
@@ -166,10 +170,10 @@ class Text(Modality):
 
 
 def check_string(value: Any, what: str) -> None:
-    """Check that a cell is a string with something in it, in whole characters.
+    """Check that a cell is a string that is not blank and has no broken character.
 
     Raises:
-        DataError: it is not; ``what`` names it.
+        DataError: it is not; ``what`` is the name of the cell in the message.
     """
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(f"no {what}", hint="fill it in or remove the row")
@@ -188,14 +192,14 @@ def check_string(value: Any, what: str) -> None:
 
 
 def load_text(folder: Path, config: Any) -> TextProcessor:
-    """Load the tokenizer in ``folder``.
+    """Return the tokenizer in ``folder``.
 
     Raises:
-        BackboneError: there is none, it does not load, or it has no token to pad with.
+        BackboneError: there is no tokenizer, it does not load, or it has no token for padding.
     """
-    from transformers import AutoTokenizer  # seconds to import, and images never need it
+    from transformers import AutoTokenizer  # this import takes seconds, and images do not need it
 
-    # Without this look, transformers builds a tokenizer with an empty vocabulary for some models.
+    # Without this check, transformers builds a tokenizer with an empty vocabulary for some models.
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise BackboneError(
             f"{folder} has no tokenizer",
@@ -205,7 +209,7 @@ def load_text(folder: Path, config: Any) -> TextProcessor:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
+    except Exception as error:  # tokenizers raises a bare Exception for a broken tokenizer.json
         raise BackboneError(
             f"the tokenizer in {folder} does not load: {_first_line(error)}",
             hint="a tokenizer that needs its own code cannot be used; fetch the backbone again",
@@ -243,7 +247,10 @@ def as_examples(
     processor: TextProcessor,
     max_length: int,
 ) -> TextExamples:
-    """What ``find_tokens`` found, none longer than ``max_length``, as examples with ``labels``."""
+    """Return the output of ``find_tokens`` as examples with ``labels``.
+
+    No text is longer than ``max_length``.
+    """
     lengths = tokens["lengths"]
     return TextExamples(
         labels=labels,
@@ -258,10 +265,10 @@ def as_examples(
 
 
 def find_tokens(texts: Sequence[str], tokenize: Tokenize, keep: Keep, name: NameParts) -> Arrays:
-    """``tokenize`` of all texts one after the other, and how many tokens each has (``lengths``).
+    """Return the tokens of all texts, one text after the other, and the ``lengths`` of the texts.
 
     Raises:
-        DataError: a text becomes no tokens.
+        DataError: a text gives no tokens.
     """
     tokens = keep.tokens(name, lambda: _tokenise(texts, tokenize))
     lengths = tokens["lengths"]

@@ -1,7 +1,8 @@
-"""Clips to model inputs: frames at equal distances, each treated as the backbone treats an image.
+"""Clips to model inputs: frames at equal distances, each prepared as one image of the backbone.
 
-PyAV reads the files (an extra: ffmpeg's libraries are large). A clip is read from memory and may
-name no other file or address: formats that list others, such as playlists, are refused.
+PyAV reads the files (an optional extra, because ffmpeg's libraries are large). A clip is read from
+memory and may not refer to another file or address: formats that can list other files, such as
+playlists, are refused.
 """
 
 import hashlib
@@ -25,46 +26,49 @@ from fedgraft.common.modalities.image import load_image
 __all__ = ["Video", "VideoProcessor", "load_video", "open_clip"]
 
 FORMATS = frozenset({"mov", "mp4", "matroska", "webm", "avi", "gif", "mpeg", "mpegts", "ogg"})
-ALONE = {"protocol_whitelist": "none"}  # nothing beside the bytes that are there
+ALONE = {"protocol_whitelist": "none"}  # no access to anything but the given bytes
 SETTINGS = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
 class VideoProcessor:
-    """From clips to pixels: ``frames`` of each, by the ``images`` processor of the backbone."""
+    """A converter from clips to pixels: ``frames`` frames per clip, each through ``images``.
+
+    ``images`` is the backbone's image processor.
+    """
 
     images: Any
     frames: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one clip: (frames, channels, height, width)."""
+        """Return the shape of one clip: (frames, channels, height, width)."""
         return (self.frames, self.images.channels, *self.images.size)
 
     def pixels(self, clip: Sequence[Image.Image], normalize: Any) -> NDArray[np.float32]:
-        """float32 [frames, channels, height, width] of a clip's frames."""
+        """Return the pixels of a clip's frames, float32 [frames, channels, height, width]."""
         found: NDArray[np.float32] = self.images.pixels(clip, normalize)
         return found
 
     def configure(self, config: Any) -> None:
-        """Nothing of a model depends on it."""
+        """Do nothing: no setting of a model depends on this processor."""
 
     def blank(self, settings: Settings) -> Inputs:
-        """``pixel_values`` of one black clip, float32 [1, *shape]."""
+        """Return ``pixel_values`` of one black clip, float32 [1, *shape]."""
         return {"pixel_values": np.zeros((1, *self.shape), np.float32)}
 
     def describe(self, settings: Settings) -> str:
-        """Nothing."""
+        """Return an empty text."""
         return ""
 
     @cached_property
     def identity(self) -> str:
-        """A digest of everything that decides which pixels a clip becomes."""
+        """Return a digest of everything that decides the pixels of a clip."""
         return hashlib.sha256(f"{self.images.identity}:{self.frames}".encode()).hexdigest()
 
 
 class Video(Modality):
-    """Clips in files: some frames of each, as images of one size."""
+    """Clips in files: some frames of each clip, as images of one size."""
 
     name = "video"
     one_cell = one_file = "clip"
@@ -72,17 +76,17 @@ class Video(Modality):
     unvaried = "there is none for clips"
 
     def load(self, folder: Path, config: Any) -> VideoProcessor:
-        """The image processor in ``folder``, and how many frames a clip has (``load_video``)."""
+        """Return the image processor in ``folder`` with the frames per clip (``load_video``)."""
         return load_video(folder, config)
 
     def check(self, value: Any) -> None:
-        """A cell decodes, and has a frame."""
+        """Check that a cell can be decoded and has a frame."""
         open_clip(self.require(value), 1)
 
     def encode(
         self, rows: Rows, labels: Indices, processor: Any, settings: Settings, keep: Keep
     ) -> ImageExamples:
-        """``pixel_values`` [n, frames, channels, height, width], kept where they are many."""
+        """Return ``pixel_values`` [n, frames, channels, height, width]; a large array is kept."""
         shape, normalize = (len(labels), *processor.shape), settings.normalize
         sources = rows.column(self.name)
 
@@ -98,10 +102,10 @@ class Video(Modality):
 
 
 def load_video(folder: Path, config: Any) -> VideoProcessor:
-    """What prepares clips for the backbone in ``folder``.
+    """Return the processor of clips for the backbone in ``folder``.
 
     Raises:
-        BackboneError: the configuration does not say how many frames a clip has.
+        BackboneError: the configuration does not give the number of frames per clip.
     """
     frames = getattr(config, "num_frames", None)
     if not isinstance(frames, int) or frames < 1:
@@ -113,12 +117,13 @@ def load_video(folder: Path, config: Any) -> VideoProcessor:
 
 
 def open_clip(source: Mapping[str, Any], frames: int) -> list[Image.Image]:
-    """``frames`` images of ``{"bytes", "path"}`` (bytes win), at equal distances, RGB.
+    """Return ``frames`` RGB images of the clip ``{"bytes", "path"}``, at equal distances.
 
-    The first and the last frame are among them; of a shorter clip some come twice.
+    ``bytes`` takes precedence over ``path``. The first and the last frame are included; if the clip
+    is shorter, some frames appear twice.
 
     Raises:
-        DataError: the file is missing, or it is no clip of ``FORMATS`` or is cut short.
+        DataError: the file is missing, is not a clip of ``FORMATS``, or is cut short.
         InputError: PyAV is not installed.
     """
     try:
@@ -138,7 +143,7 @@ def open_clip(source: Mapping[str, Any], frames: int) -> list[Image.Image]:
         found = [kept[number] for number in wanted]
     except FileNotFoundError:
         raise DataError(f"{path} is not there", hint="check the path") from None
-    except Exception as error:  # ffmpeg has an exception for every errno
+    except Exception as error:  # PyAV has one exception class for each errno
         name = path or "a clip"
         raise DataError(
             f"{name} does not decode ({type(error).__name__})",
@@ -150,7 +155,7 @@ def open_clip(source: Mapping[str, Any], frames: int) -> list[Image.Image]:
 
 
 def _decoded(av: Any, data: bytes) -> Any:
-    """All frames of the first picture stream, one at a time."""
+    """Yield all frames of the first video stream, one at a time."""
     with av.open(io.BytesIO(data), container_options=ALONE) as container:
         if not FORMATS & set(container.format.name.split(",")):
             raise ValueError(container.format.name)

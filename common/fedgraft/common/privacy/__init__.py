@@ -1,4 +1,4 @@
-"""``[privacy]``: what the coordinator may learn of a site; one file a mechanism."""
+"""``[privacy]``: limits on the information that the coordinator gets; one file per mechanism."""
 
 from fedgraft.common.privacy.secure_aggregation import FEWEST, SecureAggregation
 from fedgraft.common.section import Section
@@ -7,6 +7,6 @@ __all__ = ["FEWEST", "Privacy", "SecureAggregation"]
 
 
 class Privacy(Section):
-    """``[privacy]``."""
+    """The section ``[privacy]``."""
 
     secure_aggregation: SecureAggregation = SecureAggregation()

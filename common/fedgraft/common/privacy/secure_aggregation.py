@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from fedgraft.common.section import IllegalJob, Section
 
 if TYPE_CHECKING:
-    from fedgraft.common.secagg.graph import Plan
+    from fedgraft.common.secagg.graph import GraphPlan
     from fedgraft.common.secagg.quantize import Coding
 
 __all__ = ["FEWEST", "SecureAggregation"]
@@ -70,7 +70,7 @@ class SecureAggregation(Section):
         most = cohort - ((cohort + colluders) // 2 + 1)  # the others must sign
         return colluders, max(min(math.ceil(round(self.dropouts * cohort, 6)), most), 0)
 
-    def plan(self, cohort: int) -> "Plan":
+    def plan(self, cohort: int) -> "GraphPlan":
         """Graph degree and thresholds of a round of ``cohort`` sites.
 
         Raises:

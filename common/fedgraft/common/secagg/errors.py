@@ -1,13 +1,13 @@
-"""What secure aggregation raises; no message ever holds a key, a share or a value.
+"""The errors of secure aggregation; no error message contains a key, a share or a value.
 
 SecAggError             base: ``hint`` is the next step, ``culprits`` the sites to blame, if known
-|-- ParameterError      numbers that cannot work together, or an overflow waiting to happen
+|-- ParameterError      numbers that cannot work together, or a possible overflow
 |-- PolicyRefused       the coordinator asks for less than the federation's signed floor
-|-- StageError          a message out of order, twice, or for a round that is over
+|-- StageError          a message out of order, repeated, or for a round that is over
 |-- StatementError      another party's message is malformed, unsigned, replayed or inconsistent
 |-- TooFewParties       below a threshold; nothing was unmasked, the next round may work
 |-- InputRefused        a site's own update, weight or metric is out of range
-`-- UnmaskError         the sum could not be opened or does not check out; there is no output
+`-- UnmaskError         the sum could not be opened or fails its checks; there is no output
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class SecAggError(Exception):
-    """Base of the tree; ``culprits`` are ids in the roster, sorted."""
+    """The base of the tree; ``culprits`` are ids in the roster, sorted."""
 
     hint = "start the next round; if it fails again, stop the job"
 
@@ -37,48 +37,48 @@ class SecAggError(Exception):
 
 
 class ParameterError(SecAggError):
-    """The parameters cannot work, whatever the parties do."""
+    """The parameters cannot work, regardless of the parties' behaviour."""
 
     hint = "change the job's secure aggregation settings"
 
 
 class PolicyRefused(SecAggError):
-    """The parameters are below the federation's policy, or not those that were agreed."""
+    """The parameters are below the federation's policy, or are not the agreed parameters."""
 
     hint = "compare the coordinator's job with the policy in the site's kit"
 
 
 class StageError(SecAggError):
-    """A message came out of order; a party does each stage of a round once."""
+    """A message came out of order; a party does each stage of a round only once."""
 
 
 class StatementError(SecAggError):
-    """A message of another party is not what the protocol says it must be."""
+    """A message of another party does not follow the protocol."""
 
     hint = "leave the named site out and start the next round"
 
 
 class TooFewParties(SecAggError):
-    """Fewer parties than a threshold; nothing about anyone's update was revealed."""
+    """There are fewer parties than a threshold; nothing about any party's update was revealed."""
 
     hint = "start the next round when more sites are connected"
 
 
 class InputRefused(SecAggError):
-    """This site's own contribution cannot be encoded: not finite, or out of range."""
+    """This site's own contribution cannot be encoded: it is not finite, or is out of range."""
 
     hint = "check the training loss, or raise the weight or metric limits of the job"
 
 
 class UnmaskError(SecAggError):
-    """The sum cannot be opened, or fails its check lanes; it was thrown away."""
+    """The sum cannot be opened, or fails its check lanes; it was discarded."""
 
     hint = "leave the named sites out, if any, and start the next round"
 
 
 @contextmanager
 def blame(site: int) -> Iterator[None]:
-    """Name ``site`` as the culprit of a ``StatementError`` raised inside."""
+    """Name ``site`` as the culprit of a ``StatementError`` that is raised inside."""
     try:
         yield
     except StatementError as error:

@@ -25,7 +25,7 @@ from math import comb
 
 from fedgraft.common.secagg.errors import ParameterError
 
-__all__ = ["COMPLETE", "FEWEST", "Graph", "Plan", "arrange", "plan_graph"]
+__all__ = ["COMPLETE", "FEWEST", "Graph", "GraphPlan", "arrange", "plan_graph"]
 
 COMPLETE = 128  # parties up to which everyone is everyone's neighbour
 PRIVACY, CORRECTNESS = 40, 20  # bits
@@ -33,7 +33,7 @@ FEWEST = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class GraphPlan:
     """Degree and thresholds for ``parties`` of whom ``colluders`` collude and ``dropouts`` drop.
 
     ``share_threshold`` shares open a secret; ``sign_threshold`` parties must sign the same
@@ -53,7 +53,7 @@ class Plan:
         """Survivors without which nothing is unmasked: the signers, and two honest ones."""
         return max(self.sign_threshold, self.colluders + 2)
 
-    def among(self, advertised: int) -> "Plan":
+    def among(self, advertised: int) -> "GraphPlan":
         """The plan for the ``advertised`` parties that are left after the first stage.
 
         All colluders may be among them, so a sparse graph is computed anew, for the same rate of
@@ -72,7 +72,7 @@ class Plan:
 
 
 @lru_cache(maxsize=64)
-def plan_graph(parties: int, colluders: int, dropouts: int) -> Plan:
+def plan_graph(parties: int, colluders: int, dropouts: int) -> GraphPlan:
     """Degree and thresholds for so many parties, colluders (T) and dropouts.
 
     Raises:
@@ -88,7 +88,7 @@ def plan_graph(parties: int, colluders: int, dropouts: int) -> Plan:
             f"dropouts, not {dropouts}"
         )
     degree, threshold = _sparse(parties, colluders, dropouts)
-    return Plan(parties, colluders, dropouts, degree, threshold, sign_threshold)
+    return GraphPlan(parties, colluders, dropouts, degree, threshold, sign_threshold)
 
 
 @lru_cache(maxsize=64)

@@ -1,10 +1,10 @@
-"""Keys of secure aggregation: who signs, who agrees on secrets, who may open a share.
+"""The keys of secure aggregation: for signatures, for the agreement on secrets, for sealed shares.
 
-Ed25519 (RFC 8032) for the long-lived identity, X25519 (RFC 7748) for two fresh pairs a round,
-HKDF-SHA256 (RFC 5869) with an info of its own for every use, AES-256-GCM (SP 800-38D) for shares.
-A sealing key is derived for one message in one direction, so its nonce may be zero. Python cannot
-promise that no copy of a secret is left in memory: what we hold in ``bytearray`` is overwritten,
-the rest is dropped at once.
+Ed25519 (RFC 8032) for the long-lived identity, X25519 (RFC 7748) for two fresh key pairs per round,
+HKDF-SHA256 (RFC 5869) with a separate info for every use, AES-256-GCM (SP 800-38D) for shares. A
+sealing key is derived for one message in one direction, so its nonce may be zero. Python cannot
+guarantee that no copy of a secret stays in memory: secrets in a ``bytearray`` are overwritten, and
+the others are dropped at once.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ NONCE = bytes(12)
 
 
 def draw(entropy: Entropy, size: int) -> bytearray:
-    """``size`` secret bytes that can be wiped.
+    """Return ``size`` secret bytes that can be wiped.
 
     Raises:
         ValueError: the source gave another number of bytes.
@@ -63,29 +63,29 @@ def wipe(secret: bytearray) -> None:
 
 
 def same(one: bytes, other: bytes) -> bool:
-    """Compare digests or keys in a time that does not tell where they differ."""
+    """Compare digests or keys; the time does not depend on the position of a difference."""
     return hmac.compare_digest(one, other)
 
 
 class Identity:
-    """A site's long-lived Ed25519 key pair, born at the site; only ``public`` ever leaves it."""
+    """A site's long-lived Ed25519 key pair, made at the site; only ``public`` ever leaves it."""
 
     def __init__(self, private: bytes | bytearray) -> None:
-        """From 32 private bytes (RFC 8032, 5.1.5); ValueError for another length."""
+        """Take 32 private bytes (RFC 8032, 5.1.5); ValueError for another length."""
         self._key = Ed25519PrivateKey.from_private_bytes(private)
         self.public = self._key.public_key().public_bytes_raw()
 
     @classmethod
     def generate(cls, entropy: Entropy = os.urandom) -> "Identity":
-        """A new identity."""
+        """Return a new identity."""
         return cls(draw(entropy, KEY_BYTES))
 
     def private_bytes(self) -> bytes:
-        """The 32 private bytes, for the file that the site keeps to itself."""
+        """Return the 32 private bytes, for the file that never leaves the site."""
         return self._key.private_bytes_raw()
 
     def sign(self, message: bytes) -> bytes:
-        """64 bytes of signature, the same each time for the same message."""
+        """Return the signature, 64 bytes; it is always the same for the same message."""
         return self._key.sign(message)
 
 
@@ -102,24 +102,26 @@ def verify(public: bytes, signature: bytes, message: bytes) -> None:
 
 
 class Exchange:
-    """One X25519 key pair that lives for one round."""
+    """One X25519 key pair for one round."""
 
     def __init__(self, private: bytes | bytearray) -> None:
-        """From 32 private bytes, which are copied; ValueError for another length."""
+        """Take 32 private bytes, which are copied; ValueError for another length."""
         self._key: X25519PrivateKey | None = X25519PrivateKey.from_private_bytes(private)
         self.private = bytearray(private)
         self.public = self._key.public_key().public_bytes_raw()
 
     @classmethod
     def generate(cls, entropy: Entropy = os.urandom) -> "Exchange":
-        """A fresh pair."""
+        """Return a fresh key pair."""
         private = draw(entropy, KEY_BYTES)
         pair = cls(private)
         wipe(private)
         return pair
 
     def agree(self, public: bytes) -> bytes:
-        """The 32-byte secret shared with the owner of ``public``; never used without ``derive``.
+        """Return the 32-byte secret shared with the owner of ``public``.
+
+        It must never be used without ``derive``.
 
         Raises:
             StatementError: the key is malformed or of small order (RFC 7748, 6.1), or this pair
@@ -133,7 +135,7 @@ class Exchange:
             raise StatementError("a public key cannot be used") from None
 
     def wipe(self) -> None:
-        """Overwrite the private bytes and drop the key; ``agree`` refuses from now on."""
+        """Overwrite the private bytes and drop the key; ``agree`` refuses from then on."""
         wipe(self.private)
         self._key = None
 
@@ -141,22 +143,22 @@ class Exchange:
 def derive(
     secret: bytes | bytearray, info: bytes, *, salt: bytes = SALT, size: int = KEY_BYTES
 ) -> bytes:
-    """HKDF-SHA256 (RFC 5869): ``size`` bytes bound to ``info``, which encodes the use."""
+    """Return ``size`` bytes bound to ``info`` by HKDF-SHA256 (RFC 5869); ``info`` names the use."""
     return HKDF(hashes.SHA256(), size, salt, info).derive(bytes(secret))
 
 
 def commit(seed: bytes | bytearray) -> bytes:
-    """SHA-256 commitment to a 32-byte seed; hiding because the seed is uniform."""
+    """Return the SHA-256 commitment to a 32-byte seed; it is hiding because the seed is uniform."""
     return hashlib.sha256(SALT + b" commitment" + seed).digest()
 
 
 def seal(key: bytes, plaintext: bytes, associated: bytes) -> bytes:
-    """AES-256-GCM under a single-use ``key``: ``len(plaintext) + 16`` bytes."""
+    """Return AES-256-GCM of ``plaintext`` under a single-use ``key``: 16 bytes more."""
     return AESGCM(key).encrypt(NONCE, plaintext, associated)
 
 
 def open_sealed(key: bytes, ciphertext: bytes, associated: bytes) -> bytearray:
-    """The plaintext that was sealed with the same key and associated data.
+    """Return the plaintext that was sealed with the same key and associated data.
 
     Raises:
         StatementError: the ciphertext is not authentic.

@@ -1,9 +1,10 @@
 """Masks: AES-256-CTR key streams added to a vector of uint32, one cache-sized chunk at a time.
 
-SP 800-38A, 6.5. A key makes one mask in its life, so the counter starts at zero; word i of a mask
-is bytes 4i..4i+3 of the key stream, little-endian. A chunk of the accumulator takes *every* mask
-before the next chunk is touched, so key streams never leave the processor's cache. Addition
-modulo 2^32 commutes: chunks, threads and the order of masks cannot change a bit of the result.
+SP 800-38A, 6.5. A key makes only one mask in its lifetime, so the counter starts at zero. Word i of
+a mask is bytes 4i..4i+3 of the key stream, little-endian. A chunk of the accumulator takes *every*
+mask before the next chunk is processed, so key streams never leave the processor's cache. Addition
+modulo 2^32 is commutative: chunks, threads and the order of masks cannot change a bit of the
+result.
 """
 
 from collections.abc import Sequence
@@ -22,13 +23,13 @@ __all__ = ["CHUNK", "Mask", "add_masks"]
 Words = NDArray[np.uint32]
 
 CHUNK = 1 << 16  # words: 256 KB, so that accumulator, zeros and key stream share an L2 cache
-GROUP = 256  # ciphers open at once; bounds memory where one party cancels a million masks
+GROUP = 256  # ciphers open at once; limits memory if one party removes a million masks
 BLOCK = 16  # bytes of an AES block: four words
 
 
-@dataclass(frozen=True, slots=True)  # a coordinator holds thousands
+@dataclass(frozen=True, slots=True)  # slots: a coordinator holds thousands
 class Mask:
-    """One key stream, to be added (``sign`` 1) or subtracted (-1)."""
+    """One key stream, to add (``sign`` 1) or to subtract (-1)."""
 
     key: bytes = field(repr=False)
     sign: int
@@ -39,7 +40,8 @@ def add_masks(
 ) -> None:
     """Add all ``masks`` to ``vector`` (uint32 [any size], contiguous), in place, modulo 2^32.
 
-    ``threads`` work on ranges of coordinates of their own; ``chunk`` is in words, a multiple of 4.
+    Each of the ``threads`` works on its own range of coordinates; ``chunk`` is in words, a multiple
+    of 4.
 
     Raises:
         ParameterError: another dtype or layout, a key that is not 32 bytes, a sign that is not
@@ -71,7 +73,7 @@ def _add_range(part: Words, masks: Sequence[Mask], start: int, chunk: int) -> No
     """Add masks to ``part``, whose first word is word ``start`` of the vector."""
     chunk = min(chunk, -(-part.size // 4) * 4)
     zeros = memoryview(bytes(4 * chunk))
-    stream = np.empty(4 * chunk + BLOCK, np.uint8)  # a cipher wants one block more than it writes
+    stream = np.empty(4 * chunk + BLOCK, np.uint8)  # a cipher needs one block more than it writes
     target, words = stream.data, stream[: 4 * chunk].view("<u4")
     first_block = (start // 4).to_bytes(BLOCK, "big")
     for group in range(0, len(masks), GROUP):

@@ -1,12 +1,12 @@
-"""From a float update to integers of a ring and back: clip, weigh, round, pack.
+"""Conversion of a float update to integers of a ring, and back: clip, weight, round, pack.
 
     q = floor(clip(delta, -c, c) * w / w_max * S / c + U[0, 1)),   S = 2^(value_bits - 1) - 1
 
 Stochastic rounding is unbiased (Gupta et al. 2015, "Deep Learning with Limited Numerical
-Precision"). Sums live in the ring 2^ring_bits and never wrap, because ``parties * S`` is required
-to fit before a job starts. A vector is eight header lanes of 32 bits, then one element a
-parameter, of which only ``ring_bits`` travel: what a site says about its examples and metrics is
-masked with the rest.
+Precision"). Sums are in the ring 2^ring_bits and never wrap, because ``parties * S`` must fit
+before a job starts. A vector is eight header lanes of 32 bits, followed by one element per
+parameter, of which only ``ring_bits`` are sent. A site's example count and metrics are in the
+lanes, so they are masked together with the update.
 """
 
 import math
@@ -36,22 +36,22 @@ __all__ = [
 Words = NDArray[np.uint32]
 Bytes = NDArray[np.uint8]
 
-LANES = 8  # count, weight, METRICS metric sums, and zeros that must still be zero after unmasking
+LANES = 8  # count, weight, METRICS metric sums, and zeros that must be zero after unmasking
 METRICS = 2
-PIECE = 1 << 15  # elements worked on at a time, so that temporaries stay in cache
+PIECE = 1 << 15  # elements per step, so that temporaries stay in cache
 RINGS = (16, 24, 32)
 WORD = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
 class Coding:
-    """How numbers become ring elements; valid once it exists.
+    """The conversion of numbers to ring elements; an existing object is valid.
 
-    ``clip`` bounds each coordinate of an update; ``max_weight`` a site's weight (an integer, such
-    as its number of examples); ``metric_limit`` the absolute value of a metric.
+    ``clip`` limits each coordinate of an update. ``max_weight`` limits a site's weight (an integer,
+    such as its number of examples). ``metric_limit`` limits the absolute value of a metric.
 
     Raises:
-        ParameterError: something is out of range, or a sum of ``parties`` could overflow.
+        ParameterError: a value is out of range, or a sum of ``parties`` could overflow.
     """
 
     parties: int
@@ -72,23 +72,23 @@ class Coding:
         if self.max_weight < 1 or self.parties * self.max_weight > WORD:
             raise ParameterError("sums of weights overflow 32 bits: lower max_weight")
         for limit in (self.clip, self.metric_limit):
-            # So small that levels / limit is infinite would make garbage of a zero.
+            # If levels / limit were infinite, a zero would become a wrong value.
             if not (0 < limit < math.inf and math.isfinite(self.levels / limit)):
                 raise ParameterError("clip and metric_limit must be positive and finite")
 
     @property
     def levels(self) -> int:
-        """S: the largest integer that one site contributes to one coordinate."""
+        """Return S: the largest integer that one site contributes to one coordinate."""
         return (1 << (self.value_bits - 1)) - 1
 
     @property
     def metric_levels(self) -> int:
-        """The largest integer that one site contributes to a metric lane."""
+        """Return the largest integer that one site contributes to a metric lane."""
         return ((1 << 31) - 1) // self.parties
 
 
 def default_coding(parties: int, clip: float) -> Coding:
-    """17 bits in a ring of 24 up to 128 parties; 20 in a ring of 32 up to 2,048.
+    """Return 17 bits in a ring of 24 up to 128 parties; 20 bits in a ring of 32 up to 2,048.
 
     Raises:
         ParameterError: more parties.
@@ -107,14 +107,14 @@ def encode_update(
     coding: Coding,
     generator: np.random.Generator | None,
 ) -> Words:
-    """Lanes and quantised ``update`` (float [d]) as uint32 [8 + d], before any mask.
+    """Return lanes and quantised ``update`` (float [d]) as uint32 [8 + d], before any mask.
 
-    ``generator`` decides the rounding only; it must not be shared between sites. None rounds down:
-    for values that are whole levels already, which then stay what they are.
+    ``generator`` decides only the rounding; sites must not share it. None rounds down: values that
+    are already whole levels then stay unchanged.
 
     Raises:
         InputRefused: a value or metric that is not finite, a metric beyond its limit, or a weight
-            outside 1..max_weight. Nothing is ever clamped but the update.
+            outside 1..max_weight. Only the update is clipped; no other value is.
     """
     if type(weight) is not int or not 0 < weight <= coding.max_weight:
         raise InputRefused("the weight is not in 1..max_weight")
@@ -138,7 +138,7 @@ def encode_update(
 def _round(
     values: NDArray[np.floating], weight: int, coding: Coding, generator: np.random.Generator | None
 ) -> NDArray[np.float64]:
-    exact = values.astype(np.float64)  # before the clip: float32(0.1) is more than 0.1
+    exact = values.astype(np.float64)  # before the clip, because float32(0.1) > 0.1
     if not np.isfinite(exact).all():
         raise InputRefused("the update is not finite")
     np.clip(exact, -coding.clip, coding.clip, out=exact)
@@ -146,13 +146,13 @@ def _round(
     if generator is not None:
         exact += generator.random(exact.size)
     np.floor(exact, out=exact)
-    # Adding U < 1 to S may round up to S + 1 in floating point; one such site would overflow.
+    # S + U with U < 1 can round up to S + 1 in floating point; one such site could cause overflow.
     np.clip(exact, -coding.levels, coding.levels, out=exact)
     return exact
 
 
 def mean(sums: NDArray[np.int32], weight: int, coding: Coding) -> NDArray[np.float32]:
-    """Weighted mean of the clipped updates, in place: float32 [d] on the memory of ``sums``."""
+    """Return the weighted mean of the clipped updates, float32 [d], in the memory of ``sums``."""
     step = coding.clip * coding.max_weight / (coding.levels * weight)
     means = sums.view(np.float32)
     for low in range(0, sums.size, PIECE):
@@ -162,9 +162,9 @@ def mean(sums: NDArray[np.int32], weight: int, coding: Coding) -> NDArray[np.flo
 
 
 def error_bound(count: int, weight: int, coding: Coding) -> float:
-    """How far ``mean`` of ``count`` sites can be from the exact one, in every coordinate.
+    """Return the largest error of ``mean`` over ``count`` sites, in every coordinate.
 
-    Each site's rounding is off by less than one level, and the mean is rounded to float32.
+    The rounding error of each site is less than one level, and the mean is rounded to float32.
     """
     levels = count * coding.clip * coding.max_weight / (coding.levels * weight)
     return levels + coding.clip * 2.0**-24
@@ -172,7 +172,7 @@ def error_bound(count: int, weight: int, coding: Coding) -> float:
 
 @dataclass(frozen=True)
 class Lanes:
-    """The header of an unmasked sum; ``intact`` says that the zero lanes are zero."""
+    """The header of an unmasked sum; ``intact``: the zero lanes are zero."""
 
     count: int
     weight: int
@@ -181,7 +181,7 @@ class Lanes:
 
 
 def read_lanes(vector: Words, coding: Coding) -> Lanes:
-    """Read the header of uint32 [8 + d]; metrics are sums over sites."""
+    """Return the header of uint32 [8 + d]; metrics are sums over sites."""
     scale = coding.metric_limit / coding.metric_levels
     metrics = vector[2 : 2 + METRICS].view(np.int32)
     return Lanes(
@@ -193,7 +193,7 @@ def read_lanes(vector: Words, coding: Coding) -> Lanes:
 
 
 def signed(body: Words, ring_bits: int) -> NDArray[np.int32]:
-    """Ring elements as signed integers, in place: int32 [d] on the memory of ``body``."""
+    """Return ring elements as signed integers: int32 [d] in the memory of ``body``."""
     shift = np.uint32(32 - ring_bits)
     if shift:
         np.left_shift(body, shift, out=body)
@@ -204,15 +204,18 @@ def signed(body: Words, ring_bits: int) -> NDArray[np.int32]:
 
 
 def packed_size(length: int, ring_bits: int) -> int:
-    """Bytes of an upload of ``length`` parameters: 32 of header and 2, 3 or 4 a parameter."""
+    """Return the bytes of an upload of ``length`` parameters.
+
+    The header has 32 bytes; a parameter has 2, 3 or 4 bytes.
+    """
     return 4 * LANES + length * ring_bits // 8
 
 
 def pack(vector: Words, ring_bits: int) -> Bytes:
-    """The upload, uint8 [packed_size], little-endian.
+    """Return the upload, uint8 [packed_size], little-endian.
 
-    The lanes whole; then the low 16 bits of every element; then, in a ring of 24 bits, the 8 bits
-    above of every element. In a ring of 32 bits elements are whole.
+    The order is: the whole lanes; the low 16 bits of every element; and, in a ring of 24 bits, the
+    next 8 bits of every element. In a ring of 32 bits elements are stored whole.
     """
     length = vector.size - LANES
     packed = np.empty(packed_size(length, ring_bits), np.uint8)
@@ -220,7 +223,7 @@ def pack(vector: Words, ring_bits: int) -> Bytes:
     low, high = _planes(packed, length, ring_bits)
     for start in range(0, length, PIECE):
         piece, place = vector[LANES + start :][:PIECE], slice(start, start + PIECE)
-        low[place] = piece  # keeps as many low bits as fit
+        low[place] = piece  # the cast keeps the low bits
         if high is not None:
             high[place] = piece >> np.uint32(16)
     return packed
@@ -229,7 +232,7 @@ def pack(vector: Words, ring_bits: int) -> Bytes:
 def _planes(
     packed: Bytes, length: int, ring_bits: int
 ) -> tuple[NDArray[np.unsignedinteger], Bytes | None]:
-    """Views of an upload: the low bits of its elements and, for 24 bits, the 8 bits above them."""
+    """Return views of an upload: the low bits of its elements and, for 24 bits, the next 8 bits."""
     body = packed[4 * LANES :]
     if ring_bits == 32:
         return body.view("<u4"), None
@@ -239,7 +242,7 @@ def _planes(
 def add_packed(total: Words, packed: Bytes, ring_bits: int) -> None:
     """Add an upload to ``total`` (uint32 [8 + d]), in place.
 
-    Bits of ``total`` above ``ring_bits`` are then meaningless; ``signed`` drops them.
+    Bits of ``total`` above ``ring_bits`` then have no meaning; ``signed`` drops them.
 
     Raises:
         ParameterError: the upload has another size or dtype.

@@ -1,9 +1,10 @@
 """Shamir's secret sharing over GF(2^16), in numpy.
 
-Shamir 1979, "How to share a secret". A secret of 2m bytes is m field elements, shared at once: a
-polynomial of degree ``threshold - 1`` each, whose value at 0 is the secret. The field is
-GF(2)[x] / (x^16 + x^12 + x^3 + x + 1), whose root x is primitive, so 65,535 parties fit. Table
-look-ups are not constant in time towards another process on the same core; secrets live one round.
+Shamir 1979, "How to share a secret". A secret of 2m bytes is m field elements, which are shared
+together: each has a polynomial of degree ``threshold - 1``, whose value at 0 is the element. The
+field is GF(2)[x] / (x^16 + x^12 + x^3 + x + 1). Its root x is primitive, so 65,535 parties fit.
+Table look-ups do not take constant time, which another process on the same core could observe; a
+secret lives for only one round.
 """
 
 import math
@@ -23,7 +24,7 @@ Elements = NDArray[np.uint16]
 
 ORDER = 65535  # of the multiplicative group
 POLYNOMIAL = 0x1100B
-BUDGET = 4096  # subsets to try before an owner's secret is given up
+BUDGET = 4096  # most subsets to try for one owner's secret
 
 
 def _tables() -> tuple[Elements, NDArray[np.int32]]:
@@ -43,7 +44,7 @@ _POWERS, _LOGS = _tables()
 
 
 def multiply(one: Elements, other: Elements) -> Elements:
-    """Product in the field, element by element, with broadcasting."""
+    """Return the product in the field, element by element, with broadcasting."""
     product = _POWERS[_LOGS[one] + _LOGS[other]]
     return np.where((one == 0) | (other == 0), np.uint16(0), product)
 
@@ -51,14 +52,14 @@ def multiply(one: Elements, other: Elements) -> Elements:
 def split(
     secret: bytes | bytearray, threshold: int, points: Sequence[int], entropy: Entropy
 ) -> list[bytearray]:
-    """Share ``secret`` (an even number of bytes): one share of the same length for each point.
+    """Return one share of ``secret`` (an even number of bytes) for each point, of the same length.
 
-    Any ``threshold`` shares give it back, fewer say nothing. Draws ``(threshold - 1) *
-    len(secret)`` bytes from ``entropy``.
+    Any ``threshold`` shares give the secret; fewer shares give no information about it. The
+    function draws ``(threshold - 1) * len(secret)`` bytes from ``entropy``.
 
     Raises:
-        ParameterError: an odd length, points that repeat or leave 1..65535, or a threshold that
-            is not in 1..len(points).
+        ParameterError: an odd length, points that repeat or are outside 1..65535, or a threshold
+            that is not in 1..len(points).
     """
     x = _points(points)
     if len(secret) % 2 or not 1 <= threshold <= len(points):
@@ -78,12 +79,13 @@ def split(
 
 
 def combine(points: Sequence[int], shares: Sequence[bytes], *, at: int = 0) -> bytes:
-    """Value at ``at`` of the polynomials through the shares (Lagrange); at 0 it is the secret.
+    """Return the value at ``at`` of the polynomials through the shares (Lagrange).
 
-    All shares given are used: pass exactly ``threshold`` of them, each of the same even length.
+    At 0 it is the secret. All given shares are used: pass exactly ``threshold`` shares, all of the
+    same even length.
 
     Raises:
-        ParameterError: points that repeat or leave 1..65535, or shares of different lengths.
+        ParameterError: points that repeat or are outside 1..65535, or shares of different lengths.
     """
     x = _points(points)
     if len(shares) != len(x) or len({len(share) for share in shares}) != 1 or len(shares[0]) % 2:
@@ -101,7 +103,7 @@ def _points(points: Sequence[int]) -> Elements:
 
 
 def _weights(x: Elements, at: int) -> Elements:
-    """Lagrange basis at ``at``: prod_j (at - x_j) / (x_i - x_j); minus is xor in this field."""
+    """Return the Lagrange basis at ``at``: prod_j (at - x_j) / (x_i - x_j); minus is xor here."""
     gaps = x ^ np.uint16(at)
     if not gaps.all():  # ``at`` is one of the points
         indicator: Elements = (gaps == 0).astype(np.uint16)
@@ -116,7 +118,7 @@ def _weights(x: Elements, at: int) -> Elements:
 
 @dataclass(frozen=True)
 class Recovered:
-    """A secret that passed its check, and the points whose shares do not lie on its polynomials."""
+    """A secret that passed its check, and the points whose shares are not on its polynomials."""
 
     secret: bytes = field(repr=False)
     wrong: tuple[int, ...]
@@ -130,11 +132,11 @@ def recover(
     *,
     budget: int = BUDGET,
 ) -> Recovered | None:
-    """Find the secret among shares of which some may be wrong: ``accept`` knows it when it sees it.
+    """Return the secret from shares of which some may be wrong; ``accept`` recognises the secret.
 
-    The first ``threshold`` shares are tried, then other subsets: all of them where they are at
-    most ``budget``, else ``budget`` drawn ones, which find a clean one while wrong shares are
-    few. Shares that were not needed because the first subset was right are not judged.
+    The first ``threshold`` shares are tried, then other subsets: all subsets if there are at most
+    ``budget``, otherwise ``budget`` random subsets. Random subsets find one without a wrong share
+    as long as wrong shares are few. If the first subset is right, the other shares are not checked.
 
     Returns:
         The accepted secret and the wrong shares, or None.
@@ -159,7 +161,7 @@ def _subsets(count: int, size: int, budget: int) -> Iterator[Sequence[int]]:
         yield from combinations(range(count), size)
         return
     yield range(size)
-    # What is drawn need not be secret, only different: a fixed seed makes failures repeatable.
+    # Subsets need not be secret, only different: a fixed seed makes failures repeatable.
     generator = np.random.Generator(np.random.PCG64(0))
     for _ in range(budget - 1):
         yield generator.permutation(count)[:size].tolist()

@@ -1,8 +1,8 @@
-"""What the parties say to each other, stage by stage; free of any transport.
+"""The statements of the parties, stage by stage; independent of any transport.
 
-Fields are ints, bytes of a fixed size, tuples of these, and one numpy array. They are data as it
-arrived: nothing in them is to be believed before ``transcript`` or a party has checked it. Fields
-that an outsider should not find in a log are left out of ``repr``.
+Fields are ints, bytes of a fixed size, tuples of these, and one numpy array. They contain the data
+as it arrived: no field may be trusted before ``transcript`` or a party has checked it. Fields that
+an outsider should not find in a log are left out of ``repr``.
 """
 
 from dataclasses import dataclass, field
@@ -22,14 +22,14 @@ __all__ = [
     "Opening",
     "RevealedShare",
     "SealedShares",
+    "SecAggStage",
     "SharesRequest",
-    "Stage",
     "Survivors",
     "UnmaskRequest",
 ]
 
 
-class Stage(IntEnum):
+class SecAggStage(IntEnum):
     """The stages of a round, in order."""
 
     KEYS = 1
@@ -86,7 +86,7 @@ class SealedShares:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """Coordinator: what a site's neighbours sealed for it, with the request to train."""
+    """Coordinator: the shares that a site's neighbours sealed for it, with the request to train."""
 
     envelopes: tuple[Envelope, ...]
 
@@ -95,7 +95,8 @@ class Delivery:
 class MaskedInput:
     """Site: lanes and update, masked and packed, uint8 [``packed_size``].
 
-    ``signature`` covers whose shares the site was given, which decides with whom it shares masks.
+    ``signature`` covers the owners of the shares that the site was given; they decide with which
+    sites it shares masks.
     """
 
     site: int
@@ -105,9 +106,9 @@ class MaskedInput:
 
 @dataclass(frozen=True, slots=True)
 class Survivors:
-    """Coordinator: who shared (U2) and whose masked input it has (U3), both ascending.
+    """Coordinator: the sites that shared (U2) and the sites whose masked input arrived (U3).
 
-    ``signatures`` are those of the masked inputs, in the order of ``masked``.
+    Both are ascending. ``signatures`` are those of the masked inputs, in the order of ``masked``.
     """
 
     shared: tuple[int, ...]
@@ -125,7 +126,7 @@ class Confirmation:
 
 @dataclass(frozen=True, slots=True)
 class UnmaskRequest:
-    """Coordinator: the confirmations, which show that all saw the same survivors."""
+    """Coordinator: the confirmations, which show that all sites saw the same survivors."""
 
     confirmations: tuple[Confirmation, ...]
 
@@ -148,11 +149,11 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Aggregate:
-    """The sum over ``survivors``, checked: what the coordinator learns, and all it learns.
+    """The checked sum over ``survivors``; it is all that the coordinator learns.
 
-    ``sums`` are quantised, int32 [d]: ``quantize.mean`` makes floats of them. ``metrics`` are
-    sums over sites. ``disputes`` are pairs (owner, holder) where the holder's share did not fit
-    the others': one of the two is to blame, and the sum is right nevertheless.
+    ``sums`` are quantised, int32 [d]; ``quantize.mean`` converts them to floats. ``metrics`` are
+    sums over sites. ``disputes`` are pairs (owner, holder) in which the holder's share did not fit
+    the other shares: one of the two sites is to blame, but the sum is still correct.
     """
 
     survivors: tuple[int, ...]

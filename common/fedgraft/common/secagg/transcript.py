@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.secagg.errors import ParameterError, PolicyRefused, StatementError, blame
-from fedgraft.common.secagg.graph import FEWEST, Plan, plan_graph
+from fedgraft.common.secagg.graph import FEWEST, GraphPlan, plan_graph
 from fedgraft.common.secagg.keys import KEY_BYTES, SIGNATURE_BYTES, Identity, verify
 from fedgraft.common.secagg.quantize import Coding
 from fedgraft.common.secagg.statements import Advertisement, Confirmation, Survivors
@@ -173,7 +173,7 @@ class Parameters:
         _ = self.plan  # raises now rather than in a round
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> GraphPlan:
         """Graph degree and thresholds, computed, never taken from a message."""
         return plan_graph(len(self.cohort), self.colluders, self.dropouts)
 

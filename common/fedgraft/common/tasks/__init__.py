@@ -1,4 +1,4 @@
-"""The kinds of problems a job can have: one file a task, and the table of them."""
+"""The tasks, which are the kinds of problem of a job: one file for each, and the table of all."""
 
 from typing import TYPE_CHECKING, Literal
 

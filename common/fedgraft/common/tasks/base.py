@@ -1,8 +1,8 @@
-"""The contract of a task: everything the rest of the house asks of it.
+"""The interface of a task: everything that the rest of the code needs from it.
 
-One file has one task, or several that differ only in what they read. A task is one object without
-state; ``TASKS`` in this package names them. What a task cannot do stands in its ``refuses``, by the
-names of ``config/compatibility.py``, and nowhere else.
+One file contains one task, or several tasks that differ only in their modality. A task is one
+object without state; ``TASKS`` in this package maps names to tasks. Only the task's ``refuses``
+lists the settings that the task does not support, by the names in ``config/compatibility.py``.
 """
 
 from abc import ABC, abstractmethod
@@ -23,15 +23,18 @@ from fedgraft.common.section import IllegalJob, Refuses
 __all__ = ["Cell", "Corrupt", "Differences", "Reading", "Task"]
 
 Corrupt = Callable[[Inputs, Any, Draws], tuple[Inputs, Any]]
-"""Inputs and targets of a batch, as they are seen this time; draws are the site's own."""
+"""A function that gives the inputs and targets of a batch for this training step.
+
+The random draws are the site's own.
+"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row as its file has it: what is read, and what stands ``beside`` it (None without).
+    """One row of a file: its content, and the value in the column ``beside`` it (None if absent).
 
-    ``typed`` says that the file tells the number 3 from the text "3"; CSV cells and names of
-    folders do not.
+    ``typed``: the file distinguishes the number 3 from the text "3"; CSV cells and names of folders
+    do not.
     """
 
     content: Any
@@ -41,10 +44,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the cells of one file set are read.
+    """The settings for reading the cells of one file set.
 
-    ``labels`` are the job's, ``mapping`` maps a value of the site's to one of them. ``labelled``:
-    the rows have labels at all.
+    ``labels`` are the job's labels. ``mapping`` maps a value of the site to one of these labels.
+    ``labelled``: the rows have labels.
     """
 
     labels: tuple[str, ...]
@@ -53,17 +56,17 @@ class Reading:
 
     @cached_property
     def indices(self) -> dict[str, int]:
-        """The index of each label."""
+        """Return the index of each label."""
         return {name: index for index, name in enumerate(self.labels)}
 
 
 @dataclass(frozen=True)
 class Differences:
-    """How the report's table of differences to other models reads.
+    """The texts of the report's table of differences to other models.
 
-    ``caption`` goes on from "Federated minus the other model,"; ``heads`` are of the columns: the
-    difference, the p-value of its test and, where there is one, that of macro F1. ``points``: the
-    difference is of shares, in percentage points.
+    ``caption`` continues the words "Federated minus the other model,". ``heads`` are the headings
+    of the columns: the difference, the p-value of its test and, if it exists, the difference of
+    macro F1. ``points``: the difference is between shares, in percentage points.
     """
 
     caption: str
@@ -72,15 +75,16 @@ class Differences:
 
 
 class Task(ABC):
-    """A kind of problem: what a model reads, what it predicts, how it is loaded and measured.
+    """A kind of problem: it defines the model's input, its prediction, its loading and its metrics.
 
-    ``auto_class`` of transformers loads the model, which reads ``modality``; ``target`` names the
-    objective (``client/objectives.py``) and ``peft_type`` is how PEFT calls the task. ``beside`` is
-    the key of ``[data]`` that names the column beside what is read, and ``keys`` are keys of
-    ``[data]`` that only this task has, with their defaults: names of columns, or numbers.
+    ``auto_class`` is the transformers class that loads the model. The model reads ``modality``.
+    ``target`` is the name of the objective (``client/objectives.py``), and ``peft_type`` is PEFT's
+    name of the task. ``beside`` is the key of ``[data]`` with the name of the column beside the
+    content. ``keys`` are the keys of ``[data]`` that only this task has, with their defaults: names
+    of columns, or numbers.
 
-    ``metrics`` are shown of a model, the headline first; one of the two is a share. ``examples``,
-    ``example_words`` and ``reading`` are words of the report.
+    ``metrics`` are the metrics shown for a model, the headline metric first; one of the two is a
+    share. ``examples`` and ``person`` are words of the report.
     """
 
     name: str
@@ -94,52 +98,52 @@ class Task(ABC):
     """Columns of rows beside content and label, with their kinds (``client.data.rows.KINDS``)."""
 
     labelled: bool = False
-    """Whether each example has one of the job's labels."""
+    """True if each example has one of the job's labels."""
     wants_labels: bool = False
-    """Whether a job names labels at all."""
+    """True if a job must list labels."""
     head_trains: bool = True
-    """Whether the head is made for the task; else it is the backbone's own."""
+    """True if the head is new for the task; otherwise it is the backbone's own head."""
     head_alone: bool = True
-    """Whether training only the head, the backbone a feature extractor, means something."""
+    """True if head-only training, with the backbone as feature extractor, is meaningful."""
     hidden_share: float = 0.0
-    """The share of an example's parts that is hidden where a job does not say."""
+    """The share of an example's parts that is hidden if a job does not set it."""
 
     metrics: tuple[Metric, Metric]
     card_metrics: tuple[Metric, ...]
-    """What the model card shows, in this order, where it was measured."""
+    """The metrics in the model card, in this order; a metric that was not measured is left out."""
     examples: str = "examples"
     person: str = "images"
-    """What there are several of one person: they are fewer examples than they seem."""
+    """The report's word for several inputs from one person: they are not independent examples."""
     intervals: str
     verdicts: str
-    """How the report explains intervals and verdicts."""
+    """The report's explanations of intervals and of verdicts."""
     differences: Differences
     pipeline: str
     use: str
-    """What a person does with the model, after "To"; and how the Hugging Face hub calls it."""
+    """The model's use, after the word "To"; ``pipeline`` is the Hugging Face hub's name of it."""
     card_note: str = ""
     refuses: Refuses
 
     @property
     def share(self) -> Metric:
-        """The metric that is a share: bars and curves are of it."""
+        """Return the metric that is a share; bars and curves show it."""
         return next(one for one in self.metrics if one.percent)
 
     @property
     def content(self) -> str:
-        """The key of ``[data]`` that names the column of what is read; rows call it so, too."""
+        """Return the key of ``[data]`` for the content column; rows use the same name."""
         return self.modality.name
 
     @property
     def content_kind(self) -> str:
-        """How rows store what is read."""
+        """Return the kind of storage for the content in rows."""
         return self.modality.kind
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """Check the labels that a job names.
+        """Check the labels in a job.
 
         Raises:
-            IllegalJob: there are some and the task has none, or they do not do.
+            IllegalJob: there are labels and the task has none, or the labels are not valid.
         """
         if not self.wants_labels and labels:
             raise IllegalJob(f"{self.name} has no labels", "leave job.labels out")
@@ -147,40 +151,42 @@ class Task(ABC):
             raise IllegalJob(f"{self.name} needs at least two labels", "name them in job.labels")
 
     def check_keys(self, keys: Mapping[str, Any]) -> None:
-        """Check the values of ``keys``, defaults filled in.
+        """Check the values of ``keys``, with defaults filled in.
 
         Raises:
-            IllegalJob: they contradict each other.
+            IllegalJob: the values contradict each other.
         """
         return
 
     def outputs(self, config: Any) -> int:
-        """Numbers that a model with this configuration predicts at once, or at a position."""
+        """Return the number of values that a model predicts for an example, or for a position."""
         return int(getattr(config, "num_labels", 1))
 
     def check_cell(self, content: Any) -> None:
-        """Check what is read of a row.
+        """Check the content of a row.
 
         Raises:
-            DataError: it is empty, or cannot be read.
+            DataError: the content is empty or cannot be read.
         """
         self.modality.check(content)
 
     @abstractmethod
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """What stands beside the content: ``label`` (int, 0 without) and the ``stored`` columns.
+        """Return the values beside the content: ``label`` (0 if none) and the ``stored`` columns.
+
+        ``label`` is an int.
 
         Raises:
-            DataError: it is missing, or not what the task asks for.
+            DataError: a value is missing, or is not what the task needs.
         """
 
     @abstractmethod
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """What ``read`` was given, by key of ``[data]``: as a site's file would have it."""
+        """Return the input of ``read`` by keys of ``[data]``, as a site's file would contain it."""
 
     @abstractmethod
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> Examples:
-        """The examples of ``rows``.
+        """Return the examples of ``rows``.
 
         Raises:
             BackboneError: the settings do not fit the backbone.
@@ -188,33 +194,33 @@ class Task(ABC):
         """
 
     def corruption(self, examples: Examples) -> Corrupt | None:
-        """What changes a batch of ``examples`` each time it is trained on; None: nothing does."""
+        """Return a function that changes a batch of ``examples`` in each training step, or None."""
         return None
 
     @abstractmethod
     def measures(self, settings: Settings) -> Measures:
-        """What a job with these settings counts."""
+        """Return the measures of a job with these settings: the numbers that it counts."""
 
     def model_options(
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
-        """What a backbone's ``config.json`` has to say besides; ``source`` names it in errors.
+        """Return additions to a backbone's ``config.json``; ``source`` is its name in errors.
 
         Raises:
-            BackboneError: no model of this kind does the task.
+            BackboneError: no model of this kind can do the task.
         """
         return {}
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
-        """Arguments of ``from_pretrained`` under which the backbone takes the adapter."""
+        """Return the arguments of ``from_pretrained`` so that the backbone accepts the adapter."""
         return {}
 
     def describe_input(self, processor: Processor, settings: Settings) -> str:
-        """How the model card says what becomes of a cell."""
+        """Return the model card's text about the conversion of cells."""
         return processor.describe(settings)
 
     def no_head(self, source: str) -> BackboneError:
-        """What is wrong with a backbone that lacks the head that the task needs."""
+        """Return the error for a backbone that lacks the head that the task needs."""
         return BackboneError(
             f"{source} was saved without the head that {self.name} predicts with",
             hint="a backbone that still has it, such as the model that this one was made from",

@@ -1,11 +1,13 @@
-"""Texts whose own tokens are predicted: every document is cut into blocks, none of which has two.
+"""Causal language modelling: predict the tokens of texts, which are cut into blocks.
 
-A block ends where its document ends. Joining documents would fill the last block of each, but a
-block would then belong to several documents: what is held out of training would share blocks with
-what is not, and a model would attend from one patient's letter to another's.
+No block contains parts of two documents; a block ends where its document ends. Joined documents
+would fill the last block of each document, but a block would then belong to several documents.
+Held-out documents would share blocks with training documents, and a model would attend from one
+patient's letter to another patient's letter.
 
-Blocks of a document overlap by one token: the last of one is what the next begins to read after, so
-that every token but a document's first is predicted exactly once, whatever the length of blocks.
+Blocks of a document overlap by one token: the last token of one block is the first token of the
+next block. So every token except a document's first token is predicted exactly once, for any block
+length.
 """
 
 from collections.abc import Sequence
@@ -33,26 +35,26 @@ __all__ = ["Blocks", "CausalLm", "cut_blocks", "encode_blocks"]
 
 @dataclass(frozen=True)
 class Blocks(Wrapped):
-    """Blocks of documents, ``source``: every token but the first is predicted from those before."""
+    """Blocks of documents (``source``); the earlier tokens of a block predict each next token."""
 
     source: TextExamples
 
     @property
     def digest(self) -> str:
-        """That of ``source``."""
+        """Return the digest of ``source``."""
         return self.source.digest
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         return self.source.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """The blocks at ``index``, as ``TextExamples`` has them."""
+        """Return the blocks at ``index`` in the form of ``TextExamples``."""
         return self.source.batch(index, width)
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[np.int64]:
-        """The token that follows each, int64 [b, width]; ``IGNORED`` where none does."""
+        """Return the next token of each position, int64 [b, width]; ``IGNORED`` if none follows."""
         batch = self.batch(index, width)
         ids, mask = batch["input_ids"], batch["attention_mask"].astype(np.bool_)
         targets: NDArray[np.int64] = np.full_like(ids, IGNORED)
@@ -60,11 +62,11 @@ class Blocks(Wrapped):
         return targets
 
     def subset(self, index: Indices) -> "Blocks":
-        """The blocks at ``index``, in that order; the token ids are shared."""
+        """Return the blocks at ``index``, in that order; the token ids are shared."""
         return replace(self, source=self.source.subset(index))
 
     def joined(self, others: "Sequence[Blocks]") -> "Blocks":
-        """These blocks and those of ``others``, in order."""
+        """Return these blocks and the blocks of ``others``, in order."""
         return replace(self, source=concatenate([one.source for one in (self, *others)]))
 
 
@@ -78,21 +80,23 @@ class CausalLm(TokenTask):
     use = "continue texts"
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> Blocks:
-        """Blocks of all documents."""
+        """Return the blocks of all documents."""
         check_length(processor, settings.max_length)
         return encode_blocks(rows, processor, settings.max_length, keep)
 
     def describe_input(self, processor: Processor, settings: Settings) -> str:
-        """Texts are cut into blocks."""
-        assert isinstance(processor, TextProcessor)  # noqa: S101  # of this task's modality
+        """Return a text that says that texts are cut into blocks."""
+        assert isinstance(processor, TextProcessor)  # noqa: S101  # the text modality's processor
         return processor.describe(settings, blocks=True)
 
 
 def encode_blocks(rows: Rows, processor: TextProcessor, max_length: int, keep: Keep) -> Blocks:
-    """Blocks of at most ``max_length`` tokens; each text is a document, its end-of-text token last.
+    """Return blocks of at most ``max_length`` tokens.
+
+    Each text is a document; its last token is the end-of-text token.
 
     Raises:
-        DataError: a text becomes no tokens.
+        DataError: a text gives no tokens.
     """
 
     def tokenize(some: Sequence[str]) -> dict[str, list[list[int]]]:
@@ -112,16 +116,17 @@ def _cut(tokens: Arrays, max_length: int, processor: TextProcessor) -> TextExamp
         lengths=lengths,
         types=None,
         pad_id=processor.pad_id,
-        # Also of tokenizers that pad on the left, for generation: positions must not move.
+        # False even if the tokenizer pads on the left (for generation): positions must not move.
         pad_left=False,
         longest=max_length,
     )
 
 
 def cut_blocks(documents: Indices, most: int) -> tuple[Indices, Indices]:
-    """Where each block starts and how long it is, both int64 [blocks].
+    """Return the start and the length of each block, both int64 [blocks].
 
-    ``documents`` int64 [n] has the tokens of documents that lie one after the other.
+    ``documents``, int64 [n], are the numbers of tokens of documents that are stored one after the
+    other.
     """
     step = most - 1
     counts = np.maximum(-(-(documents - 1) // step), 1)

@@ -1,4 +1,4 @@
-"""Classification: one of the job's labels for each text, image, recording or clip."""
+"""Classification: predict one of the job's labels for each text, image, recording or clip."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ MACRO_F1 = Metric("macro_f1", "macro F1", hub="f1", short="F1")
 
 
 class Classification(Task):
-    """One label an example, whatever the example is."""
+    """Predict one label per example, for any modality."""
 
     target = "label"
     beside = "label"
@@ -58,18 +58,18 @@ class Classification(Task):
         self.refuses = _augmentations(modality)
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """The index of the label, ``IGNORED`` where rows have none."""
+        """Return the index of the label; ``IGNORED`` if the rows have no labels."""
         if not reading.labelled:
             return {"label": IGNORED}
         index = label_index(cell.beside, reading, typed=cell.typed)
         return {"label": index}
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """The label by its name."""
+        """Return the label's name."""
         return {"label": labels[row["label"]]}
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> Examples:
-        """One example a row, with its label and its group."""
+        """Return one example per row, with its label and its group."""
         labels = np.array(rows.column("label"), np.int64)
         examples = self.modality.encode(rows, labels, processor, settings, keep)
         if settings.groups:
@@ -77,7 +77,7 @@ class Classification(Task):
         return examples
 
     def measures(self, settings: Settings) -> LabelMeasures:
-        """The confusion matrix, and what the job asks for beside."""
+        """Return the confusion matrix and the other counts that the job asks for."""
         return LabelMeasures(
             len(settings.labels), settings.score_bins, settings.groups, settings.min_group
         )
@@ -85,7 +85,7 @@ class Classification(Task):
     def model_options(
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
-        """The labels; timm's configuration counts them apart."""
+        """Return the labels and their number; timm's configuration stores the number separately."""
         return {
             "id2label": dict(enumerate(labels)),
             "label2id": {name: index for index, name in enumerate(labels)},
@@ -93,12 +93,15 @@ class Classification(Task):
         }
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
-        """A head for as many labels, which the adapter then replaces."""
+        """Return the options for a head with one output per label; the adapter then replaces it."""
         return {"num_labels": len(labels), "ignore_mismatched_sizes": True}
 
 
 def _augmentations(modality: Modality) -> Refuses:
-    """Other modalities' augmentations mean nothing, and some modality has none."""
+    """Return the refusals of other modalities' augmentations, which mean nothing for this task.
+
+    A modality can also have no augmentation of its own.
+    """
     hint = f"training.augmentation.{modality.name}" if modality.augmented else modality.unvaried
     return {
         f"augmentation.{kind}": (f"training.augmentation.{kind} means nothing for {{task}}", hint)

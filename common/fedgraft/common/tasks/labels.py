@@ -1,4 +1,4 @@
-"""From what a site writes in its label column to the index of the job's label, guessing nothing."""
+"""Label cells to indices of the job's labels, without guesses."""
 
 import difflib
 import re
@@ -12,12 +12,12 @@ __all__ = ["label_index", "nearest_label"]
 
 
 def label_index(value: Any, reading: Reading, *, typed: bool) -> int:
-    """The index of the job's label that ``value`` means: a name, mapped or not, or an index.
+    """Return the index of the job's label for ``value``: a name, a mapped name, or an index.
 
-    In a source that is not ``typed``, digits are a number, too.
+    In a source that is not ``typed``, digits can also be an index.
 
     Raises:
-        DataError: there is no value, or one that the job does not know.
+        DataError: there is no value, or the job does not know it.
     """
     if value is None or value == "":
         raise DataError("no label", hint="fill it in or remove the row")
@@ -36,14 +36,14 @@ def label_index(value: Any, reading: Reading, *, typed: bool) -> int:
 
 
 def _number(value: str | int, *, typed: bool) -> int | None:
-    """The index that ``value`` writes."""
+    """Return the index that ``value`` is, or None."""
     if isinstance(value, int):
         return value if value >= 0 else None
     return int(value) if not typed and re.fullmatch(r"0|[1-9][0-9]{0,8}", value) else None
 
 
 def nearest_label(name: str, known: Sequence[str]) -> str:
-    """A hint for a label that is not known: the one that was probably meant, or what there is."""
+    """Return a hint for an unknown label: the most similar label, or the list of labels."""
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
@@ -52,6 +52,6 @@ def nearest_label(name: str, known: Sequence[str]) -> str:
 
 
 def _shown(value: object) -> str:
-    """A label as an error shows it: short, in case the label column is really the text column."""
+    """Return a label for an error message, shortened: the column may in fact be the text column."""
     text = repr(value)
     return text if len(text) <= 42 else text[:40] + "..."

@@ -1,4 +1,4 @@
-"""What tasks have in common whose model predicts tokens: the head is the backbone's own."""
+"""The common part of tasks whose model predicts tokens: the head is the backbone's own head."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -16,7 +16,10 @@ __all__ = ["TokenTask", "over_parts"]
 
 
 def over_parts(parts: str, *, more: Refuses = MappingProxyType({})) -> Refuses:
-    """What no task without labels does; ``parts`` are what it predicts, ``more`` its own."""
+    """Return the refusals that tasks without labels share.
+
+    ``parts`` is the word for the predicted parts; ``more`` are further refusals of one task.
+    """
     augmented = {
         f"augmentation.{kind}": (
             f"training.augmentation.{kind} means nothing for {{task}}",
@@ -30,7 +33,6 @@ def over_parts(parts: str, *, more: Refuses = MappingProxyType({})) -> Refuses:
             "leave evaluation.score_bins, data.group and data.groups out",
         ),
         "heads": ("{task} has no labels to divide into heads", "leave job.heads out"),
-        **more,
         "distillation": (
             f"what a teacher says of all {parts} of {{task}} would not fit on a site's disk",
             "leave training.distillation out",
@@ -54,11 +56,12 @@ def over_parts(parts: str, *, more: Refuses = MappingProxyType({})) -> Refuses:
         ),
         "explanation": ("{task} has no explanations", "text- or image-classification"),
         **augmented,
+        **more,
     }
 
 
 class TokenTask(Task):
-    """Tokens of texts are predicted by the head that the backbone was pre-trained with."""
+    """A task that predicts tokens of texts with the head from the backbone's pre-training."""
 
     modality = MODALITIES["text"]
     target = "tokens"
@@ -101,23 +104,23 @@ class TokenTask(Task):
     )
 
     def outputs(self, config: Any) -> int:
-        """The words of its vocabulary."""
+        """Return the size of the model's vocabulary."""
         return int(getattr(config, "vocab_size", 1))
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """Nothing: what is predicted is in the text itself."""
+        """Return label 0: the tokens to predict are in the text itself."""
         return {"label": 0}
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """Nothing."""
+        """Return an empty dictionary."""
         return {}
 
     def measures(self, settings: Settings) -> PartMeasures:
-        """Tokens that are right, and all."""
+        """Return the measures: the number of correct tokens and of all tokens."""
         return PartMeasures(settings.max_length, TOKENS)
 
     def no_head(self, source: str) -> BackboneError:
-        """It predicts tokens with the head it was trained with."""
+        """Return the error for a backbone without the head that it was pre-trained with."""
         return BackboneError(
             f"{source} was saved without the head that {self.name} predicts tokens with",
             hint="a backbone that still has it, such as the model that this one was made from",

@@ -1,7 +1,7 @@
-"""Images some of whose patches are hidden, to be painted from the rest (Xie et al. 2022, "SimMIM").
+"""Masked image modelling: reconstruct hidden patches of an image (Xie et al. 2022, "SimMIM").
 
-What is hidden is drawn anew each time an image is trained on, and once and for all where it is
-evaluated. What counts of a patch is the mean absolute error of its pixels, as the model reads them.
+The hidden patches are drawn again each time an image is used in training; for evaluation they are
+drawn once. The loss of a patch is the mean absolute error of its pixels, as the model reads them.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from fedgraft.common.tasks.language import over_parts
 
 __all__ = ["MaskedImageModeling", "MaskedPatches", "cut_patches", "hide_patches"]
 
-MOST = 4096  # patches of an image: none has more
+MOST = 4096  # most patches of one image
 PAINTERS = ("deit", "vit")
-"""Kinds of models of transformers whose patches in and out are of one size."""
-UNSEEN = "bool_masked_pos"  # as models of transformers call what is hidden
+"""Kinds of transformers models whose input patches and output patches have one size."""
+UNSEEN = "bool_masked_pos"  # the input name in transformers models
 
 
 @dataclass(frozen=True)
 class MaskedPatches(Wrapped):
-    """Images in patches of ``side`` x ``side`` pixels; ``hidden`` bool [n, patches]."""
+    """Images in patches of ``side`` x ``side`` pixels; ``hidden`` is bool [n, patches]."""
 
     source: ImageExamples
     hidden: NDArray[np.bool_]
@@ -40,30 +40,30 @@ class MaskedPatches(Wrapped):
 
     @property
     def digest(self) -> str:
-        """SHA-256 over pixels and what of them is hidden."""
+        """Return the SHA-256 over pixels and hidden patches, with ``side``."""
         hidden = hashlib.sha256(self.hidden.tobytes()).hexdigest()
         return f"{self.source.digest}{hidden}{self.side}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         return self.source.nbytes + self.hidden.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """``pixel_values`` and ``bool_masked_pos``, bool [b, patches]."""
+        """Return ``pixel_values`` and ``bool_masked_pos``, bool [b, patches]."""
         return {**self.source.batch(index), UNSEEN: self.hidden[index]}
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[np.float32]:
-        """Pixels of the hidden patches, float32 [b, patches, values], NaN in all others."""
+        """Return the hidden patches, float32 [b, patches, values]; all other patches are NaN."""
         batch = self.batch(index)
         return _wanted(cut_patches(batch["pixel_values"], self.side), batch[UNSEEN])
 
     def subset(self, index: Indices) -> "MaskedPatches":
-        """The images at ``index``, in that order; pixels are shared."""
+        """Return the images at ``index``, in that order; pixels are shared."""
         return replace(self, source=self.source.subset(index), hidden=self.hidden[index])
 
     def joined(self, others: Sequence["MaskedPatches"]) -> "MaskedPatches":
-        """These examples and those of ``others``, in order."""
+        """Return these examples and the examples of ``others``, in order."""
         every = (self, *others)
         images = concatenate([one.source for one in every])
         return replace(self, source=images, hidden=np.concatenate([one.hidden for one in every]))
@@ -71,16 +71,16 @@ class MaskedPatches(Wrapped):
     def corrupt(
         self, inputs: Inputs, targets: NDArray[np.float32], draws: Draws
     ) -> tuple[Inputs, NDArray[np.float32]]:
-        """A batch of one site with other patches hidden, drawn from the site's own generator."""
+        """Return a batch of one site with other hidden patches, drawn from the site's generator."""
         hidden = inputs[UNSEEN].copy()
-        for row in range(draws.count):  # as many as before, elsewhere
+        for row in range(draws.count):  # the same number, other patches
             hidden[row] = inputs[UNSEEN][row][draws.permutation(hidden.shape[1])]
         wanted = _wanted(cut_patches(inputs["pixel_values"], self.side), hidden)
         return {**inputs, UNSEEN: hidden}, wanted
 
 
 class MaskedImageModeling(Task):
-    """Paint hidden patches of images, as SimMIM pre-trains vision transformers."""
+    """Reconstruct hidden patches of images, as SimMIM pre-trains vision transformers."""
 
     name = pipeline = "masked-image-modeling"
     auto_class = "AutoModelForMaskedImageModeling"
@@ -117,35 +117,35 @@ class MaskedImageModeling(Task):
     )
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """Nothing: what is predicted is in the image itself."""
+        """Return label 0: the patches to predict are in the image itself."""
         return {"label": 0}
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """Nothing."""
+        """Return an empty dictionary."""
         return {}
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> MaskedPatches:
-        """Images with ``data.masked`` of their patches hidden."""
+        """Return images; the share ``data.masked`` of their patches is hidden."""
         labels = np.zeros(len(rows), np.int64)
         images: Any = self.modality.encode(rows, labels, processor, settings, keep)
         return hide_patches(images, processor.patch, settings)
 
     def corruption(self, examples: Examples) -> Corrupt:
-        """Other patches are hidden each time."""
-        assert isinstance(examples, MaskedPatches)  # noqa: S101  # as encode gives them
+        """Return a function that hides other patches in each training step."""
+        assert isinstance(examples, MaskedPatches)  # noqa: S101  # the type that encode returns
         return examples.corrupt
 
     def measures(self, settings: Settings) -> PartMeasures:
-        """Hidden patches that come close, and all that are hidden."""
+        """Return the measures: the number of close hidden patches and of all hidden patches."""
         return PartMeasures(MOST, PATCHES)
 
     def model_options(
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
-        """The stride by which a model paints whole images.
+        """Return the stride with which a model reconstructs whole images.
 
         Raises:
-            BackboneError: it is of a kind that was not tried.
+            BackboneError: the model is of a kind that was not tested.
         """
         kind = config.get("model_type")
         if kind not in PAINTERS or not isinstance(config.get("patch_size"), int):
@@ -157,9 +157,10 @@ class MaskedImageModeling(Task):
 
 
 def hide_patches(images: ImageExamples, side: int, settings: Settings) -> MaskedPatches:
-    """``images`` with a share of their patches hidden, of an image the same ones anywhere.
+    """Return ``images`` with a share of their patches hidden.
 
-    ``side`` is a patch's, in pixels.
+    ``side`` is the side of a patch in pixels. The hidden patches depend only on the image and the
+    seed, so they are the same at every site.
     """
     height, width = images.values.shape[2:]
     patches = (height // side) * (width // side)
@@ -175,9 +176,9 @@ def hide_patches(images: ImageExamples, side: int, settings: Settings) -> Masked
 
 
 def cut_patches(pixels: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    """Images [b, c, h, w] in patches, row by row: [b, patches, c x side x side].
+    """Return images [b, c, h, w] as patches, row by row: [b, patches, c x side x side].
 
-    What is left of a side over whole patches is cut off.
+    Pixels beyond the last whole patch are cut off.
     """
     count, channels, height, width = pixels.shape
     rows, columns = height // side, width // side

@@ -1,8 +1,8 @@
-"""Texts some of whose tokens are hidden, to be guessed from the rest (Devlin et al. 2019, "BERT").
+"""Masked language modelling: predict hidden tokens of a text (Devlin et al. 2019, "BERT").
 
-All of a text is read, in stretches that fit the model; none has two texts. What is hidden is drawn
-anew each time a stretch is trained on, as Liu et al. 2019 ("RoBERTa") do it, and once and for all
-where it is evaluated, so that models are compared on the same tokens.
+All tokens of a text are read, in blocks that fit the model; no block contains two texts. The hidden
+tokens are drawn again each time a block is used in training, as in Liu et al. 2019 ("RoBERTa"). For
+evaluation they are drawn once, so that all models are compared on the same tokens.
 """
 
 from collections.abc import Sequence
@@ -37,14 +37,15 @@ from fedgraft.common.tasks.language import TokenTask
 
 __all__ = ["Hiding", "MaskedLm", "MaskedTokens"]
 
-MASKED, REPLACED = 0.8, 0.1  # of hidden tokens; the rest stay as they are, but must be guessed too
+MASKED, REPLACED = 0.8, 0.1  # shares of hidden tokens; the rest stay visible but are also predicted
 
 
 @dataclass(frozen=True)
 class Hiding:
-    """How tokens are hidden: ``share`` of those that are not ``special``, at least one of a row.
+    """The settings for hiding tokens.
 
-    In their place stands the token ``mask``; ``words`` is the size of the vocabulary.
+    ``share`` is the hidden share of the tokens that are not ``special``, at least one token per
+    block. The token ``mask`` replaces a hidden token; ``words`` is the size of the vocabulary.
     """
 
     share: float
@@ -53,13 +54,13 @@ class Hiding:
     words: int
 
     def count(self, tokens: int) -> int:
-        """How many of a row's ``tokens`` are hidden."""
+        """Return the number of tokens to hide among ``tokens`` tokens of a block."""
         return min(tokens, max(1, round(self.share * tokens)))
 
 
 @dataclass(frozen=True)
 class MaskedTokens(Wrapped):
-    """Stretches of text; of the tokens of ``source.ids`` those are ``hidden``, bool [tokens]."""
+    """Blocks of text; ``hidden``, bool [tokens], marks the hidden tokens in ``source.ids``."""
 
     source: TextExamples
     hidden: NDArray[np.bool_]
@@ -67,37 +68,37 @@ class MaskedTokens(Wrapped):
 
     @cached_property
     def _shown(self) -> TextExamples:
-        """What is read: the token ``mask`` wherever one is hidden."""
+        """Return the model's input: the token ``mask`` replaces each hidden token."""
         ids = np.where(self.hidden, np.int32(self.hiding.mask), self.source.ids)
         return replace(self.source, ids=ids)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all that goes into the model, stretch by stretch."""
+        """Return the SHA-256 over all inputs of the model, block by block."""
         return self._shown.digest
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         return self.source.nbytes + self.source.ids.nbytes + self.hidden.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """Those at ``index``, int64 [b, width], as ``TextExamples`` has them."""
+        """Return the blocks at ``index``, int64 [b, width], in the form of ``TextExamples``."""
         return self._shown.batch(index, width)
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[np.int64]:
-        """The hidden tokens, int64 [b, width], and ``IGNORED`` at all others."""
+        """Return the hidden tokens, int64 [b, width], and ``IGNORED`` at all other positions."""
         shown, ids = (one.batch(index, width)["input_ids"] for one in (self._shown, self.source))
-        # The mask itself, if a text has it, is not hidden.
+        # A mask token that the text itself contains does not count as hidden.
         hidden: NDArray[np.int64] = np.where(ids != shown, ids, IGNORED)
         return hidden
 
     def subset(self, index: Indices) -> "MaskedTokens":
-        """The stretches at ``index``, in that order; the token ids are shared."""
+        """Return the blocks at ``index``, in that order; the token ids are shared."""
         return replace(self, source=self.source.subset(index))
 
     def joined(self, others: Sequence["MaskedTokens"]) -> "MaskedTokens":
-        """These examples and those of ``others``, in order."""
+        """Return these examples and the examples of ``others``, in order."""
         every = (self, *others)
         source = concatenate([one.source for one in every])
         return replace(self, source=source, hidden=np.concatenate([one.hidden for one in every]))
@@ -105,7 +106,7 @@ class MaskedTokens(Wrapped):
     def corrupt(
         self, inputs: Inputs, targets: NDArray[np.int64], draws: Draws
     ) -> tuple[Inputs, NDArray[np.int64]]:
-        """A batch of one site with other tokens hidden, drawn from the site's own generator."""
+        """Return a batch of one site with other hidden tokens, drawn from the site's generator."""
         original = np.where(targets == IGNORED, inputs["input_ids"], targets)
         special = np.isin(original, np.array(self.hiding.special, np.int64))
         free = inputs["attention_mask"].astype(np.bool_) & ~special
@@ -119,7 +120,10 @@ class MaskedTokens(Wrapped):
         return {**inputs, "input_ids": ids}, wanted
 
     def _disguised(self, tokens: NDArray[np.int64], draws: Draws) -> NDArray[np.int64]:
-        """What stands in the place of hidden ``tokens``: mostly the mask, sometimes any token."""
+        """Return the replacements of hidden ``tokens``: mostly the mask, sometimes any token.
+
+        A share of ``tokens`` stays unchanged.
+        """
         lot = draws.uniform(len(tokens))
         others = draws.integers(self.hiding.words, len(tokens))
         replaced = np.where(lot < MASKED + REPLACED, others, tokens)
@@ -128,7 +132,7 @@ class MaskedTokens(Wrapped):
 
 
 class MaskedLm(TokenTask):
-    """Guess hidden tokens from the rest of a text, as BERT was pre-trained."""
+    """Predict hidden tokens from the rest of a text, as in the pre-training of BERT."""
 
     name = "masked-lm"
     auto_class = "AutoModelForMaskedLM"
@@ -137,11 +141,11 @@ class MaskedLm(TokenTask):
     hidden_share = 0.15
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> MaskedTokens:
-        """Stretches of at most ``data.max_length`` tokens, ``data.masked`` of which are hidden.
+        """Return blocks of at most ``data.max_length`` tokens; the share ``data.masked`` is hidden.
 
         Raises:
-            BackboneError: its tokenizer has no token for what is hidden.
-            DataError: a text becomes no tokens.
+            BackboneError: the tokenizer has no mask token.
+            DataError: a text gives no tokens.
         """
         tokenizer, most = processor.tokenizer, settings.max_length
         check_length(processor, most)
@@ -168,18 +172,18 @@ class MaskedLm(TokenTask):
         return MaskedTokens(source, _hidden(source, hiding, settings.seed), hiding)
 
     def corruption(self, examples: Examples) -> Corrupt:
-        """Other tokens are hidden each time."""
-        assert isinstance(examples, MaskedTokens)  # noqa: S101  # as encode gives them
+        """Return a function that hides other tokens in each training step."""
+        assert isinstance(examples, MaskedTokens)  # noqa: S101  # the type that encode returns
         return examples.corrupt
 
     def describe_input(self, processor: Processor, settings: Settings) -> str:
-        """Texts are cut into blocks."""
-        assert isinstance(processor, TextProcessor)  # noqa: S101  # of this task's modality
+        """Return a text that says that texts are cut into blocks."""
+        assert isinstance(processor, TextProcessor)  # noqa: S101  # the text modality's processor
         return processor.describe(settings, blocks=True)
 
 
 def _hidden(source: TextExamples, hiding: Hiding, seed: int) -> NDArray[np.bool_]:
-    """Tokens to hide in evaluation: of a stretch the same ones wherever it is."""
+    """Return the tokens to hide in evaluation; equal blocks have the same hidden tokens."""
     hidden = np.zeros(len(source.ids), np.bool_)
     free = ~np.isin(source.ids, np.array(hiding.special, np.int32))
     for start, length in zip(source.starts.tolist(), source.lengths.tolist(), strict=True):

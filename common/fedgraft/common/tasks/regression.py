@@ -1,13 +1,13 @@
-"""Regression: a number for each text or image, in a range that the job names.
+"""Regression: predict a number for each text or image, in a range that the job sets.
 
-``data.lowest`` and ``data.highest`` are the range of the target. Models learn it scaled to -1..1,
-so that one learning rate suits any unit, and a prediction is cut to it. What leaves a site are sums
-over its examples, from which the figures of all sites' examples follow exactly:
+``data.lowest`` and ``data.highest`` are the range of the target. Models learn the target scaled to
+-1..1, so that one learning rate fits any unit. A prediction is clipped to this range. Only sums
+over its examples leave a site; the metrics over all sites' examples follow from these sums exactly:
 
     n, sum y, sum y^2, sum p, sum p^2, sum y p, sum |p - y|, sum (p - y)^2
 
-of targets y and predictions p, both scaled to 0..1, so that no sum is negative. Under secure
-aggregation sums are whole numbers of ``STEP``: a site rounds each of its sums once.
+for targets y and predictions p. Both are scaled to 0..1, so that no sum is negative. Under secure
+aggregation the sums are whole numbers of ``STEP``: a site rounds each of its sums once.
 
     MAE = sum |p - y| / n        R2 = 1 - sum (p - y)^2 / (sum y^2 - (sum y)^2 / n)
     Pearson = (n sum yp - sum y sum p) / sqrt((n sum y^2 - (sum y)^2) (n sum p^2 - (sum p)^2))
@@ -35,7 +35,7 @@ from fedgraft.common.metrics.intervals import (
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.tally import Counts, Tally
 from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict
-from fedgraft.common.modalities import Modality
+from fedgraft.common.modalities import Modality, Processor
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
 from fedgraft.common.tasks.language import over_parts
@@ -45,8 +45,8 @@ __all__ = ["NumberEvaluation", "NumberMeasures", "Numbered", "Regression"]
 Values = NDArray[np.float64]
 
 SUMS = 7  # beside the number of examples
-STEP = 2.0**-16  # of a sum, about 1/65,000 of the range
-LOW_BITS = 12  # a count is two: so many sites' low parts stay below what a masked sum can hold
+STEP = 2.0**-16  # rounding step of a sum, about 1/65,000 of the range
+LOW_BITS = 12  # a sum is a high and a low part: low parts of many sites still fit a masked sum
 MAE = Metric("mae", "mean absolute error", percent=False, higher=False, short="MAE", digits=3)
 R2 = Metric("r2", "explained variance (R²)", hub="r_squared", short="R²")
 
@@ -60,29 +60,29 @@ class Numbered(Wrapped):
 
     @property
     def digest(self) -> str:
-        """That of ``source``."""
+        """Return the digest of ``source``."""
         return str(self.source.digest)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         return int(self.source.nbytes) + self.scaled.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """The inputs at ``index``."""
+        """Return the inputs at ``index``."""
         inputs: Inputs = self.source.batch(index, width)
         return inputs
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[np.float32]:
-        """The scaled targets, float32 [b]."""
+        """Return the scaled targets, float32 [b]."""
         return self.scaled[index]
 
     def subset(self, index: Indices) -> "Numbered":
-        """The examples at ``index``, in that order; encoded rows are shared."""
+        """Return the examples at ``index``, in that order; encoded rows are shared."""
         return Numbered(self.source.subset(index), self.scaled[index])
 
     def joined(self, others: "Sequence[Numbered]") -> "Numbered":
-        """These examples and those of ``others``, in order."""
+        """Return these examples and the examples of ``others``, in order."""
         every = (self, *others)
         sources: list[Any] = [one.source for one in every]
         return Numbered(concatenate(sources), np.concatenate([one.scaled for one in every]))
@@ -90,9 +90,9 @@ class Numbered(Wrapped):
 
 @dataclass(frozen=True)
 class NumberEvaluation:
-    """Of each example, in their order: target and prediction, float64 [n], scaled to 0..1.
+    """The target and the prediction of each example, float64 [n], in order, scaled to 0..1.
 
-    ``loss`` is the summed squared error at the scale of -1..1; ``span`` is the range of the target.
+    ``loss`` is the sum of squared errors on the scale -1..1; ``span`` is the range of the target.
     """
 
     loss: float
@@ -102,7 +102,7 @@ class NumberEvaluation:
 
     @property
     def tally(self) -> Tally:
-        """The sums; each is a high and a low part of a whole number of ``STEP``."""
+        """Return the sums; each is a high and a low part of a whole number of ``STEP``."""
         y, p = self.true, self.predicted
         sums = [y, y * y, p, p * p, y * p, np.abs(p - y), (p - y) ** 2]
         whole = np.rint(np.array([one.sum() for one in sums]) / STEP).astype(np.int64)
@@ -110,7 +110,7 @@ class NumberEvaluation:
         return Tally(self.loss, np.array([[len(y)]], np.int64), parts.reshape(-1))
 
     def intervals(self, generator: np.random.Generator) -> dict[str, Any]:
-        """95 % bootstrap intervals of MAE and R2; {} for fewer than two examples."""
+        """Return 95 % bootstrap intervals of MAE and R2; {} for fewer than two examples."""
         y, p = self.true, self.predicted
         if len(y) < 2:
             return {}
@@ -124,13 +124,16 @@ class NumberEvaluation:
     def compare(
         self, other: "NumberEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
     ) -> dict[str, Any]:
-        """The difference of absolute errors to ``other`` on the same examples, in the unit."""
+        """Return the difference of absolute errors to ``other``, in the target's unit.
+
+        Both models predict the same examples.
+        """
         errors = [self.span * np.abs(one.predicted - one.true) for one in (self, other)]
         verdict = _verdict(errors[0], errors[1], generator, name, rival)
         return {**asdict(verdict), "interval": verdict.interval and list(verdict.interval)}
 
     def joined(self, others: "Sequence[NumberEvaluation]") -> "NumberEvaluation":
-        """The examples of this one and of ``others`` as one, in order."""
+        """Return one evaluation of the examples of this one and of ``others``, in order."""
         every = (self, *others)
         true, predicted = (
             np.concatenate([getattr(one, key) for one in every]) for key in ("true", "predicted")
@@ -138,7 +141,7 @@ class NumberEvaluation:
         return NumberEvaluation(math.fsum(e.loss for e in every), true, predicted, self.span)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the evaluation as plain JSON values."""
         return {
             **vars(self),
             "true": self.true.tolist(),
@@ -148,7 +151,7 @@ class NumberEvaluation:
 
 @dataclass(frozen=True)
 class NumberMeasures:
-    """What a job counts of numbers from ``lowest`` to ``highest``."""
+    """The counts of a job for numbers from ``lowest`` to ``highest``."""
 
     lowest: float
     highest: float
@@ -161,33 +164,34 @@ class NumberMeasures:
 
     @property
     def span(self) -> float:
-        """The range of the target, in its unit."""
+        """Return the range of the target, in its unit."""
         return self.highest - self.lowest
 
     def fits(self, tally: Tally) -> bool:
-        """Whether these are sums of so many numbers between 0 and 1."""
+        """Return whether the tally can be the sums of its number of values between 0 and 1."""
         if tally.more.shape != (self.size,) or (tally.more < 0).any():
             return False
         most = tally.examples + 1e-3 + 2 * STEP * max(tally.examples, 1)
         return bool((_sums(tally) <= most).all())
 
     def without_few(self, counts: Counts) -> Counts:
-        """``counts``: they are of all examples together."""
+        """Return ``counts`` unchanged: they are over all examples together."""
         return counts
 
     def collect(self, examples: Examples) -> "_Collector":
-        """Takes what a model predicts for ``examples``."""
+        """Return a collector of a model's predictions for ``examples``."""
         return _Collector(self, examples)
 
     def evaluation(self, value: Mapping[str, Any]) -> NumberEvaluation:
-        """The evaluation that ``to_json`` wrote."""
+        """Return the evaluation that ``to_json`` wrote."""
         true, predicted = (np.array(value[key], np.float64) for key in ("true", "predicted"))
         return NumberEvaluation(value["loss"], true, predicted, value["span"])
 
     def figures(self, tally: Tally) -> dict[str, Any]:
-        """MAE, MSE and RMSE in the target's unit, R2, Pearson's r, and the mean scaled ``loss``.
+        """Return MAE, MSE and RMSE in the target's unit, R2, Pearson's r, and the mean ``loss``.
 
-        R2 and Pearson's r are 0 where all targets, or all predictions, are one number.
+        The loss is on the scaled target. R2 is 0 if all targets are one number. Pearson's r is 0 if
+        all targets or all predictions are one number.
         """
         n, (y, yy, p, pp, yp, off, squared) = max(tally.examples, 1), _sums(tally)
         spread, wide = max(yy - y * y / n, 0.0), max(pp - p * p / n, 0.0)
@@ -205,7 +209,7 @@ class NumberMeasures:
 
 
 class _Collector:
-    """Predictions of some examples, put back into their order."""
+    """A collector of predictions; it restores the order of the examples."""
 
     def __init__(self, measures: NumberMeasures, examples: Examples) -> None:
         self._span = measures.span
@@ -213,18 +217,18 @@ class _Collector:
         self._losses = np.zeros(len(examples))
 
     def add(self, index: Indices, found: Mapping[str, Any]) -> None:
-        """Take a batch: ``true`` and ``predicted`` numbers of the scale -1..1, and ``losses``."""
+        """Add a batch: ``true`` and ``predicted`` numbers on the scale -1..1, and ``losses``."""
         self._losses[index] = found["losses"]
         self._true[index] = (np.asarray(found["true"], np.float64) + 1) / 2
         self._predicted[index] = np.clip((np.asarray(found["predicted"], np.float64) + 1) / 2, 0, 1)
 
     def evaluation(self) -> NumberEvaluation:
-        """All of them."""
+        """Return the evaluation of all added examples."""
         return NumberEvaluation(math.fsum(self._losses), self._true, self._predicted, self._span)
 
 
 class Regression(Task):
-    """One number an example, whatever the example is."""
+    """Predict one number per example, for any modality."""
 
     target = "number"
     beside = "target"
@@ -258,6 +262,10 @@ class Regression(Task):
                 "{task} has no labels to smooth",
                 "leave training.label_smoothing out",
             ),
+            "distillation": (
+                "a teacher gives a distribution over labels, and {task} has none",
+                "leave training.distillation out",
+            ),
             "stop_by_accuracy": (
                 "{task} has no accuracy to stop early by",
                 'rounds.early_stopping.metric = "loss"',
@@ -270,7 +278,7 @@ class Regression(Task):
         self.name = f"{modality.name}-regression"
 
     def check_keys(self, keys: Mapping[str, Any]) -> None:
-        """The range of the target is one."""
+        """Check that the lowest target is below the highest target."""
         if not keys["lowest"] < keys["highest"]:
             raise IllegalJob(
                 f"data.lowest = {keys['lowest']:g} is not below data.highest = {keys['highest']:g}",
@@ -278,7 +286,7 @@ class Regression(Task):
             )
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """The number; in a file that knows no types, a text that is one."""
+        """Return the number; in a file without types, a text that is a number is accepted."""
         value = cell.beside
         if isinstance(value, str) and not cell.typed:
             try:
@@ -292,14 +300,14 @@ class Regression(Task):
         return {"label": 0, "target": float(value)}
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """The number."""
+        """Return the number."""
         return {"target": row["target"]}
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> Numbered:
-        """One example a row, its target scaled.
+        """Return one example per row, with its scaled target.
 
         Raises:
-            DataError: a target is outside of the job's range.
+            DataError: a target is outside the job's range.
         """
         lowest, highest = settings.keys["lowest"], settings.keys["highest"]
         targets = np.array(rows.column("target"), np.float64)
@@ -315,23 +323,32 @@ class Regression(Task):
         scaled = 2 * (targets - lowest) / (highest - lowest) - 1
         return Numbered(source, scaled.astype(np.float32))
 
+    def describe_input(self, processor: Processor, settings: Settings) -> str:
+        """How inputs are prepared, and what the model's output means."""
+        lowest, highest = settings.keys["lowest"], settings.keys["highest"]
+        scale = (
+            f"Output: the model gives x from -1 to 1; the target is {lowest:g} + "
+            f"{(highest - lowest) / 2:g} * (x + 1), between {lowest:g} and {highest:g}."
+        )
+        return "\n\n".join(filter(None, [processor.describe(settings), scale]))
+
     def measures(self, settings: Settings) -> NumberMeasures:
-        """Sums of targets, predictions and errors."""
+        """Return the measures: sums of targets, predictions and errors."""
         return NumberMeasures(settings.keys["lowest"], settings.keys["highest"])
 
     def model_options(
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
-        """A head with one output."""
+        """Return the options for a head with one output."""
         return {"num_labels": 1, "problem_type": "regression"}
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
-        """A head with one output, which the adapter then replaces."""
+        """Return the options for a head with one output; the adapter then replaces it."""
         return {"num_labels": 1, "ignore_mismatched_sizes": True}
 
 
 def _sums(tally: Tally) -> Values:
-    """The sums of a tally, float64 [SUMS]."""
+    """Return the sums of a tally, float64 [SUMS]."""
     high, low = tally.more.reshape(SUMS, 2).T
     return np.asarray((high * (1 << LOW_BITS) + low) * STEP, np.float64)
 
@@ -339,7 +356,7 @@ def _sums(tally: Tally) -> Values:
 def _verdict(
     ours: Values, theirs: Values, generator: np.random.Generator, name: str, rival: Rival
 ) -> Verdict:
-    """Compare absolute errors of two models on the same examples, float64 [n]."""
+    """Compare the absolute errors of two models on the same examples, float64 [n]."""
     if not len(ours):
         sentence = f"Whether federating helped {name} is not known: it has no test examples."
         return Verdict("unknown", sentence, 0.0, None, 1.0)

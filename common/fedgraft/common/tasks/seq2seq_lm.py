@@ -1,8 +1,8 @@
-"""Two texts an example: one to read, and one to write token by token, as T5 and BART do it.
+"""Sequence-to-sequence language modelling: read one text and write another, as T5 and BART do.
 
-The decoder reads what it should have written so far: the target behind a start token, without its
-last token (teacher forcing). Both texts of a batch are padded to one width, so that a pass over
-several sites and the dropout of each need to know only one.
+The decoder reads the target after a start token and without its last token (teacher forcing). Both
+texts of a batch are padded to one width. So a pass over several sites, and the dropout of each
+site, need only one width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ __all__ = ["PairedTexts", "Seq2SeqLm"]
 
 @dataclass(frozen=True)
 class PairedTexts(Wrapped):
-    """``source`` is read, ``target`` is to be written after the token ``start``."""
+    """Pairs of texts: ``source`` is read; ``target`` is written after the token ``start``."""
 
     source: TextExamples
     target: TextExamples
@@ -46,28 +46,28 @@ class PairedTexts(Wrapped):
 
     @cached_property
     def lengths(self) -> Indices:
-        """Tokens of the longer text of each."""
+        """Return the number of tokens of the longer text of each pair."""
         return np.maximum(self.source.lengths, self.target.lengths)
 
     @property
     def pad_left(self) -> bool:
-        """Padding stands behind the tokens."""
+        """Return False: padding is after the tokens."""
         return False
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all tokens, example by example."""
+        """Return the SHA-256 over all tokens, example by example."""
         return f"{self.source.digest}{self.target.digest}{self.start}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         return self.source.nbytes + self.target.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """``input_ids``, ``attention_mask`` and ``decoder_input_ids``, int64 [b, width].
+        """Return ``input_ids``, ``attention_mask`` and ``decoder_input_ids``, int64 [b, width].
 
-        The decoder attends to what comes before alone: its padding, at the end, needs no mask.
+        The decoder attends only to earlier positions, so its padding at the end needs no mask.
         """
         width = width or self.width(index)
         written = self.target.batch(index, width)["input_ids"]
@@ -76,19 +76,19 @@ class PairedTexts(Wrapped):
         return {**self.source.batch(index, width), "decoder_input_ids": shifted}
 
     def targets(self, index: Indices, width: int = 0) -> NDArray[np.int64]:
-        """The tokens of the target, int64 [b, width], padded with ``IGNORED``."""
+        """Return the tokens of the target, int64 [b, width], padded with ``IGNORED``."""
         written = self.target.batch(index, width or self.width(index))
         real = written["attention_mask"].astype(np.bool_)
         targets: NDArray[np.int64] = np.where(real, written["input_ids"], IGNORED)
         return targets
 
     def subset(self, index: Indices) -> "PairedTexts":
-        """The examples at ``index``, in that order; the token ids are shared."""
+        """Return the examples at ``index``, in that order; the token ids are shared."""
         parts = (self.source.subset(index), self.target.subset(index))
         return PairedTexts(*parts, self.start)
 
     def joined(self, others: Sequence["PairedTexts"]) -> "PairedTexts":
-        """These examples and those of ``others``, in order."""
+        """Return these examples and the examples of ``others``, in order."""
         every = (self, *others)
         source = concatenate([one.source for one in every])
         target = concatenate([one.target for one in every])
@@ -106,20 +106,20 @@ class Seq2SeqLm(TokenTask):
     stored: Mapping[str, str] = MappingProxyType({"target": "string"})
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """The text to be written."""
+        """Return the target text."""
         check_string(cell.beside, "target")
         return {"label": 0, "target": cell.beside}
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """The text to be written."""
+        """Return the target text."""
         return {"target": row["target"]}
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> PairedTexts:
-        """One example a row, both of its texts cut to ``data.max_length`` tokens.
+        """Return one example per row; both texts are cut to ``data.max_length`` tokens.
 
         Raises:
-            BackboneError: it does not say what its decoder starts with.
-            DataError: a text becomes no tokens.
+            BackboneError: the backbone has no start token for its decoder.
+            DataError: a text gives no tokens.
         """
         check_length(processor, settings.max_length)
         if processor.decoder_start is None:

@@ -1,7 +1,8 @@
-"""Token classification: a tag for each word, and the entities that the tags spell (IOB2).
+"""Token classification: predict a tag for each word, and the entities that the tags mark (IOB2).
 
-A word may be several tokens: its tag is that of the first, the others are not predicted. A sentence
-is one example, cut to ``data.max_length``. An entity that is cut off counts as missed.
+A word can have several tokens: the first token has the word's tag, and the other tokens are not
+predicted. A sentence is one example, cut to ``data.max_length``. An entity beyond the cut counts as
+missed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,11 +39,42 @@ F1 = Metric("f1", "entity F1", short="F1")
 ACCURACY = Metric("accuracy", "token accuracy", short="right")
 
 
+REFUSES: Refuses = {
+    feature: refusal
+    for feature, refusal in over_parts(
+        "tags of words",
+        more={
+            "heads": ("{task} has one head for all tags", "leave job.heads out"),
+            "distillation": (
+                "a teacher gives one distribution over labels an example, and {task} has many",
+                "leave training.distillation out",
+            ),
+            "dirichlet": (
+                'partition.kind = "dirichlet" deals examples by their label, and a sentence '
+                "has many tags",
+                'simulation.partition = {{ kind = "natural" }}, one file a site, or "iid"',
+            ),
+            "wrong_labels": (
+                'faults.poison = "labels" gives examples another label, and a sentence has '
+                "many tags",
+                'simulation.faults.poison = "sign-flip", "noise" or "nan"',
+            ),
+            "domain": (
+                "{task} reads no sentences without tags",
+                "leave training.domain out",
+            ),
+        },
+    ).items()
+    if feature != "stop_by_macro_f1"  # its figures have one, over types of entities
+}
+
+
 @dataclass(frozen=True)
 class TaggedTexts(Wrapped):
-    """Sentences: ``tags`` int64 [tokens of source] are ``IGNORED`` but on the first of a word.
+    """Sentences with tags.
 
-    ``cut`` int64 [n, types] are entities of which a word is behind the end of the example.
+    ``tags``, int64 [tokens of source], are ``IGNORED`` except at the first token of a word.
+    ``cut``, int64 [n, types], counts the entities with a word beyond the end of the example.
     """
 
     source: TextExamples
@@ -51,20 +83,20 @@ class TaggedTexts(Wrapped):
 
     @property
     def digest(self) -> str:
-        """That of ``source``."""
+        """Return the digest of ``source``."""
         return self.source.digest
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Return the bytes in memory."""
         return self.source.nbytes + self.tags.nbytes + self.cut.nbytes
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
-        """The sentences at ``index``, as ``TextExamples`` has them."""
+        """Return the sentences at ``index`` in the form of ``TextExamples``."""
         return self.source.batch(index, width)
 
     def targets(self, index: Indices, width: int = 0) -> Indices:
-        """The tags, int64 [b, width], and ``IGNORED`` on padding and inside words."""
+        """Return the tags, int64 [b, width]; ``IGNORED`` at padding and inside words."""
         mask = self.batch(index, width)["attention_mask"].astype(np.bool_)
         targets: Indices = np.full(mask.shape, IGNORED, np.int64)
         ranges = [
@@ -77,11 +109,11 @@ class TaggedTexts(Wrapped):
         return targets
 
     def subset(self, index: Indices) -> "TaggedTexts":
-        """The sentences at ``index``, in that order; ids and tags are shared."""
+        """Return the sentences at ``index``, in that order; ids and tags are shared."""
         return replace(self, source=self.source.subset(index), cut=self.cut[index])
 
     def joined(self, others: "Sequence[TaggedTexts]") -> "TaggedTexts":
-        """These sentences and those of ``others``, in order."""
+        """Return these sentences and the sentences of ``others``, in order."""
         every = (self, *others)
         return TaggedTexts(
             concatenate([one.source for one in every]),
@@ -91,7 +123,7 @@ class TaggedTexts(Wrapped):
 
 
 class TokenClassification(Task):
-    """A tag for each word of a sentence: named entities and the like."""
+    """Predict a tag for each word of a sentence, such as the tags of named entities."""
 
     name = pipeline = "token-classification"
     auto_class = "AutoModelForTokenClassification"
@@ -133,10 +165,10 @@ class TokenClassification(Task):
         points=True,
     )
     use = "tag the entities of a text"
-    refuses: Refuses = over_parts("tokens")
+    refuses = REFUSES
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """The labels are tags of IOB2."""
+        """Check that the labels are IOB2 tags."""
         super().check_labels(labels)
         kinds = [label.partition("-") for label in labels if label != OUTSIDE]
         wrong = [p + dash + own for p, dash, own in kinds if p not in ("B", "I") or not own]
@@ -152,7 +184,7 @@ class TokenClassification(Task):
             )
 
     def check_cell(self, content: Any) -> None:
-        """A cell is a list of words."""
+        """Check that a cell is a list of words."""
         if not isinstance(content, list) or not content:
             raise DataError(
                 "no list of words",
@@ -163,7 +195,7 @@ class TokenClassification(Task):
             check_string(word, "word")
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
-        """The indices of the tags, as many as words."""
+        """Return the indices of the tags, one for each word."""
         words = cell.content if isinstance(cell.content, list) else []
         if not isinstance(cell.beside, list) or len(cell.beside) != len(words):
             count = len(cell.beside) if isinstance(cell.beside, list) else "no"
@@ -176,15 +208,15 @@ class TokenClassification(Task):
         }
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
-        """The tags by their names."""
+        """Return the names of the tags."""
         return {"tags": [labels[tag] for tag in row["tags"]]}
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> TaggedTexts:
-        """One example a sentence; of each word the first token has its tag.
+        """Return one example per sentence; the first token of each word has the word's tag.
 
         Raises:
-            BackboneError: the tokenizer does not say which word a token is of.
-            DataError: a sentence becomes no tokens.
+            BackboneError: the tokenizer does not give the word of a token.
+            DataError: a sentence gives no tokens.
         """
         most = settings.max_length
         check_length(processor, most)
@@ -203,29 +235,32 @@ class TokenClassification(Task):
             )
         source = as_examples(tokens, np.zeros(len(sentences), np.int64), processor, most)
         tags = [np.array(one, np.int64) for one in rows.column("tags")]
-        aligned, seen = _align(tokens["words"], source, tags)
+        aligned, seen = _align(tokens["words"], source, tags, settings.labels)
         return TaggedTexts(source, aligned, _cut_off(tags, seen, settings.labels))
 
     def measures(self, settings: Settings) -> TagMeasures:
-        """Tokens that are right, and entities by type."""
+        """Return the measures: the number of correct tokens, and the entities by type."""
         return TagMeasures(settings.labels, settings.max_length)
 
     def model_options(
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
-        """The tags."""
+        """Return the tags."""
         return {
             "id2label": dict(enumerate(labels)),
             "label2id": {name: index for index, name in enumerate(labels)},
         }
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
-        """A head for as many tags, which the adapter then replaces."""
+        """Return the options for a head with one output per tag; the adapter then replaces it."""
         return {"num_labels": len(labels), "ignore_mismatched_sizes": True}
 
 
 def _tokenize(sentences: Sequence[Sequence[str]], tokenizer: Any, most: int) -> Arrays:
-    """Ids (and types) of all sentences in a row, the word of each, -1 for none, and lengths."""
+    """Return ids (and types) of all sentences in one row, the word of each token, and lengths.
+
+    The word is -1 for a token that belongs to no word.
+    """
     found: dict[str, list[int]] = {"input_ids": [], "words": []}
     lengths: list[int] = []
     for at in range(0, len(sentences), BATCH):
@@ -243,9 +278,12 @@ def _tokenize(sentences: Sequence[Sequence[str]], tokenizer: Any, most: int) -> 
 
 
 def _align(
-    words: Indices, source: TextExamples, tags: Sequence[Indices]
+    words: Indices, source: TextExamples, tags: Sequence[Indices], labels: Sequence[str]
 ) -> tuple[Indices, list[int]]:
-    """The tag of each token, ``IGNORED`` but on a word's first; words seen of each sentence."""
+    """Return the tag of each token, and the number of words that each example contains.
+
+    The tag is ``IGNORED`` except at a word's first token.
+    """
     aligned = np.full(len(source.ids), IGNORED, np.int64)
     seen: list[int] = []
     places = zip(source.starts.tolist(), source.lengths.tolist(), tags, strict=True)
@@ -254,11 +292,25 @@ def _align(
         first = (own >= 0) & (own != np.concatenate([[-1], own[:-1]]))
         aligned[start : start + length][first] = mine[own[first]]
         seen.append(int(own.max(initial=-1)) + 1)
+        if (begun := _begun(mine, seen[-1], labels)) is not None:
+            aligned[start : start + length][own >= begun] = IGNORED
     return aligned, seen
 
 
+def _begun(tags: Indices, seen: int, labels: Sequence[str]) -> int | None:
+    """The first word of an entity that goes on behind the last word that is ``seen``."""
+    if seen == len(tags):
+        return None
+    across = [
+        start
+        for _, start, end in entities([labels[tag] for tag in tags.tolist()])
+        if start < seen < end
+    ]
+    return across[0] if across else None
+
+
 def _cut_off(tags: Sequence[Indices], seen: Sequence[int], labels: Sequence[str]) -> Indices:
-    """Entities of each sentence, by type, with a word behind the last one that is ``seen``."""
+    """Return the entities of each sentence, by type, with a word after the last ``seen`` word."""
     types = types_of(labels)
     cut = np.zeros((len(tags), len(types)), np.int64)
     for at, (mine, last) in enumerate(zip(tags, seen, strict=True)):

@@ -12,6 +12,7 @@ import typer
 
 from fedgraft.common.console import Console
 from fedgraft.common.errors import FedgraftError
+from fedgraft.server.cli.options import HERE, HomeFolder, JobFile, Json, Overrides
 
 if TYPE_CHECKING:
     from fedgraft.server.coordinator.process import Coordinator
@@ -20,13 +21,10 @@ __all__ = ["run", "status", "stop", "submit"]
 
 TICK = 0.5  # seconds
 LATEST = 10  # runs that are shown
-Home = Annotated[Path, typer.Option(help="The coordinator's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-HERE = Path("coordinator")
 
 
 def run(
-    home: Home = HERE,
+    home: HomeFolder = HERE,
     listen: Annotated[
         str, typer.Option(help="ADDRESS:PORT of the public port; absent: that of the endpoint.")
     ] = "",
@@ -39,17 +37,17 @@ def run(
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from fedgraft.common.errors import AuditError
     from fedgraft.common.federation.audit_log import Audit
-    from fedgraft.common.locks import lock_folder
+    from fedgraft.common.files import lock_folder
     from fedgraft.server.coordinator.grpc_services import serve_operators, serve_sites
     from fedgraft.server.coordinator.nginx import check_listen
     from fedgraft.server.coordinator.process import Coordinator
-    from fedgraft.server.enrollment.provision import load_plan
+    from fedgraft.server.enrollment.provision import load_federation_spec
     from fedgraft.server.enrollment.registry import Registry
     from fedgraft.server.paths import Home
 
     console, stopping = Console(), threading.Event()
     Registry(home).sites()
-    listen = listen or f"0.0.0.0:{load_plan(home / 'federation.toml').port}"
+    listen = listen or f"0.0.0.0:{load_federation_spec(home / 'federation.toml').port}"
     check_listen(listen)
     with lock_folder(home):
         audit = Audit(home / "audit.jsonl")
@@ -98,7 +96,7 @@ def _watched(coordinator: "Coordinator", address: str, console: Console) -> Iter
 
 
 def _operator(coordinator: "Coordinator", stopping: threading.Event) -> Any:
-    from fedgraft.server.coordinator.grpc_services import Operator
+    from fedgraft.server.coordinator.grpc_services import OperatorService
     from fedgraft.server.jobs.submission import prepare_job
 
     def take(text: str) -> str:
@@ -111,16 +109,13 @@ def _operator(coordinator: "Coordinator", stopping: threading.Event) -> Any:
         else:
             stopping.set()
 
-    return Operator(take, coordinator.status, halt)
+    return OperatorService(take, coordinator.status, halt)
 
 
 def submit(
-    job: Annotated[Path, typer.Argument(help="Job file.")],
-    home: Home = HERE,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. rounds.count=5."),
-    ] = None,
+    job: JobFile,
+    home: HomeFolder = HERE,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Give the running coordinator a job; it runs when those before it have ended."""
@@ -134,7 +129,7 @@ def submit(
     console.text(f"submitted as {reply.run}\nnext: fedgraft coordinator status --home {home}")
 
 
-def status(home: Home = HERE, as_json: Json = False) -> None:
+def status(home: HomeFolder = HERE, as_json: Json = False) -> None:
     """Processes, sites and runs of the running coordinator; exit code 1 if a process is down."""
     import json
 
@@ -183,7 +178,7 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
 
 def stop(
     run: Annotated[str, typer.Argument(help="Name of a run; without one, the coordinator.")] = "",
-    home: Home = HERE,
+    home: HomeFolder = HERE,
 ) -> None:
     """Stop a run for good, or the coordinator; an unfinished run goes on at its next start."""
     from fedgraft.common.rpc import fedgraft_v1_pb2 as pb

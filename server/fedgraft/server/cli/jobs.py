@@ -7,25 +7,24 @@ import typer
 
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError, RunError
+from fedgraft.server.cli.options import JobFile, Json, Overrides
 
 if TYPE_CHECKING:
+    from fedgraft.common.config.job import Job
     from fedgraft.server.runs.run_folder import Run
 
-__all__ = ["check", "export", "init", "report", "runs"]
+__all__ = ["check", "check_job", "export", "init", "report", "runs", "show_check"]
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. rounds.count=5."),
-]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
 
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.toml"),
-    template: Annotated[str, typer.Option(help="text, vision, audio or language.")] = "text",
+    template: Annotated[
+        str, typer.Option(help="text, vision, audio, language, entities or regression.")
+    ] = "text",
     as_json: Json = False,
 ) -> None:
     """Write a commented job file to start from."""
@@ -46,25 +45,32 @@ def init(
     console.text(f"wrote {path}\nnext: edit it, then fedgraft check {path}")
 
 
-def check(
-    job: Annotated[Path, typer.Argument(help="Job file.")],
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
+def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Validate a job, its backbone and its data without training; say what it will cost."""
-    from fedgraft.common.adapters.model import open_workbench
     from fedgraft.common.config.jobfile import load_job
-    from fedgraft.server.rounds import make_plan
+
+    loaded = load_job(job, tuple(overrides or ()))
+    show_check(Console(as_json=as_json), check_job(loaded), loaded.rounds.count)
+
+
+def check_job(job: "Job") -> dict[str, Any]:
+    """Open the job's backbone and count what a round of it would train, send and hold.
+
+    Sites are not part of it: their data are elsewhere, and ``sites`` is empty.
+
+    Raises:
+        FedgraftError: the backbone, or an adapter to start from, does not fit the job.
+    """
+    from fedgraft.common.adapters.model import open_workbench
+    from fedgraft.server.plan import make_plan
     from fedgraft.server.runs.costs import estimate_costs
     from fedgraft.server.runs.protection import protection_facts
 
-    console = Console(as_json=as_json)
-    loaded = load_job(job, tuple(overrides or ()))
-    bench = open_workbench(loaded)
-    costs = estimate_costs(make_plan(loaded, bench, session=""), bench)
-    facts: dict[str, Any] = {
-        "job": loaded.job.name,
-        "backbone": loaded.backbone.source,
+    bench = open_workbench(job)
+    costs = estimate_costs(make_plan(job, bench, session=""), bench)
+    return {
+        "job": job.job.name,
+        "backbone": job.backbone.source,
         "fingerprint": bench.backbone.fingerprint,
         "trained_parameters": costs.trained_parameters,
         "exchanged_parameters": costs.exchanged_parameters,
@@ -73,33 +79,15 @@ def check(
         "bytes_down_per_site_round": costs.bytes_down,
         "estimated_memory_mb": round(costs.memory_mb),
         "zero_shot": not bench.fresh_head,
-        "protection": protection_facts(loaded, []),
+        "protection": protection_facts(job, []),
         "sites": [],
         "skipped_files": 0,
     }
-    if loaded.simulation is not None:
-        facts.update(_simulated_sites(loaded))
+
+
+def show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
+    """Print what ``check_job`` found, and the sites of a simulation if there are any."""
     console.json(facts)
-    _show_check(console, facts, loaded.rounds.count)
-
-
-def _simulated_sites(job: Any) -> dict[str, Any]:
-    """The sites a simulation of the job would have; reads and validates all of its data."""
-    from importlib import import_module  # simulations stand above the server, and may be absent
-
-    try:
-        simulation = import_module("fedgraft.simulations.preparation")
-    except ModuleNotFoundError:
-        return {}
-    prepared = simulation.prepare(job)
-    sites = [
-        {"name": site.name, "examples": site.examples, "test_examples": site.test_examples}
-        for site in prepared.sites
-    ]
-    return {"sites": sites, "skipped_files": prepared.skipped}
-
-
-def _show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
     share = 100 * facts["trained_parameters"] / facts["total_parameters"]
     up, down = facts["bytes_up_per_site_round"], facts["bytes_down_per_site_round"]
     rows = [
@@ -146,12 +134,13 @@ def runs(
             line["run"],
             line["created"][:16].replace("T", " "),
             f"{line['rounds']}/{line['of_rounds']}",
-            "-" if line["accuracy"] is None else f"{100 * line['accuracy']:.1f} %",
+            "-" if line["share"] is None else f"{100 * line['share']:.1f} %",
+            line["share_name"],
             line["status"],
         ]
         for line in found
     ]
-    console.table(f"Runs in {folder}", ["run", "started", "rounds", "accuracy", "status"], rows)
+    console.table(f"Runs in {folder}", ["run", "started", "rounds", "result", "of", "status"], rows)
 
 
 def _run_line(run: "Run") -> dict[str, Any]:
@@ -163,7 +152,9 @@ def _run_line(run: "Run") -> dict[str, Any]:
         "created": run.created,
         "rounds": len(run.history()),
         "of_rounds": run.job.rounds.count,
-        "accuracy": final and final["accuracy"],
+        "accuracy": final and final.get("accuracy"),
+        "share": final and final.get(run.job.task.share.key),
+        "share_name": run.job.task.share.name,
         "status": "finished" if summary else "not finished",
     }
 

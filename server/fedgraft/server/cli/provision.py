@@ -6,20 +6,19 @@ from typing import Annotated
 import typer
 
 from fedgraft.common.console import Console
+from fedgraft.server.cli.options import HERE, HomeFolder, Json
 
 __all__ = ["kits", "renew", "revoke", "sites"]
 
-Home = Annotated[Path, typer.Option(help="The coordinator's folder.")]
 Kits = Annotated[Path, typer.Option("-o", "--out", help="Folder for the kits.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Site = Annotated[str, typer.Argument(help="Name of a site.")]
-HERE, KITS = Path("coordinator"), Path("kits")
+SiteName = Annotated[str, typer.Argument(help="Name of a site.")]
+KITS = Path("kits")
 
 
 def kits(
     federation: Annotated[Path, typer.Argument(help="federation.toml: name, endpoint, sites.")],
     out: Kits = KITS,
-    home: Home = HERE,
+    home: HomeFolder = HERE,
     as_json: Json = False,
 ) -> None:
     """Found a federation, or add the sites that are new in its file; one kit for each."""
@@ -39,14 +38,14 @@ def kits(
     )
 
 
-def renew(site: Site, out: Kits = KITS, home: Home = HERE) -> None:
+def renew(site: SiteName, out: Kits = KITS, home: HomeFolder = HERE) -> None:
     """Write a site's kit again, with another token; the old kit and its certificates are void."""
     from fedgraft.server.enrollment.provision import renew_kit
 
     Console().text(f"wrote {renew_kit(home, site, out)}")
 
 
-def revoke(site: Site, home: Home = HERE) -> None:
+def revoke(site: SiteName, home: HomeFolder = HERE) -> None:
     """Shut a site out: within a minute where the coordinator runs, open sessions included."""
     from fedgraft.server.enrollment.provision import revoke as shut_out
 
@@ -54,7 +53,7 @@ def revoke(site: Site, home: Home = HERE) -> None:
     Console().text(f"{site} is shut out; to let it in again: fedgraft provision renew {site}")
 
 
-def sites(home: Home = HERE, as_json: Json = False) -> None:
+def sites(home: HomeFolder = HERE, as_json: Json = False) -> None:
     """List the sites and what became of their kits."""
     from fedgraft.server.enrollment.registry import Registry
 

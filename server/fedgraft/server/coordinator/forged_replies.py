@@ -10,13 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORGED", "Forgeries"]
+__all__ = ["FORGED", "ForgedReplies"]
 
 FORGED = frozenset({"bad-seal", "another-sites-seal", "wrong-session", "wrong-round"})
 PIECE = 1 << 20  # bytes of a run's events that are read at a time
 
 
-class Forgeries:
+class ForgedReplies:
     """Follows the events of runs below ``runs``, from where they are now."""
 
     def __init__(self, runs: Path, event: Callable[..., None]) -> None:

@@ -20,9 +20,9 @@ from fedgraft.common.messages.grpc_channel import SERVER_OPTIONS
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 from fedgraft.server.enrollment.backbone_service import BackboneService
-from fedgraft.server.enrollment.service import Enrolment, Membership
+from fedgraft.server.enrollment.service import EnrolmentService, MembershipService
 
-__all__ = ["Operator", "serve_operators", "serve_sites"]
+__all__ = ["OperatorService", "serve_operators", "serve_sites"]
 
 THREADS = 16
 LONGEST = 107  # bytes of a socket's path, unix(7)
@@ -31,7 +31,7 @@ Event = Callable[..., None]
 log = logging.getLogger("fedgraft.server")
 
 
-class Operator(services.OperatorServicer):
+class OperatorService(services.OperatorServicer):
     """What `fedgraft submit` and `fedgraft coordinator status|stop` ask."""
 
     def __init__(
@@ -67,14 +67,14 @@ def _answered(context: grpc.ServicerContext, call: Callable[..., Any], *argument
 def serve_sites(home: Path, event: Event) -> grpc.Server:
     """Serve enrolment and membership on ``run/services.sock``."""
     server = _make_server(THREADS, "sites")
-    services.add_EnrolmentServicer_to_server(Enrolment(home, event), server)
-    services.add_MembershipServicer_to_server(Membership(home, event), server)
+    services.add_EnrolmentServicer_to_server(EnrolmentService(home, event), server)
+    services.add_MembershipServicer_to_server(MembershipService(home, event), server)
     backbones = BackboneService(BlobStore(home / "backbones"))
     services.add_BackbonesServicer_to_server(backbones, server)
     return _listen(server, home / "run" / "services.sock")
 
 
-def serve_operators(home: Path, operator: Operator) -> grpc.Server:
+def serve_operators(home: Path, operator: OperatorService) -> grpc.Server:
     """Serve ``operator`` on ``run/operator.sock``."""
     server = _make_server(2, "operators")
     services.add_OperatorServicer_to_server(operator, server)

@@ -16,7 +16,7 @@ from pathlib import Path
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_text
 
-__all__ = ["ERRORS", "LOG", "Front", "check_listen", "front_command", "write_front"]
+__all__ = ["ERRORS", "LOG", "NginxConfig", "check_listen", "nginx_command", "write_nginx_config"]
 
 LOG, ERRORS = "refused.log", "error.log"
 BODY = "16m"  # Flower's chunks are 5 MiB
@@ -24,7 +24,7 @@ RATE, BURST = 50, 200  # requests a second of one site: a round in many stages a
 
 
 @dataclass(frozen=True)
-class Front:
+class NginxConfig:
     """What nginx must know; ``members`` maps a site's name to its node key (base64 of PEM)."""
 
     home: Path
@@ -59,19 +59,19 @@ def check_listen(address: str) -> None:
         ) from None
 
 
-def front_command(front: Front, nginx: str) -> list[str]:
+def nginx_command(front: NginxConfig, nginx: str) -> list[str]:
     """The command of the nginx process, in the foreground."""
     folder = front.folder
     return [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", ERRORS, "-g", "daemon off;"]
 
 
-def write_front(front: Front) -> None:
+def write_nginx_config(front: NginxConfig) -> None:
     """Write the configuration; nginx reads it at its start and on a reload (SIGHUP)."""
     front.folder.mkdir(exist_ok=True, mode=0o700)
     write_text(front.folder / "nginx.conf", _configuration(front))
 
 
-def _configuration(front: Front) -> str:
+def _configuration(front: NginxConfig) -> str:
     names = sorted(front.members)
     keys = "\n".join(f'    "CN={name} {front.members[name]}" {name};' for name in names)
     known = "\n".join(f'    "CN={name}" {name};' for name in names)

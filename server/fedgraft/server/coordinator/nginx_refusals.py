@@ -26,7 +26,7 @@ from typing import Any
 from fedgraft.common.files import write_text
 from fedgraft.server.coordinator.nginx import ERRORS, LOG
 
-__all__ = ["Refusals", "Tail"]
+__all__ = ["RefusedRequests", "Tail"]
 
 PIECE = 1 << 20  # bytes of the log that are read at a time
 LONGEST = 1 << 16  # bytes of a line
@@ -47,7 +47,7 @@ Event = Callable[..., None]
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusedRequest:
     """What makes two refusals alike. Without a valid ``certificate``, ``site`` is only claimed."""
 
     site: str
@@ -121,7 +121,7 @@ class Tail:
                 self._open()
 
 
-class Refusals:
+class RefusedRequests:
     """Follows the log in nginx's ``folder``; ``reopen`` makes nginx open its logs again.
 
     ``totals`` counts by status since the start, ``recent`` is what was told last, ``alarms`` when a
@@ -141,7 +141,7 @@ class Refusals:
         self.recent: deque[dict[str, Any]] = deque(maxlen=NAMED)
         self._folder, self._event, self._reopen, self._clock = folder, event, reopen, clock
         self._tail = Tail(folder / LOG, _read_position(folder / "refused.json"))
-        self._counts: Counter[Refusal] = Counter()
+        self._counts: Counter[RefusedRequest] = Counter()
         self._begun = 0.0
         self._doubts: dict[str, float] = {}  # when a site's session was first refused
 
@@ -168,7 +168,7 @@ class Refusals:
             said = json.loads(line.decode("utf-8", "replace"))  # a path may be any bytes
             status, at = int(said["status"]), datetime.fromisoformat(said["time"]).timestamp()
             verify = _printable(said["verify"])
-            refusal = Refusal(_site(said["site"]), status, _printable(said["path"]), verify)
+            refusal = RefusedRequest(_site(said["site"]), status, _printable(said["path"]), verify)
         except (ValueError, KeyError, TypeError, RecursionError):
             return  # torn, or none of ours
         if not 400 <= status < 500 or status in GAVE_UP:
@@ -180,11 +180,11 @@ class Refusals:
         if second and verify == "SUCCESS":
             self._doubts.setdefault(refusal.site, at)
 
-    def _count(self, refusal: Refusal) -> None:
+    def _count(self, refusal: RefusedRequest) -> None:
         if not self._counts:
             self._begun = self._clock()
         if refusal not in self._counts and len(self._counts) >= NAMED:
-            refusal = Refusal("", refusal.status, "(others)", "")
+            refusal = RefusedRequest("", refusal.status, "(others)", "")
         self._counts[refusal] += 1
 
     def _tell(self) -> None:

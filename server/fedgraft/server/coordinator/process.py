@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.common.errors import FedgraftError
-from fedgraft.server.coordinator.forged_replies import Forgeries
-from fedgraft.server.coordinator.nginx import Front, front_command, write_front
-from fedgraft.server.coordinator.nginx_refusals import Refusals
+from fedgraft.server.coordinator.forged_replies import ForgedReplies
+from fedgraft.server.coordinator.nginx import NginxConfig, nginx_command, write_nginx_config
+from fedgraft.server.coordinator.nginx_refusals import RefusedRequests
 from fedgraft.server.coordinator.superlink import (
     FINISHED,
     Control,
@@ -72,11 +72,11 @@ class Coordinator:
             folder.mkdir(exist_ok=True, mode=0o700)
         # It is of another start, with other ports.
         (home.file("nginx") / "nginx.conf").unlink(missing_ok=True)
-        self._forgeries = Forgeries(home.runs, event)
+        self._forgeries = ForgedReplies(home.runs, event)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         self.processes = self._make_processes(found)
         self._overview = Overview(self.jobs, home.runs)
-        self._refusals = Refusals(
+        self._refusals = RefusedRequests(
             home.file("nginx"), event, reopen=lambda: self._signal_front(signal.SIGUSR1)
         )
         self._seen: dict[str, dict[str, Any]] = {}  # what the SuperLink said of each site
@@ -96,7 +96,7 @@ class Coordinator:
             "executor": partial(executor_command, port, **tls),
         }
         if nginx:
-            commands["front"] = lambda: front_command(self._front(), nginx)
+            commands["front"] = lambda: nginx_command(self._front(), nginx)
         made = {}
         for name, command in commands.items():
             made[name] = Supervised(
@@ -134,9 +134,9 @@ class Coordinator:
             self._current = None
             self._seen = {name: _offline(node) for name, node in self._seen.items()}
 
-    def _front(self) -> Front:
+    def _front(self) -> NginxConfig:
         keys = {name: member.node_key for name, member in self._members.items()}
-        return Front(self.home.folder.resolve(), self._listen, self._port, keys)
+        return NginxConfig(self.home.folder.resolve(), self._listen, self._port, keys)
 
     def tend(self) -> None:
         """See to everything once; what cannot be done now is done the next time."""
@@ -179,7 +179,7 @@ class Coordinator:
             return
         self._members = members
         if self.public:
-            write_front(self._front())
+            write_nginx_config(self._front())
             self._signal_front(signal.SIGHUP)
         self._event("members", sites=sorted(members))
 

@@ -30,7 +30,7 @@ from fedgraft.common.section import Duration, Section
 from fedgraft.common.toml import read_text
 from fedgraft.server.enrollment.registry import Registry, Site, hash_token
 
-__all__ = ["Founded", "Plan", "found", "load_plan", "renew_kit", "revoke"]
+__all__ = ["FederationSpec", "Founded", "found", "load_federation_spec", "renew_kit", "revoke"]
 
 POLICY = """\
 # What this site allows. All that is not allowed here is refused.
@@ -72,7 +72,7 @@ class About(Section):
     certificate_lifetime: Duration = 7 * 86400.0
 
 
-class Plan(Section):
+class FederationSpec(Section):
     """``federation.toml`` as the coordinator writes it."""
 
     federation: About
@@ -89,7 +89,7 @@ class Plan(Section):
         return int(self.federation.endpoint.rpartition(":")[2])
 
 
-def load_plan(path: Path) -> Plan:
+def load_federation_spec(path: Path) -> FederationSpec:
     """Load ``federation.toml``.
 
     Raises:
@@ -98,7 +98,7 @@ def load_plan(path: Path) -> Plan:
     if not path.exists():
         raise InputError(f"no file {path}", hint="it holds [federation] name, endpoint and sites")
     try:
-        plan = Plan.model_validate(tomllib.loads(read_text(path)))
+        spec = FederationSpec.model_validate(tomllib.loads(read_text(path)))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {error}", hint="mend that line") from None
     except ValidationError as error:
@@ -106,10 +106,10 @@ def load_plan(path: Path) -> Plan:
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {where}: {message}", hint=f"mend {where}") from None
-    _check_names(plan.federation.sites, str(path))
-    if not 0 < plan.port < 65536:
+    _check_names(spec.federation.sites, str(path))
+    if not 0 < spec.port < 65536:
         raise InputError(f"{path}: the endpoint's port is none", hint='for example "host:8443"')
-    return plan
+    return spec
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
@@ -143,23 +143,23 @@ def found(source: Path, home: Path, kits: Path) -> Founded:
         InputError: ``source`` is wrong, changes what sites were promised, or a folder cannot be
             written.
     """
-    plan, text = load_plan(source), read_text(source)
+    spec, text = load_federation_spec(source), read_text(source)
     try:
         for folder in (home, kits):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(home, 0o700)  # also where it was there before
         with Registry(home).lock():
             if not (home / "ca.pem").exists():
-                _make_ca(plan, home)
-            _keep_name_and_floor(plan, home)
+                _make_ca(spec, home)
+            _keep_name_and_floor(spec, home)
             there = Registry(home).sites()  # who left the file is still a member
-            _check_names(tuple(dict.fromkeys((*there, *plan.federation.sites))), str(source))
-            _make_server(plan, home)
+            _check_names(tuple(dict.fromkeys((*there, *spec.federation.sites))), str(source))
+            _make_server(spec, home)
             write_text(home / "federation.toml", text)
         with Registry(home).change() as sites:
-            new = [name for name in plan.federation.sites if name not in sites]
-            written = [_invite(plan, home, kits, name, sites) for name in new]
-            left = tuple(name for name in sites if name not in plan.federation.sites)
+            new = [name for name in spec.federation.sites if name not in sites]
+            written = [_invite(spec, home, kits, name, sites) for name in new]
+            left = tuple(name for name in sites if name not in spec.federation.sites)
     except OSError as error:
         raise InputError(
             f"{error.filename} cannot be written: {error.strerror}", hint="check the folder"
@@ -174,11 +174,11 @@ def renew_kit(home: Path, site: str, kits: Path) -> Path:
         InputError: there is no such site.
     """
     _known(Registry(home).sites(), site)
-    plan = load_plan(home / "federation.toml")
+    spec = load_federation_spec(home / "federation.toml")
     kits.mkdir(parents=True, exist_ok=True, mode=0o700)
     with Registry(home).change() as sites:
         # Certificates of before are revoked: the site makes keys anew, or another machine does.
-        return _invite(plan, home, kits, site, sites)
+        return _invite(spec, home, kits, site, sites)
 
 
 def revoke(home: Path, site: str) -> None:
@@ -202,22 +202,24 @@ def _without_certificates(site: Site) -> Site:
     return replace(site, certificates=(), dead=(*site.dead, *site.certificates))
 
 
-def _invite(plan: Plan, home: Path, kits: Path, name: str, sites: dict[str, Site]) -> Path:
+def _invite(
+    spec: FederationSpec, home: Path, kits: Path, name: str, sites: dict[str, Site]
+) -> Path:
     token, now = secrets.token_urlsafe(32), datetime.now(UTC)
-    expires = now + timedelta(seconds=plan.federation.kit_lifetime)
+    expires = now + timedelta(seconds=spec.federation.kit_lifetime)
     before = _without_certificates(sites.get(name, Site()))
     sites[name] = replace(
         before, state="invited", token=hash_token(token), kit_expires=expires.isoformat()
     )
-    named = dict.fromkeys((*plan.federation.sites, name))  # it may be in the registry alone
+    named = dict.fromkeys((*spec.federation.sites, name))  # it may be in the registry alone
     kit = Kit(
-        federation=plan.federation.name,
+        federation=spec.federation.name,
         site=name,
-        endpoint=plan.federation.endpoint,
+        endpoint=spec.federation.endpoint,
         ca=(home / "ca.pem").read_text(),
         token=token,
         sites=tuple(named),
-        floor=plan.secure_aggregation,
+        floor=spec.secure_aggregation,
         policy=POLICY,
         issued=now,
         expires=expires,
@@ -227,25 +229,25 @@ def _invite(plan: Plan, home: Path, kits: Path, name: str, sites: dict[str, Site
     return path
 
 
-def _make_ca(plan: Plan, home: Path) -> None:
+def _make_ca(spec: FederationSpec, home: Path) -> None:
     key = make_key()
     write_private(home / "secret", secrets.token_bytes(32))
     write_private(home / "ca.key", key_to_pem(key))
     write_text(home / "sites.json", '{"sites": {}}\n')
-    write_text(home / "floor.json", plan.secure_aggregation.model_dump_json())
-    ca = make_ca(plan.federation.name, key, datetime.now(UTC))
+    write_text(home / "floor.json", spec.secure_aggregation.model_dump_json())
+    ca = make_ca(spec.federation.name, key, datetime.now(UTC))
     (home / "crl.pem").unlink(missing_ok=True)  # of a CA that was half made
     write_text(home / "ca.pem", ca.decode())  # last: with it the folder is founded
 
 
-def _keep_name_and_floor(plan: Plan, home: Path) -> None:
+def _keep_name_and_floor(spec: FederationSpec, home: Path) -> None:
     """Sites keep to the name and the floor of their kits, and would refuse others."""
     path = home / "federation.toml"
-    before = load_plan(path) if path.exists() else plan
+    before = load_federation_spec(path) if path.exists() else spec
     floor = Floor.model_validate_json((home / "floor.json").read_bytes())
     for what, same in (
-        ("name", before.federation.name == plan.federation.name),
-        ("[secure_aggregation]", floor == plan.secure_aggregation),
+        ("name", before.federation.name == spec.federation.name),
+        ("[secure_aggregation]", floor == spec.secure_aggregation),
     ):
         if not same:
             raise InputError(
@@ -254,7 +256,7 @@ def _keep_name_and_floor(plan: Plan, home: Path) -> None:
             )
 
 
-def _make_server(plan: Plan, home: Path) -> None:
+def _make_server(spec: FederationSpec, home: Path) -> None:
     """The server certificate: made anew each time, so that the endpoint may change.
 
     Its key is made once: a coordinator that runs never finds a certificate with another key.
@@ -264,5 +266,5 @@ def _make_server(plan: Plan, home: Path) -> None:
     ca, public = (home / "ca.pem").read_bytes(), load_key((home / "server.key").read_bytes())
     ca_key = load_key((home / "ca.key").read_bytes())
     now = datetime.now(UTC)
-    server = issue_server(ca, ca_key, public.public_key(), host=plan.host, now=now)
+    server = issue_server(ca, ca_key, public.public_key(), host=spec.host, now=now)
     write_text(home / "server.pem", server.decode())

@@ -23,7 +23,7 @@ from fedgraft.common.files import write_text
 
 __all__ = ["NO_AUDIT", "Certificate", "Member", "Registry", "Site", "hash_token"]
 
-State = Literal["invited", "joined", "revoked"]
+SiteState = Literal["invited", "joined", "revoked"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Site:
     is how many lines it once had told, if a later head had fewer or others.
     """
 
-    state: State = "invited"
+    state: SiteState = "invited"
     token: str = ""
     kit_expires: str = ""
     node_key: str = ""

@@ -32,10 +32,10 @@ from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 from fedgraft.common.secagg.errors import StatementError
 from fedgraft.common.secagg.keys import verify
-from fedgraft.server.enrollment.provision import load_plan
+from fedgraft.server.enrollment.provision import load_federation_spec
 from fedgraft.server.enrollment.registry import NO_AUDIT, Certificate, Registry, Site, hash_token
 
-__all__ = ["Enrolment", "Membership"]
+__all__ = ["EnrolmentService", "MembershipService"]
 
 CALM = 60.0  # seconds in which there are at most so many of these:
 WRONG_TOKENS = 10  # for one site, before it is refused
@@ -81,7 +81,9 @@ class _Issuer:
         before = site.without_ended(now)
         if len(before.certificates) >= MOST_LIVE:
             raise _Refused("too-many-certificates", grpc.StatusCode.RESOURCE_EXHAUSTED)
-        lifetime = load_plan(self.home / "federation.toml").federation.certificate_lifetime
+        lifetime = load_federation_spec(
+            self.home / "federation.toml"
+        ).federation.certificate_lifetime
         pem = issue_site(
             (self.home / "ca.pem").read_bytes(),
             load_key((self.home / "ca.key").read_bytes()),
@@ -153,7 +155,7 @@ class _Sparing:
             self._event(kind, **facts)
 
 
-class _Pace:
+class _RateLimit:
     """Lets each site do something ``most`` times a minute; names that are no site's, together."""
 
     def __init__(self, most: int) -> None:
@@ -172,12 +174,12 @@ class _Pace:
             self._times.setdefault(name, []).append(time.monotonic())
 
 
-class Enrolment(services.EnrolmentServicer):
+class EnrolmentService(services.EnrolmentServicer):
     """Lets a site in, once for each kit."""
 
     def __init__(self, home: Path, event: Event) -> None:
         self._issuer = _Issuer(home, event)
-        self._pace = _Pace(WRONG_TOKENS)
+        self._pace = _RateLimit(WRONG_TOKENS)
 
     def Enrol(self, request: Any, context: grpc.ServicerContext) -> Any:
         """See the .proto."""
@@ -215,12 +217,12 @@ class Enrolment(services.EnrolmentServicer):
         return certificate
 
 
-class Membership(services.MembershipServicer):
+class MembershipService(services.MembershipServicer):
     """What a member asks about itself."""
 
     def __init__(self, home: Path, event: Event) -> None:
         self._issuer = _Issuer(home, event)
-        self._heads = _Pace(HEADS)
+        self._heads = _RateLimit(HEADS)
 
     def Renew(self, request: Any, context: grpc.ServicerContext) -> Any:
         """A new certificate for the same key."""

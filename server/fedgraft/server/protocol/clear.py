@@ -1,18 +1,34 @@
-"""The replies of a round in clear as they are added up, and how a crash half-way costs little."""
+"""A round in clear: ask the cohort, check each reply and add it up; a crash half-way costs little.
+
+``masked`` is the same for secure aggregation.
+"""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from fedgraft.common.aggregation import RULES
 from fedgraft.common.config.job import Job
+from fedgraft.common.errors import MessageError, TooFewSites
 from fedgraft.common.layout import Layout
-from fedgraft.common.messages.payloads import TrainReply, TrainRequest
-from fedgraft.server.protocol.transport import Reply
-from fedgraft.server.protocol.validation import Expected, InvalidReply, check_update
-from fedgraft.server.state import Gathered, Partial, Traffic
+from fedgraft.common.messages.codec import Stage
+from fedgraft.common.messages.payloads import (
+    EvaluateReply,
+    EvaluateRequest,
+    TrainReply,
+    TrainRequest,
+)
+from fedgraft.common.metrics.tally import Tally
+from fedgraft.server.protocol.transport import Reply, Transport
+from fedgraft.server.protocol.validation import (
+    Expected,
+    InvalidReply,
+    check_evaluation,
+    check_update,
+)
+from fedgraft.server.state import Evaluated, Gathered, Partial, Traffic
 
-__all__ = ["Gathering", "Halfway"]
+__all__ = ["Gathering", "Halfway", "evaluate_clear", "gather_clear"]
 
 
 @dataclass
@@ -41,6 +57,58 @@ class Halfway:
         return True
 
 
+def gather_clear(
+    job: Job,
+    transport: Transport,
+    cohort: Sequence[str],
+    request: TrainRequest,
+    exchanged: Layout,
+    halfway: Halfway | None = None,
+) -> Gathered:
+    """Have the cohort train; each valid update goes into the rule's collector.
+
+    Sites whose replies were added up before a crash, as ``halfway`` knows, are not asked again.
+
+    Raises:
+        TooFewSites: fewer than ``min_sites`` updates were usable.
+    """
+    gathering = Gathering(job, request, exchanged)
+    if halfway and (partial := halfway.load(request.round, request.attempt)):
+        gathering.go_on(partial)
+    left = [site for site in cohort if site not in gathering.answered]
+    for reply in transport.ask(left, Stage.TRAIN, request, job.rounds.deadline):
+        gathering.take(reply)
+        if halfway and halfway.due(len(gathering.answered)):
+            halfway.save(gathering.partial())
+    if gathering.count < job.rounds.min_sites:
+        raise _too_few(job, request.round, gathering.count, gathering.traffic)
+    return gathering.gathered()
+
+
+def evaluate_clear(
+    job: Job,
+    transport: Transport,
+    sites: Sequence[str],
+    request: EvaluateRequest,
+    exchanged: Layout,
+) -> Evaluated:
+    """Have ``sites`` evaluate; the sum of their tallies."""
+    evaluated = Evaluated(Tally.empty(job.measures), Traffic())
+    expected = Expected(request.session, request.round, exchanged)
+    for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
+        evaluated.traffic.count(up=reply.bytes_up, down=reply.bytes_down)
+        if isinstance(reply.payload, EvaluateReply):
+            try:
+                tally = check_evaluation(reply.payload, expected, job.aggregation, job.measures)
+            except (InvalidReply, MessageError) as error:
+                evaluated.traffic.drop(reply.site, f"evaluation: {error}")
+            else:
+                evaluated = replace(evaluated, tally=evaluated.tally + tally)
+        elif reply.failure != "no-examples":  # a small site may hold none out
+            evaluated.traffic.drop(reply.site, f"evaluation: {reply.failure}")
+    return evaluated
+
+
 class Gathering:
     """What the replies to ``request`` came to so far."""
 
@@ -60,7 +128,7 @@ class Gathering:
     def take(self, reply: Reply) -> None:
         """Add a reply up if it is valid, or note why it does not count."""
         self.answered[reply.site] = None
-        self.traffic.count(reply)
+        self.traffic.count(up=reply.bytes_up, down=reply.bytes_down)
         update = reply.payload
         if not isinstance(update, TrainReply):
             self.traffic.drop(reply.site, reply.failure)
@@ -98,3 +166,12 @@ class Gathering:
         self._examples, self._loss = partial.examples, partial.loss
         self.traffic = partial.traffic
         self._collector.restore(partial.tensors)
+
+
+def _too_few(job: Job, number: int, count: int, traffic: Traffic) -> TooFewSites:
+    reasons = ", ".join(f"{drop.site}: {drop.reason}" for drop in traffic.dropped[:5])
+    return TooFewSites(
+        f"round {number}: {count} usable updates, min_sites is "
+        f"{job.rounds.min_sites}" + (f" ({reasons})" if reasons else ""),
+        hint="look at the sites named, raise rounds.deadline, or lower rounds.min_sites",
+    )

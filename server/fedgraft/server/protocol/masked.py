@@ -47,9 +47,9 @@ from fedgraft.common.secagg.statements import Aggregate
 from fedgraft.common.secagg.transcript import Parameters
 from fedgraft.server.protocol.transport import Transport
 from fedgraft.server.protocol.unmasking_server import UnmaskingServer
-from fedgraft.server.state import Checked, Gathered, Traffic
+from fedgraft.server.state import Evaluated, Gathered, Traffic
 
-__all__ = ["Masking", "check_masked", "gather_masked"]
+__all__ = ["Masking", "evaluate_masked", "gather_masked"]
 
 PROMPT = 120.0  # seconds for a stage that only computes keys or signatures
 
@@ -104,13 +104,13 @@ def gather_masked(
     )
 
 
-def check_masked(
+def evaluate_masked(
     masking: Masking,
     job: Job,
     transport: Transport,
     cohort: Sequence[str],
     request: EvaluateRequest,
-) -> Checked:
+) -> Evaluated:
     """Have the cohort evaluate; the sum of its tallies. None of it, if no sum can be opened."""
 
     def terms(ids: tuple[int, ...]) -> Parameters:
@@ -121,14 +121,14 @@ def check_masked(
         _, total = talk.hold(request, terms, job.rounds.min_sites)
     except RoundAborted as error:
         talk.traffic.drop("all sites", f"evaluation: {error}")
-        return Checked(Tally.empty(job.measures), talk.traffic)
+        return Evaluated(Tally.empty(job.measures), talk.traffic)
     counts = total.sums.astype(np.int64)
     try:
         tally = Tally.of_counts(max(total.metrics[0], 0.0), counts, job.measures)
     except MessageError as error:
         talk.traffic.drop("all sites", f"evaluation: {error}")
         tally = Tally.empty(job.measures)
-    return Checked(tally, talk.traffic)
+    return Evaluated(tally, talk.traffic)
 
 
 @dataclass
@@ -216,7 +216,7 @@ class _Conversation:
         for reply in self.transport.ask(
             by_name, stage, by_name, deadline if working else min(deadline, PROMPT)
         ):
-            self.traffic.count(reply)
+            self.traffic.count(up=reply.bytes_up, down=reply.bytes_down)
             site = self.masking.federation.ids[reply.site]
             if reply.payload is None:
                 self.traffic.drop(reply.site, self._named(reply.failure))

@@ -24,7 +24,7 @@ from fedgraft.common.secagg.errors import (
     UnmaskError,
     blame,
 )
-from fedgraft.common.secagg.graph import Graph, Plan, arrange
+from fedgraft.common.secagg.graph import Graph, GraphPlan, arrange
 from fedgraft.common.secagg.keys import (
     KEY_BYTES,
     SIGNATURE_BYTES,
@@ -48,8 +48,8 @@ from fedgraft.common.secagg.statements import (
     MaskedInput,
     Opening,
     SealedShares,
+    SecAggStage,
     SharesRequest,
-    Stage,
     Survivors,
     UnmaskRequest,
 )
@@ -99,11 +99,11 @@ class UnmaskingServer:
         self._frame = Frame(context_hash(parameters, roster, policy), round_number, model)
         self._threads = threads
         self._probe = Exchange.generate()
-        self._stage = Stage.KEYS
+        self._stage = SecAggStage.KEYS
         self._advertised: dict[int, Advertisement] = {}
         self._keys: set[bytes] = set()
         self._advertised_hash = b""
-        self._plan: Plan = parameters.plan
+        self._plan: GraphPlan = parameters.plan
         self._graph = Graph((), 0)
         self._boxes: dict[int, list[Envelope]] = {}
         self._shared: set[int] = set()
@@ -116,23 +116,23 @@ class UnmaskingServer:
         self._disputes: set[tuple[int, int]] = set()
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> SecAggStage:
         """The stage that is open."""
         return self._stage
 
     def abort(self) -> None:
         """End the round and drop everything that was collected."""
-        self._stage = Stage.OVER
+        self._stage = SecAggStage.OVER
         self._total = None
         self._boxes.clear()
         self._openings.clear()
 
-    def _need(self, stage: Stage) -> None:
+    def _need(self, stage: SecAggStage) -> None:
         if self._stage is not stage:
             raise StageError(f"stage {stage.name} is not open, but {self._stage.name}")
 
     @contextmanager
-    def _closing(self, stage: Stage, then: Stage) -> Iterator[None]:
+    def _closing(self, stage: SecAggStage, then: SecAggStage) -> Iterator[None]:
         """Close ``stage``; the round is over if that fails."""
         self._need(stage)
         try:
@@ -144,12 +144,12 @@ class UnmaskingServer:
 
     def keys_request(self) -> KeysRequest:
         """KEYS: what every site of the cohort is sent."""
-        self._need(Stage.KEYS)
+        self._need(SecAggStage.KEYS)
         return KeysRequest(self._frame.round, self._frame.context, self._frame.model)
 
     def add_advertisement(self, advertisement: Advertisement) -> None:
         """A site's keys; also refused if they would make an honest site fail later."""
-        self._need(Stage.KEYS)
+        self._need(SecAggStage.KEYS)
         cohort = self._parameters.cohort
         check_advertisement(advertisement, self._frame, self._roster, cohort)
         site = advertisement.site
@@ -166,7 +166,7 @@ class UnmaskingServer:
 
     def close_keys(self) -> SharesRequest:
         """All advertisements (U1), for every site that sent one."""
-        with self._closing(Stage.KEYS, Stage.SHARES):
+        with self._closing(SecAggStage.KEYS, SecAggStage.SHARES):
             if len(self._advertised) < self._fewest:
                 raise TooFewParties(f"only {len(self._advertised)} of {self._fewest} sites")
             self._advertised = dict(sorted(self._advertised.items()))
@@ -177,7 +177,7 @@ class UnmaskingServer:
 
     def add_shares(self, shares: SealedShares) -> None:
         """A site's envelopes: exactly one for each of its neighbours."""
-        self._need(Stage.SHARES)
+        self._need(SecAggStage.SHARES)
         site = self._member(shares.site, self._advertised)
         with blame(site):
             if site in self._shared:
@@ -197,7 +197,7 @@ class UnmaskingServer:
 
     def close_shares(self) -> dict[int, Delivery]:
         """For every site that shared (U2), the envelopes addressed to it."""
-        with self._closing(Stage.SHARES, Stage.TRAIN):
+        with self._closing(SecAggStage.SHARES, SecAggStage.TRAIN):
             if len(self._shared) < self._fewest:
                 raise TooFewParties(f"only {len(self._shared)} of {self._fewest} sites shared")
             boxes = {site: Delivery(tuple(self._boxes.get(site, ()))) for site in self._shared}
@@ -207,7 +207,7 @@ class UnmaskingServer:
 
     def add_masked(self, masked: MaskedInput) -> None:
         """A masked input; it is added to the sum and not kept."""
-        self._need(Stage.TRAIN)
+        self._need(SecAggStage.TRAIN)
         site = self._member(masked.site, self._shared)
         assert self._total is not None  # noqa: S101  # set when SHARES closed
         with blame(site):
@@ -227,7 +227,7 @@ class UnmaskingServer:
 
     def close_training(self) -> Survivors:
         """Who shared and who is in the sum (U2 and U3), for the survivors to sign."""
-        with self._closing(Stage.TRAIN, Stage.CONFIRM):
+        with self._closing(SecAggStage.TRAIN, SecAggStage.CONFIRM):
             if len(self._masked) < self._fewest:
                 raise TooFewParties(f"only {len(self._masked)} of {self._fewest} sites survived")
             self._survivors = Survivors(
@@ -240,7 +240,7 @@ class UnmaskingServer:
 
     def add_confirmation(self, confirmation: Confirmation) -> None:
         """A survivor's signature over the survivors."""
-        self._need(Stage.CONFIRM)
+        self._need(SecAggStage.CONFIRM)
         check_confirmation(confirmation, self._frame, self._roster, self._survivors, self._agreed)
         if confirmation.site in self._confirmed:
             raise StatementError("a site confirmed twice", culprits=(confirmation.site,))
@@ -248,7 +248,7 @@ class UnmaskingServer:
 
     def close_confirm(self) -> UnmaskRequest:
         """As many signatures as it takes, for all who signed."""
-        with self._closing(Stage.CONFIRM, Stage.UNMASK):
+        with self._closing(SecAggStage.CONFIRM, SecAggStage.UNMASK):
             fewest = self._plan.sign_threshold
             if len(self._confirmed) < fewest:
                 raise TooFewParties(f"only {len(self._confirmed)} of {fewest} sites confirmed")
@@ -256,7 +256,7 @@ class UnmaskingServer:
 
     def add_opening(self, opening: Opening) -> None:
         """One share of each of a site's neighbours in U2 and of itself."""
-        self._need(Stage.UNMASK)
+        self._need(SecAggStage.UNMASK)
         site = self._member(opening.site, self._confirmed)
         with blame(site):
             if site in self._openings:
@@ -279,7 +279,7 @@ class UnmaskingServer:
             UnmaskError: a secret cannot be recovered, or the sum fails its checks. There is no
                 output then, and ``culprits`` names whom the failure points at.
         """
-        with self._closing(Stage.UNMASK, Stage.OVER):
+        with self._closing(SecAggStage.UNMASK, SecAggStage.OVER):
             total, self._total = self._total, None
             assert total is not None  # noqa: S101  # set when SHARES closed
             masks = [mask for owner in sorted(self._shared) for mask in self._masks_of(owner)]

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ def curves(
         if len(rounds) == 1:
             axes.set_xticks(list(rounds))
         if percent:
-            _within_percent(axes.get_ylim, axes.set_ylim)
+            _within_percent(axes, "y")
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         _legend(figure)
 
@@ -205,7 +205,8 @@ def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
         values = [100 * value for pair in pairs for value in pair]
-        low, high = max(0.0, min(values) - 4), min(100.0, max(values) + 4)
+        least = min(values)
+        low, high = least - 4 if least < 0 else max(0.0, least - 4), min(100.0, max(values) + 4)
         axes.scatter(
             [100 * local for local, _ in pairs],
             [100 * federated for _, federated in pairs],
@@ -294,17 +295,20 @@ def _name_rows(axes: "Axes", names: Sequence[str], label: str) -> None:
     axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     frame(axes, f"{label} (%)", "")
-    _within_percent(axes.get_xlim, axes.set_xlim)
+    _within_percent(axes, "x")
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
 
 
-def _within_percent(
-    limits: Callable[[], tuple[float, float]], set_limits: Callable[[float, float], object]
-) -> None:
-    """Cut the margins that matplotlib adds beyond 0 and 100 %, leaving room for half a marker."""
-    low, high = limits()
-    set_limits(max(-1.5, low), min(101.5, high))
+def _within_percent(axes: "Axes", axis: Literal["x", "y"]) -> None:
+    """Cut the margins that matplotlib adds beyond 0 and 100 %, leaving room for half a marker.
+
+    A share may be below 0, as R2 of a poor model is: then the axis goes there.
+    """
+    drawn = axes.dataLim.intervalx if axis == "x" else axes.dataLim.intervaly
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    limits = (low if drawn[0] < 0 else max(-1.5, low), min(101.5, high))
+    (axes.set_xlim if axis == "x" else axes.set_ylim)(*limits)
 
 
 def frame(axes: "Axes", x: str, y: str) -> None:

@@ -32,7 +32,7 @@ from fedgraft.common.secagg.statements import (
     Survivors,
     UnmaskRequest,
 )
-from fedgraft.server.rounds import Plan
+from fedgraft.server.plan import Plan
 
 __all__ = ["Costs", "estimate_costs"]
 

@@ -10,7 +10,7 @@ from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.backbones.blob_store import PLACE, set_store
 from fedgraft.common.errors import RunError
 from fedgraft.common.layout import Layout, Vector
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 from fedgraft.server.runs.run_folder import Run
 
 __all__ = ["Reopened", "reopen"]

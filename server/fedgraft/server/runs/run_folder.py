@@ -30,8 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job, parse_job
 from fedgraft.common.errors import InputError, RunError
-from fedgraft.common.files import write_text
-from fedgraft.common.locks import lock_folder
+from fedgraft.common.files import lock_folder, write_text
 from fedgraft.server.runs.checkpoints import (
     load_newest,
     load_partial,

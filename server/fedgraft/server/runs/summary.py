@@ -9,7 +9,7 @@ from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.backbones.load import public_source
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job
-from fedgraft.server.rounds import Plan
+from fedgraft.server.plan import Plan
 from fedgraft.server.runs.protection import protection_facts
 from fedgraft.server.runs.run_folder import Run
 

@@ -20,14 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.layout import OUTER, Layout, Vector, is_factor_b
 
-__all__ = ["Movement", "moved_modules"]
+__all__ = ["WeightChange", "moved_modules"]
 
 ADAPTER = "default"
 KEPT = ".modules_to_save.default"
 
 
 @dataclass(frozen=True)
-class Movement:
+class WeightChange:
     """One module: the norm of its change, and that divided by the norm of where it started.
 
     ``relative`` is None where it started at zero. ``low_rank`` says that factors trained here.
@@ -44,7 +44,7 @@ class Movement:
 
 
 @torch.no_grad()
-def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[Movement]:
+def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[WeightChange]:
     """How far every trained module moved if the adapter is ``parts`` over its start, in order.
 
     Of pairs of which the sites keep one factor there is no change that is everybody's.
@@ -55,7 +55,7 @@ def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[Movem
         if shared and isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
             base = module.get_base_layer().weight
             change = _change(module, base)
-            found.append(_movement(name, _norm(change), _norm(base), low_rank=True))
+            found.append(_weight_change(name, _norm(change), _norm(base), low_rank=True))
     vector = bench.layout.merged(bench.initial, *parts)
     layout = bench.layout.of_model
     start, end = (bench.layout.part(one, layout) for one in (bench.initial, vector))
@@ -75,7 +75,7 @@ def _change(module: LoraLayer, base: torch.Tensor) -> torch.Tensor:
     return change
 
 
-def _moved_weights(layout: Layout, start: Vector, end: Vector) -> list[Movement]:
+def _moved_weights(layout: Layout, start: Vector, end: Vector) -> list[WeightChange]:
     """Modules whose weights themselves train, a module's parameters taken together."""
     squares: dict[str, list[float]] = {}
     for name, where in layout.slices.items():
@@ -86,14 +86,14 @@ def _moved_weights(layout: Layout, start: Vector, end: Vector) -> list[Movement]
         of_module[0] += float(((after - before) ** 2).sum())
         of_module[1] += float((before**2).sum())
     return [
-        _movement(name, change**0.5, base**0.5, low_rank=False)
+        _weight_change(name, change**0.5, base**0.5, low_rank=False)
         for name, (change, base) in squares.items()
     ]
 
 
-def _movement(name: str, change: float, base: float, *, low_rank: bool) -> Movement:
+def _weight_change(name: str, change: float, base: float, *, low_rank: bool) -> WeightChange:
     named = name.removeprefix(OUTER).replace(KEPT, "")
-    return Movement(named, change, change / base if base else None, low_rank)
+    return WeightChange(named, change, change / base if base else None, low_rank)
 
 
 def _norm(weights: torch.Tensor) -> float:

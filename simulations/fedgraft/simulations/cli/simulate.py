@@ -1,14 +1,15 @@
 """``fedgraft simulate``: a job file in, a run folder, a table and a report out."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
-from fedgraft.common.metrics.metric import Metric
-from fedgraft.common.tasks import TASKS
+
+if TYPE_CHECKING:
+    from fedgraft.common.metrics.metric import Metric
 
 __all__ = ["simulate"]
 
@@ -148,13 +149,15 @@ def _show_spread(console: Console, summary: dict[str, Any]) -> None:
     console.text(f"every site: {summary['folder']}/summary.json")
 
 
-def _headline_metric(summary: dict[str, Any]) -> Metric:
+def _headline_metric(summary: dict[str, Any]) -> "Metric":
+    from fedgraft.common.tasks import TASKS
+
     return TASKS[summary["job"]["task"]].metrics[0]
 
 
-def _unit(metric: Metric) -> str:
+def _unit(metric: "Metric") -> str:
     return " (%)" if metric.percent else ""
 
 
-def _figure(metric: Metric, found: dict[str, Any] | None) -> str:
+def _figure(metric: "Metric", found: dict[str, Any] | None) -> str:
     return metric.text(None if found is None else found[metric.key], unit="")

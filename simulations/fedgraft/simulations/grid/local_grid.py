@@ -7,27 +7,24 @@ to train are answered in groups of a fixed size: sites that share one pass over 
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import import_module
-from typing import Any
 
 from flwr.app import DEFAULT_TTL, Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedgraft.client.app import app, train_all
 from fedgraft.simulations.grid.workers import Workers
 
-__all__ = ["LocalGrid", "NodeConfig"]
+__all__ = ["Answer", "LocalGrid", "NodeConfig", "answer_as_installed"]
 
 NodeConfig = Mapping[str, str]
-CLIENT_APP = "fedgraft.client.app:app"
+Answer = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 TRAIN = "train"  # Flower's message type
 SERVER = 1
 WAIT = 0.02  # seconds one pull waits for a worker
@@ -38,18 +35,22 @@ class _Group:
     """Messages that are answered together: not started, then a future, then pulled one by one."""
 
     waiting: deque[tuple[str, Message]] = field(default_factory=deque)
-    future: "Future[list[_Answer]] | None" = None
+    future: "Future[list[_Replied]] | None" = None
 
 
-_Answer = tuple[Message, RecordDict]  # a reply, and the node's state after it
+_Replied = tuple[Message, RecordDict]  # a reply, and the node's state after it
+
+
+def answer_as_installed(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
+    """Answer one message, or several that ask to train, with the code that runs at a site."""
+    return train_all(asked) if len(asked) > 1 else [app(*asked[0])]
 
 
 class LocalGrid(Grid):
-    """Nodes with these configurations, each running the ClientApp at ``app`` on ``workers``.
+    """Nodes with these configurations, whose messages ``answer`` answers on ``workers``.
 
-    ``app`` is ``"module:attribute"``, as in a Flower app's configuration. ``together`` messages
-    that ask to train go to the app's ``train_all`` (beside ``app``) in one call, where it is more
-    than one.
+    ``answer`` is a function of a module, as it goes to other processes by its name; it gets one
+    message with its node's context, or up to ``together`` that ask to train.
     """
 
     def __init__(
@@ -57,11 +58,10 @@ class LocalGrid(Grid):
         nodes: Sequence[NodeConfig],
         workers: Workers,
         *,
-        app: str = CLIENT_APP,
+        answer: Answer = answer_as_installed,
         together: int = 1,
     ) -> None:
-        self._app, self._together = app, together
-        _load(app)  # before workers are forked: each would import it for itself
+        self._answer, self._together = answer, together
         self._nodes = nodes
         self._states: dict[int, RecordDict] = {}
         self._workers = workers
@@ -160,7 +160,7 @@ class LocalGrid(Grid):
         for group in itertools.islice(self._groups, ahead):
             if group.future is None:
                 asked = [self._asked(message) for _, message in group.waiting]
-                group.future = self._workers.submit(_answer, self._app, asked)
+                group.future = self._workers.submit(_reply, self._answer, asked)
 
     def _asked(self, message: Message) -> "_Asked":
         node = message.metadata.dst_node_id
@@ -178,13 +178,7 @@ class LocalGrid(Grid):
 _Asked = tuple[Message, int, dict[str, str], RecordDict]  # with the node, its config and state
 
 
-@cache
-def _load(reference: str) -> Any:
-    module, _, attribute = reference.partition(":")
-    return getattr(import_module(module), attribute)
-
-
-def _answer(app: str, asked: Sequence[_Asked]) -> list[_Answer]:
+def _reply(answer: Answer, asked: Sequence[_Asked]) -> list[_Replied]:
     """What nodes do with a message each, and their states after it, for any worker to go on with.
 
     An exception becomes Flower's error code, as there.
@@ -203,11 +197,7 @@ def _answer(app: str, asked: Sequence[_Asked]) -> list[_Answer]:
         for message, node, config, state in asked
     ]
     try:
-        if len(pairs) == 1:
-            client: ClientApp = _load(app)
-            replies = [client(*pairs[0])]
-        else:
-            replies = _load(f"{app.partition(':')[0]}:train_all")(pairs)
+        replies = answer(pairs)
     except Exception as error:
         code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
         replies = [

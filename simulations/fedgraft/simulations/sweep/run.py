@@ -24,8 +24,7 @@ from typing import IO, Any, Self
 from fedgraft.common.config.jobfile import dump_job, parse_job
 from fedgraft.common.console import Console
 from fedgraft.common.errors import FedgraftError, InputError, RunError
-from fedgraft.common.files import write_text
-from fedgraft.common.locks import lock_folder
+from fedgraft.common.files import lock_folder, write_text
 from fedgraft.server.runs.run_folder import Run, list_runs
 from fedgraft.simulations.preparation import inputs_of, prepare
 from fedgraft.simulations.simulate import simulate
