@@ -12,7 +12,7 @@ from support.contract_refusals import check_asked, check_texts
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.aggregation import RULES, Rule
 from fedgraft.common.errors import JobError
-from fedgraft.server.rounds import make_plan
+from fedgraft.server.plan import make_plan
 
 
 @pytest.fixture(scope="module", params=list(RULES))

@@ -26,11 +26,13 @@ from fedgraft.common.messages.payloads import EvaluateRequest
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.app import coordinate, finish
 from fedgraft.server.export.adapter import export_adapter
-from fedgraft.server.protocol.masked import Masking, check_masked
+from fedgraft.server.plan import Plan, make_plan
+from fedgraft.server.protocol.clear import evaluate_clear
+from fedgraft.server.protocol.masked import Masking, evaluate_masked
 from fedgraft.server.protocol.transport import Transport
-from fedgraft.server.rounds import Plan, check_clear, make_plan, run_round
+from fedgraft.server.rounds import run_round
 from fedgraft.server.runs.run_folder import Run
-from fedgraft.server.state import Checked, RoundRecord, State
+from fedgraft.server.state import Evaluated, RoundRecord, State
 from fedgraft.simulations.data.partition import PreparedSites
 from fedgraft.simulations.grid.engine import Nodes, make_nodes
 from fedgraft.simulations.grid.identities import found_federation
@@ -172,15 +174,15 @@ class OneRound:
         assert not [reply.failure for reply in refused if reply.failure]
         self.state, self.record = run_round(self.plan, self.transport, self.start)
 
-    def count(self, adapter: Vector) -> Checked:
+    def count(self, adapter: Vector) -> Evaluated:
         """What the sites hold out, evaluated with ``adapter``."""
         plan = self.plan
         request = EvaluateRequest(
             SESSION, 1, plan.request.job, plan.exchanged.names, "validation", adapter
         )
         if plan.masking is not None:
-            return check_masked(plan.masking, self.job, self.transport, self.names, request)
-        return check_clear(self.job, self.transport, self.names, request, plan.exchanged)
+            return evaluate_masked(plan.masking, self.job, self.transport, self.names, request)
+        return evaluate_clear(self.job, self.transport, self.names, request, plan.exchanged)
 
 
 def facts_of(run: Run) -> list[dict[str, Any]]:
