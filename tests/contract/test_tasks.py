@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from support.contract import (
     Federation,
     card_model,
@@ -144,14 +145,23 @@ def test_sites_in_one_pass_come_to_what_they_come_to_one_by_one(federation: Fede
 # What is given away
 
 
-def test_peft_and_transformers_alone_load_the_export(case: TaskCase) -> None:
-    federation = case.federation
-    inputs = case.inputs
-    loaded = card_model(federation.simulated.folder / "adapter", case.backbone)
+def test_peft_and_transformers_alone_load_the_export(case: TaskCase, tmp_path: Path) -> None:
+    """Also with a backbone that has another head, where the adapter brings its own."""
+    federation, inputs = case.federation, case.inputs
+    folder = federation.simulated.folder / "adapter"
     bench = federation.bench
     untrained = outputs(bench.model, inputs)
     bench.put((federation.exchanged, federation.adapter))
     trained = outputs(bench.model, inputs)
     bench.put()
     assert not same(trained, untrained, 1e-3), "it did not train"
-    assert same(outputs(loaded, inputs), trained, 1e-5)
+    for backbone in (case.backbone, other_head(case, tmp_path / "backbone")):
+        assert same(outputs(card_model(folder, backbone), inputs), trained, 1e-5)
+
+
+def other_head(case: TaskCase, folder: Path) -> Path:
+    """The backbone as it came for seven labels, where it has labels at all."""
+    auto = getattr(transformers, case.task.auto_class)
+    model = auto.from_pretrained(case.backbone, num_labels=7, ignore_mismatched_sizes=True)
+    model.save_pretrained(folder)
+    return folder

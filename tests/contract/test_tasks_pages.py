@@ -2,13 +2,20 @@
 
 import html
 import re
+from typing import Any
 
 import pytest
 from support.contract import Federation, check_figures, known_fault, unfilled
 from support.contract_tasks import TaskCase
 
 from fedgraft.client.results.report import read_report
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.report.values import as_share
+
+
+def shown(metric: Metric, figures: dict[str, Any]) -> str:
+    """A figure as the report writes it."""
+    return metric.text(figures[metric.key], unit="\u00a0%")
 
 
 def test_what_a_task_shows_has_a_share_and_words(case: TaskCase) -> None:
@@ -23,16 +30,23 @@ def test_what_a_task_shows_has_a_share_and_words(case: TaskCase) -> None:
 
 
 @pytest.mark.parametrize("partners", [False, True], ids=["simulated", "partners"])
-def test_a_report_names_the_metrics(federation: Federation, partners: bool) -> None:
+def test_a_report_shows_the_metrics(federation: Federation, partners: bool) -> None:
     run = federation.handed_over if partners else federation.simulated
     page = html.unescape((run.folder / "report.html").read_text(encoding="utf-8"))
     assert not unfilled(page)
-    task, summary = federation.job.task, run.summary() or {}
-    known = summary["partners"]["validation"] if partners else summary["final"]["federated"]
-    for metric in task.metrics:
-        assert metric.name.lower() in page.lower(), metric
-        assert metric.text(known[metric.key], unit="\u00a0%") in page, metric
+    task, lines = federation.job.task, page.splitlines()
     assert task.intervals in page and task.verdicts in page
+    for metric in task.metrics:
+        assert f"Validation {metric.name}" in page, metric
+        for line in run.history():
+            start = f'<tr><th scope="row">{line["round"]}</th>'
+            (row,) = (one for one in lines if one.startswith(start))
+            assert f"<td>{shown(metric, line['validation'])}</td>" in row, metric
+    if not partners:
+        final = (run.summary() or {})["final"]["federated"]
+        (at,) = (n for n, one in enumerate(lines) if "trained by all sites together" in one)
+        for metric in task.metrics:
+            assert f"<td>{shown(metric, final)}</td>" in lines[at + 1], metric
 
 
 def test_a_report_has_the_best_site_alone(
@@ -73,8 +87,8 @@ def test_a_site_is_told_what_it_was_worth(federation: Federation) -> None:
         assert not unfilled(text), name
         assert found["verdict"] in text
         for metric in task.metrics:
-            shown = metric.text(found["models"]["federated"][metric.key])
-            assert metric.name in text and shown in text, metric
+            figure = metric.text(found["models"]["federated"][metric.key])
+            assert metric.name in text and figure in text, metric
 
 
 def test_a_site_is_told_the_share_of_every_round(federation: Federation) -> None:
@@ -83,8 +97,8 @@ def test_a_site_is_told_the_share_of_every_round(federation: Federation) -> None
     assert f"| round | sites | training loss | validation {share.name} |" in lines
     for line in federation.handed_over.history():
         wanted = f"| {share.text(line['validation'][share.key])} |"
-        shown = next(row for row in lines if row.startswith(f"| {line['round']} |"))
-        assert shown.endswith(wanted), shown
+        row = next(row for row in lines if row.startswith(f"| {line['round']} |"))
+        assert row.endswith(wanted), row
 
 
 def test_bars_of_a_sites_page_stay_in_their_boxes(
