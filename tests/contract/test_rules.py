@@ -59,7 +59,8 @@ def test_what_travels_what_stays_and_what_is_fixed_are_the_whole_layout(
     assert travels and not travels & stays
     assert travels | stays <= set(bench.layout.names)
     assert bool(stays) == job.keeps_own
-    assert {name for name in bench.layout.names if rule.keeps(name)} <= stays
+    kept = {name for name in bench.layout.names if rule.keeps(name)}
+    assert kept <= stays and not kept & set(rule.exchanges(bench.layout))
     assert plan.request.names == plan.exchanged.names
     fixed = [name for name in bench.layout.names if name not in travels | stays]
     values = bench.initial_of(bench.layout.only(fixed))

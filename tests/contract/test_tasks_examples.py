@@ -119,6 +119,24 @@ def test_what_is_measured_adds_up(case: TaskCase) -> None:
     assert np.array_equal(turned.tally.counts, ours.tally.counts)
 
 
+def test_an_example_is_measured_alike_alone_and_in_a_batch(case: TaskCase) -> None:
+    examples, measures = examples_of(case), case.job.measures
+    whole = evaluation_of(case, examples, noise=1)
+    first, *others = (
+        evaluation_of(case, examples.subset(np.array([at])), noise=1) for at in order_of(examples)
+    )
+    single, batch = (measures.figures(one.tally) for one in (first.joined(others), whole))
+    for key, value in batch.items():
+        if not isinstance(value, dict):
+            assert single[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
+
+
+def order_of(examples: Examples) -> list[int]:
+    """All examples, in another order than that of a batch."""
+    order = np.random.default_rng(0).permutation(len(examples))
+    return [int(at) for at in order]
+
+
 def test_models_are_held_against_each_other(case: TaskCase) -> None:
     examples = examples_of(case)
     ours, theirs = (evaluation_of(case, examples, noise=noise) for noise in (1, 2))
