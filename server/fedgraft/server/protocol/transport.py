@@ -209,7 +209,7 @@ class Transport:
         yield from self._collect(waiting, until, stage)
 
     def _collect(self, waiting: dict[str, "_Asked"], until: float, stage: Stage) -> Iterator[Reply]:
-        """Yield the reply of every site in ``waiting`` (by message id), or the late failure."""
+        """Yield the reply of every site in ``waiting`` (by message id); a late one has failed."""
         pause, total = FIRST_PAUSE, len(waiting)
         while waiting and self._clock() < until:
             came, looked = False, time.perf_counter()

@@ -1,11 +1,13 @@
 """The figures of a run's report, as inline SVG that follows the page's light or dark palette.
 
-Matplotlib paints with stand-in colours, which become CSS variables afterwards: one file serves
-both colour schemes and print, and a model has one colour and one marker in every figure. Text
-stays text, so it can be read aloud, searched and selected. Figures are drawn as narrow as a phone,
-so that no screen shrinks their labels. No date, random id or font file: equal input, equal bytes.
+Matplotlib draws with placeholder colours, which are then replaced by CSS variables. Therefore one
+file serves both colour schemes and print. A model has the same colour and marker in every figure.
+Text stays text, so that it can be read aloud, searched and selected. Figures are as narrow as a
+phone, so that no screen shrinks their labels. The SVG has no date, random id or font file, so that
+equal input gives equal bytes.
 
-Matplotlib is imported when a figure is drawn: reading a run's numbers needs none of it.
+Matplotlib is imported only when a figure is drawn, because reading a run's numbers does not need
+it.
 """
 
 import io
@@ -46,7 +48,7 @@ Draw = Callable[["Figure"], None]
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is named, marked and coloured; ``variable`` is the page's CSS variable."""
+    """Name, marker and colour of a series; ``variable`` is the page's CSS variable."""
 
     name: str
     marker: str
@@ -54,8 +56,9 @@ class Look:
     variable: str
 
 
-# The hues are those of Okabe and Ito, told apart with any common colour blindness; the page sets
-# them (and their dark counterparts) with enough contrast. Markers repeat what colours say.
+# The hues are those of Okabe and Ito, which people with any common colour blindness can
+# distinguish. The page sets them (and their dark counterparts) with enough contrast. Markers also
+# distinguish the models.
 MODELS = {
     "federated": Look("Federated", "o", "#fe0001", "--federated"),
     "federated_tuned": Look("Federated + fine-tune", "D", "#fe0002", "--tuned"),
@@ -74,12 +77,12 @@ _VARIABLES = {look.paint: look.variable for look in MODELS.values()} | {
 _WIDTH = 420  # points; one point is one CSS pixel at full size
 _NAME_LENGTH = 22
 _SQUARE = 5  # percentage points: one test example of twenty
-_MARKER_ROUNDS = 40  # above, a marker per round is a smear
+_MARKER_ROUNDS = 40  # above, markers per round overlap
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A fraction 0..1 and its 95 % interval; None where there is none."""
+    """A fraction 0..1 and its 95 % interval; None if not known."""
 
     value: float | None
     interval: tuple[float, float] | None
@@ -87,7 +90,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: ``alt`` is read aloud in its place, ``caption`` stands under it."""
+    """A figure of the page: ``alt`` is read aloud instead of it, ``caption`` is printed below."""
 
     svg: str
     alt: str
@@ -96,9 +99,9 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """The federated model over rounds, one value each (None: not measured).
+    """The federated model over rounds, one value per round (None: not measured).
 
-    A figure has at most one ``second`` curve; it is dashed, so that no reader needs the colours.
+    A figure has at most one ``second`` curve. It is dashed, so that no reader needs the colours.
     """
 
     name: str
@@ -115,14 +118,14 @@ def curves(
     percent: bool,
     key: str,
 ) -> str:
-    """Lines over rounds, with a mark at the foot of every round that lost sites.
+    """Draw curves over rounds, with a mark at the bottom for every round that dropped sites.
 
     Args:
         rounds: the x axis; every curve has one value per round.
-        lines: what to draw.
+        lines: the curves to draw.
         dropped: rounds in which at least one site was dropped.
         label: name of the y axis.
-        percent: whether values are fractions to be shown as percent.
+        percent: True if values are fractions to be shown as percent.
         key: makes the ids inside this figure differ from those of the page's other figures.
 
     Returns:
@@ -153,7 +156,7 @@ def curves(
 def dots(
     rows: Sequence[tuple[str, dict[str, Estimate]]], models: Sequence[str], *, label: str, key: str
 ) -> str:
-    """One row per name, one marker with its interval per model.
+    """Draw one row per name, with one marker and its interval per model.
 
     Args:
         rows: name and estimates by model, top to bottom.
@@ -180,7 +183,7 @@ def dots(
 
 
 def single_dots(rows: Sequence[tuple[str, Estimate]], *, label: str, key: str) -> str:
-    """One row and one marker per model; ``rows`` holds keys of ``MODELS`` with their estimates."""
+    """Draw one row with one marker per model; ``rows`` are keys of ``MODELS`` and estimates."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -192,7 +195,7 @@ def single_dots(rows: Sequence[tuple[str, Estimate]], *, label: str, key: str) -
 
 
 def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
-    """Federated over local-only accuracy, one mark per site, with the line of equality.
+    """Draw federated over local-only accuracy, one mark per site, with the line of equality.
 
     Args:
         pairs: (local-only, federated) as fractions.
@@ -217,9 +220,10 @@ def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
 
 
 def density(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
-    """As ``scatter``, for so many sites that only their number in a square can be shown.
+    """Draw the figure of ``scatter`` for many sites: the number of sites in each square.
 
-    A square is ``_SQUARE`` points wide, its opacity the square root of its share of the fullest.
+    A square is ``_SQUARE`` percentage points wide. Its opacity is the square root of its count
+    divided by the largest count.
     """
     squares = Counter((_square(local), _square(federated)) for local, federated in pairs)
     fullest = max(squares.values())
@@ -238,7 +242,7 @@ def density(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
         places = [_SQUARE * place for square in squares for place in square]
         low, high = min(places) - half, max(places) + half
         _face_to_face(axes, low, high)
-        axes.set(xlim=(low, high), ylim=(low, high + 0.1 * (high - low)))  # words above the squares
+        axes.set(xlim=(low, high), ylim=(low, high + 0.1 * (high - low)))  # text above the squares
 
     return render(draw, 400, key)
 
@@ -248,7 +252,7 @@ def _square(share: float) -> int:
 
 
 def _face_to_face(axes: "Axes", low: float, high: float) -> None:
-    """Axes in percent, the line of equality from ``low`` to ``high``, and which side is whose."""
+    """Draw percent axes, the line of equality from ``low`` to ``high``, and a text on each side."""
     axes.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle="--")
     axes.text(0.03, 0.96, "federated better", transform=axes.transAxes, color=MUTED, va="top")
     axes.text(0.97, 0.04, "local only better", transform=axes.transAxes, color=MUTED, ha="right")
@@ -290,7 +294,7 @@ def _interval_points(axes: "Axes", points: Sequence[tuple[float, Estimate]], loo
 
 
 def _name_rows(axes: "Axes", names: Sequence[str], label: str) -> None:
-    """Rows from top to bottom, a percent axis below them."""
+    """Set the rows' names from top to bottom, and a percent axis below them."""
     axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     frame(axes, f"{label} (%)", "")
@@ -302,13 +306,13 @@ def _name_rows(axes: "Axes", names: Sequence[str], label: str) -> None:
 def _within_percent(
     limits: Callable[[], tuple[float, float]], set_limits: Callable[[float, float], object]
 ) -> None:
-    """Cut the margins that matplotlib adds beyond 0 and 100 %, leaving room for half a marker."""
+    """Cut the margins that matplotlib adds beyond 0 and 100 %, with room for half a marker."""
     low, high = limits()
     set_limits(max(-1.5, low), min(101.5, high))
 
 
 def frame(axes: "Axes", x: str, y: str) -> None:
-    """Name the axes, and draw no more of them than is read."""
+    """Set the axes' names and colours, and remove the top and right lines."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.set_axisbelow(True)
@@ -327,8 +331,8 @@ def _legend(figure: "Figure") -> None:
 
 
 def short_name(name: str) -> str:
-    """A name as a figure has room for it."""
-    # Control characters and lone surrogates, which JSON can hold, are no text to draw.
+    """Return a name that is short enough for a figure."""
+    # JSON can hold control characters and lone surrogates, which cannot be drawn.
     name = " ".join("".join(sign if sign.isprintable() else " " for sign in name).split())
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
 
@@ -351,7 +355,7 @@ def render(draw: Draw, height: float, key: str) -> str:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change the report
         matplotlib.rcParams.update(style)
-        # Only the layout measures with matplotlib's font; the browser has the missing glyphs.
+        # Matplotlib's font is only used to measure the layout; the browser has the missing glyphs.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure(figsize=(_WIDTH / 72, height / 72), dpi=72, layout="constrained")
         FigureCanvasSVG(figure)
@@ -361,13 +365,13 @@ def render(draw: Draw, height: float, key: str) -> str:
 
 
 def _inline(document: str) -> str:
-    """Turn matplotlib's document into an element of the page: no prolog, ids or fixed colours."""
+    """Return matplotlib's document as an element of the page: no prolog, ids or fixed colours."""
     svg = document[document.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
-    # Its rules would hold for the whole page; the page has its own for figures.
+    # Its style rules would apply to the whole page; the page has its own rules for figures.
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    # Groups are named alike in every figure and nothing refers to them.
+    # Groups have the same ids in every figure, and nothing refers to them.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
@@ -376,6 +380,6 @@ def _inline(document: str) -> str:
 
 
 def _paint(tag: re.Match[str]) -> str:
-    """Within tags only, so that no name or label is ever rewritten."""
+    """Return a tag with CSS variables as colours; only tags change, never a name or label."""
     text = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"", "", tag[0])
     return re.sub(r"#fe00[0-9a-f]{2}", lambda found: f"var({_VARIABLES[found[0]]})", text)
