@@ -52,7 +52,7 @@ def _differences(site: Record) -> Iterator[dict[str, object]]:
     for rival in RIVALS:
         found = read_record(read_record(site, "comparisons"), rival)
         if found:
-            # The difference is in accuracy, or for language models in loss per token.
+            # In the task's unit: for labels in accuracy, for tokens in nats per token.
             accuracy = {"of": found.get("difference"), "of_interval": found.get("interval")}
             gap = read_estimate(accuracy, "of")
             f1 = read_estimate(found, "macro_f1_difference")
