@@ -1,0 +1,31 @@
+"""What a task refuses is a feature that jobs can have, is said in words, and is refused."""
+
+from typing import get_args
+
+from support.contract_refusals import ASKS, VERBS, check_asked, check_texts
+from support.contract_tasks import TaskCase
+
+from fedgraft.common.config.compatibility import FEATURES, refusal_of
+from fedgraft.common.config.sections import EarlyStopping
+from fedgraft.common.metrics.tally import Tally
+
+
+def test_every_feature_can_be_asked_for() -> None:
+    assert ASKS.keys() | VERBS == FEATURES.keys()
+    assert not ASKS.keys() & VERBS
+
+
+def test_each_refusal_is_of_a_feature_and_can_be_told(case: TaskCase) -> None:
+    check_texts(case.task.refuses, case.job)
+    assert not any(has(case.job) and refusal_of(case.job, f) for f, has in FEATURES.items())
+
+
+def test_a_job_that_asks_for_what_is_refused_is_refused(case: TaskCase) -> None:
+    check_asked(case.task.refuses, case.ask)
+
+
+def test_what_early_stopping_may_watch_is_measured(case: TaskCase) -> None:
+    measures = case.job.measures
+    measured = measures.figures(Tally.empty(measures))
+    for metric in get_args(EarlyStopping.model_fields["metric"].annotation):
+        assert metric in measured or f"stop_by_{metric}" in case.task.refuses, metric
