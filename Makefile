@@ -2,7 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: simulate test test-all lint backbone rpc clean
+# The folders of `make test-fast`: what starts no process and trains no federation. A new folder of
+# such tests is added here.
+FAST := tests/test_layout.py tests/test_branches.py tests/common/config tests/common/federation \
+	tests/common/messages tests/common/metrics tests/common/modalities tests/common/privacy \
+	tests/common/secagg tests/common/tasks tests/common/aggregation tests/client/policy \
+	tests/client/secagg tests/client/selection tests/client/results tests/client/data \
+	tests/server/jobs tests/server/monitoring tests/server/protocol tests/simulations/data \
+	tests/simulations/faults
+
+.PHONY: simulate test-fast test test-all lint backbone rpc clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -13,6 +22,9 @@ BIN := .venv/bin
 
 simulate: .venv/ready
 	$(BIN)/fedgraft simulate
+
+test-fast: .venv/ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(FAST)
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q

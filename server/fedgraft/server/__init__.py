@@ -1,1 +1,1 @@
-"""What runs at the coordinator: rounds, aggregation, runs, reports."""
+"""The code that runs at the coordinator: rounds, aggregation, runs, reports."""

@@ -1,7 +1,7 @@
-"""The coordinator: a job and a Flower grid in, a run folder out.
+"""The coordinator: it takes a job and a Flower grid, and writes a run folder.
 
-``coordinate`` is the whole of it; ``app`` is the same behind Flower's ``ServerApp``, where the job
-and the run folder come in the run's configuration.
+``coordinate`` does all of it. ``app`` does the same as Flower's ``ServerApp``; it reads the job and
+the path of the run folder from the run's configuration.
 """
 
 import os
@@ -38,15 +38,16 @@ from fedgraft.server.state import RoundRecord, State
 __all__ = ["WAITING", "app", "coordinate", "finish"]
 
 app = ServerApp()
-WAITING = "waiting"  # the event of a run that ended for now, because something it needs is missing
+WAITING = "waiting"  # the event of a run that stopped until something that it needs is there
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the job in ``run_config["job"]`` (TOML) into the folder ``run_config["run"]``.
+    """Run the job in ``run_config["job"]`` (TOML) and write to the folder ``run_config["run"]``.
 
     ``run_config["federation"]`` is the path of the federation file, for secure aggregation. With
-    ``run_config["sealed"]`` only replies count that a site of that file signed, as our agent does.
+    ``run_config["sealed"]``, a reply counts only if a site of that file signed it, as our agent
+    does.
     """
     job = parse_job(tomllib.loads(str(context.run_config["job"])), where="job")
     path = str(context.run_config.get("federation") or "")
@@ -62,17 +63,18 @@ def main(grid: Grid, context: Context) -> None:
         transport.wait_for(job.rounds.min_sites, job.rounds.deadline)
         try:
             final = coordinate(transport, job, run, federation=federation)
-        except (TooFewSites, CheckpointError, BackboneError) as error:  # it is tried again later
+        except (TooFewSites, CheckpointError, BackboneError) as error:  # it is run again later
             run.event(WAITING, what=f"{error}; {error.hint}")
             return
         finish(run, transport, final)
 
 
 def _end_with_executor() -> None:
-    """End when the executor has that started us: a coordinator that is killed cannot end us.
+    """End this process after the executor that started it has ended.
 
-    We would stay, with a SuperLink that is gone, and keep the run from the coordinator that is
-    started next. Who has lost its parent is a child of process 1.
+    A coordinator that is killed cannot end this process. The process would stay without its
+    SuperLink, and would keep the run from the coordinator that is started next. A process that has
+    lost its parent is a child of process 1.
     """
     parent = os.getppid()
     while os.getppid() == parent and (parent != 1 or os.getpgrp() == 1):
@@ -81,9 +83,9 @@ def _end_with_executor() -> None:
 
 
 def finish(run: Run, transport: Transport, final: Vector) -> None:
-    """Write what a federation of partner sites came to, and hand it over to every site.
+    """Export the final adapter, hand it over to every partner site, and write the report.
 
-    The run is finished only then: who restarts before hands it over again.
+    The run is finished only after that: a coordinator that restarts earlier hands it over again.
     """
     bench = open_workbench(run.job)
     plan = make_plan(run.job, bench, run.session)
@@ -104,16 +106,16 @@ def coordinate(
     together: int = 1,
     keep_every: float = 10.0,
 ) -> Vector:
-    """Run the job from the run's last checkpoint; the final exchanged adapter, float32.
+    """Run the job from the run's last checkpoint; return the final exchanged adapter, float32.
 
     ``federation`` holds the sites' public keys; secure aggregation needs it. ``on_round`` is
-    called after each round is durable. A round under way is made durable every ``keep_every``
+    called after each round is durable. An unfinished round is made durable every ``keep_every``
     seconds, after a multiple of ``together`` replies.
 
     Raises:
         InputError: the job asks for secure aggregation and there is no ``federation``.
-        TooFewSites: the sites do not suffice.
-        CheckpointError: the run has checkpoints and none can be trusted.
+        TooFewSites: there are not enough sites.
+        CheckpointError: the run has checkpoints and none of them can be trusted.
     """
     bench = open_workbench(job)
     masking = Masking(federation, run.next_masked_round) if federation else None

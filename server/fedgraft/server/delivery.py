@@ -1,8 +1,9 @@
-"""The last message of a run: every site gets the final adapter and what the rounds came to.
+"""The last message of a run: every site gets the final adapter and the results of the rounds.
 
-A site has seen adapters of rounds it was asked in, and cannot know which of them was the last or
-the best. So it is told, once, when the run is over. A site that is away is waited for as long as
-one that was killed needs to come back; the event ``handed-over`` names who has it.
+A site has seen the adapters of the rounds in which it was asked. It cannot know which of them was
+the last or the best. Therefore every site gets the final adapter once, when the run is over. The
+coordinator waits for an absent site as long as a killed site needs to come back. The event
+``handed-over`` names the sites that have the adapter.
 """
 
 import math
@@ -20,7 +21,7 @@ from fedgraft.server.runs.run_folder import Run
 __all__ = ["hand_over"]
 
 PATIENCE = 120.0  # seconds; a killed site is back within 90
-PAUSE = 5.0  # seconds between two looks at who has come back
+PAUSE = 5.0  # seconds between two checks for sites that have come back
 
 
 def hand_over(
@@ -32,18 +33,18 @@ def hand_over(
     clock: Callable[[], float] = time.monotonic,
     pause: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Send ``final``, the exchanged adapter, float32, to every site: which ``sites`` have it.
+    """Send ``final``, the exchanged adapter, float32, to every site; return the ``sites`` with it.
 
-    Those that are known to lack it are ``missing``, with the reason. Returns when as many have
-    answered as were asked in the last round, or after ``PATIENCE``.
+    Known sites without it are ``missing``, with the reason. The function returns when as many sites
+    have answered as were asked in the last round, or after ``PATIENCE``.
     """
     history = run.history()
     wanted = history[-1]["asked"] if history else 0
     until = clock() + min(PATIENCE, plan.job.rounds.deadline)
-    answers: dict[str, str] = {}  # of sites that are done: why not, empty if they have it
+    answers: dict[str, str] = {}  # by site that answered: the failure, empty if it has the adapter
     again, sent = False, 0
     while True:
-        # Also who is there already: a coordinator that was restarted knows no site yet.
+        # Sites that are connected already are invited too: a restarted coordinator knows no site.
         list(transport.invite(plan.request, max(until - clock(), PAUSE), again=again))
         left = [site for site in transport.sites if site not in answers]
         request = _result(plan, run, final, history, max(wanted, len(transport.sites)))
@@ -81,7 +82,7 @@ def _result(
 
 
 def _past(line: dict[str, Any], share: str) -> PastRound:
-    """One round as a site is told of it; ``share`` is the key of the task's share."""
+    """Return one round as a site gets it; ``share`` is the key of the task's share."""
     validation = line["validation"] or {}
     return PastRound(
         round=line["round"],

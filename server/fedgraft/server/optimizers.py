@@ -1,6 +1,7 @@
-"""Server optimisers: the merged update taken as a negative gradient.
+"""Server optimisers: they use the merged update as a negative gradient.
 
-Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2, without bias correction as there:
+Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2, without bias correction as in the
+paper:
 
     m <- b1 m + (1 - b1) D
     adam:  v <- b2 v + (1 - b2) D^2
@@ -10,7 +11,8 @@ Reddi et al. 2021, "Adaptive Federated Optimization", algorithm 2, without bias 
 ``momentum`` is FedAvgM (Hsu et al. 2019): m <- b1 m + D, x <- x + lr m. ``none``: x <- x + lr D.
 ``reptile`` is Reptile's outer step with the sites as a batch of tasks (Nichol et al. 2018, "On
 First-Order Meta-Learning Algorithms", arXiv:1803.02999): x <- x + lr (1 - t/T) D, where t of T
-rounds are done, so that x comes to rest at a point from which a few local steps go far.
+rounds are done. The steps shrink, so that x settles at a point from which a few local steps improve
+the model much.
 """
 
 import numpy as np
@@ -31,10 +33,10 @@ def apply(
     *,
     done: float = 0.0,
 ) -> tuple[Vector, Moments]:
-    """Move ``adapter`` (float32 [d]) by ``step`` (float64 [d]): the new adapter and moments.
+    """Move ``adapter`` (float32 [d]) by ``step`` (float64 [d]); return new adapter and moments.
 
-    ``moments`` is what the last call returned, empty at first; nothing is changed in place.
-    ``done`` is the share of rounds before this one.
+    ``moments`` are those that the last call returned, empty at first. Nothing is changed in place.
+    ``done`` is the share of the rounds that came before this one.
     """
     kind, lr = settings.kind, settings.learning_rate
     if kind == "none":
@@ -47,7 +49,7 @@ def apply(
         return _moved(adapter, lr * m), {"m": m}
     m = settings.beta1 * m + (1 - settings.beta1) * step
     squared = step**2
-    # tau^2 as in the paper: no coordinate starts with an unbounded step
+    # tau^2 as in the paper: a zero would let a coordinate start with an unbounded step
     v = moments.get("v", np.full_like(step, settings.tau**2))
     if kind == "adam":
         v = settings.beta2 * v + (1 - settings.beta2) * squared

@@ -1,4 +1,4 @@
-"""Where the coordinator keeps what."""
+"""The paths of the coordinator's files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +14,24 @@ class Home:
 
     @property
     def runs(self) -> Path:
-        """Run folders."""
+        """The folder of the run folders."""
         return self.folder / "runs"
 
     @property
     def sockets(self) -> Path:
-        """Sockets of our services."""
+        """The folder of our services' sockets."""
         return self.folder / "run"
 
     @property
     def logs(self) -> Path:
-        """What the processes print."""
+        """The folder of the processes' output."""
         return self.folder / "logs"
 
     @property
     def roster(self) -> Path:
-        """The federation file of the sites that joined."""
+        """The path of the federation file of the sites that joined."""
         return self.folder / "roster.toml"
 
     def file(self, name: str) -> Path:
-        """A file of this folder."""
+        """Return the path of the file ``name`` in this folder."""
         return self.folder / name

@@ -1,4 +1,4 @@
-"""The plan of a run: which tensors travel, and what every message to a site says."""
+"""The plan of a run: the exchanged tensors, and the content of every message to a site."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ __all__ = ["Plan", "make_plan"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job means for this federation: which tensors travel, what every message says.
+    """The plan of a job: the exchanged tensors, and the content of every message to a site.
 
-    With ``halfway`` a round in clear goes on after a crash from the replies that had come.
+    With ``halfway``, a round in clear goes on after a crash with the replies that were saved.
     """
 
     job: Job
@@ -29,7 +29,7 @@ class Plan:
 
 
 def make_plan(job: Job, bench: Workbench, session: str, masking: Masking | None = None) -> Plan:
-    """Which tensors travel under the job's rule and head policy, and the invitation to sites."""
+    """Return the plan: the tensors that rule and head policy exchange, and the invitation."""
     rule = RULES[job.aggregation.rule]
     local = set(bench.local.names)
     names = tuple(name for name in rule.exchanges(bench.layout) if name not in local)

@@ -1,7 +1,8 @@
-"""The story of a federation: who is asked, what comes back, and how it becomes the next adapter.
+"""The rounds of a federation: choose a cohort, have it train, make the next adapter, evaluate it.
 
-Read ``run_job``, then ``run_round``. Everything here sees sites only through ``Transport.ask`` and
-numbers only through a rule, so it is the same for a simulation and for partner sites.
+Read ``run_job``, then ``run_round``. This module reaches sites only through ``Transport.ask``, and
+updates only through an aggregation rule. Therefore it is the same for a simulation and for partner
+sites.
 """
 
 import time
@@ -27,7 +28,7 @@ from fedgraft.server.state import Dropped, Evaluated, Gathered, RoundRecord, Sta
 
 __all__ = ["choose_cohort", "run_job", "run_round"]
 
-ATTEMPTS = 3  # at a round with too few sites, before the run gives up
+ATTEMPTS = 3  # attempts at one round before the run gives up
 
 
 def run_job(
@@ -38,15 +39,15 @@ def run_job(
     commit: Callable[[State, RoundRecord], None],
     warn: Callable[[str, Sequence[Dropped]], None],
 ) -> State:
-    """Run rounds from ``state`` until the job's count or early stopping; the last state.
+    """Run rounds from ``state`` to the job's count or early stopping; return the last state.
 
-    ``commit`` is called after every round and must make it durable before it returns; ``warn`` is
-    told of sites that do not take part, or of a round that did not count.
+    ``commit`` is called after every round and must make it durable before it returns. ``warn`` is
+    called with the sites that do not take part, and with the reason if a round did not count.
 
     Raises:
         InputError: the job asks for secure aggregation and the plan has no ``masking``.
-        RoundAborted: a round came to nothing three times in a row; TooFewSites if fewer than
-            ``min_sites`` replies, or than secure aggregation needs, were usable.
+        RoundAborted: a round failed three times in a row. It is TooFewSites if fewer replies were
+            usable than ``min_sites``, or than secure aggregation needs.
     """
     if plan.job.privacy.secure_aggregation.enabled and plan.masking is None:
         raise InputError(
@@ -73,12 +74,13 @@ def run_job(
 def run_round(
     plan: Plan, transport: Transport, state: State, attempt: int = 0
 ) -> tuple[State, RoundRecord]:
-    """One round: train at the cohort, add up what is valid, step, evaluate.
+    """Run one round: train at the cohort, add up the valid updates, step, evaluate.
 
-    Another ``attempt`` at a round that had too few sites draws another cohort.
+    Return the new state and the record of the round. Another ``attempt`` at a failed round draws
+    another cohort.
 
     Raises:
-        RoundAborted: the round came to nothing; ``state`` is then still the truth.
+        RoundAborted: the round failed; ``state`` is then still valid.
     """
     started = time.monotonic()
     job, number = plan.job, state.round + 1
@@ -121,7 +123,10 @@ def _train(
     number: tuple[int, int],
     adapter: Vector,
 ) -> Gathered:
-    """Train ``adapter`` at the cohort, masked if the job says so; (round, attempt) ``number``."""
+    """Train ``adapter`` at the cohort, masked if the job asks for it.
+
+    ``number`` is (round, attempt).
+    """
     job, names = plan.job, plan.exchanged.names
     request = TrainRequest(plan.session, *number, plan.request.job, names, adapter)
     if plan.masking:
@@ -130,7 +135,7 @@ def _train(
 
 
 def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: State) -> Evaluated:
-    """Federated validation of the new adapter at ``sites``, if it is due after this round."""
+    """Evaluate the new adapter at ``sites``, if federated validation is due after this round."""
     job, names = plan.job, plan.exchanged.names
     last = state.round == job.rounds.count
     if not job.data.validation or not (last or state.round % job.rounds.evaluate_every == 0):
@@ -144,9 +149,10 @@ def _evaluate(plan: Plan, transport: Transport, sites: Sequence[str], state: Sta
 
 
 def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0) -> tuple[str, ...]:
-    """The sites of round ``number``: those with the smallest hash of (seed, round, site), sorted.
+    """Return the cohort of round ``number``, sorted: the sites with the smallest hashes.
 
-    A site's chance does not depend on who else is present or in which order they came.
+    The hash is of (seed, round, attempt, site). A site's hash does not depend on the other sites
+    that are present, or on the order in which they came.
     """
     size = job.rounds.cohort_size(len(sites))
     draw = ("cohort", number, attempt)
@@ -157,9 +163,10 @@ def choose_cohort(job: Job, sites: Sequence[str], number: int, attempt: int = 0)
 def _judges(
     job: Job, transport: Transport, cohort: Sequence[str], gathered: Gathered
 ) -> tuple[str, ...]:
-    """Who evaluates: the cohort, or everyone where rounds must be comparable to stop early.
+    """Return the sites that evaluate: the cohort, or with early stopping all sites.
 
-    A site that did not answer is not waited for a second time.
+    Early stopping compares rounds, so every round must be evaluated at the same sites. A site that
+    did not answer is left out, because it would be waited for a second time.
     """
     silent = {drop.site for drop in gathered.traffic.dropped if drop.reason in SILENT}
     sites = transport.sites if job.rounds.early_stopping else cohort
@@ -167,7 +174,7 @@ def _judges(
 
 
 def _judge(job: Job, state: State, tally: Tally) -> State:
-    """Early stopping: remember the best adapter by federated validation."""
+    """Return ``state`` with the best adapter by federated validation, for early stopping."""
     stopping = job.rounds.early_stopping
     if stopping is None or not tally.examples:
         return state
@@ -184,10 +191,10 @@ def _stopped(job: Job, state: State) -> bool:
 
 
 def _invite(plan: Plan, transport: Transport) -> list[Dropped]:
-    """Invite nodes that are new; those that did not join, with the reason.
+    """Invite the new nodes; return those that did not join, with the reason.
 
-    Who did not join once is asked again only when sites are missing: one node that hangs must not
-    cost every round its deadline.
+    A node that did not join is asked again only if there are too few sites. Otherwise one node
+    that hangs would make every round wait for its deadline.
     """
     rounds = plan.job.rounds
     again = len(transport.sites) < rounds.min_sites

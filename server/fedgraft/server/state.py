@@ -1,4 +1,4 @@
-"""What a federation is at the end of a round, and what happened in it: plain, frozen values."""
+"""The state of a federation after a round, and the record of a round: plain values."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -24,10 +24,10 @@ Moments = dict[str, NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class State:
-    """All that the next round depends on; a checkpoint is exactly this.
+    """All values that the next round depends on; a checkpoint holds exactly these.
 
-    ``adapter`` float32 [exchanged.size]; ``best`` the adapter with the best federated validation
-    (None before the first); ``stale`` evaluations since then.
+    ``adapter`` is float32 [exchanged.size]. ``best`` is the adapter with the best federated
+    validation (None before the first one), and ``stale`` is the number of evaluations since then.
     """
 
     round: int
@@ -39,13 +39,13 @@ class State:
 
     @property
     def final(self) -> NDArray[np.float32]:
-        """The adapter to keep: the best one where early stopping chose it, else the last."""
+        """The adapter to keep: with early stopping the best one, otherwise the last one."""
         return self.adapter if self.best is None else self.best
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A site whose part of a round did not count, and the reason code."""
+    """A site that was dropped from a round, and the reason code."""
 
     site: str
     reason: str
@@ -53,28 +53,28 @@ class Dropped:
 
 @dataclass
 class Traffic:
-    """Bytes of the payloads that a stage sent and received, and the sites it lost."""
+    """Bytes of the payloads that a stage sent and received, and the sites that it dropped."""
 
     bytes_up: int = 0
     bytes_down: int = 0
     dropped: list[Dropped] = field(default_factory=list)
 
     def count(self, *, up: int, down: int) -> None:
-        """Add the bytes that came from a site (``up``) and those that were sent to it."""
+        """Add the bytes that a site sent (``up``) and the bytes that were sent to it (``down``)."""
         self.bytes_up += up
         self.bytes_down += down
 
     def drop(self, site: str, reason: str) -> None:
-        """Note that ``site`` does not count, and why."""
+        """Record that ``site`` does not count, and the reason code."""
         self.dropped.append(Dropped(site, reason))
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """What training at a cohort came to: the combined update, float64 [exchanged.size].
+    """The result of training at a cohort: the combined update, float64 [exchanged.size].
 
-    ``count`` sites are in it; ``examples`` (None where nobody counts them) and ``loss``, the mean
-    training loss, are over all of them. ``masked`` says how the sum was protected.
+    The update combines ``count`` sites. ``examples`` (None if they are not counted) and ``loss``,
+    the mean training loss, are over all these sites. ``masked`` says how the sum was protected.
     """
 
     update: NDArray[np.float64]
@@ -87,9 +87,10 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Partial:
-    """A round under way: the replies that came so far, as they were added up.
+    """An unfinished round: the replies that have come so far, added up.
 
-    ``answered`` sites need not be asked again; ``tensors`` are what the rule's collector holds.
+    ``answered`` are sites that need not be asked again. ``tensors`` are the arrays of the rule's
+    collector.
     """
 
     round: int
@@ -103,7 +104,7 @@ class Partial:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What federated validation came to; an empty tally when it was not due or did not succeed."""
+    """The result of federated validation; its tally is empty if it was not due or failed."""
 
     tally: Tally
     traffic: Traffic
@@ -111,11 +112,11 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What happened in one round.
+    """The record of one round.
 
-    ``asked`` sites were in the cohort, ``sites`` gave an update that counted; ``bytes_*`` are sums
-    over the cohort, ``seconds`` wall time. ``masked`` says how secure aggregation protected the
-    round (None without it); ``examples`` is None where nobody counts them.
+    ``asked`` sites were in the cohort, and ``sites`` of them gave an update that counted.
+    ``bytes_*`` are sums over the cohort, ``seconds`` is wall time. ``masked`` says how secure
+    aggregation protected the round (None without it). ``examples`` is None if they are not counted.
     """
 
     round: int
@@ -132,5 +133,5 @@ class RoundRecord:
     masked: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the record as plain JSON values."""
         return asdict(self)

@@ -1,1 +1,1 @@
-"""A whole federation on one machine, with the code that sites and coordinator run."""
+"""Simulations: a whole federation on one machine, with the code of real sites and coordinators."""

@@ -1,7 +1,7 @@
-"""Everything before the first round: sites, backbone and examples, and all that is wrong with them.
+"""Preparation before the first round: make the sites, open the backbone, check all examples.
 
-Nothing is written for a run before this has gone well. Sites and what is known of them are found
-again by their hash, so that a second run of the same job begins at once.
+Nothing is written for a run before the preparation has succeeded. Sites and the results of their
+checks are found again by their hash, so that a second run of the same job begins at once.
 """
 
 import hashlib
@@ -30,16 +30,16 @@ from fedgraft.simulations.grid.workers import Workers
 
 __all__ = ["inputs_of", "prepare"]
 
-FEW = 64  # sites whose examples are read in one go
+FEW = 64  # sites whose examples are read in one task
 
 
 def prepare(job: Job, engine: str = "local", console: Console | None = None) -> PreparedSites:
-    """Find all that can be wrong with a job before anything is written for it.
+    """Check a job before anything is written for its run; return its sites.
 
-    What is loaded here is shared by workers that are forked later.
+    Workers that are forked later share the objects that are loaded here.
 
     Raises:
-        InputError: what is wrong.
+        InputError: the job, its data or its backbone is wrong.
     """
     if engine == "ray":
         _refuse_faults(job)
@@ -52,7 +52,7 @@ def prepare(job: Job, engine: str = "local", console: Console | None = None) -> 
     bench = open_workbench(job)
     starting_point(job, bench, make_plan(job, bench, "").exchanged)
     device = str(choose_device(prepared.settings.device))
-    for each in wanted:  # here, so that forked workers share them
+    for each in wanted:  # opened here, so that forked workers share them
         open_stack(each, device=device)
     nodes = make_nodes(job, prepared, states="", device=device)
     choose_sites_per_pass(job, nodes)
@@ -69,7 +69,7 @@ def _refuse_faults(job: Job) -> None:
 
 
 def _check_examples(job: Job, prepared: PreparedSites, nodes: Nodes, console: Console) -> None:
-    """Read every site's examples once; that it went well is noted beside them."""
+    """Read every site's examples once; a file beside the sites records the success."""
     backbone = open_processor(job)[0].fingerprint
     facts = job.model_dump_json(include={"job": {"task", "labels"}, "data": True})
     checked = (
@@ -78,7 +78,7 @@ def _check_examples(job: Job, prepared: PreparedSites, nodes: Nodes, console: Co
     if checked.exists() and len(nodes) > FEW:
         return
     groups = [range(at, min(at + FEW, len(nodes))) for at in range(0, len(nodes), FEW)]
-    # Few are read in this process, where workers that are forked later find them.
+    # A few sites are read in this process, so that workers that are forked later share them.
     count = prepared.settings.workers if len(groups) > 1 else 0
     with Workers(count, device="cpu") as workers:
         tasks = [workers.submit(_read_examples, job, nodes, group) for group in groups]
@@ -98,6 +98,6 @@ def _read_examples(job: Job, nodes: Nodes, sites: Sequence[int]) -> None:
 
 
 def inputs_of(job: Job, prepared: PreparedSites, engine: str) -> dict[str, str]:
-    """What a run of ``job`` must find unchanged when it is resumed."""
+    """Return the inputs that must be unchanged when a run of ``job`` is resumed."""
     backbone = open_workbench(job).backbone.fingerprint
     return {"data": prepared.folder.name, "backbone": backbone, "engine": engine}

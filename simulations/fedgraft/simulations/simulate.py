@@ -1,7 +1,7 @@
-"""Run a whole federation here: prepare sites, run the coordinator, compare, report.
+"""Run a whole federation on this machine: run the coordinator, compare, report.
 
-All of it can be resumed: sites are found again by their hash, rounds continue from the run's last
-checkpoint, a comparison that was finished is read back; one that was not starts anew.
+All steps can be resumed. Sites are found again by their hash. Rounds continue from the run's last
+checkpoint. A finished comparison is read from its file; an unfinished one starts again.
 """
 
 import time
@@ -49,18 +49,19 @@ from fedgraft.simulations.grid.workers import Workers
 
 __all__ = ["simulate"]
 
-KEEP_EVERY = 10.0  # seconds between writing out a round under way
+KEEP_EVERY = 10.0  # seconds between two saves of an unfinished round
 
 
 def simulate(
     prepared: PreparedSites, run: Run, console: Console, *, engine: str = "local"
 ) -> dict[str, Any]:
-    """Run the job of ``run`` in its folder; the summary, which is also written there.
+    """Run the job of ``run`` in its folder; return the summary, which is also written there.
 
-    ``engine`` is ``local`` (this process and forked workers) or ``ray`` (Flower's own).
+    ``engine`` is ``local`` (this process and forked workers) or ``ray`` (Flower's simulation
+    engine).
 
     Raises:
-        FedgraftError: anything of ``errors.py``; the run can be resumed afterwards.
+        FedgraftError: any error of ``errors.py``; the run can be resumed afterwards.
     """
     started = time.monotonic()
     job, sites, settings = run.job, prepared.sites, prepared.settings
@@ -89,7 +90,7 @@ def simulate(
         done = behind.round if behind else 0
         earlier = sum(line["seconds"] for line in run.history()[:done])
         adapter = simulation.federate(console, engine, done)
-        # At once, so that nothing which goes wrong in a comparison can cost the result.
+        # Export now, so that an error in a comparison cannot lose the result.
         export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
         trial = simulation.trial(plan, adapter, len(run.history()))
         measured = simulation.compare(trial, console)
@@ -115,7 +116,7 @@ def simulate(
 
 @dataclass(frozen=True)
 class _Simulation:
-    """One simulation's fixed parts."""
+    """The parts of one simulation that do not change."""
 
     job: Job
     settings: SimulationSettings
@@ -128,7 +129,7 @@ class _Simulation:
     memory: PeakMemory
 
     def federate(self, console: Console, engine: str, done: int) -> Vector:
-        """The federation itself, ``done`` rounds of it behind us; the final exchanged adapter."""
+        """Run the federation after ``done`` rounds; return the final exchanged adapter."""
         with console.steps("round", self.job.rounds.count, done) as steps:
             pace = Pace(self.memory, self.job.rounds.count - done)
             shown = _Shown(steps, pace, self.job.task.metrics[0])
@@ -149,16 +150,17 @@ class _Simulation:
                 federation=federation,
                 on_round=shown.on_round,
                 together=self.together,
-                # With faults replies come in another order than sites are trained in.
+                # With faults, replies come in another order than the sites were trained in.
                 keep_every=inf if self.settings.faults.any else KEEP_EVERY,
             )
 
     def transport(
         self, watch: Watch, waited: Waited = lambda step, stage, seconds: None
     ) -> Transport:
-        """The sites in this process; the clock stands, for waiting for a core is not being late.
+        """Return the transport to the sites in this process.
 
-        It moves for faults alone; ``waited`` is told how far.
+        Its clock stands still, because a site that waits for a core is not late. Only faults move
+        the clock; ``waited`` is called with the seconds.
         """
         grid = LocalGrid(self.nodes, self.workers, together=self.together)
         if not self.settings.faults.any:
@@ -167,28 +169,28 @@ class _Simulation:
         return Transport(faulty, clock=faulty.clock, watch=watch)
 
     def waited(self, step: Step, stage: Stage, seconds: float) -> None:
-        """Record how long the coordinator would have waited for the replies of a stage."""
+        """Record the seconds that the coordinator would have waited for the replies of a stage."""
         self.run.event(
             "waited", **asdict(step), stage=stage.name.lower(), seconds=round(seconds, 3)
         )
 
     def trial(self, plan: Plan, adapter: Vector, number: int) -> Trial:
-        """``adapter`` after round ``number`` as something to compare with."""
+        """Return ``adapter`` after round ``number`` as a trial for comparisons."""
         names = plan.exchanged.names
         return Trial(plan.job, self.nodes, plan.session, names, adapter, number, self.together)
 
     def compare(self, trial: Trial, console: Console) -> dict[str, Measured | None]:
-        """Every comparison the job asks for; those that an earlier process finished are read."""
+        """Return every comparison of the job; those that an earlier process finished are read."""
         folder = self.run.folder / "comparison"
         folder.mkdir(exist_ok=True)
         wanted = ["federated", *self.settings.baselines]
         if self.settings.finetune_epochs:
             wanted.append("federated_tuned")
-        wanted.sort(key=lambda name: name != "central")  # one long task: start it first
+        wanted.sort(key=lambda name: name != "central")  # central is one long task: start it first
         todo = [name for name in wanted if not (folder / f"{name}.json").exists()]
         headed = self._head_only(console) if "head_only" in todo else None
         trials = {name: headed if name == "head_only" else trial for name in todo}
-        # Started together: the one long task, central, overlaps with the many short ones.
+        # All start together, so that the long task, central, overlaps with the many short tasks.
         started = {
             name: start("federated" if name == "head_only" else name, chosen, self.workers)
             for name, chosen in trials.items()
@@ -206,7 +208,11 @@ class _Simulation:
         return {name: load_measured(folder / f"{name}.json", self.job.measures) for name in wanted}
 
     def _head_only(self, console: Console) -> Trial | None:
-        """The same federation with only the head training; None if that is this one, or nothing."""
+        """Run the same federation with only the head trained; return its trial.
+
+        It is None if the job itself trains only the head, or if its task has no head to train
+        alone.
+        """
         job = head_only_job(self.job)
         if job.method == self.job.method or not job.task.head_alone:
             return None
@@ -227,19 +233,19 @@ class _Simulation:
 
 @dataclass(frozen=True)
 class _Shown:
-    """Progress as the console shows it."""
+    """The progress on the console."""
 
     steps: Steps
     pace: Pace
     metric: Metric
 
     def watch(self, stage: Stage, done: int, total: int) -> None:
-        """A site has answered."""
+        """Show that a site has answered."""
         if stage is Stage.TRAIN:
             self.steps.within(done / total, self.pace.within(done))
 
     def on_round(self, record: RoundRecord) -> None:
-        """A round is over."""
+        """Show that a round is over."""
         line = _round_line(record, self.metric)
         self.steps.done(f"{line}  {self.pace.after(record.sites, record.seconds)}")
 

@@ -188,7 +188,8 @@ class _Collector:
 
     def __init__(self, measures: LabelMeasures, examples: Examples) -> None:
         self._measures, self._groups = measures, examples.groups
-        self._true, self._predicted = np.zeros((2, len(examples)), np.int64)
+        self._true = np.zeros(len(examples), np.int64)
+        self._predicted = np.zeros(len(examples), np.int64)
         self._more = np.zeros(measures.size, np.int64)
         self._loss = 0.0
 

@@ -1,1 +1,1 @@
-"""The verbs of a coordinator."""
+"""The command-line verbs of a coordinator."""

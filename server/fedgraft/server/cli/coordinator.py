@@ -1,4 +1,4 @@
-"""The verbs of a coordinator: run it, submit a job to it, see how it is, stop a run."""
+"""The verbs of a coordinator: run it, submit a job, show its status, stop a run."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def run(
     ] = "127.0.0.1:9464",
 ) -> None:
     """Run the coordinator until it is stopped: Flower, nginx, our services, the submitted jobs."""
-    # We start processes beside gRPC's threads, and only by exec: it need not see to forks.
+    # We start processes beside gRPC's threads, but only by exec, so gRPC need not support forks.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     from fedgraft.common.errors import AuditError
     from fedgraft.common.federation.audit_log import Audit

@@ -1,4 +1,4 @@
-"""``fedgraft explain``: what of one input a run's model looked at."""
+"""``fedgraft explain``: show the parts of one input that moved a run's model to its answer."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The coordinator's verbs: write a job, check it, look at runs, give their adapters away."""
+"""The coordinator's verbs: write a job, check it, list and report runs, export their adapters."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,7 +56,7 @@ def check(job: JobFile, overrides: Overrides = None, as_json: Json = False) -> N
 def check_job(job: "Job") -> dict[str, Any]:
     """Open the job's backbone and count what a round of it would train, send and hold.
 
-    Sites are not part of it: their data are elsewhere, and ``sites`` is empty.
+    Sites are not checked, because their data are elsewhere; ``sites`` is empty.
 
     Raises:
         FedgraftError: the backbone, or an adapter to start from, does not fit the job.

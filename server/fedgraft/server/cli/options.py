@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs of the coordinator have."""
+"""Arguments and options that several verbs of the coordinator share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 __all__ = ["HERE", "HomeFolder", "JobFile", "Json", "Overrides"]
 
-HERE = Path("coordinator")  # where the coordinator's folder is if nobody says
+HERE = Path("coordinator")  # the default folder of the coordinator
 
 HomeFolder = Annotated[Path, typer.Option("--home", help="The coordinator's folder.")]
 JobFile = Annotated[Path, typer.Argument(help="Job file.")]

@@ -1,4 +1,4 @@
-"""The verbs of provisioning: kits for new sites, kits again, and shutting a site out."""
+"""The verbs of provisioning: write kits for new sites, renew a kit, and revoke a site."""
 
 from pathlib import Path
 from typing import Annotated

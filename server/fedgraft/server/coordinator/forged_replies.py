@@ -1,7 +1,8 @@
-"""Replies that nobody was asked for, told to the coordinator's audit as runs come upon them.
+"""Forged replies, reported to the coordinator's audit when a run finds them.
 
-A run notes every reply that does not count among its events. Most come from a site that is late or
-may not; these say that somebody who can reach the SuperLink answers for another, or again.
+A run writes every reply that does not count to its events. Most of these replies come from a site
+that is late or may not take part. A forged reply has another reason: someone who can reach the
+SuperLink answers in place of another site, or sends an old reply again.
 """
 
 import json
@@ -17,17 +18,17 @@ PIECE = 1 << 20  # bytes of a run's events that are read at a time
 
 
 class ForgedReplies:
-    """Follows the events of runs below ``runs``, from where they are now."""
+    """Follows the events of the runs below ``runs``, from their present end."""
 
     def __init__(self, runs: Path, event: Callable[..., None]) -> None:
         self._runs, self._event = runs, event
         self._read = {path: path.stat().st_size for path in runs.glob("*/events.jsonl")}
 
     def tend(self, run: str) -> None:
-        """Tell what ``run`` came upon since the last time."""
+        """Report the forged replies that ``run`` found since the last call."""
         path = self._runs / run / "events.jsonl"
         for line in self._lines(path):
-            with suppress(ValueError, KeyError, TypeError, AttributeError):  # torn by a crash
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # a crash cut the line
                 self._tell(run, json.loads(line))
 
     def _tell(self, run: str, event: dict[str, Any]) -> None:
@@ -47,7 +48,7 @@ class ForgedReplies:
 
 
 def _lost(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The sites that an event says were not counted, and why."""
+    """Yield each site that an event names as not counted, and the reason."""
     lost = event["sites"] if event["event"] == "warning" else [event]
     for one in lost:
         if reason := one.get("reason"):

@@ -1,7 +1,7 @@
 """The coordinator's gRPC services on two sockets: one behind nginx for sites, one for operators.
 
-Sockets are files in a folder of mode 0700: who can open them is this user, and nginx runs as it.
-A call that fails says that it failed, and nothing of why.
+The sockets are files in a folder of mode 0700. Only this user can open them, and nginx runs as this
+user. A call that fails returns an error code without the reason.
 """
 
 import json
@@ -32,7 +32,7 @@ log = logging.getLogger("fedgraft.server")
 
 
 class OperatorService(services.OperatorServicer):
-    """What `fedgraft submit` and `fedgraft coordinator status|stop` ask."""
+    """The service that `fedgraft submit` and `fedgraft coordinator status|stop` call."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class OperatorService(services.OperatorServicer):
         self._submit, self._status, self._stop = submit, status, stop
 
     def Submit(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Take a job; the name of its run."""
+        """Take a job; return the name of its run."""
         return pb.SubmitReply(run=_answered(context, self._submit, request.job))
 
     def Status(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """How everything is."""
+        """Return the coordinator's status, as JSON."""
         return pb.StatusReply(status=json.dumps(_answered(context, self._status)))
 
     def Stop(self, request: Any, context: grpc.ServicerContext) -> Any:
@@ -59,7 +59,7 @@ class OperatorService(services.OperatorServicer):
 def _answered(context: grpc.ServicerContext, call: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return call(*arguments)
-    except FedgraftError as error:  # the operator is on this host, and may read our words
+    except FedgraftError as error:  # the operator is on this host, and may read our error text
         text = json.dumps({"error": str(error), "hint": error.hint, "code": error.exit_code})
         context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
 
@@ -87,10 +87,10 @@ def _make_server(threads: int, name: str) -> grpc.Server:
 
 
 class _Discreet(grpc.ServerInterceptor):
-    """Ends a call that fails with a code: gRPC alone would send the text of the exception."""
+    """Ends a failed call with a code; gRPC itself would send the text of the exception."""
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
-        """The handler of a call, made discreet."""
+        """Return the handler of a call, changed so that a failure sends only a code."""
         handler = continuation(details)
         if handler is None:
             return None
@@ -121,7 +121,7 @@ def _discretion(context: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if context.code() is None:  # else it was ended on purpose
+        if context.code() is None:  # otherwise the handler ended the call on purpose
             log.error("a call failed: %s", type(error).__name__)
             context.abort(grpc.StatusCode.INTERNAL, "fault")
         raise

@@ -1,9 +1,10 @@
-"""The one public port: an nginx in front, whose configuration is written here.
+"""The configuration of nginx, which serves the coordinator's only public port.
 
-It speaks TLS with the federation's certificate, asks for a client certificate and passes on what
-sites need: Flower's Fleet API to the SuperLink, and our gRPC services to their socket. A request to
-Flower must carry the node key that was enrolled with the certificate's name; registering a node is
-never passed on. All else ends here. What was refused is in a log that the coordinator reads.
+nginx uses TLS with the federation's certificate and asks for a client certificate. It passes on
+the requests that sites need: Flower's Fleet API to the SuperLink, and our gRPC services to their
+socket. A request to Flower must carry the node key that was enrolled with the certificate's name.
+A request to register a node is never passed on. nginx refuses all other requests. It writes refused
+requests to a log that the coordinator reads.
 """
 
 import errno
@@ -20,12 +21,12 @@ __all__ = ["ERRORS", "LOG", "NginxConfig", "check_listen", "nginx_command", "wri
 
 LOG, ERRORS = "refused.log", "error.log"
 BODY = "16m"  # Flower's chunks are 5 MiB
-RATE, BURST = 50, 200  # requests a second of one site: a round in many stages asks in bursts
+RATE, BURST = 50, 200  # requests per second of one site; the stages of a round come in bursts
 
 
 @dataclass(frozen=True)
 class NginxConfig:
-    """What nginx must know; ``members`` maps a site's name to its node key (base64 of PEM)."""
+    """The settings of nginx; ``members`` maps a site's name to its node key (base64 of PEM)."""
 
     home: Path
     listen: str
@@ -34,17 +35,18 @@ class NginxConfig:
 
     @property
     def folder(self) -> Path:
-        """Where nginx has its files."""
+        """The folder of nginx's files."""
         return self.home / "nginx"
 
 
 def check_listen(address: str) -> None:
-    """Whether nginx could listen on ``address``, ADDRESS:PORT.
+    """Check that nginx could listen on ``address``, ADDRESS:PORT.
 
-    Who has the port already may be the nginx of a coordinator that was killed, about to end.
+    A port in use is accepted: the process that uses it may be the nginx of a killed coordinator,
+    which is about to end.
 
     Raises:
-        InputError: it is no such address, or not one of this machine.
+        InputError: ``address`` has another form, or is not an address of this machine.
     """
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
@@ -60,7 +62,7 @@ def check_listen(address: str) -> None:
 
 
 def nginx_command(front: NginxConfig, nginx: str) -> list[str]:
-    """The command of the nginx process, in the foreground."""
+    """Return the command that runs nginx in the foreground."""
     folder = front.folder
     return [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", ERRORS, "-g", "daemon off;"]
 
@@ -75,7 +77,7 @@ def _configuration(front: NginxConfig) -> str:
     names = sorted(front.members)
     keys = "\n".join(f'    "CN={name} {front.members[name]}" {name};' for name in names)
     known = "\n".join(f'    "CN={name}" {name};' for name in names)
-    user = "user root;\n" if os.geteuid() == 0 else ""  # the sockets are this user's alone
+    user = "user root;\n" if os.geteuid() == 0 else ""  # only this user can open the sockets
     return f"""\
 # Written by fedgraft; changes are lost.
 {user}worker_processes auto;

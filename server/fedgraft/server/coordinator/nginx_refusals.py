@@ -1,15 +1,15 @@
-"""What nginx refused at the public port, told to the coordinator's audit without flooding it.
+"""Requests that nginx refused at the public port, reported to the coordinator's audit.
 
-Whoever can reach the port can make nginx write lines, so nothing here grows with them: a bounded
-piece of the log is read at a time, what is alike in a minute becomes one event with a count, and
-of what is not alike only the first few have events of their own. nginx's logs are moved away before
-they are large; one older part of each is kept.
+Everyone who can reach the port can make nginx write lines. Therefore the work and the events must
+not grow with the lines. A bounded piece of the log is read at a time. Equal refusals in a minute
+become one event with a count. Of different refusals, only the first few get their own events.
+nginx's logs are moved away before they become large; one older part of each is kept.
 
-A second live session with a site's key is refused by the SuperLink with 412, and so is a site that
-starts again within a minute after a crash. They differ in what comes after: the crashed session
-ends by itself, while one that was there before the refusal and is still there ``PATIENCE`` later
-belongs to a process that lives. Only that is an alarm. It does not say which of the two is the
-site; and if the first session happens to end within that time, nothing tells this from a restart.
+The SuperLink refuses a second live session with a site's key with 412. It also refuses a site that
+starts again within a minute after a crash. The two cases differ later: the crashed session ends by
+itself. A session that began before the refusal and is still online ``PATIENCE`` later belongs to a
+live process. Only this case is an alarm. The alarm does not say which of the two is the site. If
+the first session happens to end within that time, the case cannot be told from a restart.
 """
 
 import json
@@ -30,15 +30,15 @@ __all__ = ["RefusedRequests", "Tail"]
 
 PIECE = 1 << 20  # bytes of the log that are read at a time
 LONGEST = 1 << 16  # bytes of a line
-LARGE = 10_000_000  # bytes of a log that is moved away
-WINDOW = 60.0  # seconds in which what is alike is one event
-NAMED = 10  # events of one window, besides one a status for all others
+LARGE = 10_000_000  # bytes; a log of this size is moved away
+WINDOW = 60.0  # seconds in which equal refusals are one event
+NAMED = 10  # events of one window, besides one event per status for all others
 PATIENCE = 90.0  # seconds: a session that died ends after 60 s without a heartbeat
 CALM = 3600.0  # seconds between two alarms about one site
 ACTIVATE = "/v1/fleet/activate-node"
 SESSION_IS_THERE = 412
 REFUSED = {400, 401, 403, 404, 413, 429}
-GAVE_UP = {408, 499}  # the client went away: nobody refused it anything
+GAVE_UP = {408, 499}  # the client went away; its request was not refused
 SECOND = (
     "another session with this site's key was refused, and the one before it is alive: the site "
     "runs twice, or somebody else has its key"
@@ -48,7 +48,10 @@ Event = Callable[..., None]
 
 @dataclass(frozen=True)
 class RefusedRequest:
-    """What makes two refusals alike. Without a valid ``certificate``, ``site`` is only claimed."""
+    """The facts that two equal refusals share.
+
+    Without a valid ``certificate``, ``site`` is only claimed.
+    """
 
     site: str
     status: int
@@ -57,9 +60,9 @@ class RefusedRequest:
 
 
 class Tail:
-    """Complete lines of a file that others append to, move away or truncate.
+    """Reads complete lines of a file that another process appends to, moves away or truncates.
 
-    ``position`` (inode and offset of an earlier reader) says where to begin if it fits.
+    Reading begins at ``position`` (inode and offset of an earlier reader) if it fits the file.
     """
 
     def __init__(self, path: Path, position: tuple[int, int] = (0, 0)) -> None:
@@ -71,11 +74,11 @@ class Tail:
 
     @property
     def position(self) -> tuple[int, int]:
-        """Inode and offset up to which lines were given."""
+        """Inode and offset of the end of the last line that ``read`` returned."""
         return self._inode, self._offset - len(self._rest)
 
     def read(self, limit: int) -> list[bytes]:
-        """The lines in the next ``limit`` bytes; of one that is longer than that, some end."""
+        """Return the lines in the next ``limit`` bytes; of a longer line, only an end part."""
         if self._file is None and not self._open():
             return []
         assert self._file is not None  # noqa: S101  # just opened
@@ -108,9 +111,9 @@ class Tail:
         return True
 
     def _follow(self) -> None:
-        """Go to the file that is in the place of ours, when ours was read to its end twice.
+        """Go to the new file at ``path`` after the old file was read to its end twice.
 
-        Its writer may add to the one that was moved away until it hears of it.
+        The writer may append to the moved file until it opens the new one.
         """
         with suppress(OSError):
             inode = self.path.stat().st_ino
@@ -124,8 +127,9 @@ class Tail:
 class RefusedRequests:
     """Follows the log in nginx's ``folder``; ``reopen`` makes nginx open its logs again.
 
-    ``totals`` counts by status since the start, ``recent`` is what was told last, ``alarms`` when a
-    site was last found to have two sessions; ``clock`` gives Unix time.
+    ``totals`` counts refusals by status since the start. ``recent`` holds the last reported events.
+    ``alarms`` gives, by site, the last time at which it had two sessions. ``clock`` returns Unix
+    time.
     """
 
     def __init__(
@@ -143,10 +147,10 @@ class RefusedRequests:
         self._tail = Tail(folder / LOG, _read_position(folder / "refused.json"))
         self._counts: Counter[RefusedRequest] = Counter()
         self._begun = 0.0
-        self._doubts: dict[str, float] = {}  # when a site's session was first refused
+        self._doubts: dict[str, float] = {}  # by site, the time of the first refused session
 
     def tend(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Read on, and tell what is due.
+        """Read the next lines, and report the events that are due.
 
         ``nodes`` has, by site, ``status`` and ``activated``, the Unix time at which its session
         began.
@@ -159,7 +163,7 @@ class RefusedRequests:
         self._rotate()
 
     def close(self) -> None:
-        """Tell what was not told yet."""
+        """Report the events that are not reported yet, and close the log."""
         self._tell()
         self._tail.close()
 
@@ -170,7 +174,7 @@ class RefusedRequests:
             verify = _printable(said["verify"])
             refusal = RefusedRequest(_site(said["site"]), status, _printable(said["path"]), verify)
         except (ValueError, KeyError, TypeError, RecursionError):
-            return  # torn, or none of ours
+            return  # an incomplete line, or not in our format
         if not 400 <= status < 500 or status in GAVE_UP:
             return
         self.totals[str(status)] += 1
@@ -194,7 +198,7 @@ class RefusedRequests:
             self.recent.append({"time": self._begun, **facts})
         self._counts.clear()
         if self._tail.position[0]:
-            with suppress(OSError):  # then these lines are told again after a restart
+            with suppress(OSError):  # then these lines are reported again after a restart
                 write_text(self._folder / "refused.json", json.dumps(self._tail.position))
 
     def _settle_doubts(self, nodes: Mapping[str, Mapping[str, Any]]) -> None:
@@ -204,7 +208,7 @@ class RefusedRequests:
                 continue
             del self._doubts[site]
             node = nodes.get(site, {})
-            # nginx writes whole seconds, so a session may seem to begin after its rival's refusal.
+            # nginx writes whole seconds, so the first session may seem to begin after the refusal.
             outlived = node.get("status") == "online" and node.get("activated", now) < since + 1
             if outlived and now - self.alarms.get(site, -CALM) >= CALM:
                 self.alarms[site] = now
@@ -233,10 +237,10 @@ def _read_position(path: Path) -> tuple[int, int]:
 
 
 def _site(subject: str) -> str:
-    """The site that a certificate's subject names; empty without a certificate."""
+    """Return the site that a certificate's subject names; empty without a certificate."""
     return _printable(subject).removeprefix("CN=")[:64]
 
 
 def _printable(text: str) -> str:
-    """Harmless on a terminal, and short."""
+    """Return ``text`` with only characters that are harmless on a terminal, and cut it."""
     return "".join(char if "!" <= char <= "~" or char == " " else "?" for char in text[:120])

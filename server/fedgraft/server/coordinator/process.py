@@ -1,9 +1,9 @@
-"""The coordinator as a process: it keeps Flower, nginx and our services running, and runs the jobs.
+"""The coordinator as a process: it keeps Flower and nginx running, and runs the jobs.
 
-``tend`` is called twice a second and is the whole story: start what died, tell a new SuperLink who
-its nodes are, follow the registry (who joined, who was revoked), go on with the oldest job. What
-the coordinator must remember is in files; killed at any point, it goes on from the last committed
-round. While the disk is full, the job rests and the status says so.
+``tend`` is called twice a second and does all the work: it starts processes that died, registers
+the nodes at a new SuperLink, follows the registry (sites that joined or were revoked), and goes on
+with the oldest job. The coordinator keeps its state in files. If it is killed at any point, it goes
+on from the last committed round. While the disk is full, the job rests and the status says so.
 """
 
 import os
@@ -40,37 +40,37 @@ __all__ = ["Coordinator"]
 
 RETRY = 5.0  # seconds before a run that failed goes on from its last round
 TRIES = 20
-POLL = 2.0  # seconds between two looks at who is online
+POLL = 2.0  # seconds between two checks of the sites that are online
 HOST = "127.0.0.1"
 WAITING = "waiting: "
-ROOM = 64 << 20  # bytes free on the disk below which no round is worked on
-TRUST = ("ca.pem", "crl.pem", "server.pem", "server.key")  # what nginx reads beside its own files
+ROOM = 64 << 20  # free bytes on the disk; with fewer, the job rests
+TRUST = ("ca.pem", "crl.pem", "server.pem", "server.key")  # nginx reads them beside its own files
 Event = Callable[..., None]
 
 
 class Coordinator:
-    """Keeps everything running; ``event`` is told of what an auditor would ask about."""
+    """Keeps everything running; ``event`` is called with each event that an auditor needs."""
 
     def __init__(self, home: Home, *, listen: str, event: Event, nginx: str | None = None) -> None:
         self.home = home
         self.registry = Registry(home.folder)
         self.jobs = Jobs(home.file("jobs"))
         self.nodes: dict[str, int] = {}
-        self._registered: dict[str, Member] = {}  # of ``nodes``
+        self._registered: dict[str, Member] = {}  # the members of ``nodes``
         self._spent: set[str] = set()  # keys that this SuperLink has unregistered
         self._event = event
         self._port = _free_port()
         self._control: Control | None = None
         self._current: tuple[str, int] | None = None
-        self._passed = ""  # a job that lacked sites: the next one has its turn
+        self._passed = ""  # a job that lacked sites; the next job runs before it
         self._not_before = 0.0
-        self.trouble = ""  # why no job is worked on, though there is one
+        self.trouble = ""  # the reason why all jobs rest; empty if they do not
         self._members: dict[str, Member] = {}
         self._trust: list[tuple[int, int]] = []
         self._listen = listen
         for folder in (home.runs, home.sockets, home.logs):
             folder.mkdir(exist_ok=True, mode=0o700)
-        # It is of another start, with other ports.
+        # The file is from an earlier start, which had other ports.
         (home.file("nginx") / "nginx.conf").unlink(missing_ok=True)
         self._forgeries = ForgedReplies(home.runs, event)
         found = nginx or shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -79,12 +79,12 @@ class Coordinator:
         self._refusals = RefusedRequests(
             home.file("nginx"), event, reopen=lambda: self._signal_front(signal.SIGUSR1)
         )
-        self._seen: dict[str, dict[str, Any]] = {}  # what the SuperLink said of each site
+        self._seen: dict[str, dict[str, Any]] = {}  # the SuperLink's facts about each site
         self._next_poll = 0.0
 
     @property
     def public(self) -> bool:
-        """Whether there is an nginx, and so a public port."""
+        """True if there is an nginx, and therefore a public port."""
         return "front" in self.processes
 
     def _make_processes(self, nginx: str | None) -> dict[str, Supervised]:
@@ -128,7 +128,7 @@ class Coordinator:
         process = self.processes[name] if hasattr(self, "processes") else None
         if process and process.starts > 1:
             self._event("restarted", process=name)
-        if name == "superlink":  # it has forgotten everything
+        if name == "superlink":  # a new SuperLink knows no node and no run
             self._close_control()
             self.nodes, self._registered, self._spent = {}, {}, set()
             self._current = None
@@ -139,7 +139,7 @@ class Coordinator:
         return NginxConfig(self.home.folder.resolve(), self._listen, self._port, keys)
 
     def tend(self) -> None:
-        """See to everything once; what cannot be done now is done the next time."""
+        """Do all tasks once; a task that fails now is tried again at the next call."""
         try:
             self._look_for_room()
             self._follow_registry()
@@ -152,12 +152,12 @@ class Coordinator:
                 self._tend_job()
         except FedgraftError as error:
             self._event("superlink", what=str(error))
-        except OSError as error:  # a disk that is full, above all
-            if not self.trouble:  # else it is said
+        except OSError as error:  # most often, the disk is full
+            if not self.trouble:  # otherwise it was reported already
                 self._event("disk", what=error.strerror)
 
     def _look_for_room(self) -> None:
-        """Notice that the disk is full, and that it no longer is."""
+        """Set ``trouble`` if the disk is full, and clear it if there is room again."""
         free = shutil.disk_usage(self.home.folder).free
         before, self.trouble = self.trouble, ""
         if free < ROOM:
@@ -166,7 +166,7 @@ class Coordinator:
             self._event("disk", what=self.trouble or "there is room again")
 
     def _follow_registry(self) -> None:
-        """Have nginx know who joined or was revoked, and the certificates as they are."""
+        """Give nginx the current members, certificates and revocation list."""
         self._follow_members()
         trust = [_version(self.home.file(name)) for name in TRUST]
         if trust != self._trust:
@@ -198,15 +198,15 @@ class Coordinator:
         self._control = None
 
     def _register_nodes(self) -> None:
-        """Let the SuperLink know the keys of the members, and forget those of others."""
-        assert self._control is not None  # noqa: S101  # tend saw to it
+        """Register the members' keys at the SuperLink, and unregister all other keys."""
+        assert self._control is not None  # noqa: S101  # tend has connected
         for name, was in list(self._registered.items()):
             if self._members.get(name) != was:
                 self._spent.add(self._registered.pop(name).node_key)
                 self._event("unregistered", site=name)
                 self._control.unregister(self.nodes.pop(name))
         if any(member.node_key in self._spent for member in self._members.values()):
-            # A site came back with the key it had, which Flower does not take a second time.
+            # A site came back with its old key, and Flower does not accept a key a second time.
             self.processes["superlink"].stop()
             return
         for name, member in self._members.items():
@@ -215,8 +215,8 @@ class Coordinator:
                 self._registered[name] = member
 
     def _look_at_nodes(self) -> None:
-        """Note who is online; what was seen before the SuperLink forgot it stays."""
-        assert self._control is not None  # noqa: S101  # tend saw to it
+        """Record which sites are online; a site that the SuperLink forgot keeps its last record."""
+        assert self._control is not None  # noqa: S101  # tend has connected
         if time.monotonic() < self._next_poll:
             return
         self._next_poll = time.monotonic() + POLL
@@ -227,8 +227,8 @@ class Coordinator:
                 self._seen[name] = node
 
     def _tend_job(self) -> None:
-        """Start the oldest open job, or see how it is; have it rest while there is trouble."""
-        assert self._control is not None  # noqa: S101  # tend saw to it
+        """Start the oldest open job, or check the running one; stop it while there is trouble."""
+        assert self._control is not None  # noqa: S101  # tend has connected
         if self.trouble:
             if self._current is not None:
                 self._control.stop(self._current[1])
@@ -251,7 +251,7 @@ class Coordinator:
             self._ended(name)
 
     def _start(self, one: Submitted) -> None:
-        assert self._control is not None  # noqa: S101  # tend saw to it
+        assert self._control is not None  # noqa: S101  # tend has connected
         config = {
             "job": self.jobs.text(one.name),
             "run": str((self.home.runs / one.name).resolve()),
@@ -261,11 +261,14 @@ class Coordinator:
         run_id = self._control.start(config)
         self._current = (one.name, run_id)
         self.jobs.set(one.name, "running", one.why)
-        if not one.why.startswith(WAITING):  # it is tried again every few seconds
+        if not one.why.startswith(WAITING):  # such a job starts every few seconds
             self._event("started", run=one.name, attempt=one.tries + 1)
 
     def _ended(self, name: str) -> None:
-        """A run has ended at Flower's: it is done if it says so itself, else it goes on later."""
+        """Handle a run that Flower has ended: it is finished if it has a summary.
+
+        Otherwise it goes on later, and after too many tries it has failed.
+        """
         self._passed = ""
         if (self.home.runs / name / "summary.json").exists():
             self.jobs.set(name, "finished")
@@ -287,7 +290,7 @@ class Coordinator:
         self._event("interrupted", run=name, attempt=one.tries)
 
     def _waits_for(self, name: str) -> str:
-        """What a run said that it cannot go on without; empty if it did not."""
+        """Return what the run waits for, by its last event; empty if it does not wait."""
         event = self._last_event(name)
         return str(event["what"]) if event.get("event") == "waiting" else ""
 
@@ -297,9 +300,9 @@ class Coordinator:
         return events[-1] if events else {}
 
     def status(self) -> dict[str, Any]:
-        """How everything is: what `fedgraft coordinator status`, the page and the figures show.
+        """Return the status that `fedgraft coordinator status`, the page and the figures show.
 
-        ``totals`` are counted since this process started. Times are Unix seconds.
+        ``totals`` are counted from the start of this process. Times are Unix seconds.
         """
         processes = {
             name: {"pid": each.pid, "starts": each.starts} for name, each in self.processes.items()
@@ -330,7 +333,7 @@ class Coordinator:
         }
 
     def _explained(self, line: dict[str, Any]) -> dict[str, Any]:
-        """A run's line; one that rests says why, one that does rounds again no more."""
+        """Return a run's line with the reason why it rests; without it if rounds go on again."""
         if self.trouble and line["state"] in OPEN:
             return {**line, "why": self.trouble}
         waited = line["state"] in OPEN and line["why"].startswith(WAITING)
@@ -339,7 +342,7 @@ class Coordinator:
         return line
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes and report the refusals that are not reported yet."""
         self._close_control()
         for process in reversed(self.processes.values()):
             process.stop()
@@ -352,7 +355,11 @@ def _seen(node: Mapping[str, Any], state: str) -> dict[str, Any]:
 
 
 def _audit(site: Site) -> dict[str, Any]:
-    """What a site told last of its audit; ``lost`` lines that it had told are not in it."""
+    """Return the last audit head that a site reported.
+
+    ``lost`` is the number of lines that the site had reported, if a later head did not contain
+    them.
+    """
     return {
         "lines": site.audit_lines,
         "head": site.audit_head,
@@ -364,7 +371,10 @@ def _audit(site: Site) -> dict[str, Any]:
 
 
 def _version(path: Path) -> tuple[int, int]:
-    """Changes with each new content: files here are replaced, never written into."""
+    """Return a value that changes with the file's content.
+
+    Inode and time are enough, because these files are replaced and never written in place.
+    """
     try:
         found = path.stat()
     except OSError:

@@ -1,9 +1,9 @@
-"""Flower's processes at the coordinator, and how they are told what to do.
+"""Flower's processes at the coordinator, and the client that controls them.
 
-The SuperLink listens on loopback alone, with TLS because node authentication wants it; its executor
-proves itself with a secret. Runs are started and nodes registered over the Control API, which asks
-nobody who they are: whoever may connect to loopback on this host is trusted. What is used here of
-Flower's insides is held to the real thing by tests/e2e/test_contract.py.
+The SuperLink listens only on loopback, with TLS because node authentication needs it. Its executor
+authenticates with a secret. The Control API starts runs and registers nodes without authentication:
+every process that may connect to loopback on this host is trusted. tests/e2e/test_contract.py
+compares the internals of Flower that are used here with the real ones.
 """
 
 import ssl
@@ -70,7 +70,10 @@ sealed = ""
 def superlink_command(
     port: int, *, certificate: Path, key: Path, ca: Path, secret: Path
 ) -> list[str]:
-    """The command of a SuperLink that keeps everything in memory: our checkpoints outlive it."""
+    """Return the command of a SuperLink that keeps its state in memory.
+
+    Memory is enough, because our checkpoints outlive the SuperLink.
+    """
     return [
         _script("flower-superlink"),
         *("--host", HOST, "--port", str(port), "--isolation", "process"),
@@ -82,7 +85,7 @@ def superlink_command(
 
 
 def executor_command(port: int, *, ca: Path, secret: Path) -> list[str]:
-    """The command of what starts the ServerApp of each run."""
+    """Return the command of the executor, which starts the ServerApp of each run."""
     return [
         _script("flower-superexec"),
         *("--runtime-api-address", f"{HOST}:{port}", "--root-certificates", str(ca)),
@@ -95,17 +98,18 @@ def _script(name: str) -> str:
 
 
 def save_requests(grid: Grid, *, to_agents: bool) -> None:
-    """Have a grid over HTTP ask and send no more than it must, and not wait for long.
+    """Make a grid over HTTP request and send only the objects it must, and wait only shortly.
 
-    A site sends a message, then its objects. Flower waits a second before it asks again for one
-    that is not there yet, which at every stage of a round adds up to more than all the rest. What
-    is known is neither sent nor asked for ``to_agents`` of ours; Flower's own nodes send all of it.
+    A site sends a message, then its objects. Flower waits a second before it asks again for an
+    object that is not there yet. Over all stages of a round these waits add up to more than all
+    other time. With ``to_agents``, the sites run our agents: objects that are known in advance are
+    neither sent to them nor requested. Flower's own nodes send all objects.
     """
     if not isinstance(grid, http_grid.HttpGrid):
-        return  # a simulation's
+        return  # the grid of a simulation
     client = grid._runtime_client
     pull_messages = client.PullMessages
-    offers: dict[str, ProtoMessage] = {}  # of the messages that are being pulled, by id
+    offers: dict[str, ProtoMessage] = {}  # by id, the messages that are being pulled
 
     def pull_noted(request: Any) -> Any:
         reply = pull_messages(request)
@@ -139,17 +143,17 @@ def _push_objects(
 
 
 class Control:
-    """What the coordinator asks of its SuperLink, over the Control API on loopback."""
+    """The coordinator's client for its SuperLink, over the Control API on loopback."""
 
     def __init__(self, port: int, ca: Path) -> None:
         context = ssl.create_default_context(cafile=str(ca))
         self._client = ControlHttpClient(f"https://{HOST}:{port}", verify=context)
 
     def start(self, config: Mapping[str, str]) -> int:
-        """Start a run of the installed ``fedgraft.server.app`` with this configuration; its id.
+        """Start a run of the installed ``fedgraft.server.app`` with ``config``; return its id.
 
         Raises:
-            FedgraftError: the SuperLink did not take it.
+            FedgraftError: the SuperLink did not start the run.
         """
         content, _ = build_fab_from_files({"pyproject.toml": APP.encode()})
         reply = self._ask(
@@ -167,24 +171,25 @@ class Control:
         self._ask(self._client.StopRun, StopRunRequest(run_id=run_id))
 
     def status(self, run_id: int) -> tuple[str, str]:
-        """``pending``, ``running`` or ``finished``, and how it finished."""
+        """Return ``pending``, ``running`` or ``finished``, and the sub-status of a finished run."""
         reply = self._ask(self._client.ListRuns, ListRunsRequest(run_id=run_id))
         status = reply.run_dict[run_id].status
         return str(status.status), str(status.sub_status)
 
     def register(self, public_key: bytes, name: str) -> int:
-        """Let the node with this public key (PEM) take part; its id."""
+        """Register the node with this public key (PEM); return its id."""
         request = RegisterNodeRequest(public_key=public_key, name=name)
         return int(self._ask(self._client.RegisterNode, request).node_id)
 
     def unregister(self, node_id: int) -> None:
-        """Let a node take part no more."""
+        """Unregister a node, so that it can no longer take part."""
         self._ask(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
 
     def nodes(self) -> dict[int, dict[str, Any]]:
-        """The registered nodes by id: ``status``, when ``activated`` and ``last_seen``.
+        """Return the registered nodes by id: ``status``, ``activated`` and ``last_seen``.
 
-        Times are Unix seconds, and None for a node that had no session yet.
+        ``activated`` and ``last_seen`` are Unix seconds, or None for a node without a session so
+        far.
         """
         reply = self._ask(self._client.ListNodes, ListNodesRequest())
         return {int(node.node_id): _read_node(node) for node in reply.nodes_info}
@@ -205,11 +210,11 @@ class Control:
 
 
 def _read_node(node: Any) -> dict[str, Any]:
-    """What Flower knows of a node.
+    """Return Flower's facts about a node.
 
-    It keeps until when a node is taken to be online, which is so many intervals after its last
-    heartbeat; after a goodbye, until the goodbye. The two are not told apart, so that for a node
-    that said goodbye ``last_seen`` is up to a minute early.
+    Flower keeps the time until which a node counts as online. It is ``HEARTBEAT_PATIENCE``
+    intervals after the last heartbeat, or the time at which the node ended its session. The two
+    cases look the same, so for a node that ended its session ``last_seen`` is up to a minute early.
     """
     activated = last_seen = None
     if node.HasField("last_activated_at"):

@@ -1,4 +1,4 @@
-"""Processes that must be there: started again when they die, and gone when the coordinator is."""
+"""Supervised processes: they are started again after they die, and end with the coordinator."""
 
 import ctypes
 import os
@@ -12,15 +12,15 @@ from pathlib import Path
 __all__ = ["Supervised"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-STEADY = 60.0  # seconds after which a process that dies has not failed to start
+STEADY = 60.0  # seconds; a process that dies later did not fail to start
 LONGEST = 30.0  # seconds between two starts
-PATIENCE = 10.0  # seconds that a process has to end when it is asked to
+PATIENCE = 10.0  # seconds in which a process must end after it is asked to end
 
 
 class Supervised:
     """One process of the coordinator; ``on_start`` is called after each start.
 
-    Its output goes to ``log``, of which the last start and the one before are kept.
+    Its output goes to ``log``. The logs of the last two starts are kept.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Supervised:
 
     @property
     def pid(self) -> int:
-        """Its process id; 0 while it does not run."""
-        process = self._process  # another thread may ask while this one is started again
+        """The process id; 0 while the process does not run."""
+        process = self._process  # another thread may read this while the process is started again
         return process.pid if process and process.poll() is None else 0
 
     def tend(self) -> bool:
-        """Start it if it is not running and not just failed; whether it was started."""
+        """Start the process unless it runs or has just failed; return whether it was started."""
         now = time.monotonic()
         if self.pid:
             return False
@@ -85,7 +85,7 @@ class Supervised:
             self._process.send_signal(number)  # type: ignore[union-attr]
 
     def stop(self) -> None:
-        """End it and what it started."""
+        """End the process and the processes that it started."""
         if self._process is None:
             return
         group = self._process.pid
@@ -101,6 +101,6 @@ class Supervised:
 
 
 def _die_with_parent() -> None:
-    # Killed with -9, the coordinator cannot end its processes: the kernel does. Not with -9: an
-    # nginx that dies so leaves its workers behind.
+    # A coordinator that is killed with SIGKILL cannot end its processes, so the kernel does it. The
+    # kernel sends SIGTERM, because an nginx that is killed with SIGKILL leaves its workers running.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""How sites become members: provisioning, registry, enrolment and backbone services."""
+"""The membership of sites: provisioning, registry, enrolment and backbone services."""

@@ -1,7 +1,7 @@
-"""Hands backbones out to sites: gRPC, chunk by chunk from the coordinator's store.
+"""gRPC service that sends backbones to sites, chunk by chunk from the coordinator's store.
 
-Files are read a piece at a time, so that memory does not depend on the model's size; a stream
-holds two pieces at most. Who may ask at all is decided in front of this, by client certificate.
+Files are read one piece at a time, so that memory does not depend on the model's size; a stream
+holds at most two pieces. nginx in front of this service checks the client certificate.
 """
 
 import os
@@ -30,16 +30,16 @@ class BackboneService(BackbonesServicer):
     def GetManifest(
         self, request: rpc.ManifestRequest, context: grpc.ServicerContext
     ) -> rpc.ManifestReply:
-        """The manifest with the digest asked for; NOT_FOUND if there is none."""
+        """Return the manifest with the requested digest; NOT_FOUND if there is none."""
         return rpc.ManifestReply(manifest=self._find(request.digest, context).to_json())
 
     def GetChunks(
         self, request: rpc.ChunksRequest, context: grpc.ServicerContext
     ) -> Iterator[rpc.Chunk]:
-        """The chunks asked for, in that order, each in pieces.
+        """Yield the requested chunks, in the order of the request, each in pieces.
 
-        NOT_FOUND for an unknown digest, INVALID_ARGUMENT for an index that is none or comes twice,
-        DATA_LOSS where a file of the backbone is not what it was.
+        The error is NOT_FOUND for an unknown digest, INVALID_ARGUMENT for an index that does not
+        exist or comes twice, and DATA_LOSS if a file of the backbone is missing or too short.
         """
         manifest = self._find(request.digest, context)
         indexes = request.indexes
@@ -59,10 +59,10 @@ class BackboneService(BackbonesServicer):
 
 
 def _read(store: BlobStore, manifest: Manifest, indexes: Sequence[int]) -> Iterator[rpc.Chunk]:
-    """Pieces of the chunks; one file is open at a time.
+    """Yield the pieces of the chunks; only one file is open at a time.
 
     Raises:
-        OSError: a file is not there, or shorter than it was.
+        OSError: a file is missing, or has become shorter.
     """
     with ExitStack() as opened:
         current, descriptor = None, -1

@@ -1,7 +1,7 @@
 """Found a federation: its CA, the coordinator's certificate, and one signed kit for each site.
 
-No private key of a site is made here: who holds all keys can act as any site. A site makes its own
-when it joins, and the kit's token lets it in once.
+No private key of a site is made here, because a holder of all keys could act as any site. A site
+makes its keys when it joins. The token of a kit lets the site join once.
 """
 
 import os
@@ -63,7 +63,7 @@ mode = "ask"                      # or "auto": whatever is within this policy
 
 
 class About(Section):
-    """``[federation]``: its name, where sites connect, and who they are."""
+    """``[federation]``: its name, the endpoint that sites connect to, and the sites' names."""
 
     name: str = Field(min_length=1, max_length=60)
     endpoint: Endpoint
@@ -73,7 +73,7 @@ class About(Section):
 
 
 class FederationSpec(Section):
-    """``federation.toml`` as the coordinator writes it."""
+    """The content of ``federation.toml``, which the coordinator's operator writes."""
 
     federation: About
     secure_aggregation: Floor = Floor()
@@ -90,7 +90,7 @@ class FederationSpec(Section):
 
 
 def load_federation_spec(path: Path) -> FederationSpec:
-    """Load ``federation.toml``.
+    """Load and return ``federation.toml``.
 
     Raises:
         InputError: it is missing or does not describe a federation.
@@ -113,7 +113,7 @@ def load_federation_spec(path: Path) -> FederationSpec:
 
 
 def _check_names(names: Sequence[str], where: str) -> None:
-    """Whether no two names are alike; nginx, which looks sites up, takes a and A for the same."""
+    """Raise InputError if two names are equal; nginx, which looks sites up, ignores their case."""
     seen = set[str]()
     for name in names:
         if name.lower() in seen:
@@ -124,9 +124,10 @@ def _check_names(names: Sequence[str], where: str) -> None:
 
 @dataclass(frozen=True)
 class Founded:
-    """What came of it: the CA's fingerprint, the new kits, and sites that the file names no more.
+    """The result of ``found``: the CA's fingerprint, the new ``kits``, and the sites ``left``.
 
-    Those go on as members: only ``revoke`` shuts a site out.
+    ``left`` are sites that the file no longer names. They stay members: only ``revoke`` shuts a
+    site out.
     """
 
     fingerprint: str
@@ -147,12 +148,12 @@ def found(source: Path, home: Path, kits: Path) -> Founded:
     try:
         for folder in (home, kits):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.chmod(home, 0o700)  # also where it was there before
+        os.chmod(home, 0o700)  # also if the folder existed before
         with Registry(home).lock():
             if not (home / "ca.pem").exists():
                 _make_ca(spec, home)
             _keep_name_and_floor(spec, home)
-            there = Registry(home).sites()  # who left the file is still a member
+            there = Registry(home).sites()  # a site that left the file is still a member
             _check_names(tuple(dict.fromkeys((*there, *spec.federation.sites))), str(source))
             _make_server(spec, home)
             write_text(home / "federation.toml", text)
@@ -168,7 +169,9 @@ def found(source: Path, home: Path, kits: Path) -> Founded:
 
 
 def renew_kit(home: Path, site: str, kits: Path) -> Path:
-    """A new kit for a site that may not have joined, or that must join again; the old one is void.
+    """Write a new kit for a site, and return its path; the old kit becomes void.
+
+    The site may not have joined so far, or it must join again.
 
     Raises:
         InputError: there is no such site.
@@ -177,12 +180,12 @@ def renew_kit(home: Path, site: str, kits: Path) -> Path:
     spec = load_federation_spec(home / "federation.toml")
     kits.mkdir(parents=True, exist_ok=True, mode=0o700)
     with Registry(home).change() as sites:
-        # Certificates of before are revoked: the site makes keys anew, or another machine does.
+        # Earlier certificates are revoked: the site or another machine makes new keys.
         return _invite(spec, home, kits, site, sites)
 
 
 def revoke(home: Path, site: str) -> None:
-    """Shut a site out, open sessions included once the running coordinator sees it.
+    """Shut a site out; the running coordinator then also ends the site's open sessions.
 
     Raises:
         InputError: there is no such site.
@@ -198,7 +201,7 @@ def _known(sites: dict[str, Site], site: str) -> None:
 
 
 def _without_certificates(site: Site) -> Site:
-    """The site, and what it has of certificates revoked."""
+    """Return the site with all its certificates revoked."""
     return replace(site, certificates=(), dead=(*site.dead, *site.certificates))
 
 
@@ -211,7 +214,7 @@ def _invite(
     sites[name] = replace(
         before, state="invited", token=hash_token(token), kit_expires=expires.isoformat()
     )
-    named = dict.fromkeys((*spec.federation.sites, name))  # it may be in the registry alone
+    named = dict.fromkeys((*spec.federation.sites, name))  # a site may be only in the registry
     kit = Kit(
         federation=spec.federation.name,
         site=name,
@@ -236,12 +239,15 @@ def _make_ca(spec: FederationSpec, home: Path) -> None:
     write_text(home / "sites.json", '{"sites": {}}\n')
     write_text(home / "floor.json", spec.secure_aggregation.model_dump_json())
     ca = make_ca(spec.federation.name, key, datetime.now(UTC))
-    (home / "crl.pem").unlink(missing_ok=True)  # of a CA that was half made
-    write_text(home / "ca.pem", ca.decode())  # last: with it the folder is founded
+    (home / "crl.pem").unlink(missing_ok=True)  # from an unfinished CA
+    write_text(home / "ca.pem", ca.decode())  # last: it marks a complete folder
 
 
 def _keep_name_and_floor(spec: FederationSpec, home: Path) -> None:
-    """Sites keep to the name and the floor of their kits, and would refuse others."""
+    """Raise InputError if name or floor changed, because sites refuse what their kits do not say.
+
+    A site keeps to the name and the floor of its kit.
+    """
     path = home / "federation.toml"
     before = load_federation_spec(path) if path.exists() else spec
     floor = Floor.model_validate_json((home / "floor.json").read_bytes())
@@ -257,9 +263,10 @@ def _keep_name_and_floor(spec: FederationSpec, home: Path) -> None:
 
 
 def _make_server(spec: FederationSpec, home: Path) -> None:
-    """The server certificate: made anew each time, so that the endpoint may change.
+    """Write a new server certificate each time, so that the endpoint may change.
 
-    Its key is made once: a coordinator that runs never finds a certificate with another key.
+    Its key is made only once, so that a running coordinator never finds a certificate with another
+    key.
     """
     if not (home / "server.key").exists():
         write_private(home / "server.key", key_to_pem(make_key()))

@@ -1,8 +1,8 @@
-"""Who may take part: ``sites.json`` of the coordinator's folder, and what follows from it.
+"""The registry of sites: ``sites.json`` in the coordinator's folder, and the files made from it.
 
-Written by `fedgraft provision` and by the threads of the running coordinator, under a lock and
-whole or not at all. The roster (public keys for secure aggregation) and the revocation list are
-made from it.
+`fedgraft provision` and the threads of the running coordinator write the registry, under a lock and
+always as a whole. The roster (public keys for secure aggregation) and the revocation list are made
+from it.
 """
 
 import base64
@@ -28,24 +28,25 @@ SiteState = Literal["invited", "joined", "revoked"]
 
 @dataclass(frozen=True)
 class Certificate:
-    """One that was issued: its serial number and when it ends (ISO 8601, UTC)."""
+    """An issued certificate: its serial number and the time when it expires (ISO 8601, UTC)."""
 
     serial: int
     expires: str
 
     def lives(self, now: datetime) -> bool:
-        """Whether it has not ended by itself."""
+        """Return whether the certificate has not expired."""
         return now < datetime.fromisoformat(self.expires)
 
 
 @dataclass(frozen=True)
 class Site:
-    """One site: when its kit expires, the hash of its token, and what it joined with.
+    """One site: the expiry of its kit, the hash of its token, and the keys that it joined with.
 
-    The token's hash stays when it was used: ``state`` says whether it still lets anybody in.
-    ``certificates`` are those in force, ``dead`` those that are not although they have not ended.
-    ``audit_*`` is the last head of its audit that it told, of which round and when; ``audit_lost``
-    is how many lines it once had told, if a later head had fewer or others.
+    The hash of a used token is kept; ``state`` says whether the token still lets a site join.
+    ``certificates`` are those in force. ``dead`` are revoked certificates that have not expired.
+    ``audit_*`` is the last head that the site reported of its audit, with its run, round and time.
+    ``audit_lost`` is the number of lines that the site had reported, if a later head had fewer
+    lines or others.
     """
 
     state: SiteState = "invited"
@@ -64,7 +65,7 @@ class Site:
     audit_lost: int = 0
 
     def without_ended(self, now: datetime) -> "Site":
-        """The site without certificates that have ended by themselves: no list must name them."""
+        """Return the site without expired certificates, which no list needs to name."""
         return replace(
             self,
             certificates=tuple(one for one in self.certificates if one.lives(now)),
@@ -72,7 +73,7 @@ class Site:
         )
 
 
-# Of a site that joins with another identity: its audit is a new one.
+# A site that joins with another identity begins a new audit.
 NO_AUDIT: Final[Mapping[str, Any]] = {
     one.name: one.default for one in fields(Site) if one.name.startswith("audit_")
 }
@@ -87,7 +88,7 @@ class Member:
 
     @property
     def public_key(self) -> bytes:
-        """The P-256 public key that Flower knows the site by, PEM."""
+        """The P-256 public key by which Flower knows the site, PEM."""
         return base64.b64decode(self.node_key)
 
 
@@ -99,7 +100,7 @@ class Registry:
         self.path = home / "sites.json"
 
     def sites(self) -> dict[str, Site]:
-        """Every site by name, in whatever state.
+        """Return every site by name, in any state.
 
         Raises:
             InputError: there is no registry in this folder.
@@ -108,7 +109,7 @@ class Registry:
             raw = json.loads(self.path.read_text(encoding="utf-8"))
             return {name: _site(site) for name, site in raw["sites"].items()}
         except FileNotFoundError:
-            if (self.home / "ca.pem").exists():  # made anew it would let revoked sites in again
+            if (self.home / "ca.pem").exists():  # a new one would let revoked sites in again
                 raise InputError(
                     f"{self.path} is missing", hint="restore it from your backup"
                 ) from None
@@ -122,7 +123,7 @@ class Registry:
             ) from None
 
     def members(self) -> dict[str, Member]:
-        """The sites that joined and were not revoked."""
+        """Return the sites that joined and were not revoked, by name."""
         return {
             name: Member(name, site.node_key)
             for name, site in self.sites().items()
@@ -131,10 +132,10 @@ class Registry:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Nobody else changes the folder meanwhile: no other process, no other thread.
+        """Lock the folder: no other process and no other thread changes it in this context.
 
         Raises:
-            InputError: there is no such folder, or it is another user's.
+            InputError: there is no such folder, or it belongs to another user.
         """
         try:
             file = (self.home / "sites.lock").open("w")
@@ -144,15 +145,15 @@ class Registry:
                 hint="name it with --home; it is made by: fedgraft provision federation.toml",
             ) from None
         with file:
-            # flock, not lockf: that would let the threads of the coordinator's services through
+            # flock, not lockf: lockf does not lock the threads of one process against each other
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     @contextmanager
     def change(self) -> Iterator[dict[str, Site]]:
-        """The sites to change; written, with the roster and the revocation list, at the end.
+        """Yield the sites to change; write them, the roster and the revocation list at the end.
 
-        If the block raises, nothing is written.
+        If the block raises an exception, nothing is written.
 
         Raises:
             InputError: there is no registry in this folder.
@@ -165,8 +166,8 @@ class Registry:
             )
 
     def write(self, sites: Mapping[str, Site]) -> None:
-        """Write the registry and what follows from it; the caller holds the lock."""
-        # The registry last: a revocation that is in it is in the list, too.
+        """Write the registry, the roster and the revocation list; the caller holds the lock."""
+        # The registry comes last, so that each revocation in it is in the revocation list, too.
         self._write_crl({one.serial for site in sites.values() for one in site.dead})
         self._write_roster(sites)
         text = json.dumps({"sites": {name: asdict(site) for name, site in sites.items()}})
@@ -198,5 +199,8 @@ def _site(raw: dict[str, Any]) -> Site:
 
 
 def hash_token(token: str) -> str:
-    """What is kept of a token: it has 256 bits, so a plain hash cannot be searched."""
+    """Return the hash that is kept of a token.
+
+    A plain hash is enough: the token has 256 bits, so no search can find it from the hash.
+    """
     return hashlib.sha256(token.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""gRPC: let a site in with its kit's token, and what members ask about themselves.
+"""gRPC services: enrol a site with its kit's token, and answer requests of members.
 
-The site's name in ``Membership`` is what nginx read from the client certificate; nothing but nginx
-can reach these services' socket. A refusal is a reason code and nothing more, also where the fault
-is ours. Only who holds a kit's token learns how that site stands.
+nginx reads the site's name in ``Membership`` from the client certificate; only nginx can reach the
+socket of these services. A refusal is only a reason code, also if the fault is ours. Only the
+holder of a kit's token learns the state of that site.
 """
 
 import base64
@@ -37,13 +37,13 @@ from fedgraft.server.enrollment.registry import NO_AUDIT, Certificate, Registry,
 
 __all__ = ["EnrolmentService", "MembershipService"]
 
-CALM = 60.0  # seconds in which there are at most so many of these:
-WRONG_TOKENS = 10  # for one site, before it is refused
-HEADS = 60  # of one site: each is a line of the coordinator's audit
-TOLD = 20  # refusals that have an event of their own
+CALM = 60.0  # seconds; the next three limits are per this time
+WRONG_TOKENS = 10  # for one site; further tries are refused
+HEADS = 60  # of one site; each is a line of the coordinator's audit
+TOLD = 20  # refusals that get a separate event
 LARGEST_CSR = 4096  # bytes
-# A site renews some three times in a certificate's life. All that live are kept, so that revoking
-# the site revokes every one of them; their number must then have an end.
+# A site renews about three times in a certificate's lifetime. The registry keeps all certificates
+# in force, so that revoking the site revokes each of them. Therefore their number needs a limit.
 MOST_LIVE = 64
 Event = Callable[..., None]
 
@@ -63,11 +63,11 @@ def _denied(code: str) -> _Refused:
 
 
 class _Issuer:
-    """Issues certificates to sites of the registry in ``home``; ``event`` is told what came of it.
+    """Issues certificates to sites of the registry in ``home``, and reports to ``event``.
 
-    ``event`` gets a kind and facts: ``enrolled``, ``renewed``, ``enrolment-refused`` and
-    ``renewal-refused`` with the site, the last two with a ``code``; ``audit-head`` and
-    ``audit-cut`` with what a site told of its audit.
+    ``event`` gets a kind and facts. The kinds ``enrolled``, ``renewed``, ``enrolment-refused`` and
+    ``renewal-refused`` have the site, and the last two also a ``code``. The kinds ``audit-head``
+    and ``audit-cut`` have the head that a site reported of its audit.
     """
 
     def __init__(self, home: Path, event: Event) -> None:
@@ -76,7 +76,7 @@ class _Issuer:
         self._refusals = _Sparing(event)
 
     def issue(self, name: str, key: ec.EllipticCurvePublicKey, site: Site) -> tuple[bytes, Site]:
-        """A certificate for a site, PEM, and the site with it."""
+        """Return a new certificate for a site, PEM, and the site with that certificate."""
         now = datetime.now(UTC)
         before = site.without_ended(now)
         if len(before.certificates) >= MOST_LIVE:
@@ -96,15 +96,15 @@ class _Issuer:
         return pem, replace(before, certificates=(*before.certificates, new))
 
     def roster(self) -> bytes:
-        """The roster as it is now."""
+        """Return the current roster; empty if there is none."""
         path = self.home / "roster.toml"
         return path.read_bytes() if path.exists() else b""
 
     def member(self, context: grpc.ServicerContext) -> str:
-        """The caller, who is a member.
+        """Return the name of the caller, if it is a member.
 
         Raises:
-            _Refused: it is none, or no more.
+            _Refused: the caller is not a member, or no longer one.
         """
         name = str(dict(context.invocation_metadata()).get("x-site", ""))
         if not name:
@@ -117,7 +117,7 @@ class _Issuer:
     def answering(
         self, context: grpc.ServicerContext, refusal: str = "", site: str = ""
     ) -> Iterator[None]:
-        """End a call that is refused with its code; one that fails says nothing of what failed."""
+        """End a refused call with its code, and a failed call with the code ``fault`` alone."""
         try:
             yield
             return
@@ -132,9 +132,9 @@ class _Issuer:
 
 
 class _Sparing:
-    """Tells of the first few refusals of a minute, and then how many more there were.
+    """Reports the first few refusals of a minute, and later the number of the others.
 
-    A stranger can be refused as often as he likes, and must not fill the audit with it.
+    A stranger can cause any number of refusals, and must not fill the audit with them.
     """
 
     def __init__(self, event: Event) -> None:
@@ -156,7 +156,7 @@ class _Sparing:
 
 
 class _RateLimit:
-    """Lets each site do something ``most`` times a minute; names that are no site's, together."""
+    """Lets each site do something ``most`` times a minute; unknown names share one limit."""
 
     def __init__(self, most: int) -> None:
         self._most, self._lock = most, threading.Lock()
@@ -175,14 +175,14 @@ class _RateLimit:
 
 
 class EnrolmentService(services.EnrolmentServicer):
-    """Lets a site in, once for each kit."""
+    """Enrols a site, once for each kit."""
 
     def __init__(self, home: Path, event: Event) -> None:
         self._issuer = _Issuer(home, event)
         self._pace = _RateLimit(WRONG_TOKENS)
 
     def Enrol(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """See the .proto."""
+        """Enrol a site; the .proto file describes request and reply."""
         with self._issuer.answering(context, "enrolment-refused", request.site):
             certificate = self._enrol(request)
             return pb.EnrolReply(certificate=certificate, roster=self._issuer.roster())
@@ -213,19 +213,19 @@ class EnrolmentService(services.EnrolmentServicer):
                 joined=_now(),
                 **({} if site.identity == request.identity.hex() else NO_AUDIT),
             )
-            self._issuer.event("enrolled", site=name)  # what cannot be recorded is not done
+            self._issuer.event("enrolled", site=name)  # if this fails, nothing is written
         return certificate
 
 
 class MembershipService(services.MembershipServicer):
-    """What a member asks about itself."""
+    """Answers the requests of members."""
 
     def __init__(self, home: Path, event: Event) -> None:
         self._issuer = _Issuer(home, event)
         self._heads = _RateLimit(HEADS)
 
     def Renew(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """A new certificate for the same key."""
+        """Return a new certificate for the same key, and the roster."""
         name = str(dict(context.invocation_metadata()).get("x-site", ""))
         with self._issuer.answering(context, "renewal-refused", name):
             certificate = self._renew(self._issuer.member(context), request.csr)
@@ -234,7 +234,7 @@ class MembershipService(services.MembershipServicer):
     def _renew(self, name: str, csr: bytes) -> bytes:
         key = _read_csr(csr)
         with self._issuer.registry.change() as sites:
-            if sites[name].state != "joined":  # since it was looked at
+            if sites[name].state != "joined":  # revoked since the check in ``member``
                 raise _denied("site-revoked")
             if _base64(key) != sites[name].node_key:
                 raise _denied("another-key")
@@ -243,13 +243,13 @@ class MembershipService(services.MembershipServicer):
         return certificate
 
     def GetRoster(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """The public keys of all members."""
+        """Return the roster, which holds the public keys of all members."""
         with self._issuer.answering(context):
             self._issuer.member(context)
             return pb.RosterReply(roster=self._issuer.roster())
 
     def ReportHead(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """Note the head of a site's audit, so that it cannot be cut off later unseen."""
+        """Record the head of a site's audit, so that cutting the audit later is noticed."""
         with self._issuer.answering(context):
             name = self._issuer.member(context)
             if len(request.head) != 64 or not set(request.head) <= set("0123456789abcdef"):
@@ -261,9 +261,10 @@ class MembershipService(services.MembershipServicer):
             return pb.HeadReply()
 
     def _note_head(self, name: str, request: Any, sites: dict[str, Site]) -> None:
-        """Note a head that goes on from the one before, and be loud about one that does not.
+        """Record a head: as ``audit-head`` if it continues the last one, else as ``audit-cut``.
 
-        A chain only grows. What comes late of an earlier round of the run is no news.
+        A chain only grows, so a head with fewer or other lines shows a cut. A late head of an
+        earlier round of the same run is ignored.
         """
         before, run = sites[name], _printable(request.run)
         fewer = request.lines < before.audit_lines
@@ -285,7 +286,7 @@ class MembershipService(services.MembershipServicer):
         self._issuer.event("audit-cut" if cut else "audit-head", site=name, **facts, **known)
 
     def GetTime(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """The coordinator's clock."""
+        """Return the time of the coordinator's clock, Unix seconds."""
         return pb.TimeReply(unix_seconds=time.time())
 
 
@@ -294,7 +295,7 @@ def _now() -> str:
 
 
 def _check_open(site: Site) -> None:
-    """Whether a kit whose token is right still lets anybody in."""
+    """Check that a kit with the right token can still enrol its site; raise _Refused if not."""
     if site.state == "revoked":
         raise _denied("site-revoked")
     if site.state == "joined":
@@ -304,7 +305,7 @@ def _check_open(site: Site) -> None:
 
 
 def _read(request: Any) -> ec.EllipticCurvePublicKey:
-    """The key of a request to join that is what it should be."""
+    """Return the key of an enrolment request; raise _Refused if the request is not valid."""
     key = _read_csr(request.csr)
     try:
         verify(request.identity, request.proof, enrolment_statement(request.site, request.csr))
@@ -328,7 +329,7 @@ def _base64(key: ec.EllipticCurvePublicKey) -> str:
 
 def _refuse(context: grpc.ServicerContext, error: _Refused) -> NoReturn:
     context.abort(error.status, error.code)
-    raise AssertionError  # abort has raised
+    raise AssertionError  # not reached, because abort raises
 
 
 def _printable(name: str) -> str:

@@ -1,1 +1,1 @@
-"""What is made of a finished run: PEFT folder, merged model, ONNX, attributions."""
+"""The exports of a finished run: PEFT folder, merged model, ONNX, attributions."""

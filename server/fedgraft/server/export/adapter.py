@@ -1,6 +1,6 @@
-"""Give a run's adapter away: a standard PEFT folder, or the backbone with it merged in.
+"""Export a run's adapter: a standard PEFT folder, or the backbone with the adapter merged in.
 
-Either carries a model card that says where the numbers come from and what they do not show.
+Both exports have a model card, which gives the source of the numbers and what they do not show.
 """
 
 import copy
@@ -55,7 +55,7 @@ def export_merged(
 
 
 def origin_of(run: Run) -> Origin:
-    """What the card says of ``run``: how many sites took part, and no site's name."""
+    """Return the facts of ``run`` for the card: the number of sites, but no site's name."""
     summary, history = run.summary() or {}, run.history()
     sites = summary.get("sites", [])
     validated = [line["validation"] for line in history if line["validation"]]

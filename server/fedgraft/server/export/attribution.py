@@ -1,13 +1,14 @@
-"""What of one input a run's model looked at: how much each token or pixel moved its answer.
+"""Attributions of a run's model: the effect of each token or pixel of one input on the answer.
 
-Integrated gradients (Sundararajan et al. 2017, "Axiomatic Attribution for Deep Networks"), by
-captum: along the straight line from an input that says nothing (padding for every token but the
-first and last, the mean grey for every pixel) the gradients of a label's log-odds against the
-others are added up. The sum over the input is the difference of the two log-odds; ``missing`` says
-by how much the numerical sum falls short of that.
+The method is integrated gradients (Sundararajan et al. 2017, "Axiomatic Attribution for Deep
+Networks"), computed by captum. The gradients of a label's log-odds against the other labels are
+added up along a straight line. The line goes to the input from a baseline without information
+(padding for every token except the first and the last, the mean grey for every pixel). The sum over
+the input is the difference of the log-odds of the two. ``missing`` is the error of the numerical
+sum.
 
-An attribution is of this one answer of this model. It is no proof that the model is right for the
-right reasons, and none that it is fair.
+An attribution explains only this one answer of this model. It does not prove that the model is
+right for the right reasons, or that it is fair.
 """
 
 from collections.abc import Callable
@@ -26,15 +27,15 @@ from fedgraft.common.modalities.image import open_image
 
 __all__ = ["EXPLAINERS", "Explanation", "explain_image", "explain_text", "write_heat"]
 
-STEPS = 64  # of the line
+STEPS = 64  # steps along the line
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """``probabilities`` of all labels, float [c]; ``weights`` of the tokens or pixels, float.
+    """The ``probabilities`` of all labels, float [c], and ``weights`` of tokens or pixels, float.
 
-    ``label`` is the index of the one explained. ``parts`` are a text's tokens; empty of an image,
-    whose weights are [height, width].
+    ``label`` is the index of the explained label. ``parts`` are the tokens of a text. They are
+    empty for an image, whose weights are [height, width]. ``missing`` is the numerical error.
     """
 
     label: int
@@ -47,11 +48,11 @@ class Explanation:
 def explain_text(
     bench: Workbench, given: str, settings: Settings, label: int | None = None
 ) -> Explanation:
-    """The tokens of the text ``given`` with their weights, for ``label`` or the likeliest.
+    """Return the tokens of the text ``given`` with weights for ``label`` or the likeliest label.
 
     Raises:
-        InputError: captum is not installed, or the text becomes no tokens.
-        BackboneError: the model has no table of embeddings to start from.
+        InputError: captum is not installed, or the text has no tokens.
+        BackboneError: the model has no table of input embeddings, from which the line starts.
     """
     processor = bench.processor
     read = processor.tokenize([given], settings.max_length)
@@ -62,7 +63,7 @@ def explain_text(
     if "token_type_ids" in read:
         more["token_type_ids"] = torch.tensor(read["token_type_ids"])
     silent = torch.full_like(ids, processor.pad_id)
-    silent[:, [0, -1]] = ids[:, [0, -1]]  # marks, or what is read last
+    silent[:, [0, -1]] = ids[:, [0, -1]]  # special tokens, or the token read last
     model: Any = bench.model
 
     def logits(given: torch.Tensor) -> torch.Tensor:
@@ -81,11 +82,13 @@ def explain_text(
 def explain_image(
     bench: Workbench, given: str, settings: Settings, label: int | None = None
 ) -> Explanation:
-    """The pixels of the image file ``given``, at the backbone's size, with their weights.
+    """Return the weights of the pixels of the image file ``given``, at the backbone's size.
+
+    They are for ``label`` or the likeliest label.
 
     Raises:
         InputError: captum is not installed.
-        DataError: it is no image.
+        DataError: the file is not an image.
     """
     processor = bench.processor
     image = open_image({"bytes": None, "path": given})
@@ -103,7 +106,7 @@ def explain_image(
 
 Explainer = Callable[[Workbench, str, Settings, int | None], Explanation]
 EXPLAINERS: dict[str, Explainer] = {"text": explain_text, "image": explain_image}
-"""By modality: explains the answer to one input, a text or the path of a file."""
+"""By modality, the function that explains the answer to one input, a text or a file's path."""
 
 
 def _integrated(
@@ -113,7 +116,7 @@ def _integrated(
     label: int | None,
     table: Any,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], int, float]:
-    """Attributions of ``given`` [1, ...], probabilities [c], the label, and what is missing."""
+    """Return attributions of ``given`` [1, ...], probabilities [c], the label, and the error."""
     try:
         from captum.attr import IntegratedGradients, LayerIntegratedGradients
     except ImportError:
@@ -123,7 +126,7 @@ def _integrated(
     target = int(probabilities.argmax()) if label is None else label
 
     def odds(given: torch.Tensor) -> torch.Tensor:
-        """log p / (1 - p) of the label, [b]."""
+        """Return log p / (1 - p) of the label, [b]."""
         found = logits(given)
         others = [index for index in range(found.shape[1]) if index != target]
         return found[:, target] - found[:, others].logsumexp(1)
@@ -138,7 +141,10 @@ def _integrated(
 
 
 def write_heat(explanation: Explanation, source: Path, path: Path) -> None:
-    """The image at ``source`` beside its weights: red speaks for the label, blue against it."""
+    """Write a picture of the image at ``source`` and its weights to ``path``.
+
+    Red weights are for the label, blue weights are against it.
+    """
     import matplotlib.figure
 
     weights = explanation.weights

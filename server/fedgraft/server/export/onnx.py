@@ -1,9 +1,9 @@
-"""The merged model as an ONNX graph for runtimes without PyTorch, checked before it is given away.
+"""Export the merged model as an ONNX graph for runtimes without PyTorch, and check it.
 
-The graph is traced by ``torch.export`` (``dynamo=True``), with the number of examples and of tokens
-left open. The older exporter by TorchScript is not used: from transformers' attention masks and
-from batch normalisation it can make graphs that run and compute something else. So the file is
-written only if onnxruntime comes to the same logits as PyTorch, also for other sizes than the
+``torch.export`` (``dynamo=True``) traces the graph, with variable numbers of examples and tokens.
+The older exporter, which uses TorchScript, is not used: from transformers' attention masks and from
+batch normalisation it can make graphs that run but compute other logits. Therefore the file is
+written only if onnxruntime computes the same logits as PyTorch, also for other sizes than the
 traced ones.
 """
 
@@ -33,17 +33,17 @@ __all__ = ["example_inputs", "export_onnx", "largest_difference"]
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
-OPSET = 18  # the oldest that torch.export writes: runs on the most runtimes
-CLOSE = 1e-3  # times the largest logit: float32 kernels differ, a wrong graph is far off
+OPSET = 18  # the oldest that torch.export writes, because most runtimes support it
+CLOSE = 1e-3  # times the largest logit: float32 kernels differ, but a wrong graph differs far more
 TRACED = (2, 12)  # examples and tokens
 TRIED = (TRACED, (1, 7), (5, 16))
-ONE_FILE = 1 << 30  # bytes of weights; protobuf cannot hold more than two of these
+ONE_FILE = 1 << 30  # bytes of weights in one file; protobuf cannot hold more than twice as many
 
 Inputs = dict[str, torch.Tensor]
 
 
 class _Logits(nn.Module):
-    """The model as a function of its inputs in order, to its logits."""
+    """The model as a function from its inputs, in order, to its logits."""
 
     def __init__(self, model: Any, names: tuple[str, ...]) -> None:
         super().__init__()
@@ -57,18 +57,18 @@ class _Logits(nn.Module):
 def export_onnx(
     run: Run, bench: Workbench, exchanged: Layout, adapter: Vector, folder: Path
 ) -> None:
-    """Write the backbone with ``adapter`` merged in as ``model.onnx``, with what prepares inputs.
+    """Write the backbone with ``adapter`` merged in as ``model.onnx``, with its input settings.
 
     Raises:
-        InputError: the extra ``onnx`` is not installed, ``folder`` is not ours to replace, or the
-            job reads what there are no example inputs for.
-        BackboneError: the model cannot be traced, or its graph computes something else.
+        InputError: the extra ``onnx`` is not installed, ``folder`` exists and is not an earlier
+            export, or the job's modality has no example inputs.
+        BackboneError: the model cannot be traced, or its graph computes other logits.
     """
     _require_packages()
     inputs = example_inputs(bench, run.job, *TRACED)
     bench.put((exchanged, adapter))
     merged = copy.deepcopy(bench.model).merge_and_unload()
-    merged.config.use_cache = False  # one pass: what was computed for earlier tokens is no output
+    merged.config.use_cache = False  # the graph runs once, so the cache must not be an output
     model = _Logits(merged.eval(), tuple(inputs))
     origin = origin_of(run)
     card = model_card(bench, run.job, origin, form="onnx")
@@ -92,7 +92,7 @@ def export_onnx(
 
 
 def example_inputs(bench: Workbench, job: Job, examples: int, tokens: int) -> Inputs:
-    """Inputs of the right names, shapes and types; what they say is of no matter.
+    """Return inputs of the right names, shapes and types; their content does not matter.
 
     Raises:
         InputError: the job reads neither texts nor images.
@@ -113,14 +113,14 @@ def _require_packages() -> None:
 
 def _trace(model: _Logits, inputs: Inputs, path: Path) -> None:
     every = torch.export.Dim.DYNAMIC
-    # Images have one size; of texts the second axis is the tokens.
+    # Images have a fixed size; the second axis of texts is the tokens.
     open_axes = tuple(
         dict.fromkeys((0,) if name == "pixel_values" else (0, 1), every) for name in inputs
     )
     size = sum(weight.nbytes for weight in model.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of transformers' tracing, nothing to act on
+        warnings.simplefilter("ignore")  # transformers' tracing warns without need
         try:
             torch.onnx.export(
                 model,
@@ -134,7 +134,7 @@ def _trace(model: _Logits, inputs: Inputs, path: Path) -> None:
                 external_data=size > ONE_FILE,
                 verbose=False,
             )
-        except Exception as error:  # the exporter raises many kinds over what it cannot trace
+        except Exception as error:  # the exporter raises many classes if it cannot trace
             raise BackboneError(
                 f"this architecture cannot be traced for ONNX ({type(error).__name__})",
                 hint="export with --merge instead",
@@ -142,9 +142,10 @@ def _trace(model: _Logits, inputs: Inputs, path: Path) -> None:
 
 
 def largest_difference(path: Path, model: nn.Module, bench: Workbench, job: Job) -> float:
-    """How far onnxruntime's logits are from PyTorch's at most, over the largest of them.
+    """Return the largest difference of onnxruntime's and PyTorch's logits over the largest logit.
 
-    For batches of several sizes and lengths; infinite where the graph does not run with one.
+    It is computed for batches of several sizes and lengths. It is infinite if the graph does not
+    run with one of them, or returns another shape.
     """
     import onnxruntime
 
@@ -158,7 +159,7 @@ def largest_difference(path: Path, model: nn.Module, bench: Workbench, job: Job)
         feed = {name: value.numpy() for name, value in inputs.items() if name in asked}
         try:
             (found,) = session.run(["logits"], feed)
-        except Exception:  # of onnxruntime's own, which have no common parent
+        except Exception:  # onnxruntime's exceptions have no common parent
             return float("inf")
         if found.shape != wanted.shape:
             return float("inf")

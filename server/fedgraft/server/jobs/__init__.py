@@ -1,1 +1,1 @@
-"""Submitted jobs: the queue and how far each one is."""
+"""Submitted jobs: the queue and the progress of each job."""

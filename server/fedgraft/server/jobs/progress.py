@@ -1,9 +1,9 @@
-"""What an operator wants to know of the runs, read from their folders as these grow.
+"""The progress of runs for an operator, read from the run folders while they grow.
 
-A run that goes on after a fault cuts its metrics back to the last committed round and does the
-rounds after it again. What is shown is the file as it is. What is counted in ``totals`` is every
-round that was done since the coordinator started, also one that was done again: its bytes went over
-the wire. Rounds from before are not in it, as Prometheus wants of what starts anew.
+A run that goes on after a fault cuts its metrics back to the last committed round and repeats the
+rounds after it. The lines of an overview show the file as it is now. ``totals`` counts every round
+since the coordinator started, also a repeated one, because its bytes were sent over the network.
+Rounds from before the start are not counted, because a Prometheus counter starts at zero again.
 """
 
 import json
@@ -23,16 +23,19 @@ from fedgraft.server.jobs.queue import Jobs, Submitted
 __all__ = ["SHOWN", "Overview", "Round", "RunFigures"]
 
 SHOWN = 50  # runs, the newest
-REASONS = 50  # reasons that are told apart
+REASONS = 50  # different reasons that are counted separately
 WARNINGS = 5
-TAIL = 1 << 16  # bytes of the events in which warnings are looked for
-PACE = 5  # rounds whose median is the pace
+TAIL = 1 << 16  # bytes at the end of the events that are searched for warnings
+PACE = 5  # rounds; the median of their seconds is the pace
 OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Round:
-    """A committed round: bytes from and to sites, wall seconds, why updates did not count."""
+    """A committed round: bytes from (``up``) and to (``down``) sites, wall ``seconds``.
+
+    ``reasons`` are the codes of the updates that did not count.
+    """
 
     number: int
     up: int
@@ -42,9 +45,10 @@ class Round:
 
 
 class RunFigures:
-    """The rounds in a run's ``folder``, read on from where the last look ended.
+    """The rounds in a run's ``folder``; each ``read`` continues where the last one ended.
 
-    ``rounds`` are those of its file, in order; ``warnings`` the last few, in words.
+    ``rounds`` are the rounds in the metrics file, in order. ``warnings`` are the texts of the last
+    few warnings.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,11 +60,11 @@ class RunFigures:
         self._events = (0, 0)
 
     def read(self) -> list[Round]:
-        """Look again; the rounds that were done since the last look."""
+        """Read the new lines; return the rounds that were done since the last call."""
         self._read_warnings()
         found = self._read_rounds()
         self.rounds += found
-        # A round that is done again takes another time.
+        # A repeated round takes another time, so it differs from the first one.
         fresh = [each for each in found if self._done.get(each.number) != each]
         self._done |= {each.number: each for each in fresh}
         return fresh
@@ -69,7 +73,7 @@ class RunFigures:
         try:
             with (self.folder / "metrics.jsonl").open("rb") as file:
                 inode, size = _identity(file.fileno())
-                if inode != self._inode or size < self._offset:  # cut, which makes a new file
+                if inode != self._inode or size < self._offset:  # a cut makes a new file
                     self.rounds, self._inode, self._offset = [], inode, 0
                 file.seek(self._offset)
                 whole, end, _ = file.read().rpartition(b"\n")
@@ -91,7 +95,7 @@ class RunFigures:
 
 
 class Overview:
-    """The newest of ``jobs``, whose runs are below ``runs``; may be asked from several threads."""
+    """An overview of the newest ``jobs``, whose runs are below ``runs``; it is thread-safe."""
 
     def __init__(self, jobs: Jobs, runs: Path) -> None:
         self._jobs, self._runs = jobs, runs
@@ -101,11 +105,11 @@ class Overview:
         self._up = self._down = 0
         self._dropped: Counter[str] = Counter()
         self.lines()
-        self._up = self._down = 0  # what there was before is not counted
+        self._up = self._down = 0  # earlier rounds are not counted
         self._dropped.clear()
 
     def lines(self) -> list[dict[str, Any]]:
-        """One record a run, oldest first."""
+        """Return one record per run, oldest first."""
         with self._lock:
             shown = self._jobs.all()[-SHOWN:]
             names = {one.name for one in shown}
@@ -113,7 +117,7 @@ class Overview:
             return [self._line(one) for one in shown]
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Bytes by direction and dropped updates by reason, as ``lines`` came upon them."""
+        """Return bytes by direction and dropped updates by reason, as ``lines`` counted them."""
         with self._lock:
             return {"bytes": {"up": self._up, "down": self._down}, "dropped": dict(self._dropped)}
 
@@ -147,7 +151,7 @@ class Overview:
             self._dropped[reason if known else OTHER] += 1
 
     def _count_of(self, name: str) -> int | None:
-        """How many rounds a job asks for; None if its file does not say."""
+        """Return the number of rounds of a job; None if its file does not say."""
         if name not in self._counts:
             with suppress(OSError, ValueError, KeyError, TypeError):
                 self._counts[name] = int(tomllib.loads(self._jobs.text(name))["rounds"]["count"])
@@ -155,7 +159,7 @@ class Overview:
 
 
 def pace(rounds: list[Round]) -> float:
-    """Seconds that a round takes of late; one slow round does not change it."""
+    """Return the median seconds of the last rounds; one slow round does not change it."""
     return median(each.seconds for each in rounds[-PACE:])
 
 
@@ -165,7 +169,7 @@ def _identity(descriptor: int) -> tuple[int, int]:
 
 
 def _parse(content: bytes) -> Iterator[Mapping[str, Any]]:
-    """The objects in JSON lines; what is torn is passed over."""
+    """Yield the objects in JSON lines; skip incomplete lines."""
     for text in content.split(b"\n"):
         with suppress(ValueError, RecursionError):
             if isinstance(line := json.loads(text), dict):

@@ -1,8 +1,8 @@
-"""The jobs that were submitted, in small files, so that a restart knows what to go on with.
+"""The submitted jobs, kept in small files, so that a restarted coordinator goes on with them.
 
-``jobs/NAME.json`` holds the state of one: ``waiting``, ``running``, ``finished``, ``failed`` or
-``stopped``, and why. Its run is the folder ``runs/NAME``; the rounds that are committed there, not
-anything here, say how far it is.
+``jobs/NAME.json`` holds the state of one job: ``waiting``, ``running``, ``finished``, ``failed`` or
+``stopped``, and the reason. Its run is the folder ``runs/NAME``. The progress is not kept here: it
+is the number of rounds that are committed in that folder.
 """
 
 import json
@@ -21,7 +21,7 @@ OPEN = ("waiting", "running")
 
 @dataclass(frozen=True)
 class Submitted:
-    """One job: its ``name`` is that of its run's folder; ``tries`` counts starts."""
+    """One job: ``name`` is also the name of its run folder; ``tries`` counts its starts."""
 
     name: str
     state: str = "waiting"
@@ -30,7 +30,7 @@ class Submitted:
 
 
 class Jobs:
-    """The submitted jobs in ``folder``, in the order in which they came."""
+    """The submitted jobs in ``folder``, in the order of their submission."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,12 +42,12 @@ class Jobs:
         return self.put(Submitted(name))
 
     def put(self, one: Submitted) -> Submitted:
-        """Write down the state of a job."""
+        """Write the state of a job to its file, and return the job."""
         write_text(self.folder / f"{one.name}.json", json.dumps(asdict(one)))
         return one
 
     def set(self, name: str, state: str, why: str = "") -> Submitted:
-        """Change a job's state.
+        """Change a job's state, and return the job.
 
         Raises:
             InputError: there is no such job.
@@ -59,18 +59,19 @@ class Jobs:
         return self.put(replace(found, state=state, why=why, tries=tries))
 
     def text(self, name: str) -> str:
-        """The job file of a submitted job."""
+        """Return the text of a submitted job's file (TOML)."""
         return (self.folder / f"{name}.toml").read_text(encoding="utf-8")
 
     def all(self) -> list[Submitted]:
-        """Every job, oldest first: names begin with the time of submission."""
+        """Return every job, oldest first; names begin with the time of submission."""
         paths = sorted(self.folder.glob("*.json"))
         return [Submitted(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
 
     def next(self, after: str = "") -> Submitted | None:
-        """The job to run now: the oldest that is not at its end.
+        """Return the job to run now: the oldest open job after ``after``.
 
-        Of those that came later than ``after``, if there is one: that job lacks sites.
+        The job ``after`` lacks sites, so later jobs come first. If there is no later open job, it
+        is the oldest open job of all; None if no job is open.
         """
         found = [one for one in self.all() if one.state in OPEN]
         return next((one for one in found if one.name > after), found[0] if found else None)

@@ -1,4 +1,4 @@
-"""A job becomes a run of a federation: checked, and its backbone made ready to be handed out."""
+"""Prepare a job for a federation: check it, and make its backbone ready for the sites."""
 
 import secrets
 import tomllib
@@ -17,10 +17,10 @@ __all__ = ["prepare_job"]
 
 
 def prepare_job(text: str, home: Home) -> tuple[str, Job]:
-    """The name of the run that the job in ``text`` (TOML) will be, and the job for real sites.
+    """Return the name of the new run of the job in ``text`` (TOML), and the job for real sites.
 
     Raises:
-        InputError: the job is wrong, or this federation cannot do it.
+        InputError: the job is wrong, or this federation cannot run it.
     """
     job = parse_job(tomllib.loads(text), where="job")
     sites = Registry(home.folder).sites()
@@ -31,7 +31,7 @@ def prepare_job(text: str, home: Home) -> tuple[str, Job]:
             hint="lower it, or provision more sites",
         )
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    # What it starts from is read here; ``Job.for_sites`` takes that out of what is sent.
+    # The start adapter is read here; ``Job.for_sites`` removes it from the job that is sent.
     mine = job.model_copy(update={"simulation": None})
     if job.start is not None and not Path(job.start.adapter).is_dir():
         raise InputError(
@@ -42,9 +42,10 @@ def prepare_job(text: str, home: Home) -> tuple[str, Job]:
 
 
 def _with_manifest(job: Job, home: Home) -> Job:
-    """The job with its backbone named by what it is, and that ready to be handed out.
+    """Return the job with its backbone named by its manifest, and put the backbone in the store.
 
-    A built-in backbone is in every install.
+    A job with a built-in backbone is returned unchanged, because every installation has it. So is a
+    job that names a manifest already.
     """
     source = job.backbone.source
     if source.startswith(("builtin:", "manifest:")):

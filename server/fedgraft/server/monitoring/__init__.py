@@ -1,1 +1,1 @@
-"""The coordinator's page and Prometheus figures."""
+"""The coordinator's status page and Prometheus figures."""

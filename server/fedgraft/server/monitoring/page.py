@@ -1,8 +1,9 @@
-"""A page and Prometheus' figures about the coordinator, for whoever is on this machine.
+"""A status page and Prometheus figures of the coordinator, for users of this machine.
 
-Both show the same status and keep nothing themselves: a run or a site that is gone from it is gone
-here. They listen on loopback alone, only ever answer GET, and only under a local name, so that no
-web page in a browser on this machine can read them by pointing its own name here.
+Both show the same status and keep no state: a run or a site that leaves the status is no longer
+shown. They listen only on loopback and answer only GET. They also answer only under a local host
+name: otherwise a web page in a browser on this machine could point its own host name at this
+address and read them.
 """
 
 import threading
@@ -46,15 +47,15 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 LACKING = "no figures: prometheus-client is missing\nhint: pip install 'fedgraft[coordinator]'\n"
-SECONDS = 10.0  # that a client has to say what it wants
+SECONDS = 10.0  # in which a client must send its request
 Facts = Mapping[str, Any]
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """Host and port of a loopback address.
+    """Return host and port of a loopback address.
 
     Raises:
-        InputError: it is no address, or others could reach it.
+        InputError: ``text`` is not an address, or other machines could reach it.
     """
     host, _, port = text.rpartition(":")
     if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
@@ -68,10 +69,10 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 class Monitor:
-    """Serves ``status`` at ``address``; use as a context manager.
+    """Serves ``status`` at ``address``; use it as a context manager.
 
     Raises:
-        InputError: the address is not loopback, or taken.
+        InputError: the address is not loopback, or is in use.
     """
 
     def __init__(self, address: str, status: Callable[[], Facts]) -> None:
@@ -90,7 +91,7 @@ class Monitor:
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
+        """The port that the server listens on."""
         return int(self._server.server_address[1])
 
     def __enter__(self) -> Self:
@@ -106,7 +107,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a client that went away is no news, and other errors were answered."""
+        """Print nothing: clients may go away, and other errors were answered."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -115,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "fedgraft", ""
 
     def do_GET(self) -> None:
-        """Answer the page, the figures or an error."""
+        """Answer with the page, the figures or an error."""
         try:
             code, kind, text = self._answer()
         except FedgraftError as error:
@@ -147,11 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 def render_page(facts: Facts) -> str:
-    """The page about a status."""
+    """Return the HTML page of a status."""
     return _template().render(
         facts=facts,
         down=down(facts),
@@ -176,20 +177,20 @@ def _template() -> Template:
 
 
 def render_figures(facts: Facts) -> str:
-    """A status as Prometheus reads it."""
+    """Return a status in Prometheus' text format."""
     registry = CollectorRegistry()
     registry.register(_Snapshot(facts))
     return str(generate_latest(registry).decode())
 
 
 class _Snapshot:
-    """One status as a collector: what is not in it has no figure."""
+    """One status as a Prometheus collector; there are figures only for facts in the status."""
 
     def __init__(self, facts: Facts) -> None:
         self._facts = facts
 
     def collect(self) -> Iterable[Any]:
-        """All families of figures."""
+        """Yield all metric families."""
         yield from self._sites()
         yield from self._runs()
         totals = self._facts["totals"]

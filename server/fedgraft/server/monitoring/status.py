@@ -1,7 +1,8 @@
-"""How things stand, in words: the rows that the terminal and the page show of a status.
+"""The coordinator's status in words: the rows that the terminal and the page show.
 
-``facts`` is what ``Coordinator.status`` gives. Texts in it come from sites and from strangers at
-the public port: what is not printable is replaced here, and each medium escapes the rest.
+``facts`` is the result of ``Coordinator.status``. Some of its texts come from sites and from
+strangers at the public port. Therefore characters that are not printable are replaced here; the
+terminal and the page each escape the rest.
 """
 
 from collections.abc import Mapping
@@ -19,12 +20,12 @@ LONGEST = 400
 
 
 def down(facts: Facts) -> list[str]:
-    """The processes that do not run."""
+    """Return the names of the processes that do not run."""
     return [name for name, each in facts["processes"].items() if not each["pid"]]
 
 
 def alarms(facts: Facts) -> list[str]:
-    """What somebody must look at now."""
+    """Return the texts of the alarms, which a person must look at now."""
     found = [
         f"{name} is down: it is started again by itself; if it stays so, logs/{name}.log says why"
         for name in down(facts)
@@ -44,7 +45,7 @@ def alarms(facts: Facts) -> list[str]:
 
 
 def process_rows(facts: Facts) -> list[Row]:
-    """Name, state and restarts of each process."""
+    """Return name, state and restarts of each process."""
     return [
         {
             "name": name,
@@ -56,7 +57,7 @@ def process_rows(facts: Facts) -> list[Row]:
 
 
 def site_rows(facts: Facts) -> list[Row]:
-    """Name, state, whether connected, last seen and the last head of its audit, of each site."""
+    """Return name, state, connection, last-seen time and last audit head of each site."""
     return [
         {
             "site": _plain(each["site"]),
@@ -70,7 +71,7 @@ def site_rows(facts: Facts) -> list[Row]:
 
 
 def _audit(head: Facts) -> str:
-    """How far a site's audit is, by what it told."""
+    """Return the position of a site's audit, by the last head that the site reported."""
     if not head["head"]:
         return "not told"
     cut = ", CUT" if head["lost"] else ""
@@ -78,7 +79,7 @@ def _audit(head: Facts) -> str:
 
 
 def run_rows(facts: Facts) -> list[dict[str, Any]]:
-    """What there is to say of each run, newest first; ``told`` are lines of their own."""
+    """Return the facts of each run, newest first; ``told`` are separate lines of text."""
     return [_run(each) for each in reversed(facts["runs"])]
 
 
@@ -101,7 +102,7 @@ def _run(each: Facts) -> dict[str, Any]:
 
 
 def refused_rows(facts: Facts) -> list[Row]:
-    """The last requests that were refused at the public port, newest first."""
+    """Return the last requests that were refused at the public port, newest first."""
     return [
         {
             "site": _claim(each),
@@ -115,7 +116,7 @@ def refused_rows(facts: Facts) -> list[Row]:
 
 
 def _claim(each: Facts) -> str:
-    """Who was refused; without a valid certificate a name is only a claim."""
+    """Return the name of the refused client; without a valid certificate it is only a claim."""
     name = _plain(each["site"])
     if not name:
         return "a stranger"
@@ -123,7 +124,7 @@ def _claim(each: Facts) -> str:
 
 
 def _ago(now: float, then: float | None) -> str:
-    """How long ago, or the time (UTC) if that is more than a day."""
+    """Return how long ago ``then`` was, or the time (UTC) if it is more than a day ago."""
     if then is None:
         return NEVER
     seconds = max(now - then, 0.0)

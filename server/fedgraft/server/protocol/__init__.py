@@ -1,1 +1,1 @@
-"""One stage of a round: requests, replies, validation, and the sums, clear or masked."""
+"""The stages of a round: requests, replies, their validation, and the sums, clear or masked."""

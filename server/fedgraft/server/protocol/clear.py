@@ -1,6 +1,7 @@
-"""A round in clear: ask the cohort, check each reply and add it up; a crash half-way costs little.
+"""A round in clear: ask the cohort, check each reply and add it up.
 
-``masked`` is the same for secure aggregation.
+An unfinished round is saved, so that a crash loses little. ``masked`` does the same for secure
+aggregation.
 """
 
 import time
@@ -33,10 +34,10 @@ __all__ = ["Gathering", "Halfway", "evaluate_clear", "gather_clear"]
 
 @dataclass
 class Halfway:
-    """Where a round under way is kept: not more often than every ``seconds``.
+    """Saves and loads an unfinished round; saves at most once in ``seconds``.
 
-    And only after a multiple of ``every`` replies: a simulation trains that many sites in one pass,
-    and going on must find the same sites side by side.
+    It saves only after a multiple of ``every`` replies. A simulation trains that many sites in one
+    pass, and a continued round must train the same sites together.
     """
 
     load: Callable[[int, int], Partial | None]
@@ -50,7 +51,7 @@ class Halfway:
         self._last = self.clock()
 
     def due(self, replies: int) -> bool:
-        """Whether to save now, with so many ``replies``."""
+        """Return whether to save now, after this number of ``replies``."""
         if replies % self.every or self.clock() - self._last < self.seconds:
             return False
         self._last = self.clock()
@@ -65,9 +66,9 @@ def gather_clear(
     exchanged: Layout,
     halfway: Halfway | None = None,
 ) -> Gathered:
-    """Have the cohort train; each valid update goes into the rule's collector.
+    """Have the cohort train, add each valid update to the rule's collector, return the result.
 
-    Sites whose replies were added up before a crash, as ``halfway`` knows, are not asked again.
+    A site is not asked again if ``halfway`` holds its reply from before a crash.
 
     Raises:
         TooFewSites: fewer than ``min_sites`` updates were usable.
@@ -92,7 +93,7 @@ def evaluate_clear(
     request: EvaluateRequest,
     exchanged: Layout,
 ) -> Evaluated:
-    """Have ``sites`` evaluate; the sum of their tallies."""
+    """Have ``sites`` evaluate; return the sum of their tallies."""
     evaluated = Evaluated(Tally.empty(job.measures), Traffic())
     expected = Expected(request.session, request.round, exchanged)
     for reply in transport.ask(sites, Stage.EVALUATE, request, job.rounds.deadline):
@@ -104,13 +105,13 @@ def evaluate_clear(
                 evaluated.traffic.drop(reply.site, f"evaluation: {error}")
             else:
                 evaluated = replace(evaluated, tally=evaluated.tally + tally)
-        elif reply.failure != "no-examples":  # a small site may hold none out
+        elif reply.failure != "no-examples":  # a small site may have no held-out examples
             evaluated.traffic.drop(reply.site, f"evaluation: {reply.failure}")
     return evaluated
 
 
 class Gathering:
-    """What the replies to ``request`` came to so far."""
+    """The replies to ``request`` that have come so far, added up."""
 
     def __init__(self, job: Job, request: TrainRequest, exchanged: Layout) -> None:
         self._job, self._request = job, request
@@ -118,15 +119,15 @@ class Gathering:
         self._collector = RULES[job.aggregation.rule].collect(exchanged.size)
         self._examples, self._loss = 0, 0.0
         self.traffic = Traffic()
-        self.answered: dict[str, None] = {}  # in order
+        self.answered: dict[str, None] = {}  # the sites, in order of their replies
 
     @property
     def count(self) -> int:
-        """Usable updates."""
+        """The number of usable updates."""
         return self._collector.count
 
     def take(self, reply: Reply) -> None:
-        """Add a reply up if it is valid, or note why it does not count."""
+        """Add a reply if it is valid; otherwise record why it does not count."""
         self.answered[reply.site] = None
         self.traffic.count(up=reply.bytes_up, down=reply.bytes_down)
         update = reply.payload
@@ -144,12 +145,12 @@ class Gathering:
         self._loss += update.loss * update.examples
 
     def gathered(self) -> Gathered:
-        """The round's result; there must be a usable update."""
+        """Return the round's result; there must be at least one usable update."""
         loss = self._loss / self._examples
         return Gathered(self._collector.combined(), self.count, self._examples, loss, self.traffic)
 
     def partial(self) -> Partial:
-        """All of it, to be kept."""
+        """Return the complete state of the unfinished round, to be saved."""
         return Partial(
             round=self._request.round,
             attempt=self._request.attempt,
@@ -161,7 +162,7 @@ class Gathering:
         )
 
     def go_on(self, partial: Partial) -> None:
-        """Take up what ``partial`` kept."""
+        """Continue from the saved state ``partial``."""
         self.answered = dict.fromkeys(partial.answered)
         self._examples, self._loss = partial.examples, partial.loss
         self.traffic = partial.traffic

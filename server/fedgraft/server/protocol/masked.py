@@ -1,8 +1,9 @@
-"""The coordinator's side of a masked round: five questions, one sum, nothing about one site.
+"""The coordinator's side of a masked round: five stages and one sum, no update of a single site.
 
-KEYS -> SHARES -> TRAIN or EVALUATE -> CONFIRM -> UNMASK, over the same ``Transport.ask`` as
-everything else; ``secagg.UnmaskingServer`` decides what counts. A site that does not answer one
-stage is not asked at the next, and no request is sent twice: a site answers each once.
+The stages are KEYS -> SHARES -> TRAIN or EVALUATE -> CONFIRM -> UNMASK. They use ``Transport.ask``
+like all other requests. ``UnmaskingServer`` decides which replies count. A site that does not
+answer one stage is not asked at the next. No request is sent twice, because a site answers each
+request only once.
 """
 
 import os
@@ -56,7 +57,10 @@ PROMPT = 120.0  # seconds for a stage that only computes keys or signatures
 
 @dataclass(frozen=True)
 class Masking:
-    """Who may be in a masked round; ``next_number`` grows with each, also after a crash."""
+    """The sites that may be in a masked round.
+
+    ``next_number`` returns a greater number for each masked round, also after a crash.
+    """
 
     federation: Federation
     next_number: Callable[[], int]
@@ -70,7 +74,7 @@ def gather_masked(
     request: TrainRequest,
     exchanged: Layout,
 ) -> Gathered:
-    """Have the cohort train; the weighted mean of its updates, from the masked sum.
+    """Have the cohort train; return the weighted mean of its updates, from the masked sum.
 
     Raises:
         RoundAborted: no sum was opened; TooFewSites if sites were missing.
@@ -111,7 +115,7 @@ def evaluate_masked(
     cohort: Sequence[str],
     request: EvaluateRequest,
 ) -> Evaluated:
-    """Have the cohort evaluate; the sum of its tallies. None of it, if no sum can be opened."""
+    """Have the cohort evaluate; return the sum of its tallies, empty if no sum can be opened."""
 
     def terms(ids: tuple[int, ...]) -> Parameters:
         return evaluation_terms(job, request.session, ids)
@@ -133,7 +137,7 @@ def evaluate_masked(
 
 @dataclass
 class _Conversation:
-    """One masked round with a cohort, and what it cost."""
+    """One masked round with a cohort, and its traffic."""
 
     masking: Masking
     job: Job
@@ -147,7 +151,7 @@ class _Conversation:
         terms: Callable[[tuple[int, ...]], Parameters],
         min_sites: int,
     ) -> tuple[Parameters, Aggregate]:
-        """The terms and the opened sum.
+        """Run the masked round; return its terms and the opened sum.
 
         Raises:
             RoundAborted: no sum was opened; TooFewSites if sites were missing.
@@ -171,7 +175,7 @@ class _Conversation:
     def _ask_all(
         self, parameters: Parameters, request: TrainRequest | EvaluateRequest, min_sites: int
     ) -> Aggregate:
-        """The five stages, in order."""
+        """Run the five stages in order; return the opened sum."""
         session, work, federation = request.session, describe(request), self.masking.federation
         server = UnmaskingServer(
             roster=federation.roster,
@@ -208,7 +212,7 @@ class _Conversation:
     def _ask(
         self, stage: Stage, requests: Mapping[int, Request], add: Callable[[Any], None]
     ) -> list[int]:
-        """Ask sites by id; those whose reply ``add`` took."""
+        """Ask sites by id; return the ids of those whose reply ``add`` accepted."""
         names, deadline = self.masking.federation.names, self.job.rounds.deadline
         working = stage in (Stage.TRAIN, Stage.EVALUATE)
         by_name = {names[site]: request for site, request in requests.items()}
@@ -231,7 +235,7 @@ class _Conversation:
         return taken
 
     def _named(self, failure: str) -> str:
-        """A failure code for people: whom a site blames, by name."""
+        """Return a failure code for people: a blamed site is given by its name, not its id."""
         names, (kind, _, site) = self.masking.federation.names, failure.partition("-")
         if kind == "blames" and site.isdecimal() and int(site) < len(names):
             return f"blames {names[int(site)]}"
@@ -243,7 +247,7 @@ class _Conversation:
 
 
 def _protection(parameters: Parameters, total: Aggregate) -> dict[str, Any]:
-    """How this round was protected, for the record."""
+    """Return how this round was protected, for its record."""
     plan, coding = parameters.plan, parameters.coding
     return {
         "cohort": plan.parties,

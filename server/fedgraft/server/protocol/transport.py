@@ -1,7 +1,7 @@
-"""Ask sites something and take their replies as they arrive, over any Flower ``Grid``.
+"""Send requests to sites and take their replies as they arrive, over any Flower ``Grid``.
 
-The round's story cannot tell a simulation from a federation: both are a ``Grid``. Replies are
-pulled one by one, so memory does not grow with the number of sites.
+The code of a round is the same for a simulation and for partner sites, because both are a ``Grid``.
+Replies are pulled one by one, so that memory does not grow with the number of sites.
 """
 
 import re
@@ -59,21 +59,21 @@ ANSWERS: dict[type[Request], type[Payload]] = {
 Watch = Callable[[Stage, int, int], None]
 CODE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.1  # seconds between pulls that brought nothing
+FIRST_PAUSE, LONGEST_PAUSE = 0.001, 0.1  # seconds between pulls without a reply
 
-# Failures of sites that may not be there at all.
+# Failures of sites that may not be connected at all.
 SILENT = frozenset({"deadline", "expired", "site-unreachable", "not-sent"})
-# Refusals that a person at the site may take back at any time: such a node is invited again.
+# Refusals that a person at the site may withdraw at any time; such a node is invited again.
 PENDING = frozenset({"approval-pending", "policy-hours"})
-# Flower's error codes that mean more to a person than their number.
+# Names for Flower's error codes, because a name tells a person more than a number.
 FLOWER_ERRORS = {2: "app-failed", 3: "expired", 5: "site-unreachable", 8: "app-died"}
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of asking one site: a ``payload``, or a ``failure`` code; bytes on the wire.
+    """The result of a request to one site: a ``payload`` or a ``failure`` code; bytes sent.
 
-    ``sealed`` is the name of the site that signed it, where replies are signed.
+    ``sealed`` is the name of the site that signed the reply, if replies are signed.
     """
 
     site: str
@@ -87,8 +87,9 @@ class Reply:
 class Transport:
     """The sites of a federation by name, behind a Flower grid.
 
-    ``watch`` is told of every reply: the stage, how many have come and how many were asked. With
-    ``key_of``, which gives a site's public key, only replies that carry the site's seal count.
+    ``watch`` is called after every reply with the stage, the number of replies and the number of
+    requests. With ``key_of``, which returns a site's public key, a reply counts only with the
+    site's seal.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Transport:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Names of the sites that agreed to take part, sorted."""
+        """The names of the sites that agreed to take part, sorted."""
         return tuple(sorted(self._nodes))
 
     def wait_for(self, count: int, deadline: float) -> None:
@@ -127,15 +128,15 @@ class Transport:
         again: bool = True,
         members: Container[str] | None = None,
     ) -> Iterator[Reply]:
-        """Ask nodes to take part; those that agree are known by their site's name after.
+        """Ask nodes to take part, and yield their replies; nodes that agree get a site's name.
 
-        Asks nodes that were not asked since they came and, with ``again``, those that did not agree
-        before. A site whose node has left may come back, also with another node. Of sites that are
-        not among ``members``, if given, none takes part.
+        The nodes asked are those that were not asked since they connected and, with ``again``,
+        those that did not agree before. A site whose node has left may come back, also with another
+        node. If ``members`` is given, a site that is not among them cannot take part.
         """
         present = set(self._grid.get_node_ids())
         self._nodes = {site: node for site, node in self._nodes.items() if node in present}
-        self._asked &= present  # who comes back has a new process, and is new
+        self._asked &= present  # a node that comes back has a new process
         settled = set(self._nodes.values()) | (set() if again else self._asked)
         new = {f"node {node}": node for node in sorted(present - settled)}
         self._asked.update(new.values())
@@ -156,10 +157,10 @@ class Transport:
                 yield replace(reply, site=answer.site)
 
     def _refusal(self, answer: PlanReply, session: str, members: Container[str] | None) -> str:
-        """Why a site that agreed is not taken; empty if it is."""
+        """Return the reason why a site that agreed is refused; empty if it is accepted."""
         if answer.session != session:
             return "wrong-session"
-        if not SITE_NAME.fullmatch(answer.site):  # it goes into files, tables and terminals
+        if not SITE_NAME.fullmatch(answer.site):  # the name goes into files and terminals
             return "bad-name"
         if members is not None and answer.site not in members:
             return "not-in-roster"
@@ -172,10 +173,10 @@ class Transport:
         request: Request | Mapping[str, Request],
         deadline: float,
     ) -> Iterator[Reply]:
-        """Send ``request``, or each its own, to ``sites``; one reply for each within ``deadline``.
+        """Send ``request`` to ``sites``, and yield one reply for each within ``deadline`` seconds.
 
-        A site that refuses, fails, sends something else or is late (in seconds) yields a reply with
-        a ``failure`` code instead of a payload. Nothing is sent twice.
+        A mapping gives each site its own request. If a site refuses, fails, sends another payload
+        or is late, its reply has a ``failure`` code instead of a payload. No request is sent twice.
         """
         return self._ask({site: self._nodes[site] for site in sites}, stage, request, deadline)
 
@@ -194,13 +195,13 @@ class Transport:
         ]
         sent = list(self._grid.push_messages(messages))
         del messages
-        # Flower answers a message it could not send with an empty id, a whole batch with none.
+        # For a message that it could not send, Flower returns an empty id; for a batch, no ids.
         sent += [""] * (len(asked) - len(sent))
         for identifier, one in zip(sent, asked, strict=True):
             if not identifier:
                 yield Reply(one.site, failure="not-sent")
         waiting = {
-            identifier: replace(one, record=None)  # the grid has it; here it would be kept
+            identifier: replace(one, record=None)  # the grid has the record; free it here
             for identifier, one in zip(sent, asked, strict=True)
             if identifier
         }
@@ -208,19 +209,20 @@ class Transport:
         yield from self._collect(waiting, until, stage)
 
     def _collect(self, waiting: dict[str, "_Asked"], until: float, stage: Stage) -> Iterator[Reply]:
-        """The reply of every site in ``waiting`` (by message id) as it comes, or its lateness."""
+        """Yield the reply of every site in ``waiting`` (by message id); a late one has failed."""
         pause, total = FIRST_PAUSE, len(waiting)
         while waiting and self._clock() < until:
             came, looked = False, time.perf_counter()
             for identifier in list(waiting):
                 for message in self._grid.pull_messages([identifier]):
                     asked = waiting.pop(identifier, None)
-                    if asked is not None:  # else the reply came twice
+                    if asked is not None:  # otherwise the reply came twice
                         came = True
                         self._watch(stage, total - len(waiting), total)
                         yield self._read(asked, message, identifier)
             if waiting and not came:
-                # Looking costs a SuperLink what it needs to pass on the replies: half the time.
+                # A pull costs the SuperLink time that it needs to pass on replies. Therefore this
+                # loop pulls during at most half of the time.
                 self._pause(min(max(pause, time.perf_counter() - looked), LONGEST_PAUSE))
             pause = FIRST_PAUSE if came else min(2 * pause, LONGEST_PAUSE)
         for asked in waiting.values():
@@ -240,15 +242,19 @@ class Transport:
             payload = decode(message.content, ANSWERS[asked.kind], Refusal)
         except MessageError:
             return replace(reply, failure="malformed")
-        if isinstance(payload, Refusal):  # its code goes into events, tables and terminals
+        if isinstance(payload, Refusal):  # its code goes into events and terminals
             code = payload.code if CODE.fullmatch(payload.code) else "bad-code"
             return replace(reply, failure=code)
         return replace(reply, payload=payload)
 
     def _unseal(self, asked: "_Asked", message: Message, request: str) -> str | None:
-        """Who signed the reply, where replies are signed: the site asked, if it has a name yet.
+        """Return the name of the site that signed the reply; None if replies are not signed.
 
-        ``request`` is the id that we asked with: what the message says of itself proves nothing.
+        Except for an invitation, it must be the site that was asked. ``request`` is the id of our
+        request, because the id in the reply proves nothing.
+
+        Raises:
+            MessageError: the seal is missing or wrong, or another site made it.
         """
         if self._key_of is None:
             return None
@@ -260,7 +266,7 @@ class Transport:
 
 @dataclass(frozen=True)
 class _Asked:
-    """One site's request on its way: its kind, its ``size`` in bytes, the record until sent."""
+    """A request to one site: its kind, its ``size`` in bytes, and the record until it is sent."""
 
     site: str
     node: int
@@ -272,9 +278,9 @@ class _Asked:
 def _encoded(
     nodes: Mapping[str, int], request: Request | Mapping[str, Request]
 ) -> Iterator[_Asked]:
-    """The request of every site, encoded; what several have in common is encoded once."""
+    """Yield the encoded request of every site; parts that requests share are encoded once."""
     arrays: Shared = {}
-    records: dict[int, tuple[Request, RecordDict, int]] = {}  # by identity, which they keep theirs
+    records: dict[int, tuple[Request, RecordDict, int]] = {}  # by id()
     for site, node in nodes.items():
         own = request[site] if isinstance(request, Mapping) else request
         if id(own) not in records:

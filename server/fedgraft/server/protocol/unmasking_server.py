@@ -1,11 +1,12 @@
 """The unmasking server: the coordinator's side of secure aggregation, as a state machine.
 
-One object a round. Replies are added one by one while a stage is open; a bad one is refused with
-its sender's name and changes nothing, so its site simply counts as dropped. Closing a stage
-gives the next request, or ends the round when too few are left (Bonawitz et al. 2017, figure 4).
+There is one object per round. Replies are added one by one while a stage is open. A bad reply is
+refused with the id of its sender and changes nothing, so its site counts as dropped. Closing a
+stage returns the next request, or ends the round if too few sites are left (Bonawitz et al. 2017,
+figure 4).
 
-Invariants: masked inputs are summed into one vector and forgotten, so memory does not grow with the
-number of sites; the sum is opened at most once, for the survivors that enough sites signed; an
+Invariants: Masked inputs are added to one vector and not kept, so memory does not grow with the
+number of sites. The sum is opened at most once, for the survivors that enough sites signed. An
 ``Aggregate`` exists only if every secret matched its advertisement and all check lanes hold.
 """
 
@@ -77,9 +78,9 @@ __all__ = ["UnmaskingServer"]
 class UnmaskingServer:
     """One round of one session.
 
-    ``model`` is ``hash_model`` of what is trained in this round. Every ``add_`` raises
-    ``StatementError`` for a reply that is refused and ``StageError`` when its stage is not open;
-    every ``close_`` raises ``TooFewParties`` and ends the round when a threshold is missed.
+    ``model`` is the hash of this round's work. Every ``add_`` raises ``StatementError`` for a
+    refused reply, and ``StageError`` if its stage is not open. Every ``close_`` raises
+    ``TooFewParties`` and ends the round if there are fewer sites than a threshold.
     """
 
     def __init__(
@@ -117,11 +118,11 @@ class UnmaskingServer:
 
     @property
     def stage(self) -> SecAggStage:
-        """The stage that is open."""
+        """The open stage."""
         return self._stage
 
     def abort(self) -> None:
-        """End the round and drop everything that was collected."""
+        """End the round and delete the collected inputs and shares."""
         self._stage = SecAggStage.OVER
         self._total = None
         self._boxes.clear()
@@ -133,7 +134,7 @@ class UnmaskingServer:
 
     @contextmanager
     def _closing(self, stage: SecAggStage, then: SecAggStage) -> Iterator[None]:
-        """Close ``stage``; the round is over if that fails."""
+        """Close ``stage`` and open ``then``; if closing fails, end the round."""
         self._need(stage)
         try:
             yield
@@ -143,12 +144,12 @@ class UnmaskingServer:
         self._stage = then
 
     def keys_request(self) -> KeysRequest:
-        """KEYS: what every site of the cohort is sent."""
+        """Return the KEYS request for every site of the cohort."""
         self._need(SecAggStage.KEYS)
         return KeysRequest(self._frame.round, self._frame.context, self._frame.model)
 
     def add_advertisement(self, advertisement: Advertisement) -> None:
-        """A site's keys; also refused if they would make an honest site fail later."""
+        """Add a site's keys; keys that would make an honest site fail later are refused, too."""
         self._need(SecAggStage.KEYS)
         cohort = self._parameters.cohort
         check_advertisement(advertisement, self._frame, self._roster, cohort)
@@ -160,12 +161,12 @@ class UnmaskingServer:
             if len(pair) != 2 or pair & self._keys:
                 raise StatementError("advertised a key that is not fresh")
             for key in pair:
-                self._probe.agree(key)  # small order: honest neighbours would have to abort
+                self._probe.agree(key)  # a key of small order would make honest neighbours abort
         self._keys |= pair
         self._advertised[site] = advertisement
 
     def close_keys(self) -> SharesRequest:
-        """All advertisements (U1), for every site that sent one."""
+        """Close KEYS; return all advertisements (U1), for every site that sent one."""
         with self._closing(SecAggStage.KEYS, SecAggStage.SHARES):
             if len(self._advertised) < self._fewest:
                 raise TooFewParties(f"only {len(self._advertised)} of {self._fewest} sites")
@@ -176,7 +177,7 @@ class UnmaskingServer:
             return SharesRequest(tuple(self._advertised.values()))
 
     def add_shares(self, shares: SealedShares) -> None:
-        """A site's envelopes: exactly one for each of its neighbours."""
+        """Add a site's envelopes: exactly one for each of its neighbours."""
         self._need(SecAggStage.SHARES)
         site = self._member(shares.site, self._advertised)
         with blame(site):
@@ -196,7 +197,7 @@ class UnmaskingServer:
             self._boxes.setdefault(envelope.recipient, []).append(envelope)
 
     def close_shares(self) -> dict[int, Delivery]:
-        """For every site that shared (U2), the envelopes addressed to it."""
+        """Close SHARES; return, for every site that shared (U2), the envelopes addressed to it."""
         with self._closing(SecAggStage.SHARES, SecAggStage.TRAIN):
             if len(self._shared) < self._fewest:
                 raise TooFewParties(f"only {len(self._shared)} of {self._fewest} sites shared")
@@ -206,7 +207,7 @@ class UnmaskingServer:
             return dict(sorted(boxes.items()))
 
     def add_masked(self, masked: MaskedInput) -> None:
-        """A masked input; it is added to the sum and not kept."""
+        """Add a masked input to the sum; it is not kept."""
         self._need(SecAggStage.TRAIN)
         site = self._member(masked.site, self._shared)
         assert self._total is not None  # noqa: S101  # set when SHARES closed
@@ -226,7 +227,7 @@ class UnmaskingServer:
         self._masked[site] = masked.signature
 
     def close_training(self) -> Survivors:
-        """Who shared and who is in the sum (U2 and U3), for the survivors to sign."""
+        """Close TRAIN; return the sites that shared and those in the sum (U2 and U3), to sign."""
         with self._closing(SecAggStage.TRAIN, SecAggStage.CONFIRM):
             if len(self._masked) < self._fewest:
                 raise TooFewParties(f"only {len(self._masked)} of {self._fewest} sites survived")
@@ -239,7 +240,7 @@ class UnmaskingServer:
             return self._survivors
 
     def add_confirmation(self, confirmation: Confirmation) -> None:
-        """A survivor's signature over the survivors."""
+        """Add a survivor's signature over the survivors."""
         self._need(SecAggStage.CONFIRM)
         check_confirmation(confirmation, self._frame, self._roster, self._survivors, self._agreed)
         if confirmation.site in self._confirmed:
@@ -247,7 +248,7 @@ class UnmaskingServer:
         self._confirmed[confirmation.site] = confirmation
 
     def close_confirm(self) -> UnmaskRequest:
-        """As many signatures as it takes, for all who signed."""
+        """Close CONFIRM; return the required number of signatures, for all sites that signed."""
         with self._closing(SecAggStage.CONFIRM, SecAggStage.UNMASK):
             fewest = self._plan.sign_threshold
             if len(self._confirmed) < fewest:
@@ -255,7 +256,7 @@ class UnmaskingServer:
             return UnmaskRequest(tuple(self._confirmed.values())[:fewest])
 
     def add_opening(self, opening: Opening) -> None:
-        """One share of each of a site's neighbours in U2 and of itself."""
+        """Add a site's shares: one of each of its neighbours in U2 and one of itself."""
         self._need(SecAggStage.UNMASK)
         site = self._member(opening.site, self._confirmed)
         with blame(site):
@@ -272,12 +273,12 @@ class UnmaskingServer:
         self._openings[site] = owners, b"".join(shares[owner] for owner in owners)
 
     def finish(self) -> Aggregate:
-        """Open the sum.
+        """Open the sum and return it.
 
         Raises:
-            TooFewParties: some owner has fewer than ``share_threshold`` shares.
-            UnmaskError: a secret cannot be recovered, or the sum fails its checks. There is no
-                output then, and ``culprits`` names whom the failure points at.
+            TooFewParties: an owner has fewer than ``share_threshold`` shares.
+            UnmaskError: a secret cannot be recovered, or the sum fails its checks. Then there is no
+                output, and ``culprits`` names the sites that the failure points at, if known.
         """
         with self._closing(SecAggStage.UNMASK, SecAggStage.OVER):
             total, self._total = self._total, None
@@ -288,7 +289,7 @@ class UnmaskingServer:
             return self._read(total)
 
     def _masks_of(self, owner: int) -> Iterator[Mask]:
-        """Masks that are still in the sum because of ``owner``, with the sign that removes them."""
+        """Yield the masks that ``owner`` left in the sum, with the sign that removes them."""
         advertisement = self._advertised[owner]
         if owner in self._masked:
             seed = self._recover(
@@ -311,7 +312,7 @@ class UnmaskingServer:
     def _recover(self, owner: int, accept: Callable[[bytes], bool]) -> bytes:
         holders = [site for site in self._graph.holders(owner) if site in self._openings]
         wrong_before = {holder for _, holder in self._disputes}
-        holders.sort(key=lambda site: site in wrong_before)  # they come last
+        holders.sort(key=lambda site: site in wrong_before)  # these holders come last
         threshold = self._plan.share_threshold
         if len(holders) < threshold:
             raise TooFewParties(f"only {len(holders)} of {threshold} shares of site {owner}")
@@ -319,7 +320,8 @@ class UnmaskingServer:
         shares = [self._share(holder, owner) for holder in holders]
         found = recover(points, shares, threshold, accept)
         if found is None:
-            # With t honest holders whose shares were all tried together, only the owner is left.
+            # If t holders are honest and recover tried all combinations, only the owner can have
+            # sent wrong values.
             honest = len(holders) - self._parameters.colluders
             sure = honest >= threshold and math.comb(len(holders), threshold) <= BUDGET
             raise UnmaskError(
@@ -354,7 +356,7 @@ class UnmaskingServer:
         )
 
     def _held(self, site: int) -> set[int]:
-        """The owners whose shares ``site`` holds: its neighbours in U2, and itself."""
+        """Return the owners whose shares ``site`` holds: its neighbours in U2, and itself."""
         return set(self._graph.holders(site)) & self._shared
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""What a site's reply must be before anything else sees it.
+"""Validation of a site's reply, before any other code uses it.
 
-A reply that fails costs its site this round's update and nobody else anything.
+If a reply is not valid, only its site loses its update in this round; other sites lose nothing.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fedgraft.common.metrics.tally import Tally
 __all__ = ["Expected", "InvalidReply", "check_evaluation", "check_update"]
 
 
-LARGEST_LOSS = 1e6  # nats; no cross entropy of finite logits comes near, and sums stay finite
+LARGEST_LOSS = 1e6  # nats; far above any cross entropy of finite logits, and sums stay finite
 
 
 class InvalidReply(FedgraftError):
@@ -26,7 +26,7 @@ class InvalidReply(FedgraftError):
 
 @dataclass(frozen=True)
 class Expected:
-    """What every reply of this stage must carry."""
+    """The session, round and layout that every reply of this stage must carry."""
 
     session: str
     round: int
@@ -34,7 +34,7 @@ class Expected:
 
 
 def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> None:
-    """Accept a site's update.
+    """Check a site's update.
 
     Raises:
         InvalidReply: ``wrong-session``, ``wrong-round``, ``wrong-layout``, ``wrong-dtype``,
@@ -50,7 +50,7 @@ def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> 
         "bad-loss": not 0.0 <= reply.loss <= LARGEST_LOSS,
     }
     _raise_first(problems)
-    # A float64 norm: squares of large float32 values would overflow to infinity.
+    # The norm is in float64, because squares of large float32 values would overflow to infinity.
     norm = float(np.linalg.norm(update.astype(np.float64)))
     _raise_first(
         {"not-finite": not np.isfinite(norm), "norm-too-large": norm > limits.max_update_norm}
@@ -60,11 +60,11 @@ def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> 
 def check_evaluation(
     reply: EvaluateReply, expected: Expected, limits: Aggregation, measures: Measures
 ) -> Tally:
-    """The tally of a site's evaluation.
+    """Check a site's evaluation and return its tally.
 
     Raises:
         InvalidReply: ``wrong-session``, ``wrong-round``, ``bad-count`` or ``bad-loss``.
-        MessageError: the vector is no tally of what ``measures`` counts.
+        MessageError: the vector is not a tally of ``measures``.
     """
     _check_origin(reply, expected)
     tally = Tally.from_vector(reply.tally, measures)

@@ -1,4 +1,4 @@
-"""The report's figures, each from the records it shows; None where nothing was measured."""
+"""The report's figures, made from a run's records; None if nothing was measured."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,15 +19,15 @@ from fedgraft.server.report.values import (
 
 __all__ = ["POOLED", "curve_pictures", "pooled_picture", "site_picture"]
 
-DOT_PLOT_SITES = 40  # above, one row per site is longer than anyone reads
+DOT_PLOT_SITES = 40  # above, one row per site is too long to read
 POOLED = ("federated", "central", "head_only", "zero_shot", "local_only")
-MARKED_ROUNDS = 100  # above, a cross a round is a bar
+MARKED_ROUNDS = 100  # above, crosses per round overlap to a bar
 SINGLE_DOTS = 400  # above, dots hide each other
 PLOTTED = ("federated", "federated_tuned", "local_only")
 
 
 def pooled_picture(final: Record, share: Metric) -> Picture | None:
-    """The ``share`` that every model has on the pooled test set, by its key."""
+    """Return the figure of every model's ``share`` on the pooled test set."""
     rows = [(model, read_estimate(read_record(final, model), share.key)) for model in POOLED]
     rows = [(model, found) for model, found in rows if found.value is not None]
     if not rows:
@@ -41,7 +41,7 @@ def pooled_picture(final: Record, share: Metric) -> Picture | None:
 
 
 def curve_pictures(rounds: Sequence[Record], share: Metric) -> list[Picture]:
-    """Validation quality and losses over rounds; one that nothing was measured for is left out."""
+    """Return the figures of validation and of losses over rounds, without those not measured."""
     checks = [read_record(entry, "validation") for entry in rounds]
     accuracy = Curve(share.name, read_column(checks, share.key))
     macro_f1 = Curve("macro F1", read_column(checks, "macro_f1"), second=True)
@@ -81,7 +81,7 @@ def _course(line: Curve, percent: bool) -> str:
 
 
 def site_picture(sites: Sequence[Record], share: Metric) -> Picture | None:
-    """A dot plot with intervals, or for many sites one dot per site."""
+    """Return a dot plot of all sites with intervals, or for many sites one dot per site."""
     estimates = [
         {model: read_estimate(read_record(site, model), share.key) for model in PLOTTED}
         for site in sites

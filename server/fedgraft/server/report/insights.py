@@ -1,4 +1,4 @@
-"""The report's pictures of what training did: what moved, and which sites pull together."""
+"""The report's figures of training: the changed modules, and a map of the sites' directions."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 __all__ = ["map_facts", "movement_facts"]
 
-BARS = 24  # above, a bar per module is longer than anyone reads
-TABLED = 20  # sites: a square of more numbers is for machines
-NAME = 30  # characters of a module's name: the end says which one it is
+BARS = 24  # above, one bar per module is too long to read
+TABLED = 20  # sites; a larger table of cosines is too large to read
+NAME = 30  # characters of a module's name; its end is kept, because the end identifies the module
 
 
 def movement_facts(summary: Record) -> dict[str, object]:
-    """The modules that moved, most first, with a bar chart of the first ``BARS`` of them."""
+    """Return the changed modules, largest change first, and a bar chart of the first ``BARS``."""
     rows = [
         (str(one.get("module")), read_number(one.get("relative")), one)
         for one in read_records(summary, "moved")
@@ -60,7 +60,7 @@ def _module(name: str) -> str:
 
 
 def map_facts(summary: Record) -> dict[str, object]:
-    """The map of the sites with its cosines as a table, or why there is none."""
+    """Return the map of the sites with its table of cosines, or the reason why there is none."""
     found = read_record(summary, "site_map")
     absent = found.get("absent")
     names, places = _strings(found.get("sites")), _numbers(found.get("places"), 2)
@@ -111,7 +111,7 @@ def _strings(value: object) -> list[str]:
 
 
 def _numbers(value: object, width: int) -> list[list[float]]:
-    """Rows of ``width`` finite numbers; none at all if one is not such a row."""
+    """Return rows of ``width`` finite numbers; no rows if one row is different."""
     rows = []
     for row in value if isinstance(value, list) else []:
         numbers = [read_number(one) for one in row] if isinstance(row, list) else []

@@ -1,4 +1,4 @@
-"""The report's tables of differences, of ranking and calibration, and of each group."""
+"""The report's tables: differences, ranking and calibration, and metrics of each group."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,12 +19,12 @@ BY_SITE = ("federated", "local_only", "central", "zero_shot")
 
 
 def measure_facts(final: Record, sites: Sequence[Record]) -> dict[str, object]:
-    """What a job counted beside the confusion matrix, empty where it counted nothing.
+    """Return the measures beside the confusion matrix; lists are empty if nothing was measured.
 
-    ``scored`` are models with AUROC on the pooled test set, ``site_scored`` those of single sites;
-    ``difference_rows`` are the federated model's beside each other one, site by site, and
-    ``group_rows`` are (whose examples, model, metrics), pooled first, then site by site. Of more
-    than ``MANY_SITES`` sites there are no rows site by site.
+    ``scored`` are the models with AUROC on the pooled test set, ``site_scored`` those with AUROC at
+    single sites. ``difference_rows`` compare the federated model with other models, site by site.
+    ``group_rows`` are (examples' owner, model, metrics), pooled first, then site by site. With more
+    than ``MANY_SITES`` sites, there are no rows site by site.
     """
     few = sites if len(sites) <= MANY_SITES else []
     pooled = [(model, read_record(final, model)) for model in POOLED]
@@ -48,11 +48,11 @@ def measure_facts(final: Record, sites: Sequence[Record]) -> dict[str, object]:
 
 
 def _differences(site: Record) -> Iterator[dict[str, object]]:
-    """One row for every model that the federated one was held against at ``site``."""
+    """Yield a row for every model that the federated model was compared with at ``site``."""
     for rival in RIVALS:
         found = read_record(read_record(site, "comparisons"), rival)
         if found:
-            # In accuracy, or of tokens in loss.
+            # In the task's unit: for labels in accuracy, for tokens in nats per token.
             accuracy = {"of": found.get("difference"), "of_interval": found.get("interval")}
             gap = read_estimate(accuracy, "of")
             f1 = read_estimate(found, "macro_f1_difference")

@@ -1,9 +1,9 @@
-"""What people look at after a run: one HTML file that says first whether federating was worth it.
+"""The report of a run: one HTML file that says first whether federating was worth it.
 
-The file stands alone (no script, font or image from outside) so that it can be mailed and still be
-read in ten years; the same input gives the same bytes, so that two runs can be compared with diff.
-Everything that comes from data passes Jinja's autoescaping. A value that a run did not record is
-shown as missing, never guessed: a report must come out of every run, also of one that went wrong.
+The file needs nothing from outside (no script, font or image), so that it can be mailed and still
+be read in ten years. The same input gives the same bytes, so that two runs can be compared with
+diff. All texts from data pass Jinja's autoescaping. A value that a run did not record is shown as
+missing and never guessed, because every run must get a report, also a run that went wrong.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ def write_report(folder: Path, summary: dict[str, Any], history: list[dict[str, 
     """
     page = _render(summary, history)
     path = folder / "report.html"
-    content = page.encode("utf-8", "replace")  # a lone surrogate in a label must not lose it all
+    content = page.encode("utf-8", "replace")  # a lone surrogate in a label must not fail
     try:
         write_atomically(path, lambda partial: partial.write_bytes(content))
     except OSError as error:
@@ -99,7 +99,7 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
     )
     rounds = [entry for entry in history if isinstance(entry, Mapping)]
     task = read_task(summary)
-    metrics, share = task.metrics, task.share  # figures are drawn of the share
+    metrics, share = task.metrics, task.share  # the figures show the share
     return _template().render(
         summary=summary,
         job=job,
@@ -126,7 +126,7 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
 
 
 def _partners_headline(summary: Record, metric: Metric) -> str:
-    """What the coordinator of partner sites can say; empty for a simulation, which knows more."""
+    """Return the headline for partner sites; empty for a simulation, which has more results."""
     partners = read_record(summary, "partners")
     if not partners:
         return ""
@@ -138,7 +138,10 @@ def _partners_headline(summary: Record, metric: Metric) -> str:
 
 
 def _pooled_sentence(final: Record, metric: Metric) -> str:
-    """Federated beside the two references a reader has in mind, on the pooled test set."""
+    """Return a sentence that compares the federated model with two others on the pooled test set.
+
+    The two are the models that readers ask for: the sites' own models, and a central model.
+    """
 
     def of(model: str) -> float | None:
         return read_estimate(read_record(final, model), metric.key).value

@@ -1,7 +1,7 @@
-"""What a run's sites came to in one sentence, seven quantiles and a few names.
+"""The results of a run's sites in one sentence, seven quantiles and a few names.
 
-Ten sites are read one by one, thousands are not: the report and the terminal then show how the
-models' accuracies are spread and which sites federating moved most.
+People read ten sites one by one, but not thousands. For many sites, the report and the terminal
+show the distribution of the models' accuracies, and the sites that federating changed most.
 """
 
 from collections import Counter
@@ -13,7 +13,7 @@ from fedgraft.server.report.values import Record, outcome_of, read_estimate, rea
 
 __all__ = ["MANY_SITES", "QUANTILES", "Spread", "headline", "most_moved", "spread"]
 
-MANY_SITES = 100  # above, nobody reads one row a site
+MANY_SITES = 100  # above, one row per site is too long to read
 QUANTILES = {
     "min": 0.0,
     "5 %": 0.05,
@@ -27,7 +27,7 @@ QUANTILES = {
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure of one model over ``sites`` sites; ``quantiles`` as in ``QUANTILES``."""
+    """A metric of one model over ``sites`` sites; ``quantiles`` are in the order of QUANTILES."""
 
     sites: int
     quantiles: tuple[float, ...]
@@ -35,10 +35,10 @@ class Spread:
 
 
 def spread(sites: Sequence[Record], model: str, key: str = "accuracy") -> Spread | None:
-    """How the model's figure ``key`` on the sites' own test sets is spread; None if nowhere known.
+    """Return the distribution of the model's metric ``key`` over the sites' own test sets.
 
-    Every site counts as one, however many test examples it has. Between two sites a quantile is
-    interpolated linearly, as numpy does by default.
+    It is None if no site has the metric. Every site counts once, regardless of the number of its
+    test examples. Between two sites, a quantile is interpolated linearly, which is numpy's default.
     """
     found = (read_estimate(read_record(site, model), key).value for site in sites)
     values = sorted(value for value in found if value is not None)
@@ -55,10 +55,11 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 
 def most_moved(sites: Sequence[Record], count: int) -> tuple[list[Record], list[Record]]:
-    """Up to ``count`` sites that gained most by federating and as many that lost most.
+    """Return up to ``count`` sites that gained most by federating, and as many that lost most.
 
-    By accuracy on the site's own test set, federated minus local only. Sites whose verdict is clear
-    go before the others: with one test example chance alone moves a site by 100 points.
+    The gain is the accuracy on the site's own test set, federated minus local only. Sites with a
+    clear verdict come before the others, because a site with one test example can change by 100
+    points by chance alone.
     """
     known = [(gain, site) for site in sites if (gain := _gain(site)) is not None]
     gained = [(outcome_of(site) != "helped", -gain, site) for gain, site in known if gain > 0]
@@ -75,7 +76,7 @@ def _gain(site: Record) -> float | None:
 
 
 def headline(sites: Sequence[Record]) -> str:
-    """Was it worth it, in one sentence counted from the sites' verdicts."""
+    """Return one sentence about whether federating was worth it, from the sites' verdicts."""
     tally = Counter(outcome_of(site) for site in sites)
     compared = len(sites) - tally["unknown"]
     if not compared:

@@ -1,7 +1,7 @@
-"""The report's tables: all rows where a person would read them, else a selection that says so.
+"""The report's tables: all rows if a person can read them, otherwise a selection that says so.
 
-A report of ten thousand sites over hundreds of rounds stays a file that can be mailed; what is
-left out of it is in ``summary.json`` and ``metrics.jsonl`` beside it.
+Therefore a report of ten thousand sites over hundreds of rounds is still small enough for mail. The
+omitted rows are in ``summary.json`` and ``metrics.jsonl`` beside the report.
 """
 
 import math
@@ -26,17 +26,17 @@ __all__ = ["drop_tables", "round_table", "site_tables", "total_traffic"]
 
 SITE_MODELS = ("federated", "federated_tuned", "local_only", "zero_shot", "head_only", "central")
 LISTED_SITES = 8
-MOVED_SITES = 20  # each way
+MOVED_SITES = 20  # sites that gained most, and as many that lost most
 MANY_ROUNDS = 100
 LAST_DROPS = 100
 LISTED_REASONS = 20
 
 
 def site_tables(sites: Sequence[Record], key: str) -> dict[str, object]:
-    """The rows and columns of the site table, means of the figure ``key``, who was helped or hurt.
+    """Return the site table: rows, columns, means of the metric ``key``, and sites by outcome.
 
-    Of more than ``MANY_SITES`` sites the table has those that moved most, in two ``site_parts``;
-    the ``spreads`` by model, which are empty for fewer, stand for the rest.
+    With more than ``MANY_SITES`` sites, the table has only the sites that changed most, in two
+    ``site_parts``. Then ``spreads`` by model summarise all sites; for fewer sites they are empty.
     """
     means = {}
     for model in SITE_MODELS:
@@ -70,7 +70,7 @@ def _rows(sites: Sequence[Record]) -> list[dict[str, object]]:
 
 
 def round_table(rounds: Sequence[Record]) -> dict[str, object]:
-    """Rounds by their place from 1, every ``step``-th and the last of many."""
+    """Return the rounds by their position from 1; of many, every ``step``-th and the last."""
     step = math.ceil(len(rounds) / MANY_ROUNDS)
     rows = [
         (at, entry) for at, entry in enumerate(rounds, 1) if at % step == 0 or at == len(rounds)
@@ -79,10 +79,10 @@ def round_table(rounds: Sequence[Record]) -> dict[str, object]:
 
 
 def drop_tables(rounds: Sequence[Record]) -> dict[str, object]:
-    """The last replies that were not used; where that is not all of them, counts by reason.
+    """Return the last replies that were not used, and counts by reason if there are more.
 
-    ``reasons`` has (reason, replies) for the ``LISTED_REASONS`` most frequent, ``others`` the
-    replies with any other reason.
+    ``reasons`` has (reason, replies) for the ``LISTED_REASONS`` most frequent reasons. ``others``
+    is the number of replies with any other reason.
     """
     reasons: Counter[str] = Counter()
     last: deque[tuple[int, str, str]] = deque(maxlen=LAST_DROPS)
@@ -96,7 +96,7 @@ def drop_tables(rounds: Sequence[Record]) -> dict[str, object]:
 
 
 def total_traffic(summary: Record, rounds: Sequence[Record]) -> dict[str, float | None]:
-    """Totals over the rounds on record, and what training adds to or changes in the model."""
+    """Return the bytes of all recorded rounds, the trained share, and the model's size in bytes."""
     totals = {}
     for key in ("bytes_up", "bytes_down"):
         known = [number for number in read_column(rounds, key) if number is not None]

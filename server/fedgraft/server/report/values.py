@@ -1,6 +1,7 @@
-"""Read a run's records, of which any part may be missing, and write numbers as people read them.
+"""Read a run's records, in which any part may be missing, and format numbers for people.
 
-Whatever is absent, null, of a wrong type or not finite is None or empty, and shown as missing.
+A value that is absent, null, of a wrong type or not finite becomes None or empty, and is shown as
+missing.
 """
 
 import math
@@ -46,31 +47,31 @@ OUTCOMES = ("helped", "hurt", "unclear", "unknown")
 
 
 def read_record(parent: Record, key: str) -> Record:
-    """The object below ``key``, or an empty one."""
+    """Return the object below ``key``, or an empty one."""
     found = parent.get(key)
     return found if isinstance(found, Mapping) else {}
 
 
 def read_records(parent: Record, key: str) -> list[Record]:
-    """The objects in the list below ``key``; what is no object is left out."""
+    """Return the objects in the list below ``key``; other values are left out."""
     found = parent.get(key)
     return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
 
 
 def read_number(value: object) -> float | None:
-    """``value`` if it is a finite number."""
+    """Return ``value`` if it is a finite number, otherwise None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def read_column(records: Sequence[Record], key: str) -> list[float | None]:
-    """The number below ``key`` in each record."""
+    """Return the number below ``key`` in each record; None if it has none."""
     return [read_number(record.get(key)) for record in records]
 
 
 def read_estimate(metrics: Record, key: str = "accuracy") -> Estimate:
-    """A metric, a fraction 0..1, with its interval."""
+    """Return a metric, a fraction 0..1, with its interval."""
     ends = metrics.get(f"{key}_interval")
     pair = ends if isinstance(ends, list | tuple) and len(ends) == 2 else (None, None)
     low, high = read_number(pair[0]), read_number(pair[1])
@@ -79,52 +80,52 @@ def read_estimate(metrics: Record, key: str = "accuracy") -> Estimate:
 
 
 def natural_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key under which site-2 comes before site-10."""
+    """Return a sort key that puts site-2 before site-10."""
     parts = re.findall(r"[0-9]{1,18}|[^0-9]+", name)
     return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
 
 
 def read_metrics(summary: Record) -> tuple[Metric, Metric]:
-    """What is shown of a model of the run's task, the headline first."""
+    """Return the two metrics that are shown for the run's task, the headline metric first."""
     return read_task(summary).metrics
 
 
 def read_task(summary: Record) -> Task:
-    """The run's task; of a record without a known one the first of the table."""
+    """Return the run's task; the first task of the table if the record has no known one."""
     name = read_record(summary, "job").get("task")
     return TASKS.get(str(name), next(iter(TASKS.values())))
 
 
 def outcome_of(site: Record) -> str:
-    """One of ``OUTCOMES``."""
+    """Return the site's outcome, one of ``OUTCOMES``."""
     found = site.get("outcome")
     return found if isinstance(found, str) and found in OUTCOMES else "unknown"
 
 
 def round_numbers(rounds: Sequence[Record]) -> list[int]:
-    """Each round's number; its place where it has none."""
+    """Return each round's number; its position from 1 if it has no number."""
     found = enumerate(read_column(rounds, "round"), 1)
     return [at if number is None else int(number) for at, number in found]
 
 
 def each_drop(rounds: Sequence[Record]) -> Iterator[tuple[int, str, str]]:
-    """(round, site, reason) of every reply that was not used, in order."""
+    """Yield (round, site, reason) of every reply that was not used, in order."""
     for at, entry in zip(round_numbers(rounds), rounds, strict=True):
         for drop in read_records(entry, "dropped"):
             yield at, str(drop.get("site")), str(drop.get("reason") or "not recorded")
 
 
-# --- writing numbers
+# --- formatting numbers
 
 
 def as_share(value: object) -> str:
-    """A fraction as percent."""
+    """Return a fraction as percent."""
     number = read_number(value)
     return MISSING if number is None else f"{100 * number:.1f}\u00a0%"
 
 
 def as_points(value: object) -> str:
-    """A difference of fractions as signed percentage points; what rounds to zero has no sign."""
+    """Return a difference of fractions as signed percentage points; zero has no sign."""
     number = read_number(value)
     if number is None:
         return MISSING
@@ -133,35 +134,35 @@ def as_points(value: object) -> str:
 
 
 def as_percent(metrics: Record, key: str = "accuracy") -> str:
-    """A metric as percent."""
+    """Return a metric as percent."""
     return as_share(read_estimate(metrics, key).value)
 
 
 def as_interval(metrics: Record, key: str = "accuracy") -> str:
-    """A metric's interval in percent."""
+    """Return a metric's interval in percent."""
     found = read_estimate(metrics, key).interval
     return MISSING if found is None else f"{100 * found[0]:.1f} to {100 * found[1]:.1f}"
 
 
 def as_metric(metrics: Record, metric: Metric) -> str:
-    """A metric as its kind is written."""
+    """Return a metric in the format of its kind."""
     return metric.text(read_estimate(metrics, metric.key).value, MISSING, "\u00a0%")
 
 
 def as_metric_interval(metrics: Record, metric: Metric) -> str:
-    """A metric's interval as its kind is written."""
+    """Return a metric's interval in the format of its kind."""
     found = read_estimate(metrics, metric.key).interval
     return MISSING if found is None else " to ".join(metric.text(end, unit="") for end in found)
 
 
 def as_count(value: object) -> str:
-    """A whole number with its thousands apart."""
+    """Return a whole number with a separator between thousands."""
     number = read_number(value)
     return MISSING if number is None else f"{number:,.0f}"
 
 
 def as_decimal(value: object) -> str:
-    """A number in about three digits."""
+    """Return a number with about three digits."""
     number = read_number(value)
     if number is None:
         return MISSING
@@ -169,7 +170,7 @@ def as_decimal(value: object) -> str:
 
 
 def as_size(value: object) -> str:
-    """Bytes in the decimal units of network operators."""
+    """Return bytes in decimal units, as network operators use them."""
     number = read_number(value)
     if number is None:
         return MISSING
@@ -181,7 +182,7 @@ def as_size(value: object) -> str:
 
 
 def as_duration(value: object) -> str:
-    """Seconds in the units that people would use."""
+    """Return seconds in hours, minutes and seconds."""
     seconds = read_number(value)
     if seconds is None or seconds < 0:
         return MISSING

@@ -1,1 +1,1 @@
-"""A run's folder: checkpoints, summary, costs."""
+"""The folder of a run: checkpoints, summary, costs."""

@@ -1,14 +1,14 @@
-"""Checkpoints that can be trusted: one file each, whose name holds the SHA-256 of its content.
+"""Trusted checkpoints: each is one file, whose name holds the SHA-256 of its content.
 
     checkpoints/round-000007.<sha256>.safetensors
 
-A file is renamed into place after fsync, so there is no moment at which a half-written one could be
-taken for a good one.
+A file is renamed to its final name after fsync, so that an incomplete file is never taken for a
+checkpoint.
 
     checkpoints/partial.<sha256>.safetensors
 
-is the round under way, as far as its replies were added up: only the newest is kept, and none once
-the round has its checkpoint.
+holds an unfinished round: the replies that were added up so far. Only the newest is kept, and it is
+removed when the round has its checkpoint.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ KEPT = 2
 
 
 def save_checkpoint(folder: Path, state: State, layout: str) -> Path:
-    """Write ``state`` into ``folder`` and remove all but the newest two checkpoints.
+    """Write ``state`` into ``folder``, remove all but the newest two checkpoints, return the path.
 
     ``layout`` is the fingerprint of the adapter's layout.
     """
@@ -54,7 +54,7 @@ def save_checkpoint(folder: Path, state: State, layout: str) -> Path:
 
 
 def save_partial(folder: Path, partial: Partial, layout: str) -> None:
-    """Write ``partial`` into ``folder``, in the place of an earlier one."""
+    """Write ``partial`` into ``folder``, and remove an earlier one."""
     folder.mkdir(exist_ok=True)
     facts = {name: value for name, value in asdict(partial).items() if name != "tensors"}
     path = _write(folder, "partial", partial.tensors, {**facts, "layout": layout})
@@ -64,7 +64,7 @@ def save_partial(folder: Path, partial: Partial, layout: str) -> None:
 
 
 def load_partial(folder: Path, layout: str, number: int, attempt: int) -> Partial | None:
-    """How far this ``attempt`` at the round ``number`` came; None if nothing can be trusted."""
+    """Return the saved state of this ``attempt`` at round ``number``; None if none is intact."""
     for path in _partials(folder):
         found = _read(path, PARTIAL)
         if found is None:
@@ -81,7 +81,7 @@ def load_partial(folder: Path, layout: str, number: int, attempt: int) -> Partia
 
 
 def _write(folder: Path, name: str, tensors: dict[str, Any], facts: dict[str, Any]) -> Path:
-    """Write a file whose name ends in the SHA-256 of its content."""
+    """Write a file whose name holds the SHA-256 of its content; return its path."""
     draft = folder / "draft.safetensors"
     write_atomically(draft, lambda path: save_file(tensors, path, {"state": json.dumps(facts)}))
     path = folder / f"{name}.{_sha256(draft)}.safetensors"
@@ -94,7 +94,9 @@ def _partials(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path, layout: str) -> tuple[State | None, list[str]]:
-    """The newest intact state of this ``layout`` (None without checkpoints); names of damaged ones.
+    """Return the newest intact state of this ``layout``, and the names of damaged checkpoints.
+
+    The state is None if there are no checkpoints.
 
     Raises:
         CheckpointError: there are checkpoints, and none is intact and of this layout.
@@ -114,12 +116,12 @@ def load_newest(folder: Path, layout: str) -> tuple[State | None, list[str]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint files in ``folder``, oldest round first."""
+    """Return the checkpoint files in ``folder``, oldest round first."""
     return sorted(p for p in folder.glob("round-*") if CHECKPOINT.fullmatch(p.name))
 
 
 def _load(path: Path, layout: str) -> State | None:
-    """The state in ``path``; None if its content is not what its name says, or not this layout."""
+    """Return the state in ``path``; None if its hash or its layout does not match."""
     found = _read(path, CHECKPOINT)
     if found is None:
         return None
@@ -138,7 +140,7 @@ def _load(path: Path, layout: str) -> State | None:
 
 
 def _read(path: Path, named: re.Pattern[str]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Facts and tensors of a file; None if its content is not what its name says."""
+    """Return facts and tensors of a file; None if its hash is not the one in its name."""
     match = named.fullmatch(path.name)
     try:
         if match is None or _sha256(path) != match[match.re.groups]:

@@ -1,4 +1,4 @@
-"""What a job will cost before anything trains: parameters, bytes on the wire, memory."""
+"""The costs of a job, estimated before training: parameters, bytes sent, memory."""
 
 from dataclasses import dataclass
 
@@ -44,8 +44,8 @@ OVERHEAD_MB = 350  # Python with torch and transformers loaded, measured
 class Costs:
     """One site's costs; bytes are of one round with its evaluation, memory is an estimate in MB.
 
-    ``activations_mb`` is what a backward pass over one micro-batch keeps, counted on one example
-    of full length.
+    ``activations_mb`` is the memory of the tensors that autograd keeps for one micro-batch. It is
+    counted on one example of full length.
     """
 
     trained_parameters: int
@@ -58,14 +58,14 @@ class Costs:
 
     @property
     def memory_mb(self) -> float:
-        """Estimated memory of a site's process."""
+        """The estimated memory of a site's process, MB."""
         values = max(self.trained_parameters, self.exchanged_parameters)
         vectors = VECTORS * 4 * values / 2**20
         return OVERHEAD_MB + self.weights_mb + vectors + self.activations_mb
 
 
 def estimate_costs(plan: Plan, bench: Workbench) -> Costs:
-    """Costs of the plan at one site: messages are built and counted, one example is passed."""
+    """Return the costs of the plan at one site, from real messages and a pass of one example."""
     job, size = plan.job, plan.exchanged.size
     up = blank_replies(job, plan.exchanged, _cohort(job))
     return Costs(
@@ -80,7 +80,7 @@ def estimate_costs(plan: Plan, bench: Workbench) -> Costs:
 
 
 def _requests(plan: Plan) -> list[TrainRequest | EvaluateRequest]:
-    """What a round asks: to train and, where there is validation, to evaluate."""
+    """Return the requests of a round: to train and, if there is validation, to evaluate."""
     adapter = np.zeros(plan.exchanged.size, np.float32)
     session, job, names = plan.session, plan.request.job, plan.exchanged.names
     asked: list[TrainRequest | EvaluateRequest]
@@ -91,7 +91,7 @@ def _requests(plan: Plan) -> list[TrainRequest | EvaluateRequest]:
 
 
 def _messages_down(plan: Plan) -> list[Request]:
-    """What one site gets in a round."""
+    """Return the messages that one site gets in a round."""
     works = _requests(plan)
     if not plan.job.privacy.secure_aggregation.enabled:
         return list(works)
@@ -122,7 +122,7 @@ def _masked_stages(plan: Plan, work: TrainRequest | EvaluateRequest) -> list[Req
 
 
 def _cohort(job: Job) -> int:
-    """Sites of a round as far as the job says; else the fewest that it accepts."""
+    """Return the number of sites of a round, if the job gives it; else the fewest it accepts."""
     if job.rounds.cohort is not None:
         return job.rounds.cohort
     if job.simulation is not None and job.simulation.sites is not None:
@@ -131,7 +131,7 @@ def _cohort(job: Job) -> int:
 
 
 def _activations_mb(job: Job, bench: Workbench) -> float:
-    """Bytes that autograd keeps for one example, times the micro-batch."""
+    """Return the MB that autograd keeps for one example, times the size of the micro-batch."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

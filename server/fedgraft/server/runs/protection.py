@@ -1,4 +1,4 @@
-"""How a run's updates were protected, from what its rounds recorded: for summary, report, card."""
+"""The protection of a run's updates, from its rounds' records, for summary, report and card."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ RANGES = ("cohort", "survivors", "colluders", "degree", "share_threshold", "sign
 
 
 def protection_facts(job: Job, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Protocol, thresholds and coding; numbers that differ between rounds as [least, most].
+    """Return protocol, thresholds and coding; numbers that can differ by round are [least, most].
 
-    ``error_bound`` is the largest of any round: how far a coordinate of the mean update can be
-    from the exact one. ``clipped`` is the largest mean share of coordinates that were clipped.
+    ``error_bound`` is the largest error of a coordinate of the mean update that is possible in any
+    round. ``clipped`` is the largest mean share of clipped coordinates in any round.
     """
     if not job.privacy.secure_aggregation.enabled:
         return {"protocol": "none"}

@@ -1,4 +1,4 @@
-"""A run opened again, to give its adapter away or to ask its model something."""
+"""Open a finished run again, to export its adapter or to use its model."""
 
 import os
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ class Reopened:
 
     @contextmanager
     def adapted(self) -> Iterator[Workbench]:
-        """The workbench with the adapter in it, for as long as that is needed."""
+        """Yield the workbench with the adapter in it; restore the workbench at the end."""
         self.bench.put((self.exchanged, self.adapter))
         try:
             yield self.bench
@@ -36,14 +36,15 @@ class Reopened:
 
 
 def reopen(folder: Path) -> Reopened:
-    """Open the run in ``folder`` with what its last round came to.
+    """Open the run in ``folder`` with its final adapter.
 
     Raises:
-        RunError: it is none, or has no finished round.
-        BackboneError: its backbone is not here any more.
+        InputError: ``folder`` is not the folder of a run.
+        RunError: the run has no finished round.
+        BackboneError: the run's backbone is no longer on this machine.
     """
     opened = Run(folder)
-    # A run of a coordinator has its backbone in the coordinator's store, beside the runs.
+    # The backbone of a coordinator's run is in the coordinator's store, beside the runs.
     store = folder.resolve().parent.parent / "backbones"
     if PLACE not in os.environ and store.is_dir():
         set_store(store)

@@ -1,17 +1,17 @@
-"""A run is a folder: the job, what happened, checkpoints that can be trusted, the result.
+"""The folder of a run: its job, events, metrics, trusted checkpoints and result.
 
     run.json            id, session, versions                 written once
     job.toml            the resolved job                      written once
     environment.json    versions and machine                  written once
-    events.jsonl        what happened, appended
-    metrics.jsonl       one line a round, appended before the round's checkpoint
-    masked_rounds       how many masked rounds were begun, under secure aggregation
-    checkpoints/        round-000007.<sha256>.safetensors, the last two; partial.<sha256>... of a
-                        round under way
+    events.jsonl        events, appended
+    metrics.jsonl       one line per round, appended before the round's checkpoint
+    masked_rounds       the number of masked rounds begun, with secure aggregation
+    checkpoints/        round-000007.<sha256>.safetensors, the last two; partial.<sha256>... of an
+                        unfinished round
     adapter/            the final adapter in PEFT format
 
-Metrics of rounds after the checkpoint are cut off on resume, because those rounds are done again.
-Nothing here needs torch, so that looking at runs is quick.
+On resume, metrics of rounds after the checkpoint are cut off, because those rounds are repeated.
+This module does not need torch, so that commands that only read runs start quickly.
 """
 
 import json
@@ -50,7 +50,7 @@ PACKAGES = ("fedgraft", "flwr", "torch", "transformers", "peft", "datasets", "nu
 
 
 class Run:
-    """One execution of a job. Use as a context manager: it locks the folder."""
+    """One execution of a job. Use it as a context manager, which locks the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,19 +68,20 @@ class Run:
 
     @classmethod
     def create(cls, parent: Path, job: Job, inputs: Mapping[str, str] = NONE) -> Self:
-        """A new run of ``job`` in a new folder below ``parent``.
+        """Create a new run of ``job`` in a new folder below ``parent``, and return it.
 
-        ``inputs`` identify what the job reads (hashes by name): a resumed run must find the same.
+        ``inputs`` are hashes, by name, of the data that the job reads. A resumed run must find the
+        same hashes.
 
         Raises:
-            InputError: nothing can be written there.
+            InputError: the folder cannot be written.
         """
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         return cls._write(parent / f"{job.job.name}-{stamp}-{secrets.token_hex(2)}", job, inputs)
 
     @classmethod
     def open_or_create(cls, folder: Path, job: Job) -> Self:
-        """The run in ``folder``, or a new one there if the folder has none."""
+        """Return the run in ``folder``, or a new run there if the folder has none."""
         return cls(folder) if (folder / "run.json").exists() else cls._write(folder, job, NONE)
 
     @classmethod
@@ -95,7 +96,7 @@ class Run:
             (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             write_text(folder / "job.toml", dump_job(job))
             write_text(folder / "environment.json", json.dumps(_environment(), indent=1))
-            # Last: a folder with a run.json is complete.
+            # run.json comes last, so that a folder with a run.json is complete.
             write_text(folder / "run.json", json.dumps(facts, indent=1))
         except OSError as error:
             raise InputError(
@@ -118,10 +119,10 @@ class Run:
             self._lock.close()
 
     def expect(self, inputs: Mapping[str, str]) -> None:
-        """Refuse to go on with other data, another backbone or another engine.
+        """Check that data, backbone and engine are those with which the run began.
 
         Raises:
-            RunError: an input is not what it was when the run began.
+            RunError: an input has changed since the run began.
         """
         changed = [name for name, value in inputs.items() if self.inputs.get(name) != value]
         if changed:
@@ -132,7 +133,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name: its folder's."""
+        """The run's name, which is the name of its folder."""
         return self.folder.name
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -141,12 +142,12 @@ class Run:
         _append(self.folder / "events.jsonl", {"time": now, "event": kind, **facts})
 
     def warn(self, what: str, dropped: Sequence[Dropped]) -> None:
-        """Record that something went wrong which the run survives."""
+        """Record a problem that does not end the run."""
         sites = [{"site": drop.site, "reason": drop.reason} for drop in dropped]
         self.event("warning", what=what, sites=sites)
 
     def commit(self, state: State, record: RoundRecord, layout: "Layout") -> None:
-        """Make a round durable: its metrics, then the checkpoint that makes them count."""
+        """Make a round durable: first its metrics, then the checkpoint that makes them valid."""
         _append(self.folder / "metrics.jsonl", record.to_json())
         for drop in record.dropped:
             self.event("dropped", round=record.round, site=drop.site, reason=drop.reason)
@@ -154,7 +155,9 @@ class Run:
         self.event("round", round=record.round, sites=record.sites)
 
     def resume(self, layout: "Layout") -> State | None:
-        """The newest state that can be trusted; None if no round was ever committed.
+        """Return the newest state that can be trusted; None if no round was committed.
+
+        Metrics after that state are cut off.
 
         Raises:
             CheckpointError: there are checkpoints, but none is intact and of this layout.
@@ -168,24 +171,24 @@ class Run:
         return state
 
     def latest(self, layout: "Layout") -> State | None:
-        """The newest state that can be trusted; as ``resume``, but leaves the run as it is."""
+        """Return the same state as ``resume``, without changing the run."""
         return load_newest(self.folder / CHECKPOINTS, layout.fingerprint)[0]
 
     def save_partial(self, partial: Partial, layout: "Layout") -> None:
-        """Make the round under way durable as far as it came."""
+        """Make the state of the unfinished round durable."""
         save_partial(self.folder / CHECKPOINTS, partial, layout.fingerprint)
 
     def load_partial(self, number: int, attempt: int, layout: "Layout") -> Partial | None:
-        """What ``save_partial`` kept of this attempt at this round, if anything."""
+        """Return the state that ``save_partial`` saved for this attempt at this round, or None."""
         kept = load_partial(self.folder / CHECKPOINTS, layout.fingerprint, number, attempt)
         if kept:
             self.event("resumed", round=number - 1, replies=len(kept.answered))
         return kept
 
     def next_masked_round(self) -> int:
-        """A number for a masked round: greater each time, whatever crashed in between.
+        """Return a number for a masked round, greater each time, also after a crash.
 
-        Sites answer each number once, so a round that is done again needs another.
+        Sites answer each number only once, so a repeated round needs another number.
         """
         path = self.folder / "masked_rounds"
         number = int(path.read_text(encoding="utf-8")) + 1 if path.exists() else 1
@@ -193,25 +196,25 @@ class Run:
         return number
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Write what the run came to; from then on it is finished."""
+        """Write the run's summary, which marks the run as finished."""
         write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         self.event("finished")
 
     def history(self) -> list[dict[str, Any]]:
-        """The metrics of every round so far."""
+        """Return the metrics of every round so far."""
         return _read_lines(self.folder / "metrics.jsonl")
 
     def events(self) -> list[dict[str, Any]]:
-        """Every event so far."""
+        """Return every event so far."""
         return _read_lines(self.folder / "events.jsonl")
 
     def environment(self) -> dict[str, str]:
-        """Versions and machine, as recorded when the run began."""
+        """Return versions and machine, as recorded when the run began."""
         text = (self.folder / "environment.json").read_text(encoding="utf-8")
         return dict(json.loads(text))
 
     def summary(self) -> dict[str, Any] | None:
-        """What the run came to; None while it has not finished."""
+        """Return the run's summary; None if the run has not finished."""
         path = self.folder / "summary.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -223,7 +226,7 @@ class Run:
 
 
 def list_runs(parent: Path) -> list[Run]:
-    """The runs below ``parent``, oldest first; folders that are none are passed over."""
+    """Return the runs below ``parent``, oldest first; other folders are skipped."""
     runs = []
     for path in sorted(parent.glob("*/run.json")):
         with suppress(InputError):
@@ -247,7 +250,7 @@ def _environment() -> dict[str, str]:
 
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a+b") as file:
-        # A line that was torn by a crash must not take this one with it.
+        # If a crash cut the last line, this line must begin on a new one, or both would be lost.
         torn = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
         file.flush()
@@ -255,7 +258,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; a torn last line, as kill -9 leaves it, is passed over."""
+    """Return the objects of JSON lines; skip an incomplete line, which kill -9 can leave."""
     if not path.exists():
         return []
     lines = []

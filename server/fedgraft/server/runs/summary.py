@@ -1,4 +1,4 @@
-"""What can be said of a run from its folder alone: parameters, bytes, settings."""
+"""The facts of a run that its folder alone gives: parameters, bytes, settings."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ __all__ = ["bytes_per_site_round", "partner_facts", "run_facts"]
 
 
 def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
-    """The part of a summary that does not depend on where the sites were."""
+    """Return the part of a summary that simulations and partner sites have in common."""
     job, history = plan.job, run.history()
     up, down = bytes_per_site_round(history)
     return {
@@ -44,15 +44,16 @@ def run_facts(run: Run, bench: Workbench, plan: Plan) -> dict[str, Any]:
 
 
 def partner_facts(run: Run, handed: Mapping[str, Any]) -> dict[str, Any]:
-    """What the coordinator of partner sites knows beside: who has the result, how good it is.
+    """Return the additional facts of partner sites: the sites with the result, its validation.
 
-    ``handed`` is what ``hand_over`` said. Sites measure at home, and do not tell.
+    ``handed`` is the result of ``hand_over``. Sites measure their own results locally, and do not
+    report them.
     """
     history, stopping = run.history(), run.job.rounds.early_stopping
     final, best = None, -math.inf
     for one in (line["validation"] for line in history if line["validation"]):
-        score = math.inf  # the last counts
-        if stopping:  # the best does, by the rule of ``rounds``
+        score = math.inf  # without early stopping, the last round counts
+        if stopping:  # the best round counts, by the rule in ``rounds``
             score = -one["loss"] if stopping.metric == "loss" else one[stopping.metric]
             score -= stopping.min_delta if final else 0.0
         if score > best or not stopping:
@@ -64,7 +65,7 @@ def partner_facts(run: Run, handed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(job: Job) -> Job:
-    """The job for readers elsewhere: files by name, for a report is made to be passed on."""
+    """Return the job with file names instead of paths, because a report is passed on to others."""
     changes: dict[str, Any] = {
         "backbone": job.backbone.model_copy(update={"source": _named(job.backbone.source)})
     }
@@ -84,7 +85,7 @@ def _without_folders(job: Job) -> Job:
 
 
 def _named(source: str) -> str:
-    """``path:FOLDER/NAME`` or a path as its last part; names that are no paths as they are."""
+    """Return the last part of ``path:FOLDER/NAME`` or a path; other names are unchanged."""
     if source.startswith(("hf:", "builtin:", "manifest:")):
         return source
     kind = "path:" if source.startswith("path:") else ""
@@ -92,7 +93,7 @@ def _named(source: str) -> str:
 
 
 def bytes_per_site_round(history: list[dict[str, Any]]) -> tuple[int, int]:
-    """Mean bytes (up, down) of one site in one round, evaluation included, as measured."""
+    """Return the measured mean bytes (up, down) of one site in one round with its evaluation."""
     asked = sum(line["asked"] for line in history)
     up = sum(line["bytes_up"] for line in history)
     down = sum(line["bytes_down"] for line in history)

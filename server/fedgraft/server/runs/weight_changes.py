@@ -1,12 +1,13 @@
-"""Which parts of the model training moved, and how far: norms of what is added to the weights.
+"""The changes of the model's modules in training: norms of the change of the weights.
 
-Of a module with low-rank factors that is ``dW = scaling * B A`` (Hu et al. 2021, "LoRA: Low-Rank
-Adaptation of Large Language Models", arXiv:2106.09685), not the norms of A and B, which say nothing
-apart: the same product has infinitely many pairs of them. Of anything else that trains it is the
-difference from where it started. Norms are Frobenius norms, and relative to that of the weights, so
-that large and small modules can be compared.
+For a module with low-rank factors, the change is ``dW = scaling * B A`` (Hu et al. 2021, "LoRA:
+Low-Rank Adaptation of Large Language Models", arXiv:2106.09685). The separate norms of A and B have
+no meaning, because infinitely many pairs of factors have the same product. For all other trained
+weights, the change is the difference from the start. Norms are Frobenius norms. They are relative
+to the norm of the weights, so that large and small modules can be compared.
 
-A large change is not importance: it says where this training went, not what the model relies on.
+A large change does not mean that a module is important: it shows the effect of this training, not
+what the model relies on.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,9 +29,10 @@ KEPT = ".modules_to_save.default"
 
 @dataclass(frozen=True)
 class WeightChange:
-    """One module: the norm of its change, and that divided by the norm of where it started.
+    """One module: the norm of its ``change``, and the norm ``relative`` to that of its start.
 
-    ``relative`` is None where it started at zero. ``low_rank`` says that factors trained here.
+    ``relative`` is None if the module started at zero. ``low_rank`` is True if the module trained
+    low-rank factors.
     """
 
     module: str
@@ -39,15 +41,16 @@ class WeightChange:
     low_rank: bool
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the change as plain JSON values."""
         return asdict(self)
 
 
 @torch.no_grad()
 def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[WeightChange]:
-    """How far every trained module moved if the adapter is ``parts`` over its start, in order.
+    """Return the change of every trained module, for an adapter of its start with ``parts``.
 
-    Of pairs of which the sites keep one factor there is no change that is everybody's.
+    Later parts replace earlier ones. Modules whose factors B stay at the sites are left out,
+    because their change differs between sites.
     """
     bench.put(*parts)
     found, shared = [], not any(map(is_factor_b, bench.own))
@@ -63,7 +66,7 @@ def moved_modules(bench: Workbench, *parts: tuple[Layout, Vector]) -> list[Weigh
 
 
 def _change(module: LoraLayer, base: torch.Tensor) -> torch.Tensor:
-    """What merging adds to the weights ``base``: with DoRA not only the product of the factors."""
+    """Return the change of the weights ``base`` by merging; DoRA also rescales each row."""
     added: torch.Tensor = module.get_delta_weight(ADAPTER)
     if ADAPTER not in module.lora_magnitude_vector:
         return added
@@ -76,7 +79,7 @@ def _change(module: LoraLayer, base: torch.Tensor) -> torch.Tensor:
 
 
 def _moved_weights(layout: Layout, start: Vector, end: Vector) -> list[WeightChange]:
-    """Modules whose weights themselves train, a module's parameters taken together."""
+    """Return the changes of modules without factors; a module's parameters count together."""
     squares: dict[str, list[float]] = {}
     for name, where in layout.slices.items():
         if ".lora_" in name:

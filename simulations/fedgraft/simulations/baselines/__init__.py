@@ -1,1 +1,1 @@
-"""What a federation is compared with: local, central and zero-shot models."""
+"""The models that a federation is compared with: local, central and zero-shot models."""

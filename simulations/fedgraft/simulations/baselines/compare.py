@@ -1,14 +1,14 @@
-"""What federating is held against, measured with the sites' own code on the sites' own data.
+"""The models that the federated model is compared with, measured with the sites' code and data.
 
-    zero_shot        the backbone with its own head, untouched (only if that head knows the labels)
-    head_only        the same federation, but only the head trains
+    zero_shot        the unchanged backbone with its own head (only if that head knows the labels)
+    head_only        the same federation, but only the head is trained
     local_only       each site alone, for as many epochs as a site trains in the federation
     central          one model on all sites' data pooled, as many epochs: if data could be shared
     federated        the federation's adapter
-    federated_tuned  the federation's adapter after a short fine-tune at each site
+    federated_tuned  the federation's adapter after a short fine-tuning at each site
 
-Where the job goes on from an earlier adapter, ``local_only`` and ``central`` begin there too. Every
-model is tested on each site's own test set; the pooled test set is all of them together.
+If the job starts from an earlier adapter, ``local_only`` and ``central`` start from it, too. Every
+model is tested on each site's own test set; the pooled test set is all these test sets together.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,30 +40,30 @@ __all__ = ["Measured", "Started", "Trial", "head_only_job", "start"]
 
 MOST_OTHERS = 50
 TESTED = 64  # sites tested in one task: a task carries the adapter and the names of all sites
-TUNED_RATE = 0.3  # of the federation's peak: the adapter is close to its optimum already
+TUNED_RATE = 0.3  # times the federation's learning rate: the adapter is close to its optimum
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model, or one model a site: on each site's own test set, and on all of them pooled.
+    """Results of one model, or of one model per site: on each site's own test set, and pooled.
 
     ``own`` has None for a site whose model could not be trained. ``models`` is None for one model,
-    whose pooled result is the sum of ``own``; where every site has its own, it has the
-    ``Tally.summary`` of each model on the pooled test set (of many sites, on a sample of it).
+    whose pooled result is the sum of ``own``. If every site has its own model, ``models`` has the
+    metrics of each model on the pooled test set (with many sites, on a sample of it).
     """
 
     own: tuple[Evaluation | None, ...]
     models: tuple[dict[str, float], ...] | None = None
 
     def pooled(self) -> Evaluation | None:
-        """``own`` one after the other; None if no site has a result."""
+        """Return the results in ``own`` joined in order; None if no site has a result."""
         known = [evaluation for evaluation in self.own if evaluation is not None]
         return _pool(known) if known else None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A finished federation to compare with: the final adapter and the round it comes from.
+    """A finished federation for comparisons: the final adapter, and the round it comes from.
 
     ``together`` sites are trained in one pass.
     """
@@ -79,25 +79,25 @@ class Trial:
 
 @dataclass(frozen=True)
 class Started:
-    """A comparison under way on the workers."""
+    """A comparison that runs on the workers."""
 
     tasks: "list[Future[list[Any]]]"
     finish: Callable[[list[Any]], Measured]
 
     def result(self) -> Measured:
-        """Wait for it."""
+        """Wait for the comparison and return its result."""
         return self.finish([result for task in self.tasks for result in task.result()])
 
 
 def head_only_job(job: Job) -> Job:
-    """The same federation with the backbone as feature extractor."""
+    """Return the job of the same federation with the backbone as feature extractor."""
     aggregation = job.aggregation.model_copy(update={"rule": "fedavg"})
     changes = {"method": HeadMethod(kind="head"), "aggregation": aggregation}
     return job.model_copy(update={**changes, "training": job.training.alone, "start": None})
 
 
 def start(name: str, trial: Trial, workers: Workers) -> Started | None:
-    """Start the comparison ``name``; None if it means nothing for this job."""
+    """Start the comparison ``name``; return None if it has no meaning for this job."""
     sites = range(len(trial.nodes))
     if name == "central":
         return Started([workers.submit(_central, trial)], _one_model)
@@ -105,7 +105,7 @@ def start(name: str, trial: Trial, workers: Workers) -> Started | None:
         return None
     task = COMPARED[name]
     finish = _separate_models if name == "local_only" else _one_model
-    # A site that is only tested is tested by itself: the size of its group changes nothing.
+    # A site that is only tested is tested alone, so the size of its group changes no result.
     trains = name in ("local_only", "federated_tuned")
     size = trial.together if trains else max(1, min(TESTED, len(sites) // (4 * cores())))
     groups = [sites[at : at + size] for at in range(0, len(sites), size)]
@@ -118,18 +118,18 @@ def _one_model(own: list[Evaluation | None]) -> Measured:
 
 def _separate_models(results: list[tuple[Evaluation, dict[str, float]] | None]) -> Measured:
     own = tuple(None if result is None else result[0] for result in results)
-    # Without a test example a model would count as one that is never right.
+    # A model without a test example would count as a model that is never right.
     return Measured(own, tuple(result[1] for result in results if result is not None and result[1]))
 
 
 def _pool(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """All of them as one: its tally is the only one that ever exists."""
+    """Return all evaluations joined to one; only one pooled tally is ever made."""
     return evaluations[0].joined(evaluations[1:])
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A task's own view of one site."""
+    """One site, as a task of a comparison uses it."""
 
     job: Job
     participant: Participant
@@ -139,21 +139,21 @@ class _Place:
 
     @property
     def layout(self) -> Layout:
-        """All that trains at a site."""
+        """The layout of all parameters that are trained at a site."""
         return self.bench.layout
 
     def test(self, adapter: Vector, examples: Examples) -> Evaluation:
-        """``adapter``, float32 [layout.size], on ``examples``."""
+        """Evaluate ``adapter``, float32 [layout.size], on ``examples``."""
         store, measures = self.participant.store, self.job.measures
         return measure(self.stack, self.layout, adapter, examples, measures=measures, store=store)
 
     def task(self, start: Vector, purpose: str) -> Task:
-        """Training on the site's own data."""
+        """Return the task of training on the site's own data."""
         generator = torch_generator(self.job.job.seed, purpose, self.participant.config.name)
         return Task(self.splits.train, start, generator, self.participant.store)
 
     def federated(self, trial: Trial) -> Vector:
-        """The trial's adapter, and the site's own head where heads are local."""
+        """Return the trial's adapter with the tensors that stay at the site, such as a head."""
         names, number = trial.names, trial.round
         request = EvaluateRequest(trial.session, number, "", names, "test", trial.adapter)
         trained = self.layout.only((*names, *self.bench.local.names))
@@ -168,7 +168,7 @@ def _place(trial: Trial, site: int) -> _Place:
 
 
 def _begin(trial: Trial) -> Vector:
-    """What a model begins with, float32 [layout.size]: the earlier adapter, if there is one."""
+    """Return a model's start, float32 [layout.size]: the earlier adapter, if there is one."""
     bench = open_workbench(trial.job)
     if trial.job.start is None:
         return bench.initial
@@ -181,9 +181,11 @@ def _begin(trial: Trial) -> Vector:
 def _train(
     places: Sequence[_Place], tasks: Sequence[Task], settings: Training, epochs: int
 ) -> list[Vector | None]:
-    """What training came to at each place; None if its loss was not finite, or without labels.
+    """Train at each place and return the adapters.
 
-    That must not end a comparison. Nobody adapts to anyone here.
+    An adapter is None if its loss was not finite, or if the site has no labels: neither must end a
+    comparison. Settings that have a meaning only in a federation, such as domain adaptation, are
+    not used.
     """
     stack, layout = places[0].stack, places[0].layout
     known = [n for n, task in enumerate(tasks) if has_labels(task.examples)]
@@ -195,12 +197,12 @@ def _train(
 
 
 def _budget(trial: Trial) -> int:
-    """Epochs that a site took part in, on average: only some may have been asked in a round."""
+    """Return the mean number of epochs per site; a round may have asked only some sites."""
     return epochs_of(trial.job, trial.round, len(trial.nodes))
 
 
 def _sample(trial: Trial, site: int) -> list[int]:
-    """Sites other than ``site`` on whose test sets its own model is tried."""
+    """Return the sites, other than ``site``, on whose test sets its own model is tested."""
     others = [other for other in range(len(trial.nodes)) if other != site]
     if len(others) <= MOST_OTHERS:
         return others
@@ -227,7 +229,7 @@ def _tuned(trial: Trial, sites: Sequence[int]) -> list[Evaluation | None]:
 
 def _zero_shot(trial: Trial, sites: Sequence[int]) -> list[Evaluation]:
     places = (_place(trial, site) for site in sites)
-    # Factors B start at zero: this is the backbone itself.
+    # Factors B start at zero, so this is the unchanged backbone.
     return [place.test(place.bench.initial, place.splits.test) for place in places]
 
 
@@ -250,15 +252,18 @@ def _local(trial: Trial, sites: Sequence[int]) -> list[tuple[Evaluation, dict[st
 def _tried(
     trial: Trial, site: int, place: _Place, adapter: Vector
 ) -> tuple[Evaluation, dict[str, float]]:
-    """Its own test set, and ``Tally.summary`` of that and others'; {} if they have no example."""
+    """Return the result on the site's own test set, and the metrics on its and others' pooled.
+
+    The metrics are {} if no test set has an example.
+    """
     own = place.test(adapter, place.splits.test)
-    # Of thousands of sites a sample will do: all of them would be a million evaluations.
+    # For thousands of sites a sample is enough: all pairs would be a million evaluations.
     others = (_place(trial, other).splits.test for other in _sample(trial, site))
     pooled = _pool([own, *(place.test(adapter, test) for test in others)]).tally
     if not pooled.examples:
         return own, {}
     found = trial.job.measures.figures(pooled)
-    # A mean over models means nothing for what some of them lack, or for groups.
+    # A mean over models has no meaning for metrics that some models lack, or for groups.
     return own, {key: value for key, value in found.items() if isinstance(value, float)}
 
 

@@ -1,8 +1,8 @@
-"""What several seeds of one job say together: the mean, and how far chance may have moved it.
+"""The mean over several seeds of one job, and its interval, which shows the effect of chance.
 
 A seed changes everything random: the split over sites, the head, the factors, the batches. The
-interval is Student's: right for values that are normal over seeds, and with two or three seeds as
-wide as so few deserve.
+interval is Student's t-interval. It is correct for values that are normal over seeds. With two or
+three seeds it is wide, because so few values say little.
 """
 
 import statistics
@@ -22,13 +22,13 @@ class Spread:
     half: float | None
 
     def text(self, *, scale: float = 1.0, digits: int = 1) -> str:
-        """``88.7 ± 2.7``, both times ``scale`` and with ``digits`` decimals."""
+        """Return text such as ``88.7 ± 2.7``, times ``scale`` and with ``digits`` decimals."""
         mean = f"{scale * self.mean:.{digits}f}"
         return mean if self.half is None else f"{mean} ± {scale * self.half:.{digits}f}"
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Mean and interval of one value a seed.
+    """Return mean and interval of ``values``, one value per seed.
 
     Raises:
         ValueError: there is no value.

@@ -1,4 +1,4 @@
-"""From measurements to the summary that the table, ``--json`` and the report all show."""
+"""Make the summary of the measurements that the table, ``--json`` and the report show."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,10 @@ COMPARISONS = ("federated", "central", "local_only", "head_only", "zero_shot")
 def final_metrics(
     measured: Mapping[str, Measured | None], seed: int, measures: Measures, task: Task
 ) -> dict[str, Any]:
-    """Every model on the pooled test set; for ``local_only`` the mean over the sites' models."""
+    """Return the metrics of every model on the pooled test set.
+
+    For ``local_only`` they are the mean over the sites' models.
+    """
     final: dict[str, Any] = {}
     for name in COMPARISONS:
         result = measured.get(name)
@@ -45,7 +48,10 @@ def site_results(
     measures: Measures,
     task: Task,
 ) -> list[dict[str, Any]]:
-    """Every model on each site's own test set, and whether federating helped that site."""
+    """Return the metrics of every model on each site's own test set, and each site's verdict.
+
+    The verdict says whether federating helped that site.
+    """
     return [
         _site(
             site,
@@ -104,7 +110,10 @@ def _site(
 
 
 def _mean_of_models(summaries: Sequence[Mapping[str, float]], share: str) -> dict[str, Any] | None:
-    """Mean of several models' metrics. No interval: models of ten sites are not draws of one."""
+    """Return the mean of several models' metrics.
+
+    There is no interval, because the models of ten sites are not draws of one model.
+    """
     if not summaries:
         return None
     mean = {key: float(np.mean([one[key] for one in summaries])) for key in summaries[0]}
@@ -112,10 +121,10 @@ def _mean_of_models(summaries: Sequence[Mapping[str, float]], share: str) -> dic
 
 
 def save_measured(path: Path, measured: Measured | None) -> None:
-    """Keep a comparison, so that a resumed run need not do it again.
+    """Save a comparison, so that a resumed run need not repeat it.
 
-    As JSON: two labels a test example, or three sums a block of text. A confusion
-    matrix a site would be thousands of zeros.
+    The file is JSON with two labels per test example, or three sums per block of text. A confusion
+    matrix per site would be thousands of zeros.
     """
     value = measured and {
         "own": [one and one.to_json() for one in measured.own],
@@ -125,7 +134,7 @@ def save_measured(path: Path, measured: Measured | None) -> None:
 
 
 def load_measured(path: Path, measures: Measures) -> Measured | None:
-    """What ``save_measured`` kept."""
+    """Return the comparison that ``save_measured`` saved."""
     value = json.loads(path.read_text(encoding="utf-8"))
     if value is None:
         return None

@@ -1,12 +1,14 @@
-"""A map of the sites: whose training alone goes in whose direction, from the same start.
+"""A map of the sites: the directions in which training alone changes the model, from one start.
 
-Every site of a simulation trains alone for ``local_only``, all from one adapter; the direction is
-what that changed of the parameters that would travel. Sites that point the same way can teach each
-other, sites that point apart are where federating may hurt (Sattler et al. 2020, "Clustered
-Federated Learning", arXiv:1910.01991, groups sites by these cosines).
+Every site of a simulation trains alone for ``local_only``, and all sites start from the same
+adapter. A site's direction is the change of the exchanged parameters in this training. Sites with
+similar directions can help each other. Between sites with different directions, federating may hurt
+(Sattler et al. 2020, "Clustered Federated Learning", arXiv:1910.01991, groups sites by these
+cosines).
 
-Only a simulation has such a map. It needs each site's own update, which a federation with secure
-aggregation shows nobody, and which one in clear should not be asked to hand over for a picture.
+Only a simulation has such a map, because the map needs each site's own update. In a federation with
+secure aggregation nobody sees this update. In a federation in clear, a site should not be asked for
+it only to draw a figure.
 """
 
 from collections.abc import Sequence
@@ -21,15 +23,15 @@ from fedgraft.common.layout import Vector
 
 __all__ = ["MOST", "classical_scaling", "cosines", "keep_direction", "map_sites", "why_absent"]
 
-MOST = 60  # sites: more names than that nobody finds on a map
+MOST = 60  # sites; more names on a map cannot be read
 FILE = "direction.npy"
-DIGITS = 6  # more than float32 carries, and less than sums in another order change
+DIGITS = 6  # decimals; later decimals may depend on the order of sums
 
 Matrix = NDArray[np.float64]
 
 
 def why_absent(job: Job, sites: int) -> str:
-    """Why there is no map of these sites; empty if there can be one."""
+    """Return the reason why there is no map of these sites; empty if there can be one."""
     if job.privacy.secure_aggregation.enabled:
         return (
             "this federation uses secure aggregation, under which nobody sees a single site's "
@@ -45,16 +47,16 @@ def why_absent(job: Job, sites: int) -> str:
 
 
 def keep_direction(state: Path, direction: Vector) -> None:
-    """Keep what training alone changed, float32 [exchanged size], in the site's folder."""
+    """Save the change by training alone, float32 [exchanged size], in the site's folder."""
     state.mkdir(parents=True, exist_ok=True)
     np.save(state / FILE, direction, allow_pickle=False)
 
 
 def map_sites(job: Job, states: Sequence[Path], names: Sequence[str]) -> dict[str, Any]:
-    """``sites``, their ``cosine`` matrix, ``places`` [n, 2] and the share of it they ``explain``.
+    """Return ``sites``, their ``cosine`` matrix, ``places`` [n, 2] and the share ``explained``.
 
-    Sites whose training alone came to nothing are not on it. Where there is none, ``absent`` says
-    why.
+    ``explained`` is the share of the squared distances that the places show. Sites that could not
+    be trained alone are not on the map. If there is no map, ``absent`` is the reason.
     """
     absent = why_absent(job, len(names))
     kept = [(name, state / FILE) for name, state in zip(names, states, strict=True)]
@@ -72,7 +74,7 @@ def map_sites(job: Job, states: Sequence[Path], names: Sequence[str]) -> dict[st
 
 
 def cosines(directions: Sequence[Vector]) -> Matrix:
-    """Cosine of the angle between every two of ``directions``: [n, n], 0 for one that is zero."""
+    """Return the cosines between all pairs of ``directions``, [n, n]; 0 for a zero direction."""
     rows = np.stack(directions).astype(np.float64)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     units = rows / np.where(norms > 0, norms, 1.0)
@@ -81,10 +83,10 @@ def cosines(directions: Sequence[Vector]) -> Matrix:
 
 
 def classical_scaling(distances: Matrix) -> tuple[Matrix, float]:
-    """Places in the plane whose distances are as close as can be to ``distances`` [n, n].
+    """Return places in the plane whose distances approximate ``distances`` [n, n] best.
 
-    Torgerson 1952, "Multidimensional Scaling: I. Theory and Method", Psychometrika 17. An axis
-    points to where the site farthest from its origin lies, so that the same map looks the same.
+    Torgerson 1952, "Multidimensional Scaling: I. Theory and Method", Psychometrika 17. Each axis
+    points towards the site farthest from its origin, so that equal maps look the same.
 
     Returns:
         Places [n, 2], and the share of all squared distances from the centre that they show.

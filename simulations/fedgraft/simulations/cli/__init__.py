@@ -1,1 +1,1 @@
-"""The verbs of a simulation."""
+"""The command-line verbs of a simulation."""

@@ -1,6 +1,6 @@
-"""``fedgraft check``: a job against its backbone and the data of its simulation, without training.
+"""``fedgraft check``: check a job, its backbone and its simulation's data, without training.
 
-Where simulations are not installed the verb is the coordinator's own, which knows no sites.
+If simulations are not installed, the coordinator's verb is used, which does not check sites.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""``fedgraft select``: a job file and backbones in, a table ranked by transferability out."""
+"""``fedgraft select``: read a job and backbones, print a table ranked by transferability."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``fedgraft simulate``: a job file in, a run folder, a table and a report out."""
+"""``fedgraft simulate``: read a job file; write a run folder, a table and a report."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["simulate"]
 
-MANY_SITES = 30  # above, a row and a sentence a site scroll everything else away
+MANY_SITES = 30  # above, a row and a sentence per site fill the whole terminal
 MODELS = {
     "federated": "fed.",
     "federated_tuned": "tuned",
@@ -72,7 +72,7 @@ def simulate(
     loaded = old.job if old else load_job(job or DEMO, tuple(overrides or ()))
     prepared = prepare(
         loaded, engine, console
-    )  # before a run's folder exists: bad input leaves none
+    )  # before the run's folder is made: bad input must leave no folder
     inputs = inputs_of(loaded, prepared, engine)
     with old or Run.create(runs, loaded, inputs) as run:
         run.expect(inputs)

@@ -1,4 +1,4 @@
-"""``fedgraft sweep``: a job file and a grid in, a run for each cell, a table and a plot out."""
+"""``fedgraft sweep``: read a job file and a grid; write a run per cell, a table and a plot."""
 
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +48,7 @@ def sweep(
 
     if resume:
         opened = Sweep(resume)
-    else:  # all of them before the folder exists: bad input leaves none
+    else:  # check all cells before the folder is made: bad input must leave no folder
         inputs = check_cells(cells, console)
         opened = Sweep.create(sweeps, axes, cells, [inputs[cell.number] for cell in cells])
     with opened:

@@ -1,1 +1,1 @@
-"""How one data set becomes the files of many sites."""
+"""The data of simulated sites: split one data set into the files of many sites."""

@@ -1,7 +1,7 @@
-"""From one data set to many sites: folders that look exactly like a real site's.
+"""Split one data set into many sites, each a folder with the same form as a real site's folder.
 
-A simulated site is a ``site.toml`` beside Parquet files, so the code that will read a hospital's
-folder is the code that runs here. Label skew as in Hsu et al., "Measuring the Effects of
+A simulated site is a ``site.toml`` beside Parquet files. Therefore the code that reads a hospital's
+folder also reads these folders. Label skew follows Hsu et al., "Measuring the Effects of
 Non-Identical Data Distribution for Federated Visual Classification" (arXiv:1909.06335, 2019), but
 class by class: the examples of class c go to the sites in proportions p_c ~ Dirichlet(alpha).
 """
@@ -55,9 +55,9 @@ TRIES = 300
 
 @dataclass(frozen=True)
 class SimulatedSite:
-    """A site and what is in its folder; ``classes`` counts training examples per label.
+    """A site and the content of its folder; ``classes`` counts training examples per label.
 
-    At a site with poisoned labels these are the wrong ones, as in its files.
+    At a site with poisoned labels, ``classes`` counts the wrong labels, which are in its files.
     """
 
     name: str
@@ -69,10 +69,10 @@ class SimulatedSite:
 
 @dataclass(frozen=True)
 class PreparedSites:
-    """The sites of a simulation, the section and the folder with a folder for each site.
+    """The sites of a simulation, its settings, and the folder with a folder for each site.
 
-    The folder's name is a hash over the rows they come from. ``skipped`` files did not decode and
-    are at none of the sites.
+    The folder's name is a hash over the rows of the sites. ``skipped`` is the number of files that
+    did not decode; they are at no site.
     """
 
     settings: Simulation
@@ -84,8 +84,8 @@ class PreparedSites:
 def prepare_sites(job: Job, cache: Path) -> PreparedSites:
     """Write the sites of ``job.simulation`` to a folder below ``cache``, or find them there.
 
-    The folder's name is a hash over the rows and everything else that decides what a site gets. It
-    appears complete or not at all.
+    The folder's name is a hash over the rows and all settings that decide a site's rows. The folder
+    is never visible before it is complete.
 
     Raises:
         JobError: the data cannot be split as the job asks.
@@ -113,7 +113,7 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
         for site in index["sites"]
     )
     try:
-        job.check_sites(len(sites))  # of a natural partition, known only now
+        job.check_sites(len(sites))  # a natural partition is counted only now
     except IllegalJob as error:
         raise JobError(f"rounds: {error}", hint=error.hint) from None
     _check_weights(job, sites)
@@ -121,7 +121,7 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
 
 
 def _check_weights(job: Job, sites: tuple[SimulatedSite, ...]) -> None:
-    """Refuse now what every site with too many examples would refuse later."""
+    """Raise JobError now if a site has too many examples, which it would refuse later."""
     masked = job.privacy.secure_aggregation
     largest = max(sites, key=lambda site: site.examples)
     if not masked.enabled or job.aggregation.weights != "examples":
@@ -142,19 +142,19 @@ def partition(
     sites: int,
     generator: np.random.Generator,
 ) -> list[Share]:
-    """Deal the rows with ``labels`` [n] (and ``test_labels`` [m]) to ``sites``; each row goes once.
+    """Split the rows with ``labels`` [n] (and ``test_labels`` [m]) between ``sites`` sites.
 
-    Test rows follow the same proportions as train rows, so a site's test set looks like its train
-    set. Without ``test_labels`` a stratified fifth of every site is held out. Draws are repeated
-    until every site has ``settings.min_examples`` to train on and, with ``test_labels``, one to
-    test on.
+    Each row goes to one site. Test rows have the same proportions as train rows, so that a site's
+    test set is similar to its train set. Without ``test_labels``, a stratified fifth of every site
+    is held out as test set. Draws are repeated until every site has ``settings.min_examples``
+    training examples and, with ``test_labels``, one test example.
 
     Raises:
-        JobError: no draw of ``TRIES`` does.
+        JobError: none of ``TRIES`` draws has enough examples at every site.
     """
     sets = [labels] if test_labels is None else [labels, test_labels]
     least = [settings.min_examples, 1]
-    if settings.kind == "iid":  # evenly: everything is of one class, in equal proportions
+    if settings.kind == "iid":  # evenly: all rows are one class, in equal proportions
         sets = [np.zeros_like(each) for each in sets]
     classes = np.unique(np.concatenate(sets))
     rows = [[np.flatnonzero(each == name) for name in classes] for each in sets]
@@ -182,15 +182,15 @@ def partition(
 
 
 def _borders(proportions: NDArray[np.float64], rows: list[Indices]) -> Indices:
-    """Where each site's part of each class begins and ends: [classes, sites + 1]."""
+    """Return the borders between the sites' parts of each class: [classes, sites + 1]."""
     counts = np.array([[len(mine)] for mine in rows])
     borders = np.rint(np.cumsum(proportions, axis=1) * counts).astype(np.int64)
-    borders[:, -1:] = counts  # a sum of proportions may miss 1 by a rounding error
+    borders[:, -1:] = counts  # a sum of proportions may differ from 1 by a rounding error
     return np.pad(borders, ((0, 0), (1, 0)))
 
 
 def _deal(rows: list[Indices], borders: Indices, generator: np.random.Generator) -> list[Indices]:
-    """Each site's row numbers, sorted; which rows of a class it gets is drawn."""
+    """Return each site's row numbers, sorted; the rows of a class are drawn at random."""
     shuffled = [generator.permutation(mine) for mine in rows]
     return [
         np.sort(
@@ -229,7 +229,7 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
         shifts = draw_shifts(len(shares), numpy_generator(job.job.seed, "simulation", "shifts"))
     index = []
     labels, classes = labels_of(pool.train), job.measures.classes
-    # In one piece: taking rows from thousands of chunks, one a file, looks through all of them.
+    # Combine the chunks, one per file: taking rows from thousands of chunks searches all of them.
     train = pool.train.with_format("arrow")[:].combine_chunks()
     test = train if pool.test is None else pool.test.with_format("arrow")[:].combine_chunks()
     poisoned = Fates.draw(job, list(shares)).poisoned if simulation.faults.poisons_labels else ()
@@ -253,7 +253,7 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
 
 
 def _with_labels(rows: pa.Table, labels: Indices) -> tuple[Indices, pa.Table]:
-    """``labels`` [n], and the rows with them in the place of their own."""
+    """Return ``labels`` [n], and the rows with these labels instead of their own."""
     at = rows.schema.get_field_index("label")
     return labels, rows.set_column(at, rows.schema.field(at), pa.array(labels))
 
@@ -261,7 +261,7 @@ def _with_labels(rows: pa.Table, labels: Indices) -> tuple[Indices, pa.Table]:
 def _write_site(
     job: Job, rows: Mapping[str, tuple[pa.Table, Indices]], shift: Shift | None, folder: Path
 ) -> None:
-    """Write the site ``folder``: of each split's rows (as ``read_split`` has them) its own."""
+    """Write the site's ``folder`` with its share of each split's rows (as ``read_split`` has)."""
     folder.mkdir()
     generator = numpy_generator(job.job.seed, "simulation", "pixels", folder.name)
     for split, (table, mine) in rows.items():
@@ -289,7 +289,7 @@ def _drawn_shares(job: Job, simulation: Simulation, pool: Pool) -> dict[str, Sha
 def _as_files(
     job: Job, rows: pa.Table, shift: Shift | None, generator: np.random.Generator
 ) -> pa.Table:
-    """The rows as a real site would have them: the job's column names, labels by name."""
+    """Return rows in the form of a real site's file: the job's column names, labels by name."""
     task, name = job.task, job.task.content
     contents = rows[name].to_pylist()
     if task.modality.files:
@@ -311,7 +311,7 @@ def _as_files(
 
 
 def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.Generator) -> bytes:
-    """The bytes of the image file, as they are or as PNG after the shift."""
+    """Return the bytes of the image file, unchanged or as PNG after the shift."""
     if shift is None:
         data = source["bytes"]
         return bytes(data) if data is not None else Path(source["path"]).read_bytes()
@@ -323,9 +323,9 @@ def _shifted(source: dict[str, Any], shift: Shift | None, generator: np.random.G
 
 
 def _elsewhere(task: Callable[..., None], *arguments: Any) -> None:
-    """Do ``task`` in a process of its own, which gives back the memory that all rows together took.
+    """Run ``task`` in a separate process, because its end frees the memory of all rows.
 
-    Where processes cannot be forked, here.
+    If processes cannot be forked, the task runs in this process.
     """
     if sys.platform != "linux":
         task(*arguments)
@@ -335,7 +335,7 @@ def _elsewhere(task: Callable[..., None], *arguments: Any) -> None:
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Rename the finished folder into place; another process may have been faster."""
+    """Rename the finished folder to its final name; another process may have been faster."""
     try:
         os.rename(partial, folder)
     except OSError:

@@ -1,8 +1,8 @@
-"""Covariate shifts: every simulated site looks at the same task through its own camera.
+"""Covariate shifts: every simulated site sees the same task through a different camera.
 
-A federation of identical sites proves little. Here each site gets an angle and one treatment, fixed
-for its whole data set, so that p(image) differs between sites while p(label | image) does not: the
-feature-shift setting of X. Li et al., FedBN (ICLR 2021, arXiv:2102.07623).
+A federation of identical sites shows little. Therefore each site gets an angle and one treatment,
+which are the same for its whole data set. So p(image) differs between sites, but p(label | image)
+does not. This is the feature-shift setting of X. Li et al., FedBN (ICLR 2021, arXiv:2102.07623).
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from scipy import ndimage
 __all__ = ["KINDS", "WIDEST_ANGLE", "Shift", "draw_shifts"]
 
 WIDEST_ANGLE = 30.0
-"""Largest rotation that `draw_shifts` hands out, in degrees."""
+"""Largest rotation that `draw_shifts` returns, in degrees."""
 
 Pixels = NDArray[np.float64]  # [height, width] or [height, width, channels], in [0, 1]
 Treatment = Callable[[Pixels, np.random.Generator], Pixels]
@@ -25,9 +25,9 @@ Treatment = Callable[[Pixels, np.random.Generator], Pixels]
 
 @dataclass(frozen=True)
 class Shift:
-    """What one site's camera does to every image: turn it by `angle` degrees, then treat it.
+    """The shift of one site's camera: rotate every image by `angle` degrees, then treat it.
 
-    A positive angle is counter-clockwise; `kind` is a key of `KINDS`.
+    A positive angle is counter-clockwise; `kind`, the treatment, is a key of `KINDS`.
 
     Raises:
         ValueError: the kind is unknown, or the angle is not finite.
@@ -43,15 +43,15 @@ class Shift:
             raise ValueError(f"the angle of a shift must be finite, not {self.angle}")
 
     def describe(self) -> str:
-        """Say it in words, such as "rotated -17 degrees, blurred"."""
+        """Return the shift in words, such as "rotated -17 degrees, blurred"."""
         turned = round(self.angle)
         rotation = f"rotated {turned:+d} degrees" if turned else ""
         return ", ".join(filter(None, [rotation, KINDS[self.kind][0]])) or "unchanged"
 
     def apply(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """Return a shifted copy of the same size and mode; corners turned into view are black.
+        """Return a shifted copy of the same size and mode; new corners after rotation are black.
 
-        `rng` serves the treatments that differ from image to image: today only noise.
+        `rng` is for treatments that differ from image to image; now this is only noise.
 
         Raises:
             ValueError: the image is neither grey nor colour (mode L or RGB).
@@ -64,9 +64,10 @@ class Shift:
 
 
 def draw_shifts(sites: int, rng: np.random.Generator) -> list[Shift]:
-    """Draw one shift per site: angles spread evenly over +-30 degrees, kinds handed out in turn.
+    """Draw one shift per site: angles at equal distances over +-30 degrees, kinds in turn.
 
-    Both are in random order, independent of each other. A single site is not rotated.
+    Angles and kinds are each in random order, independent of each other. A single site is not
+    rotated.
 
     Raises:
         ValueError: there is less than one site.
@@ -80,10 +81,10 @@ def draw_shifts(sites: int, rng: np.random.Generator) -> list[Shift]:
 
 
 def _reach(pixels: Pixels) -> float:
-    """Radius in pixels of what blurs or thickens: 0.8 for 8 pixels a side, 4.5 for 224.
+    """Return the radius in pixels for blurring and thickening: 0.8 for a side of 8, 4.5 for 224.
 
-    It grows with the root of the side, because larger pictures hold more detail, not only more
-    pixels of the same detail.
+    It grows with the square root of the side, because larger images have more detail, not only
+    more pixels of the same detail.
     """
     return 0.3 * float(np.sqrt(min(pixels.shape[:2])))
 
@@ -117,7 +118,10 @@ def _thin(pixels: Pixels, rng: np.random.Generator) -> Pixels:
 
 
 def _halfway(pixels: Pixels, morph: Callable[..., Any]) -> Pixels:
-    """Mix the image equally with its dilation or erosion, whose least step is a whole pixel."""
+    """Return the mean of the image and its dilation or erosion.
+
+    The mean is a smaller change than the smallest dilation or erosion, which is a whole pixel.
+    """
     size = 1 + round(_reach(pixels))
     window = (size, size, 1)[: pixels.ndim]
     return (pixels + _filtered(morph(pixels, size=window))) / 2
@@ -136,4 +140,4 @@ KINDS: dict[str, tuple[str, Treatment]] = {
     "thick": ("thickened", _thicken),
     "thin": ("thinned", _thin),
 }
-"""Every treatment: its name, the word that describes it, and the function. Strokes are bright."""
+"""Every treatment: name, describing word, function. The names assume bright strokes."""

@@ -1,7 +1,7 @@
-"""Where a simulation's rows come from: read, hashed, and named by site where the data has sites.
+"""The sources of a simulation's rows: read them, hash them, and name sites that the data has.
 
-Whether site folders can be used again is decided by the rows and not by paths or dates: the hash is
-over every text and every image file, read without decoding it.
+The rows, and not paths or dates, decide whether site folders can be used again. The hash is over
+every text and every image file, which is read without decoding it.
 """
 
 import glob
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 FORMAT = 2
-"""Part of every digest: raise it when the sites or shifts made of the same rows change."""
+"""Part of every digest; raise it if the same rows would now give other sites or shifts."""
 
 DIGITS = "builtin:digits"
 TEST_SHARE = 0.2
@@ -50,7 +50,8 @@ TEST_SHARE = 0.2
 class Share:
     """The rows of one site: int64 indices into the train rows and into the test rows.
 
-    Where the data set has no test rows, ``test`` indexes the train rows too, held out of ``train``.
+    If the data set has no test rows, ``test`` holds indices into the train rows that are held out
+    of ``train``.
     """
 
     train: Indices
@@ -59,9 +60,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Pool:
-    """All rows, as ``read_split`` gives them, and the shares where the data itself has sites.
+    """All rows, as ``read_split`` returns them, and the ``natural`` shares if the data has sites.
 
-    ``skipped`` files did not decode and were left out, as the job allows.
+    ``skipped`` is the number of files that did not decode and were left out, as the job allows.
     """
 
     train: datasets.Dataset
@@ -71,10 +72,11 @@ class Pool:
 
 
 def load_pool(job: Job, simulation: Simulation) -> Pool:
-    """Read the rows of ``simulation``.
+    """Read and return the rows of ``simulation``.
 
     Raises:
-        JobError: patterns that name no sites, a site without enough rows, labels the digits lack.
+        JobError: a pattern gives no site names, a site has too few rows, or the job does not fit
+            the built-in digits.
         DataError: the data files do not match the job's schema.
     """
     if simulation.partition.kind == "natural":
@@ -89,7 +91,7 @@ def load_pool(job: Job, simulation: Simulation) -> Pool:
 
 
 def _as_split(rows: datasets.Dataset, job: Job) -> datasets.Dataset:
-    """The digits as ``read_split`` would give them: their labels are the job's, by name."""
+    """Return the digits as ``read_split`` would return them, with the job's labels, by name."""
     if job.data.groups:
         raise JobError(f"{DIGITS} has no groups", hint="leave data.group and data.groups out")
     if job.task.stored:
@@ -136,7 +138,10 @@ def _load_natural(job: Job, simulation: Simulation) -> Pool:
 
 
 def _natural_sources(simulation: Simulation) -> tuple[dict[str, str], dict[str, str]]:
-    """Train and test source by site name, both in the same order; no test sources without test."""
+    """Return train and test sources by site name, in the same order.
+
+    There are no test sources if ``simulation.test`` is None.
+    """
     trains = _named_matches(simulation.train, "simulation.train")
     if simulation.sites is not None and simulation.sites != len(trains):
         raise JobError(
@@ -156,13 +161,13 @@ def _natural_sources(simulation: Simulation) -> tuple[dict[str, str], dict[str, 
 
 
 def _named_matches(pattern: str, key: str) -> dict[str, str]:
-    """Every match of a glob by its name: what stands in the place of the wildcards."""
+    """Return every match of a glob by its name: the text in the place of the wildcards."""
     if not glob.has_magic(pattern) or "**" in pattern:
         raise JobError(
             f"{key} = {pattern!r} does not say where the sites' names are",
             hint='a natural partition needs one * per name, as in "data/*/train.jsonl"',
         )
-    # An escaped pattern has \* and \? for the wildcards; other magic stays unnamed.
+    # An escaped pattern has \* and \? for the wildcards; other wildcards give no part of the name.
     regex = re.escape(pattern).replace(r"\*", "([^/]*)").replace(r"\?", "([^/])")
     named: dict[str, str] = {}
     for match in sorted(glob.glob(pattern)):
@@ -181,7 +186,7 @@ def _named_matches(pattern: str, key: str) -> dict[str, str]:
 
 
 def _ranges(parts: list[datasets.Dataset]) -> Iterator[Indices]:
-    """The row numbers of each part in the concatenation of all."""
+    """Yield the row numbers of each part in the concatenation of all parts."""
     start = 0
     for part in parts:
         yield np.arange(start, start + len(part), dtype=np.int64)
@@ -189,18 +194,18 @@ def _ranges(parts: list[datasets.Dataset]) -> Iterator[Indices]:
 
 
 def hold_out(rows: Indices, labels: Indices, generator: np.random.Generator) -> Share:
-    """Split ``rows`` (indices into ``labels``) into train and a stratified fifth as test."""
+    """Split ``rows`` (indices into ``labels``) into train rows and a stratified fifth as test."""
     train, test = split_validation(labels[rows], TEST_SHARE, generator)
     return Share(rows[train], rows[test])
 
 
 def labels_of(rows: datasets.Dataset) -> Indices:
-    """The label column of ``rows``, int64 [n]."""
+    """Return the label column of ``rows``, int64 [n]."""
     return np.asarray(rows.with_format("numpy")["label"][:], dtype=np.int64)
 
 
 def rows_digest(job: Job, simulation: Simulation) -> str:
-    """A hash over the rows as they are in the files and the settings that shape the sites."""
+    """Return a hash over the rows, as they are in the files, and the settings of the sites."""
     task = job.task
     settings = json.dumps(_settings(job, simulation), sort_keys=True)
     digest = hashlib.sha256(settings.encode())
@@ -228,7 +233,7 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
 
 
 def _settings(job: Job, simulation: Simulation) -> dict[str, Any]:
-    """What decides which rows a site gets; a setting that is not asked for is absent."""
+    """Return the settings that decide the rows of a site; settings not in use are absent."""
     settings: dict[str, Any] = {
         "format": FORMAT,
         "seed": job.job.seed,
@@ -241,13 +246,13 @@ def _settings(job: Job, simulation: Simulation) -> dict[str, Any]:
         settings["keys"] = job.settings.keys
     if job.data.groups:
         settings["groups"] = (job.data.group, job.data.groups)
-    if simulation.faults.poisons_labels:  # else absent: older digests hold
+    if simulation.faults.poisons_labels:  # otherwise absent, so that older digests stay valid
         settings["poisoned"] = simulation.faults.poisoned
     return settings
 
 
 def _deciding(task: Task) -> set[str]:
-    """The settings of ``[data]`` that decide which rows there are; of some tasks others besides."""
+    """Return the settings of ``[data]`` that decide the rows; some tasks have additional ones."""
     name = task.modality.name
     own = {name, f"on_bad_{name}", *([task.beside] if task.beside else [])}
     return {"text", "image", "label", "on_bad_image"} | own
@@ -260,7 +265,7 @@ def _feed(digest: Any, *parts: str | bytes) -> None:
 
 
 def _content_bytes(content: Any) -> str | bytes:
-    """What to hash of a text or an image; one that is missing is for ``read_split`` to refuse."""
+    """Return the content of a text or an image to hash; ``read_split`` refuses a missing image."""
     if not isinstance(content, dict):
         return repr(content)
     if content["bytes"] is not None:

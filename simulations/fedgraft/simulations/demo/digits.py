@@ -1,7 +1,7 @@
 """Real handwritten digits: the target domain of the demonstration, without a download.
 
 The images are the test half of the Optical Recognition of Handwritten Digits set (E. Alpaydin and
-C. Kaynak, UCI, 1998, CC BY 4.0), written by 13 people; scikit-learn installs them with itself.
+C. Kaynak, UCI, 1998, CC BY 4.0), written by 13 people. They are part of scikit-learn.
 """
 
 import datasets
@@ -16,7 +16,7 @@ NAMES = [str(digit) for digit in range(10)]
 
 MODALITY = "image"
 _TEST_SHARE = 0.3
-_FULL_INK = 16  # the set counts the inked samples of a 4 x 4 block
+_FULL_INK = 16  # a value of the set is the number of inked samples in a block of 4 x 4
 
 
 def load(seed: int = 0) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -25,7 +25,7 @@ def load(seed: int = 0) -> tuple[datasets.Dataset, datasets.Dataset]:
     Columns are `image`, an 8 x 8 PIL image of mode L with white ink (255) on black (0), and
     `label`, a ClassLabel named "0" to "9". The same seed gives the same rows in the same order.
     """
-    # Here, because it takes 70 MB that every worker of every other simulation would have too.
+    # Imported here, because otherwise it would cost every worker of all simulations 70 MB.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

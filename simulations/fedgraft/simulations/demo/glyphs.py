@@ -1,13 +1,13 @@
 """Drawn digits: the source domain of the demonstration, made of strokes instead of photographs.
 
-A digit is one of several ways of writing it, given as polylines in the unit square. A drawing
-warps, shears, rotates and scales these lines, takes the distance of every sample point to the
-nearest line, inks what lies within the pen's radius, and averages blocks of samples into grey
-pixels. That last step copies how the real target images were made: bitmaps normalised to full
-height and counted in blocks (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits,
-UCI, 1998).
+A digit has several ways of writing, given as polylines in the unit square. A drawing warps, shears,
+rotates and scales the lines of one way of writing. It takes the distance of every sample point to
+the nearest line, inks the points within the pen's radius, and averages blocks of samples into grey
+pixels. The last step is the same as for the real target images, which are bitmaps normalised to
+full height and counted in blocks (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
+Digits, UCI, 1998).
 
-The only randomness is the generator passed in, so a seed gives the same images on every run.
+The given generator is the only source of randomness, so a seed gives the same images on every run.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,10 +39,11 @@ def draw(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Draw `count` digits and return (images [count, 8, 8] in [0, 1], labels [count] in 0..9).
 
-    `rotation` is the standard deviation of the angle in degrees, `warp` that of the bending and
-    `thickness` the range of the pen's radius, both in units of the image's side; narrow drawings
-    may get up to twice that radius. `noise` is the standard deviation of the noise on a pixel,
-    `inverted` the share of drawings with dark ink on bright ground. The labels are drawn uniformly.
+    `rotation` is the standard deviation of the angle in degrees. `warp` is the standard deviation
+    of the bending, and `thickness` the range of the pen's radius, both in units of the image's
+    side; narrow drawings may get up to twice that radius. `noise` is the standard deviation of the
+    noise on a pixel. `inverted` is the share of drawings with dark ink on a bright background. The
+    labels are drawn uniformly.
 
     Raises:
         ValueError: `count` is negative.
@@ -60,7 +61,7 @@ def draw(
 
 
 def _bend(points: Points, warp: float, rng: np.random.Generator) -> Points:
-    """Bend every drawing by slow sine waves and shake its points a little."""
+    """Bend every drawing by slow sine waves, and move its points a little at random."""
     amplitude = rng.normal(0, warp, (4, len(points), 1))
     phase = rng.uniform(0, 2 * np.pi, (4, len(points), 1))
     slow, fast = 3.0, 5.0  # radians per side: less than one full wave, so strokes keep their order
@@ -89,9 +90,9 @@ def _slant(points: Points, rotation: float, rng: np.random.Generator) -> Points:
 def _broaden(
     radius: NDArray[np.float64], points: Points, rng: np.random.Generator
 ) -> NDArray[np.float64]:
-    """Give narrow drawings a broader pen, up to twice its radius.
+    """Return the pen's radii; narrow drawings get a broader pen, up to twice the radius.
 
-    In the real set a narrow digit holds as much ink as a wide one, as if it had been stretched.
+    In the real set, a narrow digit has as much ink as a wide digit, as if it had been stretched.
     """
     width, height = np.moveaxis(np.ptp(points, axis=1), -1, 0)
     narrowness = (0.6 * height / np.maximum(width, 1e-6)).clip(1, 2)
@@ -121,7 +122,7 @@ def _ink(starts: Points, ends: Points, radius: NDArray[np.float64]) -> NDArray[n
         part = slice(begin, begin + _CHUNK)
         a, b = starts[part, :, None].astype(np.float32), ends[part, :, None].astype(np.float32)
         distance = np.sqrt(_squared_distance(x, y, a, b).min(axis=1))
-        # Half a sample of softness at the pen's edge, against staircases.
+        # The pen's edge is soft by half a sample, against staircases in the image.
         ink = ((radius[part, None].astype(np.float32) - distance) * _SAMPLES + 0.5).clip(0, 1)
         blocks = ink.reshape(-1, SIDE, _SAMPLES // SIDE, SIDE, _SAMPLES // SIDE)
         images[part] = blocks.mean(axis=(2, 4))
@@ -131,7 +132,10 @@ def _ink(starts: Points, ends: Points, radius: NDArray[np.float64]) -> NDArray[n
 def _squared_distance(
     x: NDArray[np.float32], y: NDArray[np.float32], a: NDArray[np.float32], b: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Squared distance of points (x, y) [samples] to segments a-b [count, segments, 1, 2]."""
+    """Return squared distances of points (x, y) [samples] to segments [count, segments, 1, 2].
+
+    The segments go from ``a`` to ``b``.
+    """
     along_x, along_y = b[..., 0] - a[..., 0], b[..., 1] - a[..., 1]
     from_x, from_y = x - a[..., 0], y - a[..., 1]
     length = np.maximum(along_x * along_x + along_y * along_y, 1e-8)
@@ -144,7 +148,7 @@ def _squared_distance(
 def _expose(
     coverage: NDArray[np.float32], noise: float, inverted: float, rng: np.random.Generator
 ) -> NDArray[np.float32]:
-    """Vary the brightness, add noise, and turn some images into their negatives."""
+    """Vary the brightness, add noise, and invert some images."""
     gain = rng.uniform(0.95, 1.25, (len(coverage), 1, 1))
     grainy = (coverage * gain).clip(0, 1) + rng.normal(0, noise, coverage.shape)
     images = grainy.clip(0, 1)
@@ -164,7 +168,10 @@ def _line(*points: tuple[float, float]) -> Points:
 def _arc(
     x: float, y: float, wide: float, high: float, start: float, stop: float, points: int = 13
 ) -> Points:
-    """Part of an ellipse about (x, y), from angle `start` to `stop`; 0 is right and 90 is up."""
+    """Return part of an ellipse around (x, y), from angle `start` to `stop` in degrees.
+
+    An angle of 0 is right and 90 is up.
+    """
     angle = np.deg2rad(np.linspace(start, stop, points))
     return np.stack([x + wide * np.cos(angle), y - high * np.sin(angle)], axis=-1)
 
@@ -174,7 +181,7 @@ def _join(*strokes: Points) -> Points:
 
 
 def _writings() -> Iterator[tuple[int, list[Points]]]:
-    """Every way of writing, as (digit, strokes), in the order of the digits."""
+    """Yield every way of writing, as (digit, strokes), in the order of the digits."""
     yield 0, [_arc(0.5, 0.5, 0.34, 0.5, 90, 450, 25)]
     yield 0, [_arc(0.5, 0.5, 0.24, 0.5, 70, 430, 25)]
 
@@ -222,7 +229,7 @@ def _writings() -> Iterator[tuple[int, list[Points]]]:
 
 
 class _Table(NamedTuple):
-    """All ways of writing, padded to one shape so that a batch is drawn by array arithmetic."""
+    """All ways of writing, padded to one shape, so that array operations draw a batch."""
 
     points: Points  # [writings, points, 2]
     starts: NDArray[np.int64]  # [writings, segments], index of each segment's first point
@@ -239,7 +246,7 @@ def _tabulate(writings: Sequence[tuple[int, list[Points]]]) -> _Table:
         starts.append(np.setdiff1d(np.arange(len(points[-1])), last))
 
     def pad(arrays: list[NDArray[np.float64]] | list[NDArray[np.int64]]) -> Points:
-        # Repeating the last entry changes neither the outline nor the bounding box.
+        # Repeated last entries change neither the outline nor the bounding box.
         size = max(map(len, arrays))
         return np.stack([a[np.minimum(np.arange(size), len(a) - 1)] for a in arrays])
 

@@ -1,14 +1,14 @@
-"""The recipe behind the backbone `glyph-vit`: a small vision transformer learns drawn digits.
+"""Pre-train the backbone `glyph-vit`: a small vision transformer learns drawn digits.
 
     python -m fedgraft.simulations.demo.pretrain OUT_DIR [--seed 0]
 
 writes a Hugging Face folder: config.json, model.safetensors and a model card with measured figures.
-Real digits are read only to measure the finished backbone; none enters training. One thread and
-generators of its own make the folder the same, byte for byte, on every run with the same machine
-and package versions.
+Real digits are read only to measure the finished backbone; none is used in training. The program
+uses one thread and its own generators. Therefore the folder is the same, byte for byte, on every
+run with the same machine and package versions.
 
-The architecture is that of A. Dosovitskiy et al., An Image is Worth 16x16 Words (ICLR 2021),
-scaled down to images of 8 x 8 pixels and patches of 2 x 2.
+The architecture is that of A. Dosovitskiy et al., An Image is Worth 16x16 Words (ICLR 2021), with
+images of 8 x 8 pixels and patches of 2 x 2.
 """
 
 import argparse
@@ -44,19 +44,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much to draw and how to train; the defaults made the backbone that ships."""
+    """The settings of drawing and training; the defaults made the included backbone."""
 
     images: int = 40_000
     epochs: int = 4
     batch_size: int = 128
     peak_learning_rate: float = 2e-3
     weight_decay: float = 0.02
-    warmup: float = 0.1  # share of the steps until the learning rate peaks
+    warmup: float = 0.1  # share of the steps before the peak of the learning rate
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies in [0, 1] of a finished backbone, and how many images each was measured on."""
+    """Accuracies in [0, 1] of a finished backbone, and the number of images for each."""
 
     source: float
     source_images: int
@@ -65,10 +65,10 @@ class Scores:
 
 
 def standardise(images: Tensor) -> Tensor:
-    """Give each image [count, channels, height, width] mean 0 and deviation near 1, in float32.
+    """Return images [count, channels, height, width] with mean 0 and deviation near 1, float32.
 
-    The 0.05 under the fraction keeps the noise of an almost blank image from being blown up. The
-    backbone has only ever seen images treated like this, so whoever uses it must do the same.
+    The 0.05 in the denominator prevents that the noise of an almost blank image is amplified. The
+    backbone was trained only on standardised images, so every user must standardise images, too.
     """
     images = images.float()
     spread, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True)
@@ -76,7 +76,10 @@ def standardise(images: Tensor) -> Tensor:
 
 
 def pretrain(recipe: Recipe, seed: int) -> ViTForImageClassification:
-    """Draw the source set and train a new backbone on it; a minute or two on one CPU core."""
+    """Draw the source set, train a new backbone on it, and return the backbone.
+
+    It takes one or two minutes on one CPU core.
+    """
     pixels, targets = glyphs.draw(recipe.images, numpy_generator(seed, "glyph-vit", "source"))
     images, labels = _batch(pixels), torch.from_numpy(targets)
     backbone = build(seed)
@@ -94,7 +97,7 @@ def pretrain(recipe: Recipe, seed: int) -> ViTForImageClassification:
     backbone.train()
     for _ in range(recipe.epochs):
         order = torch.randperm(len(labels), generator=generator)
-        # A last batch that is not full is left out; the next epoch shuffles anew.
+        # An incomplete last batch is left out; the next epoch shuffles again.
         for rows in order[: batches * recipe.batch_size].view(batches, -1):
             loss = cross_entropy(backbone(pixel_values=images[rows]).logits, labels[rows])
             optimizer.zero_grad()
@@ -119,21 +122,27 @@ def build(seed: int) -> ViTForImageClassification:
         id2label=dict(enumerate(digits.NAMES)),
         label2id={name: digit for digit, name in enumerate(digits.NAMES)},
     )
-    # transformers initialises from the global generator; the fork leaves the caller's untouched.
+    # transformers initialises from the global generator; fork_rng restores the caller's state.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, "glyph-vit", "weights"))
         return ViTForImageClassification(config)
 
 
 def accuracy(backbone: ViTForImageClassification, images: Tensor, labels: Tensor) -> float:
-    """Share of standardised images [count, 1, 8, 8] that the backbone labels as given [count]."""
+    """Return the share of standardised images [count, 1, 8, 8] with the given ``labels`` [count].
+
+    An image counts if the backbone predicts its label.
+    """
     with torch.no_grad():
         guesses = backbone(pixel_values=images).logits.argmax(dim=-1)
     return float((guesses == labels).float().mean())
 
 
 def measure(folder: Path, seed: int) -> Scores:
-    """Score a saved backbone on 2,000 newly drawn digits and, without adapting it, on real ones."""
+    """Return the scores of a saved backbone on 2,000 new drawn digits and on real digits.
+
+    The backbone is not adapted to the real digits.
+    """
     backbone = ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
     drawn, targets = glyphs.draw(2_000, numpy_generator(seed, "glyph-vit", "measure"))
     real = datasets.concatenate_datasets(list(digits.load()))
@@ -150,13 +159,14 @@ def save(backbone: ViTForImageClassification, folder: Path) -> None:
     """Write config.json and model.safetensors; weights are stored as float16 to halve the file."""
     backbone.half().save_pretrained(folder)
     backbone.float()
-    # Stored in half precision, but meant for single: loaders take the type from the configuration.
+    # The weights are stored in half precision but are to be used in single precision. Loaders take
+    # the type from the configuration.
     backbone.config.dtype = torch.float32
     backbone.config.save_pretrained(folder)
 
 
 def describe(recipe: Recipe, seed: int, scores: Scores) -> str:
-    """Return the model card: what the backbone is, how it was made, what it can and cannot do."""
+    """Return the model card: the backbone, its recipe, its abilities and its limits."""
     return _CARD.format(**vars(recipe), seed=seed, **vars(scores))
 
 
@@ -230,7 +240,7 @@ Licence: Apache-2.0.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Pre-train, save, measure what was saved, and write the model card."""
+    """Pre-train a backbone, save it, measure the saved backbone, and write the model card."""
     parser = argparse.ArgumentParser(description="Pre-train the glyph-vit backbone.")
     parser.add_argument("folder", type=Path, metavar="OUT_DIR", help="where to write the model")
     parser.add_argument("--seed", type=int, default=0, help="seed of all randomness (default: 0)")

@@ -1,1 +1,1 @@
-"""Sites that vanish, are late or lie, in a simulation."""
+"""Faults of sites in a simulation: sites vanish, are late or send wrong updates."""

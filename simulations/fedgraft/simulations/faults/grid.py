@@ -1,9 +1,10 @@
-"""A Flower ``Grid`` around another in which sites vanish, are late and lie; nobody really waits.
+"""A Flower ``Grid`` around another ``Grid``, in which sites vanish, are late or send wrong updates.
 
-Coordinator, sites and the grid inside know nothing of it. Time is virtual: it stands while any site
-works, and when all have answered that will, it jumps to the next late reply, and at last to the
-deadline of those that are lost. ``Transport`` with this ``clock`` then does what it does in a
-federation. A late site has done its work, as a real one would have; a vanished one was never asked.
+Coordinator, sites and the inner grid do not know about the faults. Time is virtual, so that no
+process really waits. Time stands still while any site works. When all sites that will answer have
+answered, it jumps to the next late reply, and at the end to the deadline of the lost replies.
+``Transport`` with this ``clock`` then behaves as in a real federation. A late site has done its
+work, like a real late site; a vanished site was never asked.
 """
 
 import heapq
@@ -25,7 +26,7 @@ from fedgraft.simulations.faults.plan import NEVER, Fates, Step
 __all__ = ["FaultyGrid", "Waited"]
 
 Waited = Callable[[Step, Stage, float], None]
-"""Told after a stage for whose replies the coordinator would have waited so many seconds."""
+"""Called after a stage, with the seconds that the coordinator would have waited for replies."""
 
 CLEAR = ("TrainRequest", "EvaluateRequest")
 ORDER = {
@@ -40,9 +41,10 @@ ORDER = {
 
 @dataclass
 class _Asked:
-    """A message of the stage under way; its reply comes ``delay`` seconds after it was sent.
+    """A message of the current stage; its reply comes ``delay`` seconds after it was sent.
 
-    With a delay of ``inf`` it never does. The grid inside has a message that is ``running``.
+    With a delay of ``inf``, the reply never comes. The inner grid still has the message if it is
+    ``running``.
     """
 
     node: int
@@ -54,7 +56,7 @@ class _Asked:
 
 
 class FaultyGrid(Grid):
-    """``grid`` with the faults of ``fates``; one stage at a time, as the coordinator asks."""
+    """``grid`` with the faults of ``fates``; it handles one stage at a time, in order."""
 
     def __init__(
         self, grid: Grid, fates: Fates, waited: Waited = lambda step, stage, seconds: None
@@ -67,20 +69,20 @@ class FaultyGrid(Grid):
         self._now = self._start = 0.0
         self._open: dict[str, _Asked] = {}
         self._running = 0
-        self._late: list[tuple[float, str]] = []  # a heap of replies that came, by their delay
+        self._late: list[tuple[float, str]] = []  # a heap of late replies, by their delay
         self._lost = itertools.count()
 
     def clock(self) -> float:
-        """Virtual seconds since the grid was made."""
+        """Return the virtual seconds since the grid was made."""
         return self._now
 
     def set_run(self, run: Run) -> None:
-        """Take ``run`` as the run messages belong to."""
+        """Set the run that messages belong to."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Run:
-        """The run messages belong to."""
+        """The run that messages belong to."""
         return self._grid.run
 
     def create_message(
@@ -91,22 +93,22 @@ class FaultyGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Build a message from the coordinator to a node."""
+        """Return a new message from the coordinator to a node."""
         return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Every node's id."""
+        """Return every node's id."""
         return list(self._grid.get_node_ids())
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """Every node, as Flower describes nodes."""
+        """Return Flower's description of every node."""
         return list(self._grid.get_nodes())
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send the messages that find their site; an id for each, also for those that do not."""
+        """Send the messages whose site has not vanished; return an id for every message."""
         fates = [(message, self._fate(message)) for message in messages]
         sent = iter(self._grid.push_messages([one for one, asked in fates if asked.running]))
-        # A grid answers a message it could not send with an empty id, a whole batch with none.
+        # For a message that it could not send, a grid returns an empty id; for a batch, no ids.
         identifiers = [
             next(sent, "") if asked.running else f"lost-{next(self._lost)}" for _, asked in fates
         ]
@@ -118,7 +120,10 @@ class FaultyGrid(Grid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to ``message_ids`` that are there; time jumps if none can come before."""
+        """Return the replies to ``message_ids`` that are there.
+
+        Time jumps to the next late reply if no reply can come earlier.
+        """
         replies = []
         for identifier in message_ids:
             asked = self._open.get(identifier)
@@ -127,7 +132,7 @@ class FaultyGrid(Grid):
             if asked.running:
                 self._receive(identifier, asked)
             if self._is_next(identifier, asked):
-                assert asked.reply is not None  # noqa: S101  # only those that came are next
+                assert asked.reply is not None  # noqa: S101  # a reply that is next has come
                 replies.append(asked.reply)
                 del self._open[identifier]
                 if not self._open:
@@ -137,7 +142,7 @@ class FaultyGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push ``messages`` and wait, in virtual time, for every reply that is not lost."""
+        """Push ``messages``, wait in virtual time, and return every reply that is not lost."""
         waiting = list(self.push_messages(messages))
         replies: list[Message] = []
         while self._open:
@@ -145,7 +150,7 @@ class FaultyGrid(Grid):
         return replies
 
     def _fate(self, message: Message) -> _Asked:
-        """Whether the message finds its site, and how late the reply will be."""
+        """Return the fate of a message: its site has vanished or not, and the reply's delay."""
         stage, node = Stage(message.metadata.message_type), message.metadata.dst_node_id
         asked = _Asked(node, stage, message.metadata.ttl)
         site = self._sites.get(node)
@@ -157,12 +162,12 @@ class FaultyGrid(Grid):
         if gone != NEVER and (clear or ORDER[stage] >= gone):
             return replace(asked, delay=inf, running=False)
         if stage not in (Stage.TRAIN, Stage.EVALUATE):
-            return asked  # keys and signatures take even a slow machine no time to speak of
+            return asked  # keys and signatures take even a slow machine almost no time
         delay = self._fates.delay(self._step, site)
         return replace(asked, delay=delay if delay < asked.deadline else inf)
 
     def _receive(self, identifier: str, asked: _Asked) -> None:
-        """Take the reply if the grid inside has it by now; of one that is lost keep nothing."""
+        """Take the reply if the inner grid has it; do not keep a lost reply."""
         for reply in self._grid.pull_messages([identifier]):
             asked.running = False
             self._running -= 1
@@ -173,7 +178,7 @@ class FaultyGrid(Grid):
                 heapq.heappush(self._late, (asked.delay, identifier))
 
     def _passed_on(self, asked: _Asked, reply: Message) -> Message:
-        """The reply as it will reach the coordinator; notes who sits at the node."""
+        """Return the reply that reaches the coordinator, and record the name of the node's site."""
         if reply.has_error():
             return reply
         try:
@@ -183,12 +188,12 @@ class FaultyGrid(Grid):
                 trained = decode(reply.content, TrainReply)
                 update = self._fates.poison(trained.update, self._step, self._sites[asked.node])
                 reply.content = encode(replace(trained, update=update))
-        except MessageError:  # a refusal, or something that the coordinator will refuse
+        except MessageError:  # a refusal, or a reply that the coordinator will refuse
             pass
         return reply
 
     def _is_next(self, identifier: str, asked: _Asked) -> bool:
-        """Whether this reply is the next to arrive, if need be after waiting for it."""
+        """Return whether this reply is the next to arrive; move the clock if it is late."""
         if not asked.delay:
             return asked.reply is not None
         if self._running:
@@ -204,16 +209,16 @@ class FaultyGrid(Grid):
         return True
 
     def _end(self, stage: Stage, seconds: float) -> None:
-        """The stage is over after so many seconds; what is still open is lost."""
+        """End the stage after ``seconds``; replies that have not come are lost."""
         self._open = {}
         if seconds:
             self._waited(self._step, stage, seconds)
 
 
 def _step(message: Message, before: Step) -> Step:
-    """The step that ``message`` begins, or the one that it goes on with.
+    """Return the step that ``message`` begins, or the step ``before`` that it continues.
 
-    A masked step is named by its first message; validation belongs to the attempt that trained.
+    The first message of a masked step names it. Validation belongs to the attempt that trained.
     """
     payload = message.content["payload"]
     kind = str(payload["kind"])

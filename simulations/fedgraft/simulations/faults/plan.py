@@ -1,13 +1,14 @@
-"""Whom faults hit, when, and what they do: drawn by hash, so that a rehearsal can be repeated.
+"""The plan of faults: affected sites, times and effects, drawn by hash and therefore repeatable.
 
-A draw depends on the job's seed, the fault, the round, the attempt at it and the site, and on
-nothing else: not on the order of messages, the process, or where a run was resumed.
+A draw depends only on the job's seed, the fault, the round, the attempt at it and the site. It does
+not depend on the order of messages, on the process, or on the round at which a run was resumed.
 
-Poisoned labels are those of Fang et al., "Local Model Poisoning Attacks to Byzantine-Robust
-Federated Learning" (USENIX Security 2020), with one change: they turn label l of C into C - 1 - l,
-which leaves the middle one of an odd number as it is; here l becomes l + 1 modulo C, so that all
-are wrong. Flipped signs: Karimireddy et al., "Byzantine-Robust Learning on Heterogeneous Datasets
-via Bucketing" (arXiv:2006.09365); signs and noise: Li et al., "RSA" (AAAI 2019).
+Poisoned labels follow Fang et al., "Local Model Poisoning Attacks to Byzantine-Robust Federated
+Learning" (USENIX Security 2020), with one change. The paper turns label l of C into C - 1 - l,
+which does not change the middle label if C is odd. Here l becomes l + 1 modulo C, so that all
+labels are wrong. Flipped signs follow Karimireddy et al., "Byzantine-Robust Learning on
+Heterogeneous Datasets via Bucketing" (arXiv:2006.09365). Signs and noise: Li et al., "RSA" (AAAI
+2019).
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ NEVER = STAGES
 
 @dataclass(frozen=True)
 class Step:
-    """A round's ``train`` or its ``evaluate`` (``work``); ``attempt`` counts from 0."""
+    """The ``work`` of a round, ``train`` or ``evaluate``; ``attempt`` counts from 0."""
 
     round: int
     attempt: int
@@ -39,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Fates:
-    """What befalls the sites of one job; ``slow`` and ``poisoned`` are names, sorted."""
+    """The faults of one job's sites; ``slow`` and ``poisoned`` are site names, sorted."""
 
     settings: Faults
     seed: int
@@ -48,22 +49,23 @@ class Fates:
 
     @classmethod
     def draw(cls, job: Job, sites: Sequence[str]) -> Self:
-        """The fates of ``sites``, by name."""
+        """Draw and return the faults of ``sites``, given by name."""
         settings = job.simulation.faults if job.simulation else Faults()
         seed = job.job.seed
         slow = choose_sites(sites, settings.stragglers, seed, "slow")
         return cls(settings, seed, slow, choose_sites(sites, settings.poisoned, seed, "poisoned"))
 
     def vanishes(self, step: Step, site: str) -> int:
-        """The stage (0 to 4, as in a masked round) from which ``site`` is gone, or ``NEVER``.
+        """Return the stage (0 to 4, as in a masked round) at which ``site`` vanishes, or ``NEVER``.
 
-        One draw for a round's training and evaluation: who is gone stays away until the next.
+        There is one draw for a round's training and evaluation: a site that has vanished stays away
+        until the next round.
         """
         draw = numpy_generator(self.seed, "fault", "dropout", step.round, step.attempt, site)
         return int(draw.integers(STAGES)) if draw.random() < self.settings.dropout else NEVER
 
     def delay(self, step: Step, site: str) -> float:
-        """Seconds by which the reply of ``site`` is late; each reply of a slow site has its own."""
+        """Return the seconds by which the reply of ``site`` is late, drawn for each reply."""
         if site not in self.slow:
             return 0.0
         number = (step.round, step.attempt, step.work)
@@ -71,7 +73,7 @@ class Fates:
         return float(draw.exponential(self.settings.delay))
 
     def poison(self, update: Vector, step: Step, site: str) -> Vector:
-        """What becomes of the update of ``site``, float32 [n], on its way to the coordinator."""
+        """Return the update of ``site``, float32 [n], that the coordinator gets."""
         if not self.settings.poisons_updates or site not in self.poisoned:
             return update
         if self.settings.poison == "sign-flip":
@@ -80,18 +82,18 @@ class Fates:
             return np.full_like(update, np.nan)
         draw = numpy_generator(self.seed, "fault", "noise", step.round, step.attempt, site)
         noise = draw.standard_normal(update.size)
-        length = np.linalg.norm(update.astype(np.float64))  # its own: the norm gives nothing away
+        length = np.linalg.norm(update.astype(np.float64))  # equal norms do not reveal the noise
         return (noise * (length / np.linalg.norm(noise))).astype(np.float32)
 
     def facts(self) -> dict[str, Any]:
-        """Settings and sites, as plain JSON values."""
+        """Return settings and sites, as plain JSON values."""
         sites = {"slow_sites": list(self.slow), "poisoned_sites": list(self.poisoned)}
         return {**self.settings.model_dump(mode="json"), **sites}
 
     def summary(self, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Facts and ``told``, and of a run's ``events`` the seconds each round would have waited.
+        """Return facts and ``told``, and from ``events`` the seconds that each round would wait.
 
-        A stage that was done again after a crash waited as long as the first time: it counts once.
+        A stage that is repeated after a crash waits as long as the first time, so it counts once.
         """
         stages = {
             tuple(event[key] for key in ("round", "attempt", "work", "stage")): event["seconds"]
@@ -111,7 +113,7 @@ class Fates:
         }
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return the faults as one line of text."""
         settings, parts = self.settings, []
         if settings.dropout:
             parts.append(f"a site vanishes in {100 * settings.dropout:g} % of rounds")
@@ -123,12 +125,15 @@ class Fates:
 
 
 def choose_sites(sites: Sequence[str], share: float, seed: int, purpose: str) -> tuple[str, ...]:
-    """A ``share`` (0 to 1) of ``sites``, by the smallest hashes; at least one if it is above 0."""
+    """Return a ``share`` (0 to 1) of ``sites``, those with the smallest hashes, sorted.
+
+    There is at least one site if the share is above 0.
+    """
     count = max(1, round(share * len(sites))) if share else 0
     ranked = sorted(sites, key=lambda site: derive_seed(seed, "fault", purpose, site))
     return tuple(sorted(ranked[:count]))
 
 
 def wrong_labels(labels: Indices, classes: int) -> Indices:
-    """The ``labels`` of a poisoned site, int64 [n]: every one is another than it was."""
+    """Return the ``labels`` of a poisoned site, int64 [n]; every label is wrong."""
     return (labels + 1) % classes

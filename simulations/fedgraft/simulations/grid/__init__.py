@@ -1,1 +1,1 @@
-"""Flower's grid in this process: simulated sites, workers, and the Ray engine."""
+"""Flower's grid in a simulation: simulated sites, workers, and the Ray engine."""

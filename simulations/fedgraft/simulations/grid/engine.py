@@ -1,8 +1,8 @@
-"""How a simulation of many sites is cut into work: who shares a pass, and who is looked at before.
+"""The division of a simulation into passes: the number of sites that are trained in one pass.
 
-The backbone is loaded once and shared by forked workers; sites stream through. What is decided here
-depends on the job and the data alone, never on how many workers there are or how fast they are,
-because the number of sites in a pass moves the last bits of a result.
+The backbone is loaded once and shared by forked workers; sites are processed one after the other.
+The number depends only on the job and the data, and not on the number of workers or their speed,
+because the number of sites in a pass changes the last bits of a result.
 """
 
 import math
@@ -26,20 +26,20 @@ from fedgraft.simulations.grid.workers import Workers
 __all__ = ["Nodes", "choose_sites_per_pass", "make_nodes"]
 
 MOST = 32
-SHARES = 4  # a cohort is cut into at least as many passes: idle cores are worse than small batches
-PROBED = 8  # rows in the proof that sites do not mix
-# Floating-point operations of a forward pass from which more rows gain nothing, measured on a CPU
-# (docs/results.md); a GPU wants far more.
+SHARES = 4  # a cohort has at least this number of passes: idle cores cost more than small batches
+PROBED = 8  # rows in the check that sites do not mix
+# Floating-point operations of a forward pass above which more rows give no gain, measured on a CPU
+# (docs/results.md); a GPU needs far more.
 ENOUGH = {"fp32": 3e9, "bf16": 1.2e10}
 ON_A_GPU = 1e12
 
 
 @dataclass(frozen=True)
 class Nodes(Sequence[NodeConfig]):
-    """The nodes' configurations, made when asked for: of ten thousand few are ever looked at.
+    """The nodes' configurations, made on request, because few of ten thousand are ever read.
 
-    ``sites`` and ``states`` are the folders of the sites and of what they keep; ``extra`` holds for
-    all of them.
+    ``sites`` is the folder of the sites, ``states`` the folder of their states; ``extra`` are
+    settings of all sites.
     """
 
     names: tuple[str, ...]
@@ -77,10 +77,10 @@ class Nodes(Sequence[NodeConfig]):
 
 
 def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
-    """How many sites are trained in one pass: what the job says, or enough to fill the processor.
+    """Return the number of sites per pass: the job's number, or enough to use the processor fully.
 
     Raises:
-        InputError: the job asks for several, and the backbone would mix their rows.
+        InputError: the job asks for several sites, and the backbone would mix their rows.
     """
     asked = job.simulation.sites_per_pass if job.simulation else 1
     cohort = job.rounds.cohort_size(len(nodes))
@@ -97,14 +97,14 @@ def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
         layout = stack.bench.layout
         feed = open_feed(stack, layout, examples, participant.store)
         stack.put_one(layout, stack.bench.initial)
-        with FlopCounterMode(display=False) as counter:  # of what is not kept from before
+        with FlopCounterMode(display=False) as counter:  # counts only what is not cached
             logits_of([feed], [some], feed.width(some))
         on_cpu = stack.device.type == "cpu"
         enough = ENOUGH[job.training.precision] if on_cpu else ON_A_GPU
         power = round(math.log2(enough / max(counter.get_total_flops(), 1)))
         wanted = min(wanted, -(-cohort // SHARES), 1 << max(power, 0))
     try:
-        if examples.pad_left:  # positions count from the left: a row would depend on its company
+        if examples.pad_left:  # positions count from the left: a row would depend on other rows
             raise InputError(
                 "texts are padded on the left here, by as much as the longest in the pass needs",
                 hint="simulation.sites_per_pass = 1",
@@ -118,7 +118,7 @@ def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
 
 
 def make_nodes(job: Job, prepared: PreparedSites, *, states: str, device: str) -> Nodes:
-    """The sites as Flower nodes; ``states`` is the folder of what they keep in this run."""
+    """Return the sites as Flower nodes; ``states`` is the folder of their states in this run."""
     settings = prepared.settings
     processes = 1 + Workers(settings.workers, device=device).count
     cache = settings.cache.model_copy(update={"memory": settings.cache.memory // processes})

@@ -1,4 +1,4 @@
-"""Identities of simulated sites, made once a run: secure aggregation runs its real code."""
+"""Identities of simulated sites, made once per run, so that secure aggregation runs unchanged."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,11 @@ FILE = "federation.toml"
 
 
 def found_federation(job: Job, folder: Path, sites: Sequence[str]) -> Federation | None:
-    """The federation of a simulation, in ``folder``, made if it is not there yet.
+    """Return the federation of a simulation in ``folder``; make it if it is not there.
 
-    Each site's private key lies in its own folder ``folder/NAME``. The floor is what the job asks
-    for: a simulated site has no officer who insists on more. None without secure aggregation.
+    It is None without secure aggregation. Each site's private key is in the site's folder
+    ``folder/NAME``. The floor is equal to the job's settings, because a simulated site has no
+    officer who asks for more.
     """
     wanted = job.privacy.secure_aggregation
     if not wanted.enabled:

@@ -1,8 +1,9 @@
-"""A Flower ``Grid`` on this machine: the unmodified coordinator and client code, no network.
+"""A Flower ``Grid`` on this machine: unmodified code of coordinator and sites, without a network.
 
-Replies come back in the order the messages went out, whatever worker was faster, so that sums of
-floating-point numbers, and with them every byte of a run, are the same each time. Messages that ask
-to train are answered in groups of a fixed size: sites that share one pass over the backbone.
+Replies come back in the order in which the messages were sent, even if another worker was faster.
+Therefore sums of floating-point numbers, and every byte of a run, are the same each time. Messages
+that ask to train are answered in groups of a fixed size: the sites of a group share one pass over
+the backbone.
 """
 
 import itertools
@@ -27,12 +28,15 @@ NodeConfig = Mapping[str, str]
 Answer = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 TRAIN = "train"  # Flower's message type
 SERVER = 1
-WAIT = 0.02  # seconds one pull waits for a worker
+WAIT = 0.02  # seconds that one pull waits for a worker
 
 
 @dataclass
 class _Group:
-    """Messages that are answered together: not started, then a future, then pulled one by one."""
+    """Messages that are answered together.
+
+    A group has no ``future`` before it is started. Its replies are pulled one by one.
+    """
 
     waiting: deque[tuple[str, Message]] = field(default_factory=deque)
     future: "Future[list[_Replied]] | None" = None
@@ -42,15 +46,15 @@ _Replied = tuple[Message, RecordDict]  # a reply, and the node's state after it
 
 
 def answer_as_installed(asked: Sequence[tuple[Message, Context]]) -> list[Message]:
-    """Answer one message, or several that ask to train, with the code that runs at a site."""
+    """Answer one message, or several that ask to train, with the installed code of a site."""
     return train_all(asked) if len(asked) > 1 else [app(*asked[0])]
 
 
 class LocalGrid(Grid):
-    """Nodes with these configurations, whose messages ``answer`` answers on ``workers``.
+    """A grid of nodes with these configurations; ``answer`` answers their messages on ``workers``.
 
-    ``answer`` is a function of a module, as it goes to other processes by its name; it gets one
-    message with its node's context, or up to ``together`` that ask to train.
+    ``answer`` must be a function of a module, because it is sent to other processes by its name.
+    It gets one message with its node's context, or up to ``together`` messages that ask to train.
     """
 
     def __init__(
@@ -68,18 +72,18 @@ class LocalGrid(Grid):
         self._run = Run.create_empty(1)
         self._groups: deque[_Group] = deque()
         self._count = itertools.count()
-        # Flower stamps every message with the process's task; there is only this one here.
+        # Flower puts the process's task into every message; this process has only one task.
         TaskIdentity.run_id = self._run.run_id
         TaskIdentity.node_id = SERVER
         TaskIdentity.task_id = 1
 
     def set_run(self, run: Run) -> None:
-        """Take ``run`` as the run messages belong to."""
+        """Set the run that messages belong to."""
         self._run = run
 
     @property
     def run(self) -> Run:
-        """The run messages belong to."""
+        """The run that messages belong to."""
         return self._run
 
     def create_message(
@@ -90,25 +94,25 @@ class LocalGrid(Grid):
         group_id: str,
         ttl: float | None = None,
     ) -> Message:
-        """Build a message from the coordinator to a node."""
+        """Return a new message from the coordinator to a node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Every node's id."""
+        """Return every node's id."""
         return list(range(SERVER + 1, SERVER + 1 + len(self._nodes)))
 
     def get_nodes(self) -> Iterable[NodeInfo]:
-        """Every node's id, as Flower describes nodes."""
+        """Return Flower's description of every node, with its id."""
         return [NodeInfo(node_id=node) for node in self.get_node_ids()]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; their ids in the same order."""
+        """Queue messages; return their ids in the same order."""
         identifiers = []
         group: _Group | None = None
         for message in messages:
             identifier = f"local-{next(self._count)}"
             message.metadata.__dict__["_message_id"] = identifier
-            message.metadata.ttl = DEFAULT_TTL  # waiting for a worker here is not being late
+            message.metadata.ttl = DEFAULT_TTL  # a message that waits for a worker is not late
             if (
                 group is None
                 or len(group.waiting) == self._together
@@ -122,9 +126,9 @@ class LocalGrid(Grid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to ``message_ids`` that are due: the oldest unanswered message's comes first.
+        """Return the replies to ``message_ids`` that are due, in the order of their messages.
 
-        Works at most two groups a worker ahead, so that replies do not pile up.
+        At most two groups per worker are started in advance, so that few replies wait in memory.
         """
         replies = []
         for identifier in message_ids:
@@ -132,7 +136,7 @@ class LocalGrid(Grid):
             if not self._groups or self._groups[0].waiting[0][0] != identifier:
                 continue
             group = self._groups[0]
-            assert group.future is not None  # noqa: S101  # the oldest was started above
+            assert group.future is not None  # noqa: S101  # the oldest group was started above
             try:
                 answers = group.future.result(WAIT)
             except TimeoutError:
@@ -148,7 +152,7 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Push ``messages`` and wait for every reply; nodes here always answer."""
+        """Push ``messages`` and return every reply; these nodes always answer."""
         waiting = list(self.push_messages(messages))
         replies: list[Message] = []
         while len(replies) < len(waiting):
@@ -168,20 +172,20 @@ class LocalGrid(Grid):
         return message, node, config, self._states.get(node) or RecordDict()
 
     def _remember(self, node: int, state: RecordDict) -> None:
-        """Keep a node's state only while there is one: of thousands of nodes few have any."""
+        """Keep a node's state only if it is not empty: few of thousands of nodes have a state."""
         if state:
             self._states[node] = state
         else:
             self._states.pop(node, None)
 
 
-_Asked = tuple[Message, int, dict[str, str], RecordDict]  # with the node, its config and state
+_Asked = tuple[Message, int, dict[str, str], RecordDict]  # message, node, its config and state
 
 
 def _reply(answer: Answer, asked: Sequence[_Asked]) -> list[_Replied]:
-    """What nodes do with a message each, and their states after it, for any worker to go on with.
+    """Return each node's reply to its message, and its state after it.
 
-    An exception becomes Flower's error code, as there.
+    Any worker can continue with the state. An exception becomes Flower's error code, as in Flower.
     """
     pairs = [
         (

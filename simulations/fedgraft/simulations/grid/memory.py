@@ -1,4 +1,4 @@
-"""How much memory a simulation takes and how fast it goes, its worker processes included."""
+"""The memory and the speed of a simulation, including its worker processes."""
 
 import threading
 import time
@@ -13,12 +13,11 @@ INTERVAL = 0.5  # seconds between samples
 
 
 class PeakMemory:
-    """Samples this process and its descendants while it is entered; ``megabytes`` is the peak.
+    """Samples the memory of this process and its descendants in a context; in MiB.
 
-    ``now`` is the last sample.
-
-    Counts proportional set size where the system has it (Linux), so that pages shared by forked
-    workers count once; elsewhere resident set size, which counts them for each.
+    ``megabytes`` is the peak, ``now`` the last sample. On Linux it is the proportional set size,
+    so that pages shared by forked workers count once. On other systems it is the resident set size,
+    which counts these pages for each process.
     """
 
     def __init__(self) -> None:
@@ -56,12 +55,12 @@ class Pace:
         self._rounds = 0
 
     def within(self, done: int) -> str:
-        """``done`` sites of the round under way have answered."""
+        """Return the text after ``done`` sites of the current round have answered."""
         rate = done / max(time.monotonic() - self._began, 1e-3)
         return f"{done} sites  {self._speed(rate)}"
 
     def after(self, sites: int, seconds: float) -> str:
-        """A round with ``sites`` sites is over; it took ``seconds``."""
+        """Return the text after a round with ``sites`` sites, which took ``seconds``."""
         self._began = time.monotonic()
         self._rounds, self._left = self._rounds + 1, self._left - 1
         left = (self._began - self._started) / self._rounds * self._left
@@ -74,7 +73,7 @@ class Pace:
 
 
 def _now() -> int:
-    """Bytes held by this process and its descendants."""
+    """Return the bytes of memory of this process and its descendants."""
     this = psutil.Process()
     total = 0
     for process in [this, *this.children(recursive=True)]:

@@ -1,7 +1,7 @@
-"""The same job on Flower's own simulation engine, which is Ray: several GPUs or machines.
+"""Run a job on Flower's own simulation engine, which is Ray, with several GPUs or machines.
 
-Coordinator and client code are the installed ones; only the grid differs. Replies arrive in any
-order there, so sums may differ in the last bits from one run to the next.
+The installed code of coordinator and sites runs; only the grid differs. With Ray, replies arrive in
+any order, so sums may differ in the last bits between runs.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ from fedgraft.simulations.grid.workers import cores
 
 __all__ = ["coordinate_on_ray", "require_ray"]
 
-JOINING = 60.0  # seconds for Ray to bring up its nodes
+JOINING = 60.0  # seconds in which Ray must start its nodes
 
 
 def coordinate_on_ray(
@@ -39,11 +39,11 @@ def coordinate_on_ray(
     on_round: Callable[[RoundRecord], None],
     watch: Watch,
 ) -> Vector:
-    """Run the job with these nodes as Ray actors; the final exchanged adapter, float32.
+    """Run the job with these nodes as Ray actors; return the final exchanged adapter, float32.
 
     Raises:
         InputError: Ray is not installed.
-        FedgraftError: as ``coordinate``.
+        FedgraftError: as in ``coordinate``.
     """
     require_ray()
     from flwr.simulation import run_simulation
@@ -59,7 +59,7 @@ def coordinate_on_ray(
             outcome.append(
                 coordinate(transport, job, run, federation=federation, on_round=on_round)
             )
-        except BaseException as error:  # carried over to the thread that waits
+        except BaseException as error:  # passed on to the waiting thread
             outcome.append(error)
 
     with warnings.catch_warnings():
@@ -87,7 +87,7 @@ def require_ray() -> None:
 
 
 class _AtNode:
-    """The installed client app, told which of the simulated nodes it is."""
+    """The installed client app, with the configuration of its simulated node."""
 
     def __init__(self, nodes: Sequence[NodeConfig]) -> None:
         self.nodes = nodes
@@ -97,7 +97,7 @@ class _AtNode:
 
         from fedgraft.client.app import app
 
-        torch.set_num_threads(1)  # as the local engine computes, so that both agree
+        torch.set_num_threads(1)  # as in the local engine, so that both agree
         context.node_config.update(self.nodes[int(context.node_config["partition-id"])])
         return app(message, context)
 
@@ -105,7 +105,7 @@ class _AtNode:
 def _backend(job: Job, nodes: Sequence[NodeConfig]) -> dict[str, Any]:
     gpu = nodes[0].get("device") == "cuda"
     init: dict[str, Any] = {"include_dashboard": False}
-    if "RAY_ADDRESS" not in os.environ:  # a cluster that runs already has its own idea of this
+    if "RAY_ADDRESS" not in os.environ:  # a running cluster has its own number
         init["num_cpus"] = cores()
     actor = job.simulation.actor if job.simulation else Actor()
     resources = {"num_cpus": actor.cpus, "num_gpus": actor.gpus if gpu else 0.0}

@@ -1,7 +1,7 @@
-"""Run tasks of one simulation side by side: forked processes that share the loaded backbone.
+"""Run tasks of one simulation in parallel, in forked processes that share the loaded backbone.
 
-Each worker computes on one thread, in a forked process or in this one, so that a result never
-depends on how many workers there were.
+Each worker computes on one thread, in a forked process or in this process, so that a result never
+depends on the number of workers.
 """
 
 import ctypes
@@ -27,10 +27,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Workers:
-    """A pool of ``count`` forked processes; with 0, tasks run here when their result is asked for.
+    """A pool of ``count`` forked processes; with 0, a task runs here when its result is requested.
 
-    ``None`` means one a core where forking is safe: on Linux, computing on the CPU (a forked
-    process cannot use a GPU that its parent has opened).
+    ``None`` means one process per core. Without safe forking, ``count`` becomes 0. Forking is safe
+    on Linux on the CPU (a forked process cannot use a GPU that its parent has opened).
     """
 
     def __init__(self, count: int | None, *, device: str) -> None:
@@ -43,13 +43,13 @@ class Workers:
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, task: Callable[..., T], *arguments: Any) -> "Future[T]":
-        """Start ``task(*arguments)``; a task that fails fails its future."""
+        """Start ``task(*arguments)`` and return its future, which also holds its exception."""
         if not self.count:
             return _Later(task, arguments)
-        if self._pool is None:  # as late as possible: a fork shares all that is loaded by then
-            # The tokenizer's own threads would not survive the fork, and say so at length.
+        if self._pool is None:  # as late as possible: a fork shares everything loaded before it
+            # The tokenizer's threads would not survive the fork, and would print long warnings.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
-            # What is here stays shared: a collection in a worker would write to all of its pages.
+            # Frozen objects stay shared: garbage collection in a worker would write to their pages.
             gc.collect()
             gc.freeze()
             context = multiprocessing.get_context("fork")
@@ -80,14 +80,14 @@ class Workers:
 
 
 class _Later(Future[T]):
-    """A future that does its task in this process, when its result is first asked for."""
+    """A future that runs its task in this process when its result is first requested."""
 
     def __init__(self, task: Callable[..., T], arguments: tuple[Any, ...]) -> None:
         super().__init__()
         self._task, self._arguments = task, arguments
 
     def result(self, timeout: float | None = None) -> T:
-        """Do the task if it is not done yet."""
+        """Run the task if it is not done, and return its result."""
         if not self.done():
             try:
                 self.set_result(self._task(*self._arguments))
@@ -97,22 +97,25 @@ class _Later(Future[T]):
 
 
 def _tidily(task: Callable[..., T], *arguments: Any) -> T:
-    """Do the task, then give back the memory that it took: batches differ in width, and what the
-    allocator holds back for the next one would grow with every kind that ever came."""
+    """Run the task, then give its memory back to the system, and return the result.
+
+    Batches differ in width. Otherwise the memory that the allocator keeps for the next batch would
+    grow with every new width.
+    """
     result = task(*arguments)
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it
         trim(0)
     return result
 
 
 def _die_with_parent(parent: int) -> None:
-    """Have the kernel kill this worker when its parent dies, and leave Ctrl-C to the parent."""
+    """Have the kernel kill this worker when its parent dies; only the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
+    if os.getppid() != parent:  # the parent died before the line above
         os._exit(1)
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,1 +1,1 @@
-"""Ranks backbones over a simulated federation."""
+"""Selection: rank backbones on a simulated federation."""

@@ -1,8 +1,8 @@
-"""Which backbone, before any training: candidates scored on a simulation's sites, one at a time.
+"""Rank candidate backbones before any training: score each on a simulation's sites, one at a time.
 
-Every site makes features of its own examples with the frozen candidate and adds to sums
-(``client.transferability``); what is scored are the sums over all sites. One that does not fit the
-job costs nobody else the answer.
+Every site computes features of its own examples with the frozen candidate, and from them sums
+(``client.selection.transferability``). The scores are computed from the sums over all sites. A
+candidate that does not fit the job does not stop the others.
 """
 
 import gc
@@ -51,16 +51,16 @@ from fedgraft.simulations.grid.workers import Workers
 __all__ = ["Failed", "Scored", "Selection", "select"]
 
 S = TypeVar("S", SiteSums, Answers)
-GROUP = 8  # sites whose sums are added where they are made
+GROUP = 8  # sites whose sums are added in the same task
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What is known of one candidate; scores in nats (``h_score`` has no unit), higher is better.
+    """The results of one candidate; scores in nats (``h_score`` has no unit), higher is better.
 
-    ``leep`` and ``nce`` are None for a backbone without a head of its own. ``accuracy[k]`` is the
-    share of the pooled test examples that ``k`` shots know and ``interval[k]`` its 95 % interval;
-    None where 0 shots mean nothing.
+    ``leep`` and ``nce`` are None for a backbone without its own head. ``accuracy[k]`` is the share
+    of the pooled test examples that are right with ``k`` shots, and ``interval[k]`` its 95 %
+    interval. Both are None if 0 shots have no meaning for the candidate.
     """
 
     backbone: str
@@ -79,7 +79,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Failed:
-    """A candidate that does not fit the job, and why."""
+    """A candidate that does not fit the job, and the error."""
 
     backbone: str
     error: str
@@ -88,7 +88,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Selection:
-    """``scored`` candidates, the best LogME first, and those that ``failed``."""
+    """The ``scored`` candidates, the best LogME first, and those that ``failed``."""
 
     sites: int
     scored: tuple[Scored, ...]
@@ -96,7 +96,7 @@ class Selection:
     peak_memory_mb: float
 
     def to_json(self) -> dict[str, Any]:
-        """As one JSON object."""
+        """Return the selection as one JSON object."""
         return {
             "sites": self.sites,
             "backbones": [vars(one) for one in self.scored],
@@ -112,7 +112,9 @@ def select(
     shots: Sequence[int] = (),
     console: Console,
 ) -> Selection:
-    """Score ``candidates``: by name, what makes ``job`` with that backbone.
+    """Score ``candidates`` and return the ranking.
+
+    ``candidates`` has, by name, a function that returns ``job`` with that backbone.
 
     Raises:
         InputError: the job has no labels, or its sites cannot be made.
@@ -146,15 +148,15 @@ def select(
 
 
 def _let_go() -> None:
-    """One backbone at a time: nothing of this one stays."""
+    """Free the memory of the last backbone, so that only one is loaded at a time."""
     close_stacks()
-    gc.unfreeze()  # what was frozen for the workers' sake
+    gc.unfreeze()  # objects were frozen so that workers share them
     gc.collect()
 
 
 @dataclass(frozen=True)
 class _Place:
-    """What a task needs: ``job`` has the candidate, ``source`` is it with the head's own labels."""
+    """The arguments of a task: ``job`` with the candidate, ``source`` with the head's labels."""
 
     job: Job
     source: Job
@@ -164,7 +166,7 @@ class _Place:
 
     @property
     def dual(self) -> DualEncoder | None:
-        """The candidate's two encoders, where zero-shot is asked for and images have sentences."""
+        """The candidate's image and text encoders, if zero-shot is requested for images."""
         backbone = open_processor(self.job)[0]
         seen = self.job.task.modality.name == DUAL_MODALITY
         if 0 not in self.shots or not seen or not is_dual(read_config(backbone)):
@@ -174,7 +176,7 @@ class _Place:
 
     @property
     def stack(self) -> Stack:
-        """The frozen candidate, with its own head if it has one."""
+        """The stack of the frozen candidate, with its own head if it has one."""
         return open_stack(self.source, device=self.device)
 
 
@@ -191,7 +193,7 @@ def _score(
     nodes = make_nodes(job, prepared, states="", device=device)
     place = _Place(job, _source_job(job), device, nodes, tuple(shots))
     with Workers(prepared.settings.workers, device=device) as workers:
-        stack = place.stack  # here, so that forked workers share it
+        stack = place.stack  # opened here, so that forked workers share it
         has_head = not stack.bench.fresh_head
         total = len(nodes) * (2 if shots or has_head else 1)
         sums = _summed(workers, _first_pass, (place,), lambda done: within(done, total))
@@ -221,7 +223,7 @@ def _score(
 
 
 def _source_job(job: Job) -> Job:
-    """``job`` with the labels that the backbone's own head was trained for, if its folder says."""
+    """Return ``job`` with the labels of the backbone's own head, if the backbone's folder says."""
     found = find_backbone(job.backbone.source, weights=job.backbone.weights)
     names = tuple(str(name) for name in own_labels(found))
     if job.backbone.weights == "random" or len(names) < 2 or len(set(names)) < len(names):
@@ -235,9 +237,10 @@ def _summed(
     arguments: tuple[_Place, Any, Any] | tuple[_Place],
     told: Callable[[int], None],
 ) -> S:
-    """The sum of ``task`` over all sites, whose groups do not depend on how many workers there are.
+    """Return the sum of ``task`` over all sites.
 
-    Few sums exist at a time: each is added to the others, in order, when it is there.
+    The groups of sites do not depend on the number of workers. Each group's sum is added to the
+    total in order, as soon as it is there, so that few sums exist at a time.
     """
     nodes = arguments[0].nodes
     groups = [range(at, min(at + GROUP, len(nodes))) for at in range(0, len(nodes), GROUP)]
@@ -291,12 +294,12 @@ def _second_pass(site: int, place: _Place, given: Matrix, prototypes: Prototypes
 
 
 def _knows_labels(place: _Place) -> bool:
-    """Whether the candidate's own head predicts the job's labels."""
+    """Return whether the candidate's own head predicts the job's labels."""
     return not place.stack.bench.fresh_head and place.source.job.labels == place.job.job.labels
 
 
 def _prototypes(place: _Place, sums: SiteSums) -> dict[int, Matrix]:
-    """The prototypes of each number of shots; those of 0 are the names of the labels, of texts."""
+    """Return the prototypes of each number of shots; for texts, 0 shots use the labels' names."""
     found = dict(sums.shots)
     named = not place.job.task.modality.files  # a label's name is a text like the examples
     if 0 in place.shots and named and not _knows_labels(place):
@@ -305,7 +308,10 @@ def _prototypes(place: _Place, sums: SiteSums) -> dict[int, Matrix]:
 
 
 def _named(place: _Place) -> Matrix:
-    """Unit features of the labels' names, float64 [c, d]: ``card_arrival`` is "card arrival"."""
+    """Return unit features of the labels' names, float64 [c, d].
+
+    ``card_arrival`` is read as "card arrival".
+    """
     names = [name.replace("_", " ").replace("-", " ") for name in place.job.job.labels]
     rows = datasets.Dataset.from_dict({"text": names, "label": list(range(len(names)))})
     backbone, processor = open_processor(place.job)

@@ -1,1 +1,1 @@
-"""Simulates every combination of settings and compares them."""
+"""Sweeps: simulate every combination of settings and compare the results."""

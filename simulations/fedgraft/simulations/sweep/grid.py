@@ -1,8 +1,9 @@
-"""The grid of a sweep: every combination of the settings asked for, with every seed.
+"""The grid of a sweep: every combination of the requested settings, with every seed.
 
-A value is what stands after ``=`` in simulate's ``--set`` and goes the same way into the job. Seeds
-vary slowest: after the first pass there is a whole table of one seed, and cells that share a seed,
-and with it a drawn head, follow each other, so that a backbone is loaded once for all of them.
+A value is the text after ``=`` in the option ``--set`` of simulate, and is put into the job in the
+same way. Seeds vary slowest, for two reasons: after the first pass, there is a complete table of
+one seed. And cells with the same seed have the same drawn head; they follow each other, so that a
+backbone is loaded once for all of them.
 """
 
 import itertools
@@ -21,8 +22,8 @@ __all__ = ["Axis", "Cell", "as_number", "make_cells", "read_axes", "short_names"
 
 SEED = "job.seed"
 MOST_CELLS = 1000
-# What compares the federated model with others costs more than the federation and decides nothing
-# between two settings of it: a sweep leaves it out unless it is asked for.
+# Comparisons of the federated model with other models cost more than the federation, and do not
+# decide between two settings. A sweep leaves them out unless the user asks for them.
 COMPARISONS = {"simulation.baselines": "[]", "simulation.finetune_epochs": "0"}
 _CLOSING = {"[": "]", "{": "}"}
 _QUOTES = "\"'"
@@ -30,7 +31,7 @@ _QUOTES = "\"'"
 
 @dataclass(frozen=True)
 class Axis:
-    """A key of the job and the values it takes, as written; one value is a fixed setting."""
+    """A key of the job and its values, as written; a key with one value is a fixed setting."""
 
     key: str
     values: tuple[str, ...]
@@ -38,7 +39,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination with one seed: ``settings`` holds the swept keys, ``number`` begins at 1."""
+    """One combination with one seed: ``settings`` has the swept keys; ``number`` begins at 1."""
 
     number: int
     settings: dict[str, str]
@@ -47,17 +48,17 @@ class Cell:
 
     @property
     def seed(self) -> int:
-        """The seed of its job."""
+        """The seed of the cell's job."""
         return self.job.job.seed
 
 
 def split_values(text: str) -> tuple[str, ...]:
-    """Split at commas that are not inside brackets, braces or quotes; values are stripped.
+    """Split at commas that are not inside brackets, braces or quotes; return stripped values.
 
     Raises:
-        InputError: a bracket or quote that is not closed, or an empty value.
+        InputError: a bracket or quote is not closed, or a value is empty.
     """
-    values, start, open_until = [], 0, ""  # closing signs due, the innermost last
+    values, start, open_until = [], 0, ""  # missing closing signs, the innermost last
     escaped = False
     for at, sign in enumerate(text):
         inside = open_until[-1:]
@@ -86,10 +87,10 @@ def split_values(text: str) -> tuple[str, ...]:
 
 
 def read_axes(items: Iterable[str]) -> tuple[Axis, ...]:
-    """The axes of ``KEY=V1,V2,...`` items in their order, then what a sweep sets by itself.
+    """Return the axes of ``KEY=V1,V2,...`` items in order, then a sweep's default settings.
 
     Raises:
-        InputError: an item that is none, a key given twice, an empty value.
+        InputError: an item has another form, a key is given twice, or a value is empty.
     """
     axes: dict[str, Axis] = {}
     for item in items:
@@ -110,12 +111,13 @@ def read_axes(items: Iterable[str]) -> tuple[Axis, ...]:
 
 
 def make_cells(path: Path, axes: Sequence[Axis], seeds: int | None) -> tuple[Cell, ...]:
-    """Every cell of the grid with its validated job; ``seeds`` of them a combination (None: 1).
+    """Return every cell of the grid with its validated job.
 
-    Seeds count up from the job's own; an axis ``job.seed`` names them instead.
+    Each combination has ``seeds`` cells (None: 1). Their seeds count up from the job's seed, or an
+    axis ``job.seed`` gives them.
 
     Raises:
-        InputError: a cell is no valid job, two cells are the same, or there are too many.
+        InputError: a cell's job is not valid, two cells are equal, or there are too many cells.
     """
     named = next((axis for axis in axes if axis.key == SEED), None)
     if named is not None and seeds is not None:
@@ -127,7 +129,7 @@ def make_cells(path: Path, axes: Sequence[Axis], seeds: int | None) -> tuple[Cel
     count = math.prod(sizes) * (len(named.values) if named else seeds or 1)
     if count > MOST_CELLS:
         raise InputError(f"{count:,} cells, more than {MOST_CELLS:,}", hint="sweep in parts")
-    read_text(path)  # that it cannot be read is not the fault of a cell
+    read_text(path)  # a file that cannot be read is no error of a cell
     keys = [axis.key for axis in axes]
     combinations = [
         dict(zip(keys, values, strict=True))
@@ -149,7 +151,7 @@ def make_cells(path: Path, axes: Sequence[Axis], seeds: int | None) -> tuple[Cel
 
 
 def _load(path: Path, settings: Mapping[str, str], swept: Sequence[str]) -> Job:
-    """The job with ``settings``; a problem with it names its values of the ``swept`` keys."""
+    """Return the job with ``settings``; an error names the job's values of ``swept`` keys."""
     try:
         return load_job(path, tuple(f"{key}={value}" for key, value in settings.items()))
     except InputError as error:
@@ -177,7 +179,7 @@ def _refuse_twins(cells: Sequence[Cell]) -> None:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each dotted key by the last of its parts that tell it from the others."""
+    """Return a short name for each dotted key: the last parts that differ from other keys."""
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -189,7 +191,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def as_number(text: str) -> float | None:
-    """The finite number that ``text`` is in TOML, None if it is none."""
+    """Return the value of ``text`` in TOML if it is a finite number, otherwise None."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

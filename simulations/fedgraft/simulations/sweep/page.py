@@ -1,4 +1,4 @@
-"""The table of a sweep, for a terminal, as Markdown and, with the plot, as one HTML file."""
+"""The table of a sweep: for a terminal, as Markdown, and with the plot as one HTML file."""
 
 import base64
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from fedgraft.simulations.sweep.results import Results, Row
 __all__ = ["show", "table", "write_page", "write_table"]
 
 NONE = "-"
-# heading, metric, how its mean and interval are written
+# heading, metric, function that formats its mean and interval
 COLUMNS: tuple[tuple[str, str, Callable[[Spread], str]], ...] = (
     ("valid. %", "validation_accuracy", lambda found: found.text(scale=100)),
     ("test %", "test_accuracy", lambda found: found.text(scale=100)),
@@ -32,9 +32,9 @@ _NAMES = {"validation_accuracy": "federated validation", "test_accuracy": "poole
 
 
 def table(results: Results, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Headings and a line a combination; columns that no cell has a value for are left out.
+    """Return headings and one line per combination; columns without any value are left out.
 
-    ``narrow`` leaves out what a terminal has no room for.
+    ``narrow`` also leaves out the columns in ``ROOMY``, because a terminal has no room for them.
     """
     columns = [
         column
@@ -59,7 +59,7 @@ def _state(row: Row) -> str:
 
 
 def headline(results: Results) -> str:
-    """What was chosen, and by how much the next one is behind on the same seeds, as a sentence."""
+    """Return a sentence: the best setting, and its difference to the next on the same seeds."""
     if results.best is None or results.chosen_by is None:
         return "No best setting: there is nothing to choose between."
     metric, best = results.chosen_by, results.rows[results.best]
@@ -77,13 +77,16 @@ def headline(results: Results) -> str:
 
 
 def _gap(best: Row, row: Row, metric: str) -> Spread:
-    """Seed by seed, for a seed deals both rows the same split: chance in that cancels out."""
+    """Return the difference of two rows, paired by seed.
+
+    A seed gives both rows the same split, so the chance in the split cancels out.
+    """
     pairs = zip(best.values(metric), row.values(metric), strict=True)
     return spread([ours - theirs for ours, theirs in pairs])
 
 
 def footnotes(results: Results) -> list[str]:
-    """What a reader must know to read the table rightly."""
+    """Return the notes that a reader needs to understand the table."""
     count, seeds = len(results.rows), len(results.seeds)
     notes = [
         f"± is half a 95 % t-interval over {seeds} seeds, which draw split, head, factors and "
@@ -110,12 +113,12 @@ def footnotes(results: Results) -> list[str]:
 
 
 def failures(results: Results) -> list[str]:
-    """Each failed cell with what it said."""
+    """Return each failed cell with its error."""
     return [f"{cell.label}: {cell.error}" for cell in results.failed]
 
 
 def show(console: Console, results: Results) -> None:
-    """The table on the console, and where everything is."""
+    """Print the table on the console, and the paths of the results."""
     console.table(f"Sweep of {results.job}", *table(results, narrow=True))
     for line in (headline(results), *footnotes(results)):
         console.text(line)
@@ -145,13 +148,13 @@ def _markdown(cells: list[str]) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text that breaks no table: a value may hold a bar, an error several lines."""
+    """Return text that fits in a table: a value may hold a bar, an error several lines."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def write_page(results: Results) -> None:
-    """Write ``sweep.png``, if there is anything to draw, and ``sweep.html`` with it inside."""
-    from fedgraft.simulations.sweep.plots import draw  # matplotlib, only when something is drawn
+    """Write ``sweep.png``, if there are values to draw, and ``sweep.html``, which contains it."""
+    from fedgraft.simulations.sweep.plots import draw  # imports matplotlib only when needed
 
     drawn = any(row.values("test_accuracy") or row.values("validation_accuracy")
                 for row in results.rows)  # fmt: skip

@@ -1,8 +1,9 @@
-"""The figure of a sweep: accuracy over one or two swept keys, or a dot a combination.
+"""The figure of a sweep: accuracy over one or two swept keys, or one row per combination.
 
-One key that is a number becomes a line with the interval over seeds, one that is a name becomes
-dots; a second key makes several of them. Anything else has one row a combination. Small dots are
-single seeds. Beside the test set stands federated validation, which is what to choose by.
+A key with numbers becomes a line with the interval over seeds; a key with names becomes dots. A
+second key gives several lines or series of dots. All other sweeps have one row per combination.
+Small dots are single seeds. Federated validation, by which settings are chosen, is beside the test
+set.
 """
 
 import io
@@ -24,17 +25,18 @@ PANELS = {
     "validation_accuracy": "Federated validation",
     "test_accuracy": "Pooled test set",
 }
-# Okabe and Ito's hues, told apart with any common colour blindness; markers repeat what they say.
+# The hues of Okabe and Ito can be distinguished with any common colour blindness; markers differ,
+# too.
 LOOKS = (("#0067a8", "o"), ("#c04a00", "s"), ("#00795a", "D"), ("#a3437c", "^"), ("#8a6100", "v"),
          ("#3c4653", "X"))  # fmt: skip
 INK, MUTED, LINE = "#1a222c", "#55606e", "#d8dde3"
-LOG_RATIO = 4  # values further apart than this stand on a logarithmic axis
+LOG_RATIO = 4  # the axis is logarithmic if largest / smallest value is above this
 NAME_LENGTH = 44
-CROWDED = 48  # signs on an x axis; more are set aslant
+CROWDED = 48  # characters on an x axis; with more, the texts are rotated
 
 
 def draw(results: Results) -> bytes:
-    """The figure as PNG."""
+    """Return the figure as PNG."""
     panels = [metric for metric in PANELS if any(row.values(metric) for row in results.rows)]
     keys = results.swept
     if len(keys) == 1 or (len(keys) == 2 and len(keys[1].values) <= len(LOOKS)):
@@ -46,7 +48,7 @@ def draw(results: Results) -> bytes:
 
 
 def _over_key(figure: "Figure", results: Results, panels: Sequence[str]) -> None:
-    """The first key on the x axis, a series for each value of the second."""
+    """Draw the first key on the x axis, and a series for each value of the second key."""
     first, second = results.swept[0], results.swept[1] if results.swept[1:] else None
     names = short_names([axis.key for axis in results.swept])
     spots = _spots(first)
@@ -59,7 +61,7 @@ def _over_key(figure: "Figure", results: Results, panels: Sequence[str]) -> None
                 ((spots[row.settings[first.key]], row) for row in rows), key=lambda point: point[0]
             )
             label = f"{names[second.key]}={_short(value)}" if second else ""
-            aside = 7 * (at - (len(series) - 1) / 2)  # or intervals would hide each other
+            aside = 7 * (at - (len(series) - 1) / 2)  # otherwise intervals would hide each other
             _series(axes, points, metric, look=LOOKS[at], aside=aside, label=label)
             if _numeric(first):
                 _join(axes, points, metric, colour=LOOKS[at][0], aside=aside)
@@ -80,7 +82,7 @@ def _numeric(axis: Axis) -> bool:
 
 
 def _spots(axis: Axis) -> dict[str, float]:
-    """Where each value stands: at itself if all are numbers, else one after the other."""
+    """Return each value's place on the x axis: the values if all are numbers, else 0, 1, 2..."""
     numbers = [as_number(value) for value in axis.values]
     known = [number for number in numbers if number is not None]
     places = known if len(known) == len(numbers) else [float(at) for at in range(len(numbers))]
@@ -96,7 +98,7 @@ def _series(
     aside: float,
     label: str,
 ) -> None:
-    """Means with their intervals and single seeds, all moved ``aside`` by some points."""
+    """Draw means with their intervals and single seeds, all moved by ``aside`` points."""
     colour, marker = look
     beside = _moved(axes, aside)
     for x, row in points:
@@ -104,7 +106,7 @@ def _series(
             continue
         half = found.half or 0.0
         ends = [100 * (found.mean - half), 100 * (found.mean + half)]
-        axes.update_datalim([(x, end) for end in ends])  # which moved lines do not do
+        axes.update_datalim([(x, end) for end in ends])  # moved lines do not do this themselves
         if half:
             values = [100 * value for value in row.values(metric)]
             axes.plot([x, x], ends, color=colour, linewidth=1.4, alpha=0.7, transform=beside)
@@ -133,7 +135,7 @@ def _moved(axes: "Axes", points: float) -> "Transform":
 
 
 def _scale(axes: "Axes", axis: Axis, spots: Mapping[str, float]) -> None:
-    """Ticks are the values as they were written, and nothing between them."""
+    """Set the ticks to the values as they were written, without ticks between them."""
     places = list(spots.values())
     if not _numeric(axis):
         axes.set_xlim(-0.5, len(places) - 0.5)
@@ -148,7 +150,7 @@ def _scale(axes: "Axes", axis: Axis, spots: Mapping[str, float]) -> None:
 
 
 def _rows(figure: "Figure", results: Results, panels: Sequence[str]) -> None:
-    """One row a combination, from top to bottom."""
+    """Draw one row per combination, from top to bottom."""
     colour, marker = LOOKS[0]
     every = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
     for axes, metric in zip(every, panels, strict=True):
@@ -184,7 +186,7 @@ def _frame(axes: "Axes", title: str, *, x: str, y: str) -> None:
 def _within_percent(
     limits: Callable[[], tuple[float, float]], set_limits: Callable[[float, float], object]
 ) -> None:
-    """An interval of two seeds may reach beyond 0 and 100 %; the axis need not."""
+    """Limit the axis to about 0 to 100 %, although an interval of two seeds may be wider."""
     low, high = limits()
     set_limits(max(-1.5, low), min(101.5, high))
 
@@ -195,7 +197,7 @@ def _short(text: str) -> str:
 
 
 def _render(paint: Callable[["Figure"], None], size: tuple[float, float]) -> bytes:
-    """Draw on a figure of ``size``, width and height in inches."""
+    """Draw on a figure of ``size``, width and height in inches; return it as PNG."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

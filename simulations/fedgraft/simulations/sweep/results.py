@@ -1,8 +1,8 @@
-"""What the cells of a sweep came to: one row a combination, means over seeds, and which is best.
+"""The results of a sweep: one row per combination, means over seeds, and the best row.
 
 The best row has the highest mean federated validation accuracy, on examples that sites held out of
-training. Only where a job holds none out is it chosen by test accuracy, and that says so: the best
-of many on a test set looks better there than it is.
+training. Only if a job holds out no examples, the best row is chosen by test accuracy. Then the
+results say so, because the best of many rows looks better on that test set than it is.
 """
 
 import json
@@ -37,10 +37,10 @@ ChosenBy = Literal["validation_accuracy", "test_accuracy"]
 
 @dataclass(frozen=True)
 class CellResult:
-    """One cell: its run's folder below ``runs/`` and ``metrics`` by the names of ``METRICS``.
+    """One cell: its run's folder below ``runs/``, and ``metrics`` by the names of ``METRICS``.
 
-    Accuracies (of other tasks their ``Task.share``) and macro F1 are fractions of the final
-    federated adapter, None where not measured; ``error`` says why a failed cell failed.
+    Accuracies (for other tasks, their ``Task.share``) and macro F1 are fractions, measured with the
+    final federated adapter; None if not measured. ``error`` is the error of a failed cell.
     """
 
     cell: int
@@ -55,33 +55,34 @@ class CellResult:
 
 @dataclass(frozen=True)
 class Row:
-    """One combination over its seeds."""
+    """One combination with all its seeds."""
 
     label: str
     settings: Mapping[str, str]
     cells: tuple[CellResult, ...]
 
     def values(self, metric: str) -> list[float]:
-        """One value for each cell that has one."""
+        """Return the metric's values of the cells that have one."""
         found = (cell.metrics.get(metric) for cell in self.cells)
         return [value for value in found if value is not None]
 
     def spread(self, metric: str) -> Spread | None:
-        """Mean and interval over seeds; None without a value."""
+        """Return mean and interval over seeds; None without a value."""
         values = self.values(metric)
         return spread(values) if values else None
 
     @property
     def complete(self) -> bool:
-        """Whether every seed finished; a setting that fails now and then is nobody's best."""
+        """True if every seed finished; a setting that sometimes fails must not be the best."""
         return all(cell.status == "finished" for cell in self.cells)
 
 
 @dataclass(frozen=True)
 class Results:
-    """A sweep so far. ``best`` is the index of a row, ``chosen_by`` the metric that says so.
+    """The results of a sweep so far.
 
-    ``share`` is what the task calls its share of right answers, by which settings are compared.
+    ``best`` is the index of the best row, ``chosen_by`` the metric that it was chosen by. ``share``
+    is the task's name for its share of right answers, by which settings are compared.
     """
 
     folder: Path
@@ -95,7 +96,7 @@ class Results:
 
     @property
     def swept(self) -> tuple[Axis, ...]:
-        """The axes with several values, in the order asked for, seeds apart."""
+        """The axes with several values, in the requested order, without the seeds."""
         keys = self.cells[0].settings
         return tuple(axis for axis in self.axes if axis.key in keys)
 
@@ -110,7 +111,7 @@ class Results:
         return tuple(cell for cell in self.cells if cell.status == "failed")
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; ``half`` is half the width of the 95 % interval over seeds."""
+        """Return plain JSON values; ``half`` is half the width of the 95 % interval over seeds."""
         return {
             "sweep": self.folder.name,
             "folder": str(self.folder),
@@ -136,7 +137,7 @@ class Results:
 
 
 def cell_result(cell: Cell, run: Run | None, error: str | None = None) -> CellResult:
-    """What ``cell`` came to, read from its run's folder."""
+    """Return the result of ``cell``, read from its run's folder."""
     summary = run.summary() if run else None
     metrics: dict[str, float | None] = {}
     if run and summary:
@@ -164,7 +165,10 @@ def cell_result(cell: Cell, run: Run | None, error: str | None = None) -> CellRe
 def kept_validation(
     history: Sequence[Mapping[str, Any]], stopping: EarlyStopping | None
 ) -> Mapping[str, float] | None:
-    """Federated validation of the adapter that a run kept: the last, or early stopping's best."""
+    """Return the federated validation of the adapter that a run kept.
+
+    It is the last adapter, or with early stopping the best one.
+    """
     if stopping is None:
         return history[-1]["validation"] if history else None
     kept, best = None, None
@@ -185,7 +189,7 @@ def gather(
     *,
     share: str = "accuracy",
 ) -> Results:
-    """Rows in the order of the grid, and the best of those whose seeds all finished."""
+    """Return the results: rows in the order of the grid, and the best of the complete rows."""
     names = short_names(list(cells[0].settings))
     together: dict[tuple[str, ...], list[CellResult]] = {}
     for cell in cells:
@@ -204,7 +208,10 @@ def _row_label(names: Mapping[str, str], settings: Mapping[str, str], job: str) 
 
 
 def _chosen_by(rows: Sequence[Row]) -> ChosenBy | None:
-    """Validation if each finished cell has it, for both kinds in one ranking would be unfair."""
+    """Return the metric for the ranking: validation if each finished cell has it, else test.
+
+    One ranking with both metrics would be unfair. It is None if neither is there for all cells.
+    """
     metrics: tuple[ChosenBy, ...] = ("validation_accuracy", "test_accuracy")
     done = [cell for row in rows for cell in row.cells if cell.status == "finished"]
     for metric in metrics:
@@ -223,5 +230,5 @@ def _best(rows: Sequence[Row], metric: ChosenBy) -> int | None:
 
 
 def write_results(results: Results) -> None:
-    """Write ``results.json`` into the sweep's folder, replacing an older one as a whole."""
+    """Write ``results.json`` into the sweep's folder; an older file is replaced as a whole."""
     write_text(results.folder / "results.json", json.dumps(results.to_json(), indent=1) + "\n")

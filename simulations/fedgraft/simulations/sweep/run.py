@@ -1,4 +1,4 @@
-"""A sweep is a folder: the grid, an ordinary run for each cell, and the table over them.
+"""The folder of a sweep: the grid, an ordinary run for each cell, and the table of results.
 
     sweep.json      axes, seeds and each cell's resolved job      written once
     runs/           a run folder for each cell that was begun
@@ -7,8 +7,8 @@
     sweep.png       the plot                                      at the end
     sweep.html      table and plot in one file                    at the end
 
-A cell finds its run again by its job, which is the only one of its kind in the grid. Nothing else
-is remembered: a finished cell is its run's summary, and whatever has none is run or run on.
+A cell finds its run again by its job, because each job is in the grid only once. Nothing else is
+stored: a cell is finished if its run has a summary; all other cells are started or continued.
 """
 
 import json
@@ -45,7 +45,7 @@ Inputs = Mapping[str, str]
 
 
 class Sweep:
-    """One sweep's folder. Use as a context manager: it locks the folder."""
+    """One sweep's folder. Use it as a context manager, which locks the folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,12 +65,13 @@ class Sweep:
     def create(
         cls, parent: Path, axes: Sequence[Axis], cells: Sequence[Cell], inputs: Sequence[Inputs]
     ) -> Self:
-        """A new sweep over ``cells`` in a new folder below ``parent``.
+        """Create a new sweep over ``cells`` in a new folder below ``parent``, and return it.
 
-        ``inputs`` identify what each cell reads: when the sweep is resumed it must be the same.
+        ``inputs`` identify the data that each cell reads. They must be the same when the sweep is
+        resumed.
 
         Raises:
-            InputError: nothing can be written there.
+            InputError: the folder cannot be written.
         """
         now, name = datetime.now(UTC), cells[0].job.job.name
         folder = parent / f"{name}-{now.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -92,7 +93,7 @@ class Sweep:
         }
         try:
             (folder / "runs").mkdir(parents=True)
-            # Last: a folder with a sweep.json is complete.
+            # sweep.json comes last, so that a folder with a sweep.json is complete.
             write_text(folder / "sweep.json", json.dumps(facts, indent=1) + "\n")
         except OSError as error:
             raise InputError(
@@ -115,13 +116,13 @@ class Sweep:
             self._lock.close()
 
     def runs(self) -> dict[int, Run]:
-        """The runs that were begun, by the number of their cell."""
+        """Return the runs that were begun, by the number of their cell."""
         begun = {dump_job(run.job): run for run in list_runs(self.folder / "runs")}
         jobs = {cell.number: dump_job(cell.job) for cell in self.cells}
         return {number: begun[job] for number, job in jobs.items() if job in begun}
 
     def unfinished(self) -> tuple[Cell, ...]:
-        """The cells that have not come to a result."""
+        """Return the cells without a result."""
         runs = self.runs()
         return tuple(
             cell
@@ -130,10 +131,12 @@ class Sweep:
         )
 
     def expect(self, inputs: Mapping[int, Inputs]) -> None:
-        """Refuse to put results on other data or another backbone beside those that are there.
+        """Check that data and backbone are those with which the sweep began.
+
+        Otherwise results on different data would be in one table.
 
         Raises:
-            RunError: a cell's input is not what it was when the sweep began.
+            RunError: a cell's input has changed since the sweep began.
         """
         for number, found in inputs.items():
             began = self.inputs[number - 1]
@@ -151,10 +154,10 @@ def _read_cell(number: int, facts: Mapping[str, Any]) -> Cell:
 
 
 def check_cells(cells: Sequence[Cell], console: Console) -> dict[int, Inputs]:
-    """Find all that can be wrong with any cell; what each will read, by its number.
+    """Check every cell; return the inputs that each will read, by its number.
 
     Raises:
-        InputError: what is wrong, and with which cell.
+        InputError: a cell is wrong; the text names the cell.
     """
     inputs: dict[int, Inputs] = {}
     with console.steps("checking", len(cells)) as steps:
@@ -168,9 +171,9 @@ def check_cells(cells: Sequence[Cell], console: Console) -> dict[int, Inputs]:
 
 
 def run_sweep(sweep: Sweep, console: Console) -> Results:
-    """Run every cell that is not finished, one after the other, in this process.
+    """Run every unfinished cell, one after the other, in this process; return the results.
 
-    A cell that fails is written down as failed, and the next one begins.
+    A cell that fails is recorded as failed, and the next cell begins.
     """
     runs = sweep.runs()
     found = {cell.number: cell_result(cell, runs.get(cell.number)) for cell in sweep.cells}
@@ -192,8 +195,8 @@ def run_sweep(sweep: Sweep, console: Console) -> Results:
 
 
 def _run_cell(sweep: Sweep, cell: Cell, run: Run | None, console: Console) -> Run:
-    """Start or continue one cell's run; the finished run."""
-    prepared = prepare(cell.job, ENGINE)  # again, for caches keep only the last few models
+    """Start or continue one cell's run; return the finished run."""
+    prepared = prepare(cell.job, ENGINE)  # again, because caches keep only the last few models
     inputs = inputs_of(cell.job, prepared, ENGINE)
     with run or Run.create(sweep.folder / "runs", cell.job, inputs) as opened:
         opened.expect(inputs)
@@ -202,7 +205,7 @@ def _run_cell(sweep: Sweep, cell: Cell, run: Run | None, console: Console) -> Ru
 
 
 def _written(sweep: Sweep, found: Mapping[int, CellResult]) -> Results:
-    """The results so far, and on disk: a long sweep can be looked at while it runs."""
+    """Write and return the results so far, so that they can be read while the sweep runs."""
     share = sweep.cells[0].job.task.share.name
     results = gather(sweep.folder, sweep.job, sweep.axes, tuple(found.values()), share=share)
     write_results(results)
@@ -211,7 +214,7 @@ def _written(sweep: Sweep, found: Mapping[int, CellResult]) -> Results:
 
 
 def _cell_line(done: CellResult, count: int, left: int, cells: Sequence[CellResult]) -> str:
-    """What a cell came to and how long the rest may take, by the mean of the finished cells."""
+    """Return a line with a cell's result and the time left, by the mean of finished cells."""
     if done.status == "failed":
         said = f"failed: {done.error}"
     else:
