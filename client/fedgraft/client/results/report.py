@@ -69,6 +69,7 @@ def _templates() -> Environment:
         "metric": _metric,
         "interval": _interval,
         "points": as_points,
+        "place": _place,
     }
     environment.filters.update(filters)
     return environment
@@ -96,6 +97,11 @@ def _curve(rounds: list[dict[str, Any]]) -> str:
 
 def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def _place(share: float) -> str:
+    """Return where ``share`` lies in a bar from 0 to 100; R2 may be below 0, a bar starts there."""
+    return f"{100 * min(max(share, 0.0), 1.0):.2f}"
 
 
 def _metric(model: dict[str, Any], metric: Metric) -> str:
