@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.federations import SMALL, adapter_of, digits_job, run_digits, write_digits
+from support.matrix import thinned
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.layout import Vector
@@ -80,7 +81,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return digits_job(*OPTIONS, *data)
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("after", thinned([False, True], 2))
 def test_killed_at_every_file_operation_it_resumes_to_the_same_bytes(
     tmp_path: Path, job: Job, after: bool
 ) -> None:

@@ -40,9 +40,8 @@ def run_here(job: Job, folder: Path) -> Run:
 
 
 # As Flower ships it, every message costs seconds of imports: the least that shows it works.
-@pytest.mark.parametrize(
-    ("warm", "sites", "rounds"), [(True, 3, 2), pytest.param(False, 2, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # test_superlink_masked.py goes the same way and further
+@pytest.mark.parametrize(("warm", "sites", "rounds"), [(True, 3, 2), (False, 2, 1)])
 def test_a_federation_comes_to_the_adapter_of_the_simulation(
     tmp_path: Path, warm: bool, sites: int, rounds: int
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_sweep_makes_a_run_for_each_cell_and_a_table_over_them(
     assert last["metrics"]["test_accuracy"] == summary["final"]["federated"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_cell_it_loses_nothing_but_the_round(
     place: Path, capsys: pytest.CaptureFixture[str], data: tuple[str, ...]
 ) -> None:
@@ -232,7 +233,12 @@ def test_only_the_folder_of_a_sweep_can_be_resumed(
 
 
 def test_ctrl_c_stops_the_command(place: Path, data: tuple[str, ...]) -> None:
-    process = start(*sets(*TINY, *data, "rounds.count=500"))
+    # A shell starts its background jobs with this signal ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start(*sets(*TINY, *data, "rounds.count=500"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for(process, place, "*/runs/*/checkpoints/round-*", 1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130

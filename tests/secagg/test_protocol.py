@@ -154,6 +154,7 @@ def test_random_drops_among_32(seed: int) -> None:
     federation.check(federation.run(drops))
 
 
+@pytest.mark.slow
 def test_a_sparse_graph_of_200_with_a_fifth_dropping_anywhere() -> None:
     coding = coding_for(200, ring_bits=32, value_bits=20)
     parameters = parameters_for(200, 20, colluders=20, dropouts=40, coding=coding)

@@ -241,6 +241,7 @@ def test_measuring_alone_changes_no_training() -> None:
     np.testing.assert_allclose(bench.layout.part(came.vector, bench.carried), expected, atol=3e-6)
 
 
+@pytest.mark.slow
 def test_what_the_old_data_needs_is_forgotten_less(tmp_path: Path) -> None:
     """First the digits 0 to 4, then 5 to 9, at the same sites: how well are 0 to 4 known after?"""
     first = ("simulation.train=" + str(some(tmp_path, range(5))), "rounds.count=3")

@@ -10,6 +10,7 @@ import transformers
 from peft import PeftModel
 from support.families import FAMILIES, family_job
 from support.federations import adapter_of
+from support.matrix import slow_unless
 
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import check_stacking, open_stack
@@ -39,15 +40,23 @@ def logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return found.clone()
 
 
-QUICK = ("resnet", "efficientnet", "bert", "xlnet", "wav2vec2", "videomae")  # one of each make
-PARTIAL = [
-    pytest.param(name, True, marks=() if name in QUICK else pytest.mark.slow)
+QUICK = (  # one of each make
+    ("resnet", True),
+    ("efficientnet", False),
+    ("bert", True),
+    ("xlnet", False),
+    ("wav2vec2", False),
+    ("videomae", True),
+)
+EVERY = [
+    (name, partial)
+    for partial in (False, True)
     for name in FAMILIES
-    if name != "inception"  # has no numbered blocks
+    if not partial or name != "inception"  # has no numbered blocks
 ]
 
 
-@pytest.mark.parametrize(("name", "partial"), [*((name, False) for name in FAMILIES), *PARTIAL])
+@pytest.mark.parametrize(("name", "partial"), slow_unless(EVERY, QUICK.__contains__))
 def test_a_family_trains_and_is_given_away(name: str, partial: bool, tmp_path: Path) -> None:
     job = family_job(name, tmp_path, partial=partial)
     prepared = prepare(job)

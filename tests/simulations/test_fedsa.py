@@ -58,6 +58,7 @@ def test_what_is_given_away_says_what_it_lacks(finished: tuple[Run, dict[str, An
     assert summary["moved"] and not any(one["low_rank"] for one in summary["moved"])
 
 
+@pytest.mark.slow
 def test_masked_it_comes_to_the_same(tmp_path: Path) -> None:
     rows = write_digits(tmp_path / "digits", 80, 30)
     plain = (*FEDSA, *rows, "simulation.baselines=[]", "simulation.sites=4", "rounds.count=1")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from support.matrix import thinned
 from support.trainings import (
     KINDS,
     LORA,
@@ -47,7 +48,7 @@ EVERY: list[tuple[str, dict[str, Any]]] = [
     ("deep-vit", {"targets": ["projection"]}),  # whose weight the model's own code looks at
     ("resnet", {"rank": 1, "alpha": 3.0, "head": "frozen"}),
 ]
-each_method = pytest.mark.parametrize(("kind", "method"), EVERY, ids=repr)
+each_method = pytest.mark.parametrize(("kind", "method"), thinned(EVERY, 3), ids=repr)
 
 
 @torch.inference_mode()

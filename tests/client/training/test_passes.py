@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.companies import CLOSE, TURNED, Company, uneven
+from support.matrix import thinned
 from support.trainings import KINDS, open_small, settings, texts
 
 from fedgraft.common.layout import cut_rank, is_factor_a, is_head
@@ -13,7 +14,7 @@ from fedgraft.common.layout import cut_rank, is_factor_a, is_head
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "method",
-    [{}, {"kind": "head"}, {"head": "frozen"}],
+    thinned([{}, {"kind": "head"}, {"head": "frozen"}], 3),
     ids=["shared head", "head only", "frozen head"],
 )
 def test_company_makes_no_difference(kind: str, method: dict[str, Any]) -> None:

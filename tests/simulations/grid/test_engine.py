@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.federations import adapter_of, digits_job, run_digits, write_digits
+from support.matrix import thinned
 
 from fedgraft.client.participant import open_participant
 from fedgraft.common.config.job import Job
@@ -232,7 +233,7 @@ def run(folder: Path, data: tuple[str, ...], workers: int, together: int) -> tup
     return adapter_of(done), (summary["final"], summary["sites"])
 
 
-@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize("together", thinned([3, 1], 2))
 def test_the_number_of_workers_changes_no_byte(
     data: tuple[str, ...], tmp_path: Path, together: int
 ) -> None:
