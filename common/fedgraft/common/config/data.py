@@ -54,12 +54,12 @@ class Data(Section):
                 raise UnknownKey(f"unknown key data.{key}", hint)
             named = isinstance(defaults[key], str)
             if not (isinstance(value, str) if named else _is_number(value)):
-                what = "the name of a column" if named else "a number"
+                what = "the name of a column" if named else "a finite number"
                 raise IllegalJob(f"data.{key} = {value!r}: {what} is wanted", f"mend data.{key}")
         return {**defaults, **given}
 
     def with_own_keys(self, defaults: Mapping[str, str | float]) -> "Data":
-        """Return this section with the keys of ``own_keys`` spelled out, in the task's order.
+        """Return this section with the keys of ``own_keys`` spelled out.
 
         Raises:
             IllegalJob: as ``own_keys``.

@@ -194,7 +194,8 @@ class TokenClassification(Task):
         if not isinstance(cell.beside, list) or len(cell.beside) != len(words):
             count = len(cell.beside) if isinstance(cell.beside, list) else "no"
             raise DataError(
-                f"{len(words)} words have {count} tags", hint="a list with one tag for each word"
+                f"words and tags differ in number: {len(words)} and {count}",
+                hint="a list with one tag for each word",
             )
         return {
             "label": 0,
