@@ -266,8 +266,10 @@ def _align(
 
 
 def _begun(tags: Indices, seen: int, labels: Sequence[str]) -> int | None:
-    """Return the first word of an entity that continues after the last seen word; None if there is
-    none."""
+    """Return the first word of an entity that continues after the last seen word.
+
+    Return None if there is none.
+    """
     if seen == len(tags):
         return None
     across = [
