@@ -88,8 +88,8 @@ def test_each_modality_has_a_backbone_here() -> None:
     assert set(MODALITIES) == {reads for reads, _ in KNOWN}
     for name, modality in MODALITIES.items():
         assert modality.name == name and modality.kind in KINDS
-        assert modality.one_cell and modality.one_file
-        assert modality.augmented != bool(modality.unvaried)
+        assert modality.several and modality.one_file
+        assert modality.augmented or modality.unvaried
 
 
 def test_a_bad_cell_is_refused(reader: Reader) -> None:

@@ -106,6 +106,8 @@ def test_the_export_is_the_federations_model_and_says_what_stayed(
     assert same(outputs(loaded, inputs), trained, 1e-5)
     note = rule.card_note(own_parts=False, shared_head=True)
     assert bool(note) == rule.keeps_own
+    # What stays at a site does not go back with the adapter.
+    assert rule.keeps_own <= ("early_stopping" in rule.refuses)
     assert note in (run.folder / "adapter" / "README.md").read_text(encoding="utf-8")
 
 

@@ -26,6 +26,8 @@ def test_what_a_task_shows_has_a_share_and_words(case: TaskCase) -> None:
         assert metric.key.isidentifier() and metric.name
     for text in (task.examples, task.person, task.intervals, task.verdicts, task.use):
         assert text
+    assert task.person == task.modality.several
+    assert not task.card_note or task.card_note.endswith(". ")
     assert len(task.differences.heads) in (2, 3) and task.differences.caption
 
 
@@ -69,6 +71,9 @@ def test_a_model_card_has_what_was_measured(federation: Federation) -> None:
     for metric in measured:
         assert f" {metric.name} |" in card and metric.text(final[metric.key]) in card, metric
     assert task.card_note in card and federation.job.method.describe() in card
+    assert f"- {task.metrics[0].title} differs between sites" in card
+    calibrated = "calibration_error" in {metric.key for metric in task.card_metrics}
+    assert ("Whether its confidence" in card) == calibrated
     for words in (task.use, f"pipeline_tag: {task.pipeline}", task.auto_class, task.examples):
         assert words in card
 

@@ -2,11 +2,13 @@
 
 from typing import get_args
 
+import pytest
 from support.contract_refusals import ASKS, VERBS, check_asked, check_texts
 from support.contract_tasks import TaskCase
 
 from fedgraft.common.config.compatibility import FEATURES, refusal_of
 from fedgraft.common.config.sections import EarlyStopping
+from fedgraft.common.errors import JobError
 from fedgraft.common.metrics.tally import Tally
 
 
@@ -27,5 +29,15 @@ def test_a_job_that_asks_for_what_is_refused_is_refused(case: TaskCase) -> None:
 def test_what_early_stopping_may_watch_is_measured(case: TaskCase) -> None:
     measures = case.job.measures
     measured = measures.figures(Tally.empty(measures))
+    own = {"loss", *(metric.key for metric in case.task.watched)}
+    assert own >= {metric.key for metric in case.task.metrics}
     for metric in get_args(EarlyStopping.model_fields["metric"].annotation):
-        assert metric in measured or f"stop_by_{metric}" in case.task.refuses, metric
+        over = {"rounds": {"early_stopping": {"metric": metric}}}
+        if metric in own:
+            assert metric in measured, metric
+            stopping = case.ask(over).rounds.early_stopping
+            assert stopping is not None and abs(stopping.score(measured)) >= 0
+        else:
+            with pytest.raises(JobError, match=f"has no {metric} to stop early by") as caught:
+                case.ask(over)
+            assert '"loss"' in caught.value.hint

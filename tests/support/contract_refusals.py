@@ -19,10 +19,6 @@ VERBS = {"selection", "explanation"}
 DORA = {"kind": "lora", "rank": 2, "head": "frozen", "dora": True}
 
 
-def _stop_by(metric: str) -> dict[str, Any]:
-    return {"rounds": {"early_stopping": {"metric": metric}}}
-
-
 def _augment(kind: str, **how: Any) -> dict[str, Any]:
     return {"training": {"augmentation": {kind: how}}}
 
@@ -35,9 +31,7 @@ ASKS: dict[str, Mapping[str, Any]] = {
     "trained_head": {"method": {"head": "shared"}},
     "head_dropout": {"training": {"dropout": 0.1}},
     "distillation": {"training": {"distillation": {}}, "simulation": {"teacher": "path:teacher"}},
-    "stop_by_accuracy": _stop_by("accuracy"),
-    "stop_by_macro_f1": _stop_by("macro_f1"),
-    "early_stopping": _stop_by("loss"),
+    "early_stopping": {"rounds": {"early_stopping": {}}},
     "dirichlet": {"simulation": {"partition": {"kind": "dirichlet"}, "sites": 2}},
     "wrong_labels": {"simulation": {"faults": {"poisoned": 0.5, "poison": "labels"}}},
     "domain": {"training": {"domain": {"kind": "coral"}}},

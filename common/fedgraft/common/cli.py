@@ -18,8 +18,8 @@ __all__ = ["VERBS", "main"]
 
 VERBOSE = ("-v", "--verbose")  # before or after the verb
 
-# verb -> where it lives, and one line of help. Of two places the first counts whose room is part of
-# this install; a verb of which none is there is not offered.
+# verb -> its places, and one line of help. A verb can have two places; the first whose room is
+# installed is used. A verb without an installed place is not offered.
 VERBS: dict[str, tuple[str, ...]] = {
     "init": ("fedgraft.server.cli.jobs:init", "Write a commented job file to start from."),
     "check": (
@@ -66,9 +66,9 @@ SHORT = {"provision": "kits"}  # `provision FILE` needs no verb
 
 
 class LazyGroup(click.Group):
-    """Import a verb's module on use, so that ``--help`` never pays for torch.
+    """A group that imports a verb's module on use, so that ``--help`` does not import torch.
 
-    ``within`` is the verb that the verbs of this group come after, if any.
+    ``within`` is the verb before the verbs of this group, if there is one.
     """
 
     def __init__(self, *arguments: Any, within: str = "", **more: Any) -> None:
@@ -76,7 +76,7 @@ class LazyGroup(click.Group):
         self.within = within
 
     def _verbs(self) -> dict[str, str]:
-        """The verbs of the installed rooms that follow this group's, and their line of help."""
+        """Return the verbs of this group in the installed rooms, each with its line of help."""
         found: dict[str, str] = {}
         for verb, (*places, text) in VERBS.items():
             first, _, second = verb.partition(" ")
@@ -89,18 +89,18 @@ class LazyGroup(click.Group):
         return found
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Verbs of the rooms that are installed, in the table's order."""
+        """Return the verbs of the installed rooms, in the order of the table."""
         return list(self._verbs())
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does it; a group's short form is spelt out, also where options come first."""
+        """Parse as click does, but insert the short form's verb, also before options."""
         short = SHORT.get(self.within)
         if short and args and args[0] not in (*self._verbs(), "--help"):
             args = [short, *args]
         return super().parse_args(ctx, args)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """Load one verb, or explain that this install does not have it."""
+        """Return the command of one verb, or explain that this install does not have it."""
         if not self.within and name in GROUPS:
             if name not in self._verbs():
                 raise click.ClickException(f"`{name}` is not part of this install")
@@ -125,7 +125,7 @@ class LazyGroup(click.Group):
 
 
 def _room_is_there(place: str) -> bool:
-    """Whether the room of ``fedgraft.room.wing.module:function`` is part of this install."""
+    """Return whether the room of ``fedgraft.room.wing.module:function`` is installed."""
     room = place.partition(":")[0].split(".")[:2]
     return len(room) < 2 or find_spec(".".join(room)) is not None
 
@@ -138,7 +138,7 @@ def command(verbose: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; turn what goes wrong into a message and an exit code."""
+    """Run the command; print a message for an error, and exit with its code."""
     typer.core.HAS_RICH = False  # it would escape "[default: ...]" for rich where it prints plain
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     arguments = [argument for argument in sys.argv[1:] if argument not in VERBOSE]
@@ -153,7 +153,7 @@ def main() -> None:
 
 
 def _explain(error: BaseException) -> int:
-    """Say what went wrong and what to do; the exit code."""
+    """Print the problem and the next step, and return the exit code."""
     if isinstance(error, FedgraftError):
         print_error(error)
         return error.exit_code

@@ -31,6 +31,7 @@ __all__ = [
     "SiteFailure",
     "TooFewSites",
     "TransferError",
+    "first_line",
 ]
 
 
@@ -105,3 +106,11 @@ class SiteFailure(FedgraftError):
     def __init__(self, code: str, message: str = "") -> None:
         super().__init__(message or code)
         self.code = code
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a foreign error's text, at most 200 characters.
+
+    If there is no text, it is the name of the error's class.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -206,7 +206,10 @@ class TextExamples(_Teachable):
 
 @dataclass(frozen=True)
 class Wrapped(_Teachable):
-    """Examples made from ``source``; the targets are in the source, so there are no labels."""
+    """Examples made from ``source``, with targets of another kind than one label per example.
+
+    The targets follow from the source, or they are stored beside it.
+    """
 
     source: "TextExamples | ImageExamples"
 

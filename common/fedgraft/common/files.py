@@ -1,6 +1,6 @@
-"""Files that are there whole or not at all, also when the machine dies half-way.
+"""Write files completely or not at all, also if the machine stops during the write.
 
-``lock_folder`` keeps a folder to one process at a time.
+``lock_folder`` reserves a folder for one process at a time.
 """
 
 import fcntl
@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` survive a power cut too."""
+    """Make new and renamed files in ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -46,12 +46,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 ``text`` to ``path``, whole or not at all."""
+    """Write UTF-8 ``text`` to ``path``, completely or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write ``content`` to ``path``, whole or not at all, readable by this user alone."""
+    """Write ``content`` to ``path``, completely or not at all; only this user can read it."""
 
     def write(temporary: Path) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -62,16 +62,16 @@ def write_private(path: Path, content: bytes) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, 64 hex digits; read piece by piece."""
+    """Return the SHA-256 of a file, 64 hex digits; the file is read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Lock ``folder`` until the file that comes back is closed, or this process ends.
+    """Lock ``folder`` and return the lock's file; the lock ends with the file or the process.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process has the lock.
     """
     file = (folder / "lock").open("w")
     try:

@@ -29,8 +29,10 @@ Duration = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 Refuses = Mapping[str, tuple[str, str]]
 """The settings that do not work with something: for a feature's name, the reason and a hint.
 
-The features are those of ``config/compatibility.py``; both texts may contain ``{task}``, ``{rule}``
-and ``{method}``.
+The features are those of ``config/compatibility.py``. Both texts are patterns of ``str.format``:
+``{task}``, ``{rule}`` and ``{method}`` are names, ``{beside}`` is the feature, ``{rules_of_sums}``
+lists the rules that need only sums, and ``{largest_rank}`` is the largest of ``simulation.ranks``.
+A brace that stays a brace is written twice, as ``{{`` or ``}}``.
 """
 
 

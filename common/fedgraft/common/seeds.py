@@ -1,8 +1,7 @@
-"""Every random number comes from a seed hashed from what it is for, never from a global generator.
+"""Each random number comes from a seed that is a hash of its purpose; there is no global generator.
 
-A site's batches in round 7 are then the same whoever else took part, in whatever order or
-process the sites ran, and after any restart. torch is imported when a generator of it is wanted:
-a job is read without.
+So a site's batches in round 7 do not depend on the other sites, on the order or the process of the
+sites, or on a restart. A job is read without torch: torch is imported only for a torch generator.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ __all__ = ["derive_seed", "numpy_generator", "torch_generator"]
 
 
 def derive_seed(run_seed: int, *purpose: str | int) -> int:
-    """Hash ``run_seed`` and what the seed is for into 63 bits (SHA-256, injective encoding)."""
+    """Return a seed of 63 bits: a SHA-256 of ``run_seed`` and the purpose (injective encoding)."""
     digest = hashlib.sha256()
     for part in (run_seed, *purpose):
         text = f"{type(part).__name__}:{part}".encode()
@@ -26,14 +25,14 @@ def derive_seed(run_seed: int, *purpose: str | int) -> int:
 
 
 def numpy_generator(run_seed: int, *purpose: str | int) -> np.random.Generator:
-    """A numpy generator of its own for this purpose."""
+    """Return a new numpy generator for this purpose."""
     return np.random.default_rng(derive_seed(run_seed, *purpose))
 
 
 def torch_generator(
     run_seed: int, *purpose: str | int, device: "torch.device | str" = "cpu"
 ) -> "torch.Generator":
-    """A torch generator of its own for this purpose, on ``device``."""
+    """Return a new torch generator for this purpose, on ``device``."""
     import torch
 
     return torch.Generator(device=device).manual_seed(derive_seed(run_seed, *purpose))

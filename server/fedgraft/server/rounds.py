@@ -178,8 +178,7 @@ def _judge(job: Job, state: State, tally: Tally) -> State:
     stopping = job.rounds.early_stopping
     if stopping is None or not tally.examples:
         return state
-    value = job.measures.figures(tally)[stopping.metric]
-    score = -value if stopping.metric == "loss" else value
+    score = stopping.score(job.measures.figures(tally))
     if state.best_score is None or score > state.best_score + stopping.min_delta:
         return replace(state, best=state.adapter, best_score=score, stale=0)
     return replace(state, stale=state.stale + 1)

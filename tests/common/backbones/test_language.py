@@ -28,7 +28,7 @@ def parse(kind: str = "gpt2", **changes: dict[str, Any]) -> Job:
         ({"evaluation": {"score_bins": 100}}, "neither scores nor groups"),
         ({"data": {"group": "sex", "groups": ["f", "m"]}}, "neither scores nor groups"),
         ({"training": {"dropout": 0.1}}, "frozen"),
-        ({"rounds": {"early_stopping": {"metric": "macro_f1"}}}, "no macro F1"),
+        ({"rounds": {"early_stopping": {"metric": "macro_f1"}}}, "no macro_f1"),
         ({"simulation": {"partition": {"kind": "dirichlet"}, "sites": 2}}, "deals labels"),
         ({"simulation": {"faults": {"poison": "labels", "poisoned": 0.5}}}, "wrong labels"),
     ],

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.bert_folders import IMAGE, LABELS, TOKENS, bert_config, open_model, same
+from support.bert_folders import (
+    IMAGE,
+    LABELS,
+    TOKENS,
+    bert_config,
+    edit_config,
+    open_model,
+    same,
+)
 from torch import nn
 from transformers import (
     BertForSequenceClassification,
@@ -62,6 +70,20 @@ def test_a_head_for_other_labels_is_drawn_afresh_and_the_rest_kept(
 def test_a_folder_without_a_head_gets_a_fresh_one(tmp_path: Path) -> None:
     BertModel(bert_config()).save_pretrained(tmp_path)
     assert open_model(tmp_path).fresh_head
+
+
+def test_a_head_of_one_output_is_kept_where_its_folder_says_regression(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        made = BertForSequenceClassification(bert_config(("score",))).eval()
+    made.save_pretrained(tmp_path)
+    stranger = open_model(tmp_path, task="text-regression", labels=())
+    assert stranger.fresh_head and "classifier.weight" in stranger.drawn
+    assert not same(stranger.model.get_submodule("classifier"), made.classifier)
+    assert same(stranger.model.get_submodule("bert"), made.bert)
+    edit_config(tmp_path, problem_type="regression")
+    own = open_model(tmp_path, task="text-regression", labels=())
+    assert not own.fresh_head and not own.drawn and same(own.model, made)
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "random"])

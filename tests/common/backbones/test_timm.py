@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.backbones.timm import name_timm_labels
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError
@@ -74,6 +76,19 @@ def test_images_are_prepared_as_timm_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         processor.pixels([image], "backbone")[0], wanted(image).numpy(), atol=1e-5
     )
+
+
+def test_a_task_without_labels_keeps_the_number_of_outputs(tmp_path: Path) -> None:
+    told = {"model_type": "timm_wrapper", "num_classes": 3, "label_names": LABELS}
+    (tmp_path / "config.json").write_text(json.dumps({**told, "pretrained_cfg": CUT}))
+    options = {"num_labels": 1, "problem_type": "regression"}
+    config = AutoConfig.from_pretrained(tmp_path, **options)
+    name_timm_labels(config, ())
+    config.save_pretrained(tmp_path / "merged")
+    again = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert (again.num_labels, again.problem_type) == (1, "regression")
+    name_timm_labels(config, ["a", "b"])
+    assert (config.num_classes, config.label_names) == (2, ["a", "b"])
 
 
 @pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")

@@ -202,7 +202,7 @@ def test_other_kinds_of_backbones_are_refused(kind: str | None) -> None:
         ("evaluation.score_bins=20", "predicts patches"),
         ("training.distillation={}", "all patches"),
         ("training.domain.kind=coral", "no labels"),
-        ("training.augmentation.image={flip=true}", "means nothing for"),
+        ("training.augmentation.image={flip=true}", "for classifications"),
         ("simulation.partition={kind='dirichlet'}", "deals labels unevenly"),
         ("job.labels=['a', 'b']", "has no labels"),
     ],

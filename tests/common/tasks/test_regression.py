@@ -85,6 +85,14 @@ def test_a_verdict_is_in_the_unit_of_the_target() -> None:
     assert "1.25 instead of 6.25" in judged["sentence"]
     back = theirs.compare(ours, numpy_generator(0, "v"), name="ash", rival="zero_shot")
     assert back["outcome"] == "hurt" and back["interval"][0] > 0
+    assert back["sentence"].startswith(
+        "At ash the federated model is worse than the backbone untouched: mean absolute error 6.25 "
+        "instead of 1.25 ("
+    )
+    assert back["sentence"].endswith(", 60 examples). This is negative transfer.")
+    few = [evaluation([0.5], [0.5 + off]) for off in (0.1, 0.2)]
+    one = few[0].compare(few[1], numpy_generator(0, "v"), name="ash", rival="local_only")
+    assert ", 1 example, p = 1.00)" in one["sentence"]
     same = ours.compare(ours, numpy_generator(0, "v"), name="ash", rival="local_only")
     assert same["outcome"] == "unclear"
     kept = MEASURES.evaluation(json.loads(json.dumps(ours.to_json())))
@@ -140,7 +148,12 @@ def test_a_target_that_is_no_number_is_refused(value: str, tmp_path: Path) -> No
     ("data", "why"),
     [
         ({"lowest": 3, "highest": 3}, "not below"),
-        ({"lowest": "low"}, "a number is wanted"),
+        ({"lowest": "low"}, "a finite number is wanted"),
+        ({"lowest": -math.inf}, "a finite number is wanted"),
+        ({"highest": math.nan}, "a finite number is wanted"),
+        ({"highest": 10**400}, "a finite number is wanted"),
+        ({"lowest": -1e308, "highest": 1e308}, "further apart"),
+        ({"lowest": 0, "highest": 1e200}, "further apart"),
         ({"low": 3}, r"unknown key data\.low"),
     ],
 )

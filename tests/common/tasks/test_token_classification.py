@@ -154,6 +154,16 @@ def test_a_verdict_is_of_entities_redrawn_by_sentence() -> None:
         evaluation([[0, 0, 0]]), numpy_generator(0, "v"), name="ash", rival="zero_shot"
     )
     assert none["outcome"] == "unknown" and none["interval"] is None
+    hurt = evaluation(worse).compare(
+        evaluation(better), numpy_generator(0, "v"), name="ash", rival="zero_shot"
+    )
+    assert hurt["sentence"].startswith(
+        "At ash the federated model is worse than the backbone untouched: entity F1 50.0 %"
+    )
+    assert hurt["sentence"].endswith("This is negative transfer.")
+    one = evaluation([[1, 1, 1]])
+    alone = one.compare(one, numpy_generator(0, "v"), name="ash", rival="local_only")
+    assert ", 1 sentence, p = 1.00)" in alone["sentence"]
 
 
 def test_a_verdict_keeps_its_level_where_sentences_hold_many_entities() -> None:
@@ -196,9 +206,9 @@ def test_rows_are_read_by_the_columns_that_the_job_names(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ({"tokens": "Ada lives", "tags": ["O", "O"]}, "0 words have 2 tags"),
-        ({"tokens": ["Ada"], "tags": ["O", "O"]}, "1 words have 2 tags"),
-        ({"tokens": ["Ada"], "tags": "O"}, "1 words have no tags"),
+        ({"tokens": "Ada lives", "tags": ["O", "O"]}, "differ in number: 0 and 2"),
+        ({"tokens": ["Ada"], "tags": ["O", "O"]}, "differ in number: 1 and 2"),
+        ({"tokens": ["Ada"], "tags": "O"}, "differ in number: 1 and no"),
         ({"tokens": ["Ada"], "tags": ["B-org"]}, "label 'B-org' is not in the job's list"),
         ({"tokens": ["Ada", " "], "tags": ["O", "O"]}, "no word"),
         ({"tokens": [], "tags": []}, "no list of words"),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from fedgraft.common.aggregation.base import MeanRule
 
+__all__ = ["FedAvg"]
+
 
 @dataclass(frozen=True)
 class FedAvg(MeanRule):

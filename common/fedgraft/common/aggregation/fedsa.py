@@ -16,6 +16,8 @@ from fedgraft.common.aggregation.base import MeanRule
 from fedgraft.common.layout import Layout, is_factor_b
 from fedgraft.common.section import Refuses
 
+__all__ = ["FedSa"]
+
 
 @dataclass(frozen=True)
 class FedSa(MeanRule):
@@ -36,6 +38,11 @@ class FedSa(MeanRule):
             "rule \"{rule}\" shares LoRA's factor A and keeps its B, and this method has DoRA's "
             "magnitudes",
             'aggregation.rule = "fedavg", or method.kind = "lora" without dora',
+        ),
+        "early_stopping": (
+            'early_stopping may go back to an earlier adapter, and under rule "{rule}" the sites\' '
+            "own factors do not go back",
+            'aggregation.rule = "fedavg", or no early_stopping',
         ),
         "consolidation": (
             'rule "{rule}" sends only one factor of each pair, and consolidation holds all',

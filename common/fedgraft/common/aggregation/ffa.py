@@ -16,6 +16,8 @@ from fedgraft.common.aggregation.base import MeanRule
 from fedgraft.common.layout import Layout, is_factor_a
 from fedgraft.common.section import Refuses
 
+__all__ = ["Ffa"]
+
 
 @dataclass(frozen=True)
 class Ffa(MeanRule):

@@ -18,6 +18,8 @@ from fedgraft.common.aggregation.base import PLAIN_MEAN, Tensors, WholeAdapter
 from fedgraft.common.layout import Vector
 from fedgraft.common.section import Refuses
 
+__all__ = ["Median"]
+
 
 @dataclass(frozen=True)
 class Median(WholeAdapter):

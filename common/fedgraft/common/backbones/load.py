@@ -17,7 +17,7 @@ from fedgraft.common.backbones.blob_store import open_store
 from fedgraft.common.backbones.folder import FINGERPRINTED, fingerprint, refuse_unsafe
 from fedgraft.common.backbones.timm import is_timm, name_timm_labels, timm_heads
 from fedgraft.common.config.job import Job
-from fedgraft.common.errors import BackboneError
+from fedgraft.common.errors import BackboneError, first_line
 from fedgraft.common.seeds import derive_seed
 from fedgraft.common.tasks import Task
 
@@ -89,8 +89,9 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
 
     Weights that the folder lacks (usually a head for these labels) are drawn from a seed that is a
     hash of the job's seed, so that they are equal at every site. A head in the folder is kept only
-    if its label names are the job's labels: a head for other labels has no information about these
-    labels.
+    if the folder says that it was trained for the same: its label names are the job's labels, or
+    for a regression ``problem_type`` in ``config.json`` is ``"regression"``
+    (``Task.knows_head``). A head for something else has no information about this job.
 
     Raises:
         BackboneError: transformers cannot build this task's model from the folder.
@@ -101,7 +102,7 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
         model, missing = _build(backbone, job.task, labels)
         if is_timm(model):
             name_timm_labels(model.config, labels)
-        fresh = _head_is_fresh(model, missing, backbone, labels)
+        fresh = _head_is_fresh(model, missing, backbone, job)
         if fresh:
             for name in head_names(model):
                 _reset(model.get_submodule(name), model)
@@ -136,7 +137,7 @@ def read_config(backbone: Backbone) -> Any:
         )
     except Exception as error:  # hostile configs raise almost any error
         raise BackboneError(
-            f"{backbone.source}: {_first_line(error)}",
+            f"{backbone.source}: {first_line(error)}",
             hint="it must be a model that this version of transformers ships",
         ) from None
 
@@ -258,7 +259,7 @@ def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Mo
         )
     except Exception as error:  # hostile or damaged files make loaders raise almost any error
         raise BackboneError(
-            f"{backbone.source} cannot be loaded for {task.name}: {_first_line(error)}",
+            f"{backbone.source} cannot be loaded for {task.name}: {first_line(error)}",
             hint=f"it must be a model that {task.auto_class} can load",
         ) from None
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
@@ -281,7 +282,10 @@ def _refuse_random_layers(model: nn.Module, missing: set[str], source: str, task
     )
     own = tuple(f"{name}." for name in head_names(model))
     if gaps and all(name.startswith(own) for name in gaps):
-        raise task.no_head(source)
+        raise BackboneError(
+            f"{source} was saved without the head that {task.name} predicts with",
+            hint="a backbone that still has it, such as the model that this one was made from",
+        )
     if gaps:
         raise BackboneError(
             f"{source}: {len(gaps)} weights of the backbone are missing or of another shape, "
@@ -290,23 +294,14 @@ def _refuse_random_layers(model: nn.Module, missing: set[str], source: str, task
         )
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def _head_is_fresh(
-    model: nn.Module, missing: set[str], backbone: Backbone, labels: Sequence[str]
-) -> bool:
-    """Return whether the head is not from the folder, or is for other labels.
-
-    A head for tokens has no labels.
-    """
+def _head_is_fresh(model: nn.Module, missing: set[str], backbone: Backbone, job: Job) -> bool:
+    """Return whether the head is not from the folder, or was trained for something else."""
     if backbone.weights == "random":
         return True
-    names = own_labels(backbone)
+    if not job.task.knows_head(backbone.config, own_labels(backbone), job.job.labels):
+        return True
     heads = tuple(f"{name}." for name in head_names(model))
-    other = bool(labels) and names != list(labels)
-    return other or any(key.startswith(heads) for key in missing)
+    return any(key.startswith(heads) for key in missing)
 
 
 def _reset(head: nn.Module, model: nn.Module) -> None:

@@ -39,5 +39,9 @@ def timm_heads(model: Any) -> tuple[str, ...]:
 
 
 def name_timm_labels(config: Any, labels: Sequence[str]) -> None:
-    """Set ``labels`` in a configuration; otherwise the labels of its folder would be saved."""
-    config.num_classes, config.label_names = len(labels), list(labels)
+    """Set ``labels`` in a configuration; otherwise the labels of its folder would be saved.
+
+    A task without labels has set the number of outputs, which stays as it is.
+    """
+    if labels:
+        config.num_classes, config.label_names = len(labels), list(labels)

@@ -36,7 +36,7 @@ class AudioAugmentation(Section):
 
 
 class Augmentation(Section):
-    """One of the three augmentations: the one for the job's task."""
+    """The augmentation of one modality: of the one that the job's task reads."""
 
     image: ImageAugmentation | None = None
     text: TextAugmentation | None = None
@@ -44,8 +44,8 @@ class Augmentation(Section):
 
     @model_validator(mode="after")
     def _something_varies(self) -> Self:
-        parts = [part for part in (self.image, self.text, self.audio) if part is not None]
-        if not any(value for part in parts for value in part.model_dump().values()):
+        parts = self.model_dump(exclude_none=True).values()
+        if not any(value for part in parts for value in part.values()):
             raise IllegalJob(
                 "training.augmentation varies nothing", "image = { flip = true }, or leave it out"
             )

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from fedgraft.common.aggregation import RULES
+from fedgraft.common.config.augmentation import Augmentation
+from fedgraft.common.config.sections import LOSS
 from fedgraft.common.section import IllegalJob
 
 if TYPE_CHECKING:
@@ -35,16 +37,12 @@ FEATURES: dict[str, Callable[["Job"], bool]] = {
     "trained_head": lambda job: job.method.head != "frozen",
     "head_dropout": lambda job: job.training.dropout > 0,
     "distillation": lambda job: job.training.distillation is not None,
-    "stop_by_accuracy": lambda job: _stops_by(job, "accuracy"),
-    "stop_by_macro_f1": lambda job: _stops_by(job, "macro_f1"),
     "early_stopping": lambda job: job.rounds.early_stopping is not None,
     "dirichlet": lambda job: _partition(job) == "dirichlet",
     "wrong_labels": lambda job: bool(job.simulation and job.simulation.faults.poisons_labels),
     "domain": lambda job: job.training.domain is not None,
     "consolidation": lambda job: job.training.consolidation is not None,
-    "augmentation.image": _augmented("image"),
-    "augmentation.text": _augmented("text"),
-    "augmentation.audio": _augmented("audio"),
+    **{f"augmentation.{kind}": _augmented(kind) for kind in Augmentation.model_fields},
     "start": lambda job: job.start is not None,
     "no_factors": lambda job: not job.method.low_rank,
     "magnitudes": lambda job: job.method.magnitudes,
@@ -96,10 +94,6 @@ def _words(job: "Job", feature: str) -> Mapping[str, object]:
     }
 
 
-def _stops_by(job: "Job", metric: str) -> bool:
-    return job.rounds.early_stopping is not None and job.rounds.early_stopping.metric == metric
-
-
 def _partition(job: "Job") -> str | None:
     return None if job.simulation is None else job.simulation.partition.kind
 
@@ -123,16 +117,25 @@ def _check_statistics(job: "Job") -> None:
 
 
 def _check_early_stopping(job: "Job") -> None:
-    if job.rounds.early_stopping and not job.data.validation:
+    """Check that the watched metric is measured, and that every site can go back to the best."""
+    stopping = job.rounds.early_stopping
+    if stopping is None:
+        return
+    watched = dict.fromkeys((LOSS.key, *(metric.key for metric in job.task.watched)))
+    if stopping.metric not in watched:
+        raise IllegalJob(
+            f"{job.job.task} has no {stopping.metric} to stop early by",
+            "rounds.early_stopping.metric = " + " or ".join(f'"{key}"' for key in watched),
+        )
+    if not job.data.validation:
         raise IllegalJob(
             "early_stopping watches federated validation, and data.validation = 0 leaves none",
             "data.validation = 0.1",
         )
-    if job.rounds.early_stopping and job.keeps_own:
-        what = "local heads" if job.method.head == "local" else "the sites' own factors"
+    if job.method.head == "local":
         raise IllegalJob(
-            f"early_stopping may go back to an earlier adapter, {what} do not go back",
-            'method.head = "shared" and another rule than "fedsa", or no early_stopping',
+            "early_stopping may go back to an earlier adapter, and local heads do not go back",
+            'method.head = "shared", or no early_stopping',
         )
 
 

@@ -1,6 +1,7 @@
 """``[data]``: the format of every site's rows."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -24,7 +25,7 @@ class Data(Section):
     audio: str = Field(default="audio", description="column of wav files")
     video: str = Field(default="video", description="column of clips")
     label: str = "label"
-    target: str = Field(default="target", description="the second text of seq2seq-lm")
+    target: str = Field(default="target", description="the text to write, or the number")
     validation: float = Field(default=0.1, ge=0, lt=1, description="share held out of training")
     max_length: int = Field(default=128, ge=4, le=8192, description="tokens of an example")
     masked: float | None = Field(
@@ -51,15 +52,28 @@ class Data(Section):
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
                 raise UnknownKey(f"unknown key data.{key}", hint)
-            wanted = (str,) if isinstance(defaults[key], str) else (int, float)
-            if not isinstance(value, wanted) or isinstance(value, bool):
-                what = "the name of a column" if wanted == (str,) else "a number"
+            named = isinstance(defaults[key], str)
+            if not (isinstance(value, str) if named else _is_number(value)):
+                what = "the name of a column" if named else "a finite number"
                 raise IllegalJob(f"data.{key} = {value!r}: {what} is wanted", f"mend data.{key}")
         return {**defaults, **given}
 
+    def with_own_keys(self, defaults: Mapping[str, str | float]) -> "Data":
+        """Return this section with the keys of ``own_keys`` spelled out.
+
+        Raises:
+            IllegalJob: as ``own_keys``.
+        """
+        return self.model_copy(update=self.own_keys(defaults)) if defaults else self
+
     def column(self, key: str) -> str:
-        """Return the name of the column for ``key``: the value of ``key``, or ``key`` itself."""
-        return str(getattr(self, key, key))
+        """Return the name of the column for ``key``: the value of ``key``, or ``key`` itself.
+
+        A key can be a key of every job, or one that only the job's task has.
+        """
+        known = getattr(self, key) if key in type(self).model_fields else None
+        found = (self.model_extra or {}).get(key, known)
+        return found if isinstance(found, str) else key
 
     def skips(self, modality: str) -> bool:
         """Return whether a cell that cannot be decoded is skipped; otherwise it is refused.
@@ -78,3 +92,13 @@ class Data(Section):
         if len(set(self.groups)) != len(self.groups) or "" in self.groups:
             raise IllegalJob("groups has a value twice, or an empty one", "name each group once")
         return self
+
+
+def _is_number(value: object) -> bool:
+    """Return whether ``value`` is a finite number; a whole number may be too large for a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

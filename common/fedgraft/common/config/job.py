@@ -44,6 +44,8 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
+        # A later change of a default must not change this job. The section is frozen for others.
+        self.__dict__["data"] = self.data.with_own_keys(self.task.keys)
         check_compatible(self)
         if self.simulation is not None and self.simulation.sites is not None:
             self.check_sites(self.simulation.sites)

@@ -65,7 +65,10 @@ def parse_job(raw: dict[str, Any], *, where: str) -> Job:
 
 
 def dump_job(job: Job) -> str:
-    """Return the job as TOML with all defaults; ``parse_job`` reads an equal job from it."""
+    """Return the job as TOML with all defaults; ``parse_job`` reads an equal job from it.
+
+    ``[data]`` has the keys of the job's own task, and of no other task.
+    """
     return tomli_w.dumps(job.model_dump(mode="json", exclude_none=True))
 
 
@@ -162,8 +165,6 @@ def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     loc = [str(part) for part in problem["loc"]]
     if len(loc) > 1 and loc[0] == "method" and loc[1] in METHODS:
         loc = [loc[0], *loc[2:]]
-    if "targets" in loc:  # pydantic lists every possible type
-        return "method.targets is no list of module names", 'targets = ["query", "value"]'
     if "sites_per_pass" in loc:
         return "simulation.sites_per_pass is no number of sites", '"auto", or 1 to 256'
     key = ".".join(loc) or "job"
@@ -192,8 +193,8 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     """Return the keys of the section at ``loc`` in the job's models."""
     models: list[type[BaseModel]] = [Job]
     for part in loc:
-        if part in METHODS and len(models) > 1:
-            models = [m for m in models if m.__name__.lower().startswith(str(part))]
+        if loc[0] == "method" and part in METHODS:
+            models = [METHODS[str(part)]]
             continue
         fields = [model.model_fields.get(str(part)) for model in models]
         models = [m for field in fields if field for m in _models_in(field.annotation)]

@@ -1,14 +1,17 @@
 """Sections of a job without their own file: job, backbone, start, rounds and aggregation."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedgraft.common.aggregation import RuleName
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.section import Duration, IllegalJob, Section
 from fedgraft.common.tasks import TASKS, TaskName
 
 __all__ = [
+    "LOSS",
     "Aggregation",
     "Backbone",
     "EarlyStopping",
@@ -18,13 +21,25 @@ __all__ = [
     "Start",
 ]
 
+LOSS = Metric("loss", "loss", percent=False, higher=False)
+WATCHED: dict[str, Metric] = {
+    metric.key: metric
+    for metric in (LOSS, *(one for task in TASKS.values() for one in task.watched))
+}
+"""The metrics that early stopping can watch; each task has some of them."""
+
+if TYPE_CHECKING:
+    MetricName = str
+else:
+    MetricName = Literal[tuple(WATCHED)]
+
 
 class General(Section):
     """``[job]``: the name, the task and its labels, and the seed of all random numbers."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     task: TaskName
-    labels: tuple[str, ...] = Field(default=(), description="of a classification")
+    labels: tuple[str, ...] = Field(default=(), description="to choose from, or tags of words")
     heads: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="several tasks: the labels of each, every label in one"
     )
@@ -91,11 +106,19 @@ class Start(Section):
 
 
 class EarlyStopping(Section):
-    """Stop if federated validation has not improved for ``patience`` evaluations."""
+    """Stop if federated validation has not improved for ``patience`` evaluations.
 
-    metric: Literal["loss", "accuracy", "macro_f1"] = "loss"
+    ``metric`` is the loss, or one of the metrics that the job's task lets be watched.
+    """
+
+    metric: MetricName = "loss"
     patience: int = Field(default=3, ge=1)
     min_delta: float = Field(default=0.0, ge=0)
+
+    def score(self, figures: Mapping[str, Any]) -> float:
+        """Return the watched metric of ``figures``, with the sign with which larger is better."""
+        value = float(figures[self.metric])
+        return value if WATCHED[self.metric].higher else -value
 
 
 class Rounds(Section):

@@ -1,10 +1,10 @@
-"""A file that only grows, in which every line vouches for all lines before it.
+"""A file that only grows; the hash in every line covers all lines before it.
 
 A line is JSON: ``n`` (from 1), ``time`` (UTC), a random ``salt``, the hash of the ``previous``
-line, the facts, and last the SHA-256 ``hash`` of the line's own bytes up to there. Whoever knows
-the newest hash, the head, can tell whether a single byte below it was changed, removed, moved or
-added. Whoever does not know it cannot tell a chain from one that was written anew as a whole, so
-a head belongs in other hands. The salts make a head say nothing about the facts.
+line, the facts, and last the SHA-256 ``hash`` of the line's own bytes up to there. A party that
+knows the newest hash, the head, detects every byte before it that was changed, removed, moved or
+added. Without the newest hash nobody can detect a chain that was completely rewritten. So another
+party should keep the head. Because of the salts, a head says nothing about the facts.
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedgraft.common.errors import AuditError
+from fedgraft.common.files import sync_folder
 
 __all__ = ["Audit", "AuditHead", "read", "rows", "verify"]
 
@@ -37,14 +38,14 @@ LINE = re.compile(
 
 @dataclass(frozen=True)
 class AuditHead:
-    """The end of a chain: how many lines it has, and the hash of the last one."""
+    """The end of a chain: the number of its lines, and the hash of the last line."""
 
     lines: int
     hash: str
 
 
 class Audit:
-    """The audit at ``path``, which several processes may write at once."""
+    """The audit at ``path``; several processes may write it at once."""
 
     def __init__(
         self,
@@ -58,10 +59,10 @@ class Audit:
 
     @property
     def head(self) -> AuditHead:
-        """The end of the chain as it is on disk.
+        """Return the end of the chain on disk.
 
         Raises:
-            AuditError: the file cannot be read, or its last line is none of ours.
+            AuditError: the file cannot be read, or its last line is not a line of an audit.
         """
         if not self.path.exists():
             return AuditHead(0, NOTHING)
@@ -70,7 +71,7 @@ class Audit:
 
     @property
     def newest(self) -> tuple[AuditHead, dict[str, Any]]:
-        """``head``, and the facts of the line that it is of; none where there is no line.
+        """Return ``head`` and the facts of the last line; the facts are {} if there is no line.
 
         Raises:
             AuditError: as ``head``.
@@ -85,12 +86,13 @@ class Audit:
         return _head_of(self.path, before[-1]), json.loads(before[-1])
 
     def append(self, facts: Mapping[str, Any]) -> AuditHead:
-        """Add a line; it is durable when this returns, and what is torn off is cut before.
+        """Add a line and return the new head; the line is durable when the function returns.
 
-        ``facts`` are JSON and have none of the chain's own keys.
+        ``facts`` are JSON and have none of the chain's own keys. An unfinished last line is cut
+        off before.
 
         Raises:
-            AuditError: it cannot be written, or the line to chain it to was changed.
+            AuditError: the line cannot be written, or the line before it was changed.
         """
         with _locked(self.path, "r+b") as file:
             head, end, lacking = _settled(self.path, file)
@@ -107,7 +109,7 @@ class Audit:
 def _sealed(
     head: AuditHead, facts: dict[str, Any], seconds: float, salt: bytes
 ) -> tuple[bytes, AuditHead]:
-    """The line after ``head``, and the head that it makes."""
+    """Return the line after ``head``, and the new head."""
     moment = datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
     chain = {"n": head.lines + 1, "time": moment, "salt": salt.hex(), "previous": head.hash}
     if taken := facts.keys() & {*chain, "hash"}:
@@ -127,10 +129,10 @@ def _write(file: IO[bytes], content: bytes, start: int) -> None:
 
 
 def _settled(path: Path, file: IO[bytes]) -> tuple[AuditHead, int, bytes]:
-    """The head of an open file, where the next line goes, and what is lacking before it.
+    """Return the head of an open file, the place of the next line, and the bytes missing before it.
 
-    What follows the last line end was being written when its writer died, and nobody relied on
-    it. It is cut if it is the beginning of the next line, and an error if it is anything else.
+    Bytes after the last line end are an unfinished line of a process that died. The start of a
+    valid next line is cut off; anything else is an error.
     """
     size = file.seek(0, os.SEEK_END)
     *before, torn = _tail(file, size)
@@ -146,7 +148,7 @@ def _settled(path: Path, file: IO[bytes]) -> tuple[AuditHead, int, bytes]:
 
 
 def _tail(file: IO[bytes], size: int) -> list[bytes]:
-    """The last line of a file, if it has one, and what follows its end."""
+    """Return the last line of a file, if it has one, and the bytes after its end."""
     found, start = b"", size
     while start and found.count(b"\n") < 2:
         step = min(BLOCK, start)
@@ -157,7 +159,7 @@ def _tail(file: IO[bytes], size: int) -> list[bytes]:
 
 
 def _head_of(path: Path, line: bytes) -> AuditHead:
-    """The head that the last line makes, whatever came before it."""
+    """Return the head that follows from the last line alone."""
     chain = _chain(line)
     if chain is None:
         raise AuditError(f"the last line of {path} was changed", hint=CHANGED)
@@ -165,7 +167,7 @@ def _head_of(path: Path, line: bytes) -> AuditHead:
 
 
 def _chain(line: bytes) -> tuple[str, AuditHead] | None:
-    """The hash that a line follows and the head that it makes; None if it was changed."""
+    """Return the previous hash in a line, and the head after it; None if the line was changed."""
     found = LINE.fullmatch(line)
     if found is None or hashlib.sha256(found[1]).hexdigest() != found[4].decode():
         return None
@@ -173,7 +175,7 @@ def _chain(line: bytes) -> tuple[str, AuditHead] | None:
 
 
 def _follows(line: bytes, before: AuditHead) -> AuditHead | None:
-    """The head that a line makes after ``before``; None if it does not belong there."""
+    """Return the head after a line that follows ``before``; None if it does not follow."""
     chain = _chain(line)
     if chain is None or chain[0] != before.hash or chain[1].lines != before.lines + 1:
         return None
@@ -182,7 +184,7 @@ def _follows(line: bytes, before: AuditHead) -> AuditHead | None:
 
 @contextmanager
 def _locked(path: Path, mode: str) -> Iterator[IO[bytes]]:
-    """The file, locked for one writer, or for readers; a writer makes it if it is not there."""
+    """Yield the file, locked for one writer or for readers; a writer creates a missing file."""
     writes = "+" in mode
     try:
         if writes and not path.exists():
@@ -200,18 +202,14 @@ def _locked(path: Path, mode: str) -> Iterator[IO[bytes]]:
 def _make(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-    folder = os.open(path.parent, os.O_RDONLY)  # a new file must survive a power cut too
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)  # a new file must survive a power cut too
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """All lines in order, each checked before it is given; never more than one in memory.
+    """Yield all lines in order; each is checked first, and only one is in memory.
 
     Raises:
-        AuditError: with the first line that does not follow from the one before.
+        AuditError: the first line that does not follow from the line before.
     """
     if not path.exists():
         raise AuditError(
@@ -229,7 +227,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _checked(path: Path, line: bytes, before: AuditHead) -> AuditHead:
-    """The head after the line that comes after ``before``."""
+    """Return the head after ``line``, which must follow ``before``."""
     number = before.lines + 1
     if not line.endswith(b"\n"):
         raise AuditError(
@@ -247,12 +245,12 @@ def _checked(path: Path, line: bytes, before: AuditHead) -> AuditHead:
 
 
 def verify(path: Path, known: AuditHead | None = None) -> int:
-    """Check the whole chain, in constant memory; the number of its lines.
+    """Check the whole chain, in constant memory, and return the number of its lines.
 
-    ``known`` is a head that somebody else kept: the chain must go through it.
+    ``known`` is a head that another party kept: the chain must contain it.
 
     Raises:
-        AuditError: with the first bad line, or that the chain does not reach or match ``known``.
+        AuditError: the first bad line, or the chain does not reach or match ``known``.
     """
     lines = 0
     for lines, facts in enumerate(read(path), 1):
@@ -267,7 +265,7 @@ def verify(path: Path, known: AuditHead | None = None) -> int:
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines as flat rows: one for every entry of a list of tables, such as the tensors.
+    """Yield the lines as flat rows: one for each entry of a list of tables, such as the tensors.
 
     Raises:
         AuditError: as ``read``.

@@ -24,13 +24,27 @@ class Anatomy:
 
 
 class MethodSection(Section):
-    """``[method]`` of one ``kind``. ``head`` is the policy for the task's head."""
+    """``[method]`` of one ``kind``. ``head`` is the policy for the task's head.
 
-    refuses: ClassVar[Refuses] = {}
+    ``refuses`` of a kind is added to the refusals here, which hold for every method.
+    """
+
+    refuses: ClassVar[Refuses] = {
+        "larger_ranks": (
+            "simulation.ranks has {largest_rank}, more than the job's own rank",
+            'leave simulation.ranks out: method.kind = "{method}" has no rank',
+        ),
+    }
 
     if TYPE_CHECKING:  # each kind declares both, in the order of the job file
         kind: str
         head: HeadPolicy
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Add the refusals of every method to those of this one."""
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.refuses = {**MethodSection.refuses, **cls.refuses}
 
     @property
     def low_rank(self) -> int:

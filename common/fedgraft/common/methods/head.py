@@ -16,10 +16,6 @@ class HeadMethod(MethodSection):
             'method.kind = "head" leaves all features as they are: nothing could be aligned',
             'method.kind = "lora" or "partial", or no training.domain',
         ),
-        "larger_ranks": (
-            "simulation.ranks has {largest_rank}, more than the job's own rank",
-            'leave simulation.ranks out: method.kind = "head" has no rank',
-        ),
     }
 
     kind: Literal["head"]

@@ -7,13 +7,15 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedgraft.common.errors import AdapterError
 from fedgraft.common.methods.base import Anatomy, HeadPolicy, MethodSection
 from fedgraft.common.section import IllegalJob, Refuses
 
 __all__ = ["LoraMethod"]
+
+EVERY = ("all-linear", "all-conv")  # targets: all modules of a kind
 
 
 class LoraMethod(MethodSection):
@@ -42,6 +44,15 @@ class LoraMethod(MethodSection):
         default=False, description="a weight's magnitude trains apart from its direction (Liu)"
     )
     head: HeadPolicy
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _targets_are_names(cls, targets: object) -> object:
+        """Refuse what is no list of names, before pydantic lists every possible type."""
+        named = isinstance(targets, list | tuple) and all(isinstance(one, str) for one in targets)
+        if not named and targets not in EVERY:
+            raise IllegalJob("no list of module names", 'targets = ["query", "value"]')
+        return targets
 
     @model_validator(mode="after")
     def _has_targets(self) -> Self:

@@ -1,13 +1,13 @@
 """Partial fine-tuning: some weights of the backbone itself train."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from fedgraft.common.errors import AdapterError
 from fedgraft.common.methods.base import Anatomy, HeadPolicy, MethodSection
 from fedgraft.common.methods.head import heads_alone
-from fedgraft.common.section import IllegalJob, Refuses
+from fedgraft.common.section import IllegalJob
 
 __all__ = ["PartialMethod"]
 
@@ -18,13 +18,6 @@ class PartialMethod(MethodSection):
     The last ``blocks`` train as a whole. In addition, all normalisation layers or all biases can
     train (Ben Zaken et al. 2022, "BitFit").
     """
-
-    refuses: ClassVar[Refuses] = {
-        "larger_ranks": (
-            "simulation.ranks has {largest_rank}, more than the job's own rank",
-            'leave simulation.ranks out: method.kind = "partial" has no rank',
-        ),
-    }
 
     kind: Literal["partial"]
     blocks: int = Field(default=1, ge=0, description="last blocks that train as a whole")

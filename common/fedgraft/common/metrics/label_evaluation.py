@@ -5,7 +5,7 @@ independent; then every interval here is too narrow.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fedgraft.common.metrics.intervals import (
-    LEVEL,
     macro_f1_difference,
     macro_f1_interval,
     mcnemar,
@@ -22,7 +21,15 @@ from fedgraft.common.metrics.intervals import (
     wilson_interval,
 )
 from fedgraft.common.metrics.tally import Tally
-from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict, as_points
+from fedgraft.common.metrics.verdict import (
+    Rival,
+    Verdict,
+    as_points,
+    judge,
+    not_known,
+    numbered,
+    tell,
+)
 
 __all__ = ["LabelEvaluation", "verdict"]
 
@@ -74,8 +81,7 @@ class LabelEvaluation:
             self.true, self.predicted, other.predicted, generator=generator
         )
         return {
-            **asdict(judged),
-            "interval": judged.interval and list(judged.interval),
+            **judged.to_json(),
             "macro_f1_difference": gap,
             "macro_f1_difference_interval": list(interval),
         }
@@ -130,8 +136,7 @@ def verdict(
     if federated.dtype != np.bool_ or local.dtype != np.bool_:
         raise ValueError(f"boolean vectors, not {federated.dtype} and {local.dtype}")
     if federated.size == 0:
-        sentence = f"Whether federating helped {name} is not known: it has no test examples."
-        return Verdict("unknown", sentence, 0.0, (-1.0, 1.0), 1.0)
+        return Verdict("unknown", not_known(name, "examples"), 0.0, (-1.0, 1.0), 1.0)
 
     both = int(np.sum(federated & local))
     only_federated = int(np.sum(federated & ~local))
@@ -139,84 +144,24 @@ def verdict(
     difference = (only_federated - only_local) / federated.size
     interval = paired_interval(both, only_federated, only_local, federated.size)
     p_value = mcnemar(only_federated, only_local)
-    outcome = _outcome(interval, p_value)
-    tell = _sentence if rival == "local_only" else _sentence_of_backbone
-    sentence = tell(
-        outcome,
-        name=name,
-        shares=(float(federated.mean()), float(local.mean())),
-        difference=difference,
-        interval=interval,
-        p_value=p_value,
-        examples=federated.size,
-    )
+    outcome = judge(interval, p_value, higher=True)
+    ours, theirs = (f"{100 * float(one.mean()):.1f} %" for one in (federated, local))
+    span = " to ".join(map(as_points, interval))
+    facts = f"difference {as_points(difference)} points, 95 % interval {span}"
+    witness = numbered(federated.size, "1 test example", "test examples")
+    if outcome == "unclear" and rival == "zero_shot":
+        sentence = (
+            f"Against the backbone untouched (zero-shot, {theirs}) {witness} cannot tell "
+            f"({facts}, p = {p_value:.2f})."
+        )
+    else:
+        sentence = tell(
+            outcome,
+            name=name,
+            rival=rival,
+            shown=(f"{ours} right", theirs if rival == "local_only" else f"{theirs} zero-shot"),
+            facts=facts,
+            p_value=p_value,
+            witness=witness,
+        )
     return Verdict(outcome, sentence, difference, interval, p_value)
-
-
-def _outcome(interval: tuple[float, float], p_value: float) -> Outcome:
-    """Return the outcome; the test and the interval must agree.
-
-    The two can differ close to the limit, and the sentence shows both.
-    """
-    if p_value < LEVEL and interval[0] > 0:
-        return "helped"
-    if p_value < LEVEL and interval[1] < 0:
-        return "hurt"
-    return "unclear"
-
-
-def _sentence(
-    outcome: Outcome,
-    *,
-    name: str,
-    shares: tuple[float, float],
-    difference: float,
-    interval: tuple[float, float],
-    p_value: float,
-    examples: int,
-) -> str:
-    federated, local = (f"{100 * share:.1f} %" for share in shares)
-    gap = f"difference {as_points(difference)} points"
-    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
-    if outcome in ("helped", "hurt"):
-        return (
-            f"Federating {outcome} {name}: {federated} right instead of {local} on its own "
-            f"({gap}, {span})."
-        )
-    count = "1 test example" if examples == 1 else f"{examples:,} test examples"
-    return (
-        f"Unclear for {name}: {federated} right federated, {local} on its own, and {count} "
-        f"cannot tell which is better ({gap}, {span}, p = {p_value:.2f})."
-    )
-
-
-def _sentence_of_backbone(
-    outcome: Outcome,
-    *,
-    name: str,
-    shares: tuple[float, float],
-    difference: float,
-    interval: tuple[float, float],
-    p_value: float,
-    examples: int,
-) -> str:
-    """Return the verdict on training compared with no training.
-
-    ``_sentence`` is the verdict on training together compared with training alone.
-    """
-    federated, untouched = (f"{100 * share:.1f} %" for share in shares)
-    gap = f"difference {as_points(difference)} points"
-    span = f"95 % interval {as_points(interval[0])} to {as_points(interval[1])}"
-    if outcome == "unclear":
-        count = "1 test example" if examples == 1 else f"{examples:,} test examples"
-        return (
-            f"Against the backbone untouched (zero-shot, {untouched}) {count} cannot tell "
-            f"({gap}, {span}, p = {p_value:.2f})."
-        )
-    better, moral = "better", ""
-    if outcome == "hurt":
-        better, moral = "worse", " This is negative transfer."
-    return (
-        f"At {name} the federated model is {better} than the backbone untouched: {federated} right "
-        f"instead of {untouched} zero-shot ({gap}, {span}).{moral}"
-    )

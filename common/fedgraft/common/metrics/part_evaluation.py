@@ -12,7 +12,7 @@ true.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,10 @@ import numpy.typing as npt
 
 from fedgraft.common.examples import Examples, Indices
 from fedgraft.common.metrics.evaluation import PARTS_LIMIT
-from fedgraft.common.metrics.intervals import (
-    LEVEL,
-    percentile_interval,
-    permutation_test,
-    redrawn_sums,
-)
+from fedgraft.common.metrics.intervals import percentile_interval, permutation_test, redrawn_sums
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.tally import Counts, Tally
-from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict
+from fedgraft.common.metrics.verdict import Rival, Verdict, judge, not_known, numbered, tell
 
 __all__ = [
     "PATCHES",
@@ -41,7 +36,6 @@ __all__ = [
 ]
 
 LARGEST_EXPONENT = 700.0  # of e: a larger one overflows, and JSON has no infinity
-NEGATIVE = " This is negative transfer."
 
 Blocks = npt.NDArray[Any]
 
@@ -120,7 +114,7 @@ class PartEvaluation:
 
         ``name`` is the site.
         """
-        judged = block_verdict(
+        return block_verdict(
             self.losses,
             other.losses,
             self.counted,
@@ -128,8 +122,7 @@ class PartEvaluation:
             generator=generator,
             rival=rival,
             words=self.words,
-        )
-        return {**asdict(judged), "interval": judged.interval and list(judged.interval)}
+        ).to_json()
 
     def joined(self, others: "Sequence[PartEvaluation]") -> "PartEvaluation":
         """Return one evaluation of the blocks of this one and of ``others``, in order."""
@@ -268,8 +261,7 @@ def block_verdict(
     federated, other, counted = federated[kept], other[kept], counted[kept]
     parts = int(counted.sum())
     if not parts:
-        sentence = f"Whether federating helped {name} is not known: it has no test {words.parts}."
-        return Verdict("unknown", sentence, 0.0, None, 1.0)
+        return Verdict("unknown", not_known(name, words.parts), 0.0, None, 1.0)
     gaps = federated - other
     difference = float(gaps.sum() / parts)
     interval, p_value = None, 1.0
@@ -277,51 +269,18 @@ def block_verdict(
         sums = redrawn_sums(np.stack([gaps, counted]), generator)
         interval = percentile_interval(sums[0] / sums[1])
         p_value = permutation_test(gaps, generator)
-    outcome = _outcome(interval, p_value)
-    shown = tuple(
+    outcome = judge(interval, p_value, higher=False)
+    ours, theirs = (
         words.metric.text(words.value(float(losses.sum()) / parts)) for losses in (federated, other)
     )
     span = "" if interval is None else f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f}"
     gap = f"{words.difference.format(difference)}{span}"
-    blocks = words.one if len(gaps) == 1 else f"{len(gaps):,} {words.many}"
-    measured = (words.metric.name, *shown)
-    sentence = _sentence(outcome, name, rival, measured, f"{gap}, {blocks}", p_value)
-    return Verdict(outcome, sentence, difference, interval, p_value)
-
-
-def _outcome(interval: tuple[float, float] | None, p_value: float) -> Outcome:
-    """Return the outcome; the test and the interval must agree, as for labels.
-
-    A smaller loss is better.
-    """
-    if interval is None or p_value >= LEVEL:
-        return "unclear"
-    if interval[1] < 0:
-        return "helped"
-    return "hurt" if interval[0] > 0 else "unclear"
-
-
-def _sentence(
-    outcome: Outcome,
-    name: str,
-    rival: Rival,
-    measured: tuple[str, ...],
-    facts: str,
-    p_value: float,
-) -> str:
-    metric, ours, theirs = measured
-    alone = rival == "local_only"
-    if outcome not in ("helped", "hurt"):
-        beside = "on its own" if alone else "for the backbone untouched"
-        return (
-            f"Unclear for {name}: {metric} {ours} federated, {theirs} {beside}, and that cannot "
-            f"tell which is better ({facts}, p = {p_value:.2f})."
-        )
-    if alone:
-        said = f"Federating {outcome} {name}: {metric} {ours} instead of {theirs} on its own"
-        return f"{said} ({facts})."
-    better, moral = ("better", "") if outcome == "helped" else ("worse", NEGATIVE)
-    return (
-        f"At {name} the federated model is {better} than the backbone untouched: {metric} {ours} "
-        f"instead of {theirs} ({facts}).{moral}"
+    sentence = tell(
+        outcome,
+        name=name,
+        rival=rival,
+        shown=(f"{words.metric.name} {ours}", theirs),
+        facts=f"{gap}, {numbered(len(gaps), words.one, words.many)}",
+        p_value=p_value,
     )
+    return Verdict(outcome, sentence, difference, interval, p_value)

@@ -12,7 +12,7 @@ for the Statistical Significance of Result Differences").
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,17 @@ from numpy.typing import NDArray
 
 from fedgraft.common.examples import IGNORED, Indices
 from fedgraft.common.metrics.evaluation import PARTS_LIMIT
-from fedgraft.common.metrics.intervals import LEVEL, percentile_interval, redrawn_sums
+from fedgraft.common.metrics.intervals import percentile_interval, redrawn_sums
 from fedgraft.common.metrics.tally import Counts, Tally
-from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict, as_points
+from fedgraft.common.metrics.verdict import (
+    Rival,
+    Verdict,
+    as_points,
+    judge,
+    not_known,
+    numbered,
+    tell,
+)
 
 __all__ = ["OUTSIDE", "TagEvaluation", "TagMeasures", "entities", "types_of"]
 
@@ -99,8 +107,8 @@ class TagEvaluation:
 
         ``name`` is the site.
         """
-        verdict = _verdict(self.found.sum(1), other.found.sum(1), generator, name, rival)
-        return {**asdict(verdict), "interval": verdict.interval and list(verdict.interval)}
+        counts = self.found.sum(1), other.found.sum(1)
+        return _verdict(*counts, generator, name, rival).to_json()
 
     def joined(self, others: "Sequence[TagEvaluation]") -> "TagEvaluation":
         """Return one evaluation of the sentences of this one and of ``others``, in order."""
@@ -160,9 +168,7 @@ class TagMeasures:
 
     def evaluation(self, value: Mapping[str, Any]) -> TagEvaluation:
         """Return the evaluation that ``to_json`` wrote."""
-        right, counted, found = (
-            np.array(value[k], np.int64) for k in ("right", "counted", "found")
-        )
+        right, counted = (np.array(value[key], np.int64) for key in ("right", "counted"))
         types = tuple(value["types"])
         found = np.array(value["found"], np.int64).reshape(-1, len(types), COLUMNS)
         return TagEvaluation(np.array(value["losses"], np.float64), right, counted, found, types)
@@ -231,31 +237,25 @@ def _verdict(
 ) -> Verdict:
     """Compare entity F1 of two models on the same sentences; counts are [sentences, 3]."""
     if not len(ours) or not ours[:, 2].sum():
-        sentence = f"Whether federating helped {name} is not known: it has no test entities."
-        return Verdict("unknown", sentence, 0.0, None, 1.0)
+        return Verdict("unknown", not_known(name, "entities"), 0.0, None, 1.0)
     shares = tuple(float(f1_of(one.sum(0))) for one in (ours, theirs))
     difference, interval, p_value = shares[0] - shares[1], None, 1.0
     if len(ours) > 1:
         sums = redrawn_sums(np.concatenate([ours, theirs], 1).T, generator)
         interval = percentile_interval(f1_of(sums[:3].T) - f1_of(sums[3:].T))
         p_value = _swapped(ours, theirs, abs(difference), generator)
-    outcome: Outcome = "unclear"
-    if interval is not None and p_value < LEVEL and (interval[0] > 0 or interval[1] < 0):
-        outcome = "helped" if interval[0] > 0 else "hurt"
+    outcome = judge(interval, p_value, higher=True)
     first, second = (f"{100 * share:.1f} %" for share in shares)
     span = "" if interval is None else ", 95 % interval " + " to ".join(map(as_points, interval))
-    facts = f"difference {as_points(difference)} points{span}, {len(ours):,} sentences"
-    beside = "on its own" if rival == "local_only" else "for the backbone untouched"
-    if outcome == "unclear":
-        sentence = (
-            f"Unclear for {name}: entity F1 {first} federated, {second} {beside}, and that cannot "
-            f"tell which is better ({facts}, p = {p_value:.2f})."
-        )
-    else:
-        sentence = (
-            f"Federating {outcome} {name}: entity F1 {first} instead of {second} {beside} "
-            f"({facts})."
-        )
+    sentences = numbered(len(ours), "1 sentence", "sentences")
+    sentence = tell(
+        outcome,
+        name=name,
+        rival=rival,
+        shown=(f"entity F1 {first}", second),
+        facts=f"difference {as_points(difference)} points{span}, {sentences}",
+        p_value=p_value,
+    )
     return Verdict(outcome, sentence, difference, interval, p_value)
 
 

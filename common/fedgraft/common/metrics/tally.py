@@ -143,7 +143,7 @@ class Tally:
         if (confusion < 0).any():
             raise MessageError("negative counts")
         if not measures.fits(tally):
-            raise MessageError("counts of scores or groups that contradict the others")
+            raise MessageError("counts that contradict one another")
         return tally
 
     def to_vector(self) -> NDArray[np.float64]:

@@ -1,12 +1,25 @@
 """The verdict on two models on one site's test examples: its fields and its words."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-__all__ = ["Outcome", "Rival", "Verdict", "as_points"]
+from fedgraft.common.metrics.intervals import LEVEL
+
+__all__ = [
+    "Outcome",
+    "Rival",
+    "Verdict",
+    "as_points",
+    "judge",
+    "not_known",
+    "numbered",
+    "tell",
+]
 
 Outcome = Literal["helped", "hurt", "unclear", "unknown"]
 Rival = Literal["local_only", "zero_shot"]
+
+NEGATIVE = " This is negative transfer."
 
 
 @dataclass(frozen=True)
@@ -15,9 +28,10 @@ class Verdict:
 
     ``outcome`` is "helped" or "hurt" only if the test is below 5 % and the interval excludes 0. It
     is "unclear" if the examples do not show a difference, and "unknown" if there are no examples.
-    The unit of ``difference`` and ``interval`` is the task's unit: for labels a fraction -1..1, for
-    tokens nats per token, for patches the mean absolute error of a pixel. ``interval`` is None if
-    there are too few examples for an interval.
+    The unit of ``difference`` and ``interval`` is the task's unit: for labels and for entity F1 of
+    tags a fraction -1..1, for tokens nats per token, for patches the mean absolute error of a
+    pixel, for numbers the absolute error in the target's unit. ``interval`` is None if there are
+    too few examples for an interval.
     """
 
     outcome: Outcome
@@ -25,6 +39,69 @@ class Verdict:
     difference: float
     interval: tuple[float, float] | None
     p_value: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as plain JSON values."""
+        return {**asdict(self), "interval": self.interval and list(self.interval)}
+
+
+def judge(interval: tuple[float, float] | None, p_value: float, *, higher: bool) -> Outcome:
+    """Return the outcome; the test and the interval must agree.
+
+    The two can differ close to the limit, and the sentence shows both. ``higher``: a difference
+    above 0 means that the federated model is better.
+    """
+    if interval is None or p_value >= LEVEL or interval[0] <= 0 <= interval[1]:
+        return "unclear"
+    return "helped" if (interval[0] > 0) == higher else "hurt"
+
+
+def not_known(name: str, what: str) -> str:
+    """Return the sentence for the site ``name`` without test examples; ``what`` is their word."""
+    return f"Whether federating helped {name} is not known: it has no test {what}."
+
+
+def tell(
+    outcome: Outcome,
+    *,
+    name: str,
+    rival: Rival,
+    shown: tuple[str, str],
+    facts: str,
+    p_value: float,
+    witness: str = "that",
+) -> str:
+    """Return the sentence of an outcome for the site ``name``, which is not escaped.
+
+    Args:
+        outcome: not "unknown", which has a sentence of its own.
+        name: the site.
+        rival: the other model: the site's own model, or the backbone without training.
+        shown: the results of the federated and of the other model, as text.
+        facts: the difference, its interval and the number of examples, as text.
+        p_value: of the test; it is shown if the outcome is "unclear".
+        witness: what cannot tell which model is better, if the outcome is "unclear".
+    """
+    ours, theirs = shown
+    alone = rival == "local_only"
+    if outcome == "unclear":
+        beside = "on its own" if alone else "for the backbone untouched"
+        return (
+            f"Unclear for {name}: {ours} federated, {theirs} {beside}, and {witness} cannot tell "
+            f"which is better ({facts}, p = {p_value:.2f})."
+        )
+    if alone:
+        return f"Federating {outcome} {name}: {ours} instead of {theirs} on its own ({facts})."
+    better, moral = ("better", "") if outcome == "helped" else ("worse", NEGATIVE)
+    return (
+        f"At {name} the federated model is {better} than the backbone untouched: {ours} instead of "
+        f"{theirs} ({facts}).{moral}"
+    )
+
+
+def numbered(count: int, one: str, many: str) -> str:
+    """Return a number of examples in words: ``one``, or the number and ``many``."""
+    return one if count == 1 else f"{count:,} {many}"
 
 
 def as_points(fraction: float) -> str:

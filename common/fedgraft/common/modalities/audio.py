@@ -148,8 +148,9 @@ class Audio(Modality):
     """
 
     name = "audio"
-    one_cell = "recording"
+    several = "recordings"
     one_file = "wav file"
+    augmented = True
 
     def load(self, folder: Path, config: Any) -> AudioProcessor:
         """Return the feature extractor in ``folder`` (``load_audio``)."""

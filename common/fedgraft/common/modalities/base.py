@@ -34,20 +34,20 @@ class Modality(ABC):
     """A kind of input. ``name`` is also the column of the rows and the default of the job's key.
 
     ``kind`` is the kind of storage for a cell (``client.data.rows.KINDS``). ``files``: cells are
-    files (embedded or by path), not values. ``one_file`` and ``one_cell`` are the names of one file
-    and one cell in error messages. ``threads``: cells may be checked in threads. ``augmented``:
-    ``[training.augmentation]`` has a section for the modality; otherwise ``unvaried`` gives the
-    reason.
+    files (embedded or by path), not values. ``one_file`` is the name of one file in error messages,
+    ``several`` the report's word for several inputs. ``threads``: cells may be checked in threads.
+    ``augmented``: ``[training.augmentation]`` has a section for the modality; otherwise
+    ``unvaried`` gives the reason.
     """
 
     name: str
     kind: str = "file"
     files: bool = True
-    one_cell: str
+    several: str
     one_file: str
     threads: bool = False
-    augmented: bool = True
-    unvaried: str = ""
+    augmented: bool = False
+    unvaried: str = "there is none for this modality"
 
     @abstractmethod
     def load(self, folder: Path, config: Any) -> Any:

@@ -19,7 +19,7 @@ from PIL import Image as Pil
 from PIL import ImageOps
 
 from fedgraft.common.encoding import Keep, NameParts, Rows, Settings
-from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.errors import BackboneError, DataError, first_line
 from fedgraft.common.examples import ImageExamples, Indices, Inputs
 from fedgraft.common.modalities.base import Modality
 
@@ -116,7 +116,9 @@ class Image(Modality):
     """Images in files, decoded to pixels of one size."""
 
     name = kind = "image"
-    one_cell = one_file = "image"
+    several = "images"
+    one_file = "image"
+    augmented = True
     threads = True  # PIL releases the interpreter's lock
 
     def load(self, folder: Path, config: Any) -> ImageProcessor:
@@ -244,7 +246,7 @@ def load_image(folder: Path, config: Any) -> ImageProcessor:
         return ImageProcessor(pipeline, channels, _probe(pipeline, channels), patch)
     except Exception as error:  # image processors raise many kinds of error
         raise BackboneError(
-            f"the image processor in {folder} cannot be used: {_first_line(error)}",
+            f"the image processor in {folder} cannot be used: {first_line(error)}",
             hint='preprocessor_config.json must give images of one "size" with '
             f"{channels} channel{'s' * (channels > 1)}; without that file: plain resize",
         ) from None
@@ -302,7 +304,3 @@ def timm_pipeline(config: Any) -> Any:
         image_mean=list(told.get("mean", (0.485, 0.456, 0.406))),
         image_std=list(told.get("std", (0.229, 0.224, 0.225))),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

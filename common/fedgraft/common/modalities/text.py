@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.encoding import Arrays, Keep, NameParts, Rows, Settings
-from fedgraft.common.errors import BackboneError, DataError
+from fedgraft.common.errors import BackboneError, DataError, first_line
 from fedgraft.common.examples import Indices, Inputs, TextExamples
 from fedgraft.common.modalities.base import Modality
 
@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 BATCH = 1000  # texts tokenised at once
-KINDS = {"input_ids": np.int32, "token_type_ids": np.int8}
+KINDS = {"input_ids": np.int32, "token_type_ids": np.int8, "words": np.int32}
 
-Tokenize = Callable[[Sequence[str]], Mapping[str, list[list[int]]]]
+Tokenize = Callable[[Sequence[Any]], Mapping[str, list[list[int]]]]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -91,6 +91,22 @@ class TextProcessor:
         )
         return {name: encoded[name] for name in encoded}
 
+    def tokenize_words(
+        self, sentences: Sequence[Sequence[str]], max_length: int
+    ) -> dict[str, list[list[int]]]:
+        """Return the tokens of each list of words, cut to ``max_length`` and not padded.
+
+        ``words`` are the indices of the words that the tokens belong to; -1 if there is none.
+        """
+        some = [list(words) for words in sentences]
+        cut = {"truncation": True, "max_length": max_length}
+        encoded = self.tokenizer(some, is_split_into_words=True, **cut)
+        words = [
+            [-1 if word is None else word for word in encoded.word_ids(at)]
+            for at in range(len(some))
+        ]
+        return {**{name: encoded[name] for name in encoded}, "words": words}
+
     @cached_property
     def identity(self) -> str:
         """Return a digest of everything that decides the ids of a text."""
@@ -123,7 +139,9 @@ class Text(Modality):
     name = "text"
     kind = "string"
     files = False
-    one_cell = one_file = "text"
+    several = "texts"
+    one_file = "text"
+    augmented = True
 
     def load(self, folder: Path, config: Any) -> TextProcessor:
         """Return the tokenizer in ``folder`` (``load_text``)."""
@@ -211,7 +229,7 @@ def load_text(folder: Path, config: Any) -> TextProcessor:
         )
     except Exception as error:  # tokenizers raises a bare Exception for a broken tokenizer.json
         raise BackboneError(
-            f"the tokenizer in {folder} does not load: {_first_line(error)}",
+            f"the tokenizer in {folder} does not load: {first_line(error)}",
             hint="a tokenizer that needs its own code cannot be used; fetch the backbone again",
         ) from None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -264,13 +282,15 @@ def as_examples(
     )
 
 
-def find_tokens(texts: Sequence[str], tokenize: Tokenize, keep: Keep, name: NameParts) -> Arrays:
+def find_tokens(texts: Sequence[Any], tokenize: Tokenize, keep: Keep, name: NameParts) -> Arrays:
     """Return the tokens of all texts, one text after the other, and the ``lengths`` of the texts.
+
+    A text can be a list of words. The names of the arrays are those of ``tokenize`` in ``KINDS``.
 
     Raises:
         DataError: a text gives no tokens.
     """
-    tokens = keep.tokens(name, lambda: _tokenise(texts, tokenize))
+    tokens = keep.tokens(name, lambda: _tokenize_all(texts, tokenize))
     lengths = tokens["lengths"]
     if not lengths.all():
         raise DataError(
@@ -280,7 +300,7 @@ def find_tokens(texts: Sequence[str], tokenize: Tokenize, keep: Keep, name: Name
     return tokens
 
 
-def _tokenise(texts: Sequence[str], tokenize: Tokenize) -> Arrays:
+def _tokenize_all(texts: Sequence[Any], tokenize: Tokenize) -> Arrays:
     given = tokenize(["a"])
     found: dict[str, list[NDArray[Any]]] = {name: [] for name in KINDS if name in given}
     lengths: list[int] = []
@@ -292,7 +312,3 @@ def _tokenise(texts: Sequence[str], tokenize: Tokenize) -> Arrays:
     none = {name: np.empty(0, KINDS[name]) for name in found}
     flat = {name: np.concatenate([none[name], *parts]) for name, parts in found.items()}
     return {**flat, "lengths": np.array(lengths, np.int64)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -27,7 +27,6 @@ __all__ = ["Video", "VideoProcessor", "load_video", "open_clip"]
 
 FORMATS = frozenset({"mov", "mp4", "matroska", "webm", "avi", "gif", "mpeg", "mpegts", "ogg"})
 ALONE = {"protocol_whitelist": "none"}  # no access to anything but the given bytes
-SETTINGS = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,8 @@ class Video(Modality):
     """Clips in files: some frames of each clip, as images of one size."""
 
     name = "video"
-    one_cell = one_file = "clip"
-    augmented = False
+    several = "clips"
+    one_file = "clip"
     unvaried = "there is none for clips"
 
     def load(self, folder: Path, config: Any) -> VideoProcessor:

@@ -5,25 +5,25 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedgraft.common.secagg.errors import ParameterError
+from fedgraft.common.secagg.graph import FEWEST, GraphPlan, plan_graph
 from fedgraft.common.section import IllegalJob, Section
 
 if TYPE_CHECKING:
-    from fedgraft.common.secagg.graph import GraphPlan
     from fedgraft.common.secagg.quantize import Coding
 
 __all__ = ["FEWEST", "SecureAggregation"]
 
 FINEST = 20  # bits of a quantised value: more would be lost in float32 anyway
 LOSS_LIMIT = 64.0  # nats times weight / max_weight: with a full weight, a loss that has diverged
-FEWEST = 3
 
 
 class SecureAggregation(Section):
     """``[privacy.secure_aggregation]``: the coordinator sees sums over a cohort and nothing else.
 
-    Updates are clipped to ``clip`` in every coordinate and quantised; no sum of ``max_sites``
-    sites can overflow the ring. ``colluders`` and ``dropouts`` are shares of a cohort: so many
-    sites (at least one) may work together with the coordinator, so many may vanish in a round.
+    Each update is clipped to ``clip`` in every coordinate and quantised; no sum of ``max_sites``
+    updates can overflow the ring. At least one site, up to the share ``colluders``, may work with
+    the coordinator. Up to the share ``dropouts`` may vanish in a round.
     """
 
     enabled: bool = False
@@ -39,8 +39,6 @@ class SecureAggregation(Section):
     def _no_sum_can_overflow(self) -> Self:
         if not self.enabled:
             return self
-        from fedgraft.common.secagg.errors import ParameterError
-
         try:
             self.coding(by_examples=True)
         except ParameterError as error:
@@ -50,7 +48,10 @@ class SecureAggregation(Section):
         return self
 
     def coding(self, *, by_examples: bool) -> "Coding":
-        """How updates become ring elements; a uniform mean gives every site the weight 1."""
+        """Return the coding of updates as ring elements.
+
+        If not ``by_examples``, the mean is uniform: every site has the weight 1.
+        """
         from fedgraft.common.secagg.quantize import Coding
 
         ring = self.ring_bits or (24 if self.max_sites <= 128 else 32)
@@ -65,20 +66,17 @@ class SecureAggregation(Section):
         )
 
     def numbers(self, cohort: int) -> tuple[int, int]:
-        """Colluders and dropouts, as numbers of sites, that a round of ``cohort`` sites stands."""
+        """Return the most colluders and the most dropouts in a round of ``cohort`` sites."""
         colluders = max(1, math.ceil(round(self.colluders * cohort, 6)))
         most = cohort - ((cohort + colluders) // 2 + 1)  # the others must sign
         return colluders, max(min(math.ceil(round(self.dropouts * cohort, 6)), most), 0)
 
-    def plan(self, cohort: int) -> "GraphPlan":
-        """Graph degree and thresholds of a round of ``cohort`` sites.
+    def plan(self, cohort: int) -> GraphPlan:
+        """Return the graph degree and the thresholds of a round of ``cohort`` sites.
 
         Raises:
             IllegalJob: the cohort is too small or too large.
         """
-        from fedgraft.common.secagg.errors import ParameterError
-        from fedgraft.common.secagg.graph import plan_graph
-
         if cohort > self.max_sites:
             raise IllegalJob(
                 f"a round of {cohort} sites is larger than max_sites = {self.max_sites}",

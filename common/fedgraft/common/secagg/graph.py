@@ -1,20 +1,20 @@
-"""Who shares secrets with whom, and how many must answer.
+"""The graph of parties that share secrets, and the numbers of parties that must answer.
 
-Up to 128 parties everyone is everyone's neighbour; above, the neighbours are the ``degree`` nearest
-on a circle whose order is a hash of all advertised keys (Bell et al. 2020, section 3, with Harary
-graphs). Degree and threshold are the smallest for which
+With up to 128 parties, all parties are neighbours. With more, the neighbours of a party are the
+``degree`` nearest parties on a circle; a hash of all advertised keys decides the order (Bell et al.
+2020, section 3, with Harary graphs). Degree and threshold are the smallest numbers for which
 
 - privacy: no honest party has ``threshold`` corrupt neighbours, and honest survivors are connected,
   except with probability 2^-40;
 - correctness: every party has ``threshold`` survivors among itself and its neighbours, except
   with probability 2^-20.
 
-Union bounds over exact hypergeometric tails, in integers, so that all parties agree on every
-platform. They hold for corrupt and dropped parties that were fixed before the circle was drawn: a
-coordinator that picks who drops *after* it saw the circle can at best split the sum into sums over
-arcs of it, and one that tries many sets of keys gains a factor per try. The complete graph has
-neither weakness. The correctness bound counts an owner's own share also where the owner dropped,
-which makes it up to a factor 1.3 too hopeful.
+The bounds are union bounds over exact hypergeometric tails, in integers, so that all parties agree
+on every platform. They hold if the corrupt and the dropped parties are fixed before the circle is
+drawn. If a coordinator chooses the dropouts *after* it saw the circle, it can at best split the sum
+into sums over arcs. A coordinator that tries many sets of keys gains a factor per try. The complete
+graph has neither weakness. The correctness bound also counts the share of an owner that dropped, so
+it is too optimistic by a factor of up to 1.3.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ from fedgraft.common.secagg.errors import ParameterError
 
 __all__ = ["COMPLETE", "FEWEST", "Graph", "GraphPlan", "arrange", "plan_graph"]
 
-COMPLETE = 128  # parties up to which everyone is everyone's neighbour
+COMPLETE = 128  # the most parties for which the graph is complete
 PRIVACY, CORRECTNESS = 40, 20  # bits
 FEWEST = 3
 
 
 @dataclass(frozen=True)
 class GraphPlan:
-    """Degree and thresholds for ``parties`` of whom ``colluders`` collude and ``dropouts`` drop.
+    """Degree and thresholds for ``parties``, of which ``colluders`` collude and ``dropouts`` drop.
 
-    ``share_threshold`` shares open a secret; ``sign_threshold`` parties must sign the same
-    survivor set, more than half of the honest ones beyond all colluders, so no two sets can both
-    be signed.
+    ``share_threshold`` shares open a secret. ``sign_threshold`` parties must sign the same set of
+    survivors: all colluders and more than half of the honest parties. So no two sets can both be
+    signed.
     """
 
     parties: int
@@ -50,17 +50,20 @@ class GraphPlan:
 
     @property
     def fewest_survivors(self) -> int:
-        """Survivors without which nothing is unmasked: the signers, and two honest ones."""
+        """Return the least number of survivors for unmasking.
+
+        These are all signers, and at least two honest parties.
+        """
         return max(self.sign_threshold, self.colluders + 2)
 
     def among(self, advertised: int) -> "GraphPlan":
-        """The plan for the ``advertised`` parties that are left after the first stage.
+        """Return the plan for the ``advertised`` parties that are left after the first stage.
 
-        All colluders may be among them, so a sparse graph is computed anew, for the same rate of
-        dropouts; signatures are still counted against all parties.
+        All colluders may be among them. So a sparse graph is computed again, for the same rate of
+        dropouts. The number of signatures stays that of all parties.
 
         Raises:
-            ParameterError: fewer than ``sign_threshold`` are left, or more than there were.
+            ParameterError: fewer than ``sign_threshold`` parties are left, or more than before.
         """
         if not self.sign_threshold <= advertised <= self.parties:
             raise ParameterError("too few parties are left to sign")
@@ -73,11 +76,11 @@ class GraphPlan:
 
 @lru_cache(maxsize=64)
 def plan_graph(parties: int, colluders: int, dropouts: int) -> GraphPlan:
-    """Degree and thresholds for so many parties, colluders (T) and dropouts.
+    """Return degree and thresholds for these numbers of parties, colluders (T) and dropouts.
 
     Raises:
-        ParameterError: fewer than 3 parties, no colluder assumed, fewer than 2 honest parties, or
-            more dropouts than the signature threshold can stand.
+        ParameterError: fewer than 3 parties, no assumed colluder, fewer than 2 honest parties, or
+            more dropouts than the signature threshold allows.
     """
     if parties < FEWEST or colluders < 1 or colluders + 2 > parties:
         raise ParameterError("secure aggregation needs 3 parties, 2 of them honest, and T >= 1")
@@ -93,7 +96,7 @@ def plan_graph(parties: int, colluders: int, dropouts: int) -> GraphPlan:
 
 @lru_cache(maxsize=64)
 def _sparse(parties: int, colluders: int, dropouts: int) -> tuple[int, int]:
-    """Degree and Shamir threshold; the complete graph where no sparser one will do."""
+    """Return degree and Shamir threshold; the graph is complete if no sparser graph is enough."""
     threshold = 1
     for degree in range(4, parties - 1, 2) if parties > COMPLETE else ():
         # A larger neighbourhood never needs a smaller threshold, so the search goes on from here.
@@ -108,7 +111,7 @@ def _sparse(parties: int, colluders: int, dropouts: int) -> tuple[int, int]:
 
 
 def _rare(times: int, population: int, marked: int, drawn: int, least: int, bits: int) -> bool:
-    """Whether ``times * P[at least `least` marked among `drawn`] < 2^-bits``, exactly."""
+    """Return whether ``times * P[at least `least` marked among `drawn`] < 2^-bits``, exactly."""
     low = max(least, 0, drawn - (population - marked))
     high = min(marked, drawn)
     if low > high:
@@ -123,7 +126,10 @@ def _rare(times: int, population: int, marked: int, drawn: int, least: int, bits
 
 
 def _connected(parties: int, bad: int, reach: int) -> bool:
-    """Whether a cut is rarer than 2^-40: two places with ``reach`` bad parties in a row each."""
+    """Return whether a cut is rarer than 2^-40.
+
+    A cut is two places with ``reach`` bad parties in a row each.
+    """
     if bad < 2 * reach:
         return True
     cuts = comb(parties, 2) * comb(parties - 2 * reach, bad - 2 * reach)
@@ -132,13 +138,13 @@ def _connected(parties: int, bad: int, reach: int) -> bool:
 
 @dataclass(frozen=True)
 class Graph:
-    """Parties on a circle, each joined to ``degree / 2`` on either side, or all to all."""
+    """Parties on a circle, each joined to ``degree / 2`` parties on each side, or all to all."""
 
     order: tuple[int, ...]
     degree: int
 
     def neighbours(self, site: int) -> tuple[int, ...]:
-        """Ids joined to ``site``, sorted, without itself.
+        """Return the ids joined to ``site``, sorted, without ``site`` itself.
 
         Raises:
             ParameterError: ``site`` is not on the circle.
@@ -154,12 +160,12 @@ class Graph:
         )
 
     def holders(self, site: int) -> tuple[int, ...]:
-        """Ids that hold a share of ``site``'s secrets, sorted: its neighbours and itself."""
+        """Return the ids with a share of ``site``'s secrets, sorted: its neighbours and itself."""
         return tuple(sorted((site, *self.neighbours(site))))
 
 
 def arrange(sites: Iterable[int], seed: bytes, degree: int) -> Graph:
-    """Put ``sites`` on a circle in the order of SHA-256(label, ``seed``, id).
+    """Return the graph with ``sites`` in the order of SHA-256(label, ``seed``, id).
 
     ``seed`` is the 32-byte hash of all advertisements.
     """

@@ -1,9 +1,9 @@
-"""What is signed and hashed: one injective encoding, the context of a session, statements.
+"""The signed and hashed content: one injective encoding, the context of a session, statements.
 
 A signature covers ``encode("fedgraft-secagg/1", kind, context, round, model, sender, body)``. The
-context fixes every number that both parties must agree on, so a statement of another session,
-round, model or parameter set verifies nowhere else. The roster and the policy come with a site's
-kit, never from the coordinator.
+context contains every number that both parties must agree on. So a statement is not valid in
+another session, round, model or parameter set. The roster and the policy come with a site's kit,
+never from the coordinator.
 """
 
 import hashlib
@@ -59,13 +59,13 @@ Field = bytes | str | int | float
 
 
 def encode(*fields: Field) -> bytes:
-    """Encode fields so that no two different tuples give the same bytes.
+    """Return bytes for the fields; two different tuples never give the same bytes.
 
-    Number of fields, then for each a type letter, its length in 4 bytes and its content: bytes
-    as they are, text as UTF-8, integers in 8 bytes (signed), floats as IEEE 754 double.
+    They are the number of fields, then for each a type letter, its length in 4 bytes and its
+    content: bytes unchanged, text as UTF-8, integers in 8 bytes (signed), floats as double.
 
     Raises:
-        ParameterError: another type, or an integer beyond 64 bits.
+        ParameterError: another type, or an integer of more than 64 bits.
     """
     parts = [struct.pack(">I", len(fields))]
     for value in fields:
@@ -84,27 +84,27 @@ def encode(*fields: Field) -> bytes:
 
 
 def digest(*fields: Field) -> bytes:
-    """SHA-256 of the encoded fields."""
+    """Return the SHA-256 of the encoded fields."""
     return hashlib.sha256(encode(*fields)).digest()
 
 
 def hash_adapter(adapter: NDArray[np.float32]) -> bytes:
-    """Hash of a global adapter, float32 [d]."""
+    """Return the hash of a global adapter, float32 [d]."""
     content = np.ascontiguousarray(adapter, "<f4").tobytes()
     return digest("adapter", hashlib.sha256(content).digest(), adapter.size)
 
 
 def hash_model(adapter: bytes, settings: bytes) -> bytes:
-    """Hash of what a site is asked to do: with which adapter (its hash), and what."""
+    """Return the hash of a site's task: the hash of the adapter, and the settings."""
     return digest("model", adapter, settings)
 
 
 @dataclass(frozen=True)
 class Roster:
-    """Ed25519 public keys of the federation; a site's id is its place in it.
+    """The Ed25519 public keys of the federation; a site's id is its position in ``keys``.
 
     Raises:
-        ParameterError: a key is not 32 bytes, repeats, or there are too many or none.
+        ParameterError: a key is not 32 bytes or appears twice, or there are too many or no keys.
     """
 
     keys: tuple[bytes, ...]
@@ -117,19 +117,19 @@ class Roster:
 
     @property
     def hash(self) -> bytes:
-        """SHA-256 over all keys in order."""
+        """Return the SHA-256 over all keys in order."""
         return digest("roster", *self.keys)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """The floor that came with the kit: a site answers to nothing below it.
+    """The floor in the kit: a site refuses all parameters below it.
 
-    ``colluders`` (T) is the fewest that must be assumed to collude, ``min_cohort`` the fewest sites
-    in a sum, ``min_ring_bits`` and ``max_clip`` bound the coding.
+    ``colluders`` (T) is the least number of colluders that parameters must assume. ``min_cohort``
+    is the least number of sites in a sum. ``min_ring_bits`` and ``max_clip`` limit the coding.
 
     Raises:
-        ParameterError: a number that would let everything pass.
+        ParameterError: a number that allows everything.
     """
 
     colluders: int
@@ -144,10 +144,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything about a session that the coordinator chooses; sites check it and sign over it.
+    """All choices of the coordinator for a session; sites check them, and signatures cover them.
 
-    ``session`` is 16 bytes that were never used before, ``cohort`` the ids that take part
-    (ascending), ``layout`` the SHA-256 of the names and shapes behind the ``length`` parameters.
+    ``session`` is 16 bytes that were never used before. ``cohort`` are the ids that take part,
+    ascending. ``layout`` is the SHA-256 of the names and shapes of the ``length`` parameters.
 
     Raises:
         ParameterError: a field is malformed, or the numbers cannot work together.
@@ -174,7 +174,7 @@ class Parameters:
 
     @property
     def plan(self) -> GraphPlan:
-        """Graph degree and thresholds, computed, never taken from a message."""
+        """Return graph degree and thresholds; they are computed, never taken from a message."""
         return plan_graph(len(self.cohort), self.colluders, self.dropouts)
 
 
@@ -182,7 +182,7 @@ def check_policy(parameters: Parameters, roster: Roster, policy: Policy) -> None
     """Check that the parameters are not below the federation's floor.
 
     Raises:
-        PolicyRefused: they are, or they name a site that is not in the roster.
+        PolicyRefused: they are below it, or they name a site that is not in the roster.
     """
     if parameters.cohort[-1] >= len(roster.keys):
         raise PolicyRefused("the cohort names a site that is not in the roster")
@@ -197,7 +197,7 @@ def check_policy(parameters: Parameters, roster: Roster, policy: Policy) -> None
 
 
 def context_hash(parameters: Parameters, roster: Roster, policy: Policy) -> bytes:
-    """SHA-256 over all that both sides must agree on before the first round."""
+    """Return the SHA-256 over everything that both sides must agree on before the first round."""
     coding, plan = parameters.coding, parameters.plan
     return digest(
         "context",
@@ -217,7 +217,7 @@ def context_hash(parameters: Parameters, roster: Roster, policy: Policy) -> byte
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a statement belongs: session context, round, and the model of that round."""
+    """The place of a statement: session context, round, and the model of that round."""
 
     context: bytes
     round: int
@@ -225,34 +225,34 @@ class Frame:
 
 
 def statement(frame: Frame, kind: str, sender: int, body: bytes) -> bytes:
-    """The bytes that a signature covers, and the info of a derived key."""
+    """Return the bytes that a signature covers; they are also the info of a derived key."""
     return encode(PROTOCOL, kind, frame.context, frame.round, frame.model, sender, body)
 
 
 def sign(identity: Identity, frame: Frame, kind: str, sender: int, body: bytes) -> bytes:
-    """Ed25519 signature, 64 bytes, of a statement."""
+    """Return the Ed25519 signature, 64 bytes, of a statement."""
     return identity.sign(statement(frame, kind, sender, body))
 
 
 def seal_info(frame: Frame, advertised: bytes, sender: int, recipient: int) -> bytes:
-    """HKDF info of the key that seals ``sender``'s shares for ``recipient``."""
+    """Return the HKDF info of the key that seals ``sender``'s shares for ``recipient``."""
     return statement(frame, "seal", sender, encode(advertised, recipient))
 
 
 def seed_info(frame: Frame, site: int) -> bytes:
-    """HKDF info of the mask that ``site`` makes from its seed."""
+    """Return the HKDF info of the mask that ``site`` makes from its seed."""
     return statement(frame, "seed", site, b"")
 
 
 def pair_info(frame: Frame, mask_keys: Mapping[int, bytes], one: int, other: int) -> bytes:
-    """HKDF info of the mask that two sites share; the same from both ends."""
+    """Return the HKDF info of the mask that two sites share; it is equal at both sites."""
     low, high = sorted((one, other))
     keys = encode(high, mask_keys[low], mask_keys[high])
     return statement(frame, "pair", low, keys)
 
 
 def check_bytes(value: object, size: int, what: str) -> bytes:
-    """``value`` if it is ``size`` bytes.
+    """Return ``value``, which must be ``size`` bytes.
 
     Raises:
         StatementError: it is something else.
@@ -263,7 +263,7 @@ def check_bytes(value: object, size: int, what: str) -> bytes:
 
 
 def _ascending(ids: Sequence[object]) -> bool:
-    """Whether ``ids`` is a tuple of ints without repeats, smallest first."""
+    """Return whether ``ids`` is a tuple of different ints in ascending order."""
     return (
         type(ids) is tuple
         and all(type(site) is int for site in ids)
@@ -272,7 +272,7 @@ def _ascending(ids: Sequence[object]) -> bool:
 
 
 def advertisement_body(advertisement: Advertisement) -> bytes:
-    """What an advertisement's signature covers besides the frame."""
+    """Return the bytes that an advertisement's signature covers beside the frame."""
     return encode(advertisement.mask_key, advertisement.seal_key, advertisement.commitment)
 
 
@@ -282,7 +282,7 @@ def check_advertisement(
     """Check sizes, membership and signature of one advertisement.
 
     Raises:
-        StatementError: one of them is wrong; the sender is named if it is of the cohort.
+        StatementError: one of them is wrong; the error names the sender if it is in the cohort.
     """
     site = advertisement.site
     if type(site) is not int or site not in cohort:
@@ -299,7 +299,7 @@ def check_advertisement(
 def check_advertisements(
     advertisements: Iterable[Advertisement], frame: Frame, roster: Roster, cohort: Sequence[int]
 ) -> dict[int, Advertisement]:
-    """Check a round's advertisements, each and together; by site, ascending.
+    """Check a round's advertisements, each and together; return them by site, ascending.
 
     Raises:
         StatementError: one is not valid, two are from one site, or two keys are equal.
@@ -320,7 +320,7 @@ def check_advertisements(
 
 
 def hash_advertisements(frame: Frame, advertisements: dict[int, Advertisement]) -> bytes:
-    """Hash of U1 with all its keys: seed of the graph, associated data of every sealed share."""
+    """Return the hash of U1 with all its keys: the graph's seed, and data of sealed shares."""
     bodies = (
         encode(site, advertisement_body(advertisement))
         for site, advertisement in sorted(advertisements.items())
@@ -329,10 +329,10 @@ def hash_advertisements(frame: Frame, advertisements: dict[int, Advertisement]) 
 
 
 def check_survivors(survivors: Survivors, advertised: Iterable[int]) -> None:
-    """Check that U3 is in U2 is in U1.
+    """Check that U3 is a subset of U2, and U2 of U1.
 
     Raises:
-        StatementError: they are not, or they are not ascending ids.
+        StatementError: one is not a subset, or they are not ascending ids.
     """
     shared, masked = survivors.shared, survivors.masked
     if not (_ascending(shared) and _ascending(masked)):
@@ -344,7 +344,7 @@ def check_survivors(survivors: Survivors, advertised: Iterable[int]) -> None:
 
 
 def held_body(advertised: bytes, held: Iterable[int]) -> bytes:
-    """What a masked input's signature covers: U1 (its hash) and the owners of the shares held."""
+    """Return what a masked input's signature covers: U1 (its hash), owners of the shares held."""
     return encode(advertised, *sorted(held))
 
 
@@ -356,13 +356,13 @@ def check_held(
     roster: Roster,
     advertised: bytes,
 ) -> None:
-    """Check that ``site`` was given the shares of all its ``holders`` that are in U2.
+    """Check that ``site`` got the shares of all its ``holders`` in U2.
 
-    Or else it may share masks only with sites that collude or are said to have dropped, and its
-    update would lie bare once its own mask is opened.
+    Otherwise the site may share masks only with colluding or supposedly dropped sites. Opening its
+    own mask would then reveal its update.
 
     Raises:
-        StatementError: its signature says something else.
+        StatementError: its signature covers something else.
     """
     signature = survivors.signatures[survivors.masked.index(site)]
     held = held_body(advertised, set(holders) & set(survivors.shared))
@@ -372,7 +372,7 @@ def check_held(
 
 
 def hash_survivors(advertised: bytes, survivors: Survivors) -> bytes:
-    """Hash of U1 (its hash, ``advertised``), U2 and U3: what CONFIRM signs."""
+    """Return the hash of U1 (its hash, ``advertised``), U2 and U3; CONFIRM signs it."""
     return digest("survivors", advertised, encode(*survivors.shared), encode(*survivors.masked))
 
 
@@ -382,7 +382,7 @@ def check_confirmation(
     """Check one survivor's signature over ``agreed``, the hash of the survivors.
 
     Raises:
-        StatementError: it is not from a survivor, or not its signature over this hash.
+        StatementError: it is not from a survivor, or its signature does not cover this hash.
     """
     site = confirmation.site
     if type(site) is not int or site not in survivors.masked:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 from fedgraft.common.encoding import Draws, Keep, Rows, Settings
-from fedgraft.common.errors import BackboneError
 from fedgraft.common.examples import Examples, Inputs
 from fedgraft.common.metrics.evaluation import Measures
 from fedgraft.common.metrics.metric import Metric
@@ -83,8 +82,7 @@ class Task(ABC):
     content. ``keys`` are the keys of ``[data]`` that only this task has, with their defaults: names
     of columns, or numbers.
 
-    ``metrics`` are the metrics shown for a model, the headline metric first; one of the two is a
-    share. ``examples`` and ``person`` are words of the report.
+    ``metrics`` are two metrics, the headline first; at least one is a share.
     """
 
     name: str
@@ -112,17 +110,29 @@ class Task(ABC):
     card_metrics: tuple[Metric, ...]
     """The metrics in the model card, in this order; a metric that was not measured is left out."""
     examples: str = "examples"
-    person: str = "images"
-    """The report's word for several inputs from one person: they are not independent examples."""
+    """The report's word for the examples that intervals take as independent draws."""
     intervals: str
+    """The report's explanation of intervals."""
     verdicts: str
-    """The report's explanations of intervals and of verdicts."""
+    """The report's explanation of verdicts."""
     differences: Differences
     pipeline: str
+    """The Hugging Face hub's name of the model's use."""
     use: str
-    """The model's use, after the word "To"; ``pipeline`` is the Hugging Face hub's name of it."""
+    """The model's use, after the word "To"."""
     card_note: str = ""
+    """The model card's explanation of the metrics; it ends with a space if it is not empty."""
     refuses: Refuses
+
+    @property
+    def watched(self) -> tuple[Metric, ...]:
+        """Return the metrics beside the loss that early stopping can watch."""
+        return self.metrics
+
+    @property
+    def person(self) -> str:
+        """Return the report's word for several inputs from one person: they are not independent."""
+        return self.modality.several
 
     @property
     def share(self) -> Metric:
@@ -211,6 +221,15 @@ class Task(ABC):
         """
         return {}
 
+    def knows_head(
+        self, config: Mapping[str, Any], named: Sequence[str | None], labels: Sequence[str]
+    ) -> bool:
+        """Return whether a head in a backbone's folder was trained for this task and ``labels``.
+
+        ``named`` are the labels that the folder's ``config.json`` gives to the head's outputs.
+        """
+        return not labels or list(named) == list(labels)
+
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
         """Return the arguments of ``from_pretrained`` so that the backbone accepts the adapter."""
         return {}
@@ -218,10 +237,3 @@ class Task(ABC):
     def describe_input(self, processor: Processor, settings: Settings) -> str:
         """Return the model card's text about the conversion of cells."""
         return processor.describe(settings)
-
-    def no_head(self, source: str) -> BackboneError:
-        """Return the error for a backbone that lacks the head that the task needs."""
-        return BackboneError(
-            f"{source} was saved without the head that {self.name} predicts with",
-            hint="a backbone that still has it, such as the model that this one was made from",
-        )

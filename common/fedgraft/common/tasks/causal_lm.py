@@ -26,7 +26,6 @@ from fedgraft.common.examples import (
     Wrapped,
     concatenate,
 )
-from fedgraft.common.modalities import Processor
 from fedgraft.common.modalities.text import TextProcessor, check_length, find_tokens
 from fedgraft.common.tasks.language import TokenTask
 
@@ -83,11 +82,6 @@ class CausalLm(TokenTask):
         """Return the blocks of all documents."""
         check_length(processor, settings.max_length)
         return encode_blocks(rows, processor, settings.max_length, keep)
-
-    def describe_input(self, processor: Processor, settings: Settings) -> str:
-        """Return a text that says that texts are cut into blocks."""
-        assert isinstance(processor, TextProcessor)  # noqa: S101  # the text modality's processor
-        return processor.describe(settings, blocks=True)
 
 
 def encode_blocks(rows: Rows, processor: TextProcessor, max_length: int, keep: Keep) -> Blocks:

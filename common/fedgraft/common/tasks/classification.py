@@ -10,9 +10,9 @@ from fedgraft.common.examples import IGNORED, Examples
 from fedgraft.common.metrics.measures import LabelMeasures
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.modalities import Modality
-from fedgraft.common.section import Refuses
 from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
-from fedgraft.common.tasks.labels import label_index
+from fedgraft.common.tasks.labels import head_usage, label_index, label_options
+from fedgraft.common.tasks.refusals import other_augmentations
 
 __all__ = ["Classification"]
 
@@ -55,7 +55,7 @@ class Classification(Task):
     def __init__(self, modality: Modality, auto_class: str) -> None:
         self.modality, self.auto_class = modality, auto_class
         self.name = self.pipeline = f"{modality.name}-classification"
-        self.refuses = _augmentations(modality)
+        self.refuses = other_augmentations(modality)
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
         """Return the index of the label; ``IGNORED`` if the rows have no labels."""
@@ -85,26 +85,9 @@ class Classification(Task):
     def model_options(
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
-        """Return the labels and their number; timm's configuration stores the number separately."""
-        return {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: index for index, name in enumerate(labels)},
-            "num_labels": len(labels),
-        }
+        """Return the labels and their number."""
+        return label_options(labels)
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
         """Return the options for a head with one output per label; the adapter then replaces it."""
-        return {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-
-
-def _augmentations(modality: Modality) -> Refuses:
-    """Return the refusals of other modalities' augmentations, which mean nothing for this task.
-
-    A modality can also have no augmentation of its own.
-    """
-    hint = f"training.augmentation.{modality.name}" if modality.augmented else modality.unvaried
-    return {
-        f"augmentation.{kind}": (f"training.augmentation.{kind} means nothing for {{task}}", hint)
-        for kind in ("image", "text", "audio")
-        if kind != modality.name
-    }
+        return head_usage(len(labels))

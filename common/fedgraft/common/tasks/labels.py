@@ -8,7 +8,7 @@ from typing import Any
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import Reading
 
-__all__ = ["label_index", "nearest_label"]
+__all__ = ["head_usage", "label_index", "label_options", "nearest_label"]
 
 
 def label_index(value: Any, reading: Reading, *, typed: bool) -> int:
@@ -55,3 +55,23 @@ def _shown(value: object) -> str:
     """Return a label for an error message, shortened: the column may in fact be the text column."""
     text = repr(value)
     return text if len(text) <= 42 else text[:40] + "..."
+
+
+def label_options(labels: Sequence[str]) -> dict[str, Any]:
+    """Return additions to a backbone's ``config.json`` for a head with one output per label.
+
+    timm's configuration stores the number of labels separately.
+    """
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {name: index for index, name in enumerate(labels)},
+        "num_labels": len(labels),
+    }
+
+
+def head_usage(outputs: int) -> dict[str, Any]:
+    """Return arguments of ``from_pretrained`` for a head with ``outputs`` that an adapter brings.
+
+    The backbone's own head may have another number of outputs; the adapter's head replaces it.
+    """
+    return {"num_labels": outputs, "ignore_mismatched_sizes": True}

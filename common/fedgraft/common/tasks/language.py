@@ -1,63 +1,19 @@
 """The common part of tasks whose model predicts tokens: the head is the backbone's own head."""
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from fedgraft.common.encoding import Settings
-from fedgraft.common.errors import BackboneError
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.part_evaluation import TOKENS, PartMeasures
-from fedgraft.common.modalities import MODALITIES
-from fedgraft.common.section import Refuses
+from fedgraft.common.modalities import MODALITIES, Processor
+from fedgraft.common.modalities.text import TextProcessor
 from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
+from fedgraft.common.tasks.refusals import without_classes
 
-__all__ = ["TokenTask", "over_parts"]
+__all__ = ["PERPLEXITY", "TokenTask"]
 
-
-def over_parts(parts: str, *, more: Refuses = MappingProxyType({})) -> Refuses:
-    """Return the refusals that tasks without labels share.
-
-    ``parts`` is the word for the predicted parts; ``more`` are further refusals of one task.
-    """
-    augmented = {
-        f"augmentation.{kind}": (
-            f"training.augmentation.{kind} means nothing for {{task}}",
-            "leave it out: what is predicted is not to be varied",
-        )
-        for kind in ("image", "text", "audio")
-    }
-    return {
-        "counts_beside": (
-            f"{{task}} predicts {parts}, which have neither scores nor groups",
-            "leave evaluation.score_bins, data.group and data.groups out",
-        ),
-        "heads": ("{task} has no labels to divide into heads", "leave job.heads out"),
-        "distillation": (
-            f"what a teacher says of all {parts} of {{task}} would not fit on a site's disk",
-            "leave training.distillation out",
-        ),
-        "stop_by_macro_f1": (
-            "{task} has no macro F1 to stop early by",
-            'rounds.early_stopping.metric = "loss"',
-        ),
-        "dirichlet": (
-            'partition.kind = "dirichlet" deals labels unevenly, and {task} has none',
-            'simulation.partition = {{ kind = "natural" }}, one file or folder a site, or "iid"',
-        ),
-        "wrong_labels": (
-            'faults.poison = "labels" gives sites wrong labels, and {task} has none',
-            'simulation.faults.poison = "sign-flip", "noise" or "nan"',
-        ),
-        "domain": ("{task} has no labels that could be missing", "leave training.domain out"),
-        "selection": (
-            "{task} has no labels to score a backbone by",
-            "a classification job; or compare runs with `fedgraft sweep`",
-        ),
-        "explanation": ("{task} has no explanations", "text- or image-classification"),
-        **augmented,
-        **more,
-    }
+PERPLEXITY = "Perplexity depends on the tokenizer: it compares models of this backbone alone. "
 
 
 class TokenTask(Task):
@@ -68,12 +24,10 @@ class TokenTask(Task):
     head_trains = head_alone = False
     metrics = (TOKENS.metric, Metric("accuracy", "token accuracy", short="right"))
     card_metrics = (TOKENS.metric, Metric("accuracy", "accuracy"))
-    card_note = (
-        "Accuracy is of the next token. Perplexity depends on the tokenizer: it compares models "
-        "of this backbone alone. "
-    )
+    card_note = f"Accuracy is of the next token. {PERPLEXITY}"
     examples = "blocks of text"
-    person = "letters"
+    blocks: bool = True
+    """True if a text is cut into blocks; otherwise what is beyond the cut is lost."""
     intervals = (
         "Perplexity and token accuracy have bootstrap intervals over blocks of text, each redrawn "
         "with all of its tokens."
@@ -89,7 +43,7 @@ class TokenTask(Task):
         ("Loss", "Permutation p"),
         points=False,
     )
-    refuses = over_parts(
+    refuses = without_classes(
         "tokens",
         more={
             "trained_head": (
@@ -115,13 +69,11 @@ class TokenTask(Task):
         """Return an empty dictionary."""
         return {}
 
+    def describe_input(self, processor: Processor, settings: Settings) -> str:
+        """Return a text about the cut of texts."""
+        assert isinstance(processor, TextProcessor)  # noqa: S101  # the text modality's processor
+        return processor.describe(settings, blocks=self.blocks)
+
     def measures(self, settings: Settings) -> PartMeasures:
         """Return the measures: the number of correct tokens and of all tokens."""
         return PartMeasures(settings.max_length, TOKENS)
-
-    def no_head(self, source: str) -> BackboneError:
-        """Return the error for a backbone without the head that it was pre-trained with."""
-        return BackboneError(
-            f"{source} was saved without the head that {self.name} predicts tokens with",
-            hint="a backbone that still has it, such as the model that this one was made from",
-        )

@@ -20,7 +20,7 @@ from fedgraft.common.metrics.part_evaluation import PATCHES, PartMeasures
 from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.common.tasks.base import Cell, Corrupt, Differences, Reading, Task
-from fedgraft.common.tasks.language import over_parts
+from fedgraft.common.tasks.refusals import without_classes
 
 __all__ = ["MaskedImageModeling", "MaskedPatches", "cut_patches", "hide_patches"]
 
@@ -106,7 +106,7 @@ class MaskedImageModeling(Task):
         points=False,
     )
     use = "paint hidden parts of an image"
-    refuses = over_parts(
+    refuses = without_classes(
         "patches",
         more={
             "label_smoothing": (

@@ -24,16 +24,14 @@ from fedgraft.common.examples import (
     Wrapped,
     concatenate,
 )
-from fedgraft.common.modalities import Processor
 from fedgraft.common.modalities.text import (
-    TextProcessor,
     as_examples,
     check_length,
     find_tokens,
 )
 from fedgraft.common.seeds import numpy_generator
 from fedgraft.common.tasks.base import Corrupt
-from fedgraft.common.tasks.language import TokenTask
+from fedgraft.common.tasks.language import PERPLEXITY, TokenTask
 
 __all__ = ["Hiding", "MaskedLm", "MaskedTokens"]
 
@@ -138,6 +136,7 @@ class MaskedLm(TokenTask):
     auto_class = "AutoModelForMaskedLM"
     pipeline = "fill-mask"
     use = "fill gaps in texts"
+    card_note = f"Accuracy is of hidden tokens. {PERPLEXITY}"
     hidden_share = 0.15
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> MaskedTokens:
@@ -175,11 +174,6 @@ class MaskedLm(TokenTask):
         """Return a function that hides other tokens in each training step."""
         assert isinstance(examples, MaskedTokens)  # noqa: S101  # the type that encode returns
         return examples.corrupt
-
-    def describe_input(self, processor: Processor, settings: Settings) -> str:
-        """Return a text that says that texts are cut into blocks."""
-        assert isinstance(processor, TextProcessor)  # noqa: S101  # the text modality's processor
-        return processor.describe(settings, blocks=True)
 
 
 def _hidden(source: TextExamples, hiding: Hiding, seed: int) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ aggregation the sums are whole numbers of ``STEP``: a site rounds each of its su
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -26,19 +26,15 @@ from fedgraft.common.encoding import Keep, Rows, Settings
 from fedgraft.common.errors import DataError
 from fedgraft.common.examples import Examples, Indices, Inputs, Wrapped, concatenate
 from fedgraft.common.metrics.evaluation import TALLY_LIMIT
-from fedgraft.common.metrics.intervals import (
-    LEVEL,
-    percentile_interval,
-    permutation_test,
-    redrawn_sums,
-)
+from fedgraft.common.metrics.intervals import percentile_interval, permutation_test, redrawn_sums
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.tally import Counts, Tally
-from fedgraft.common.metrics.verdict import Outcome, Rival, Verdict
+from fedgraft.common.metrics.verdict import Rival, Verdict, judge, not_known, numbered, tell
 from fedgraft.common.modalities import Modality, Processor
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
-from fedgraft.common.tasks.language import over_parts
+from fedgraft.common.tasks.labels import head_usage
+from fedgraft.common.tasks.refusals import without_classes
 
 __all__ = ["NumberEvaluation", "NumberMeasures", "Numbered", "Regression"]
 
@@ -46,6 +42,8 @@ Values = NDArray[np.float64]
 
 SUMS = 7  # beside the number of examples
 STEP = 2.0**-16  # rounding step of a sum, about 1/65,000 of the range
+PROBLEM = "regression"  # transformers' name, in config.json
+LARGEST_SPAN = 1e100  # of the range: its square is a finite float
 LOW_BITS = 12  # a sum is a high and a low part: low parts of many sites still fit a masked sum
 MAE = Metric("mae", "mean absolute error", percent=False, higher=False, short="MAE", digits=3)
 R2 = Metric("r2", "explained variance (R²)", hub="r_squared", short="R²")
@@ -129,8 +127,7 @@ class NumberEvaluation:
         Both models predict the same examples.
         """
         errors = [self.span * np.abs(one.predicted - one.true) for one in (self, other)]
-        verdict = _verdict(errors[0], errors[1], generator, name, rival)
-        return {**asdict(verdict), "interval": verdict.interval and list(verdict.interval)}
+        return _verdict(errors[0], errors[1], generator, name, rival).to_json()
 
     def joined(self, others: "Sequence[NumberEvaluation]") -> "NumberEvaluation":
         """Return one evaluation of the examples of this one and of ``others``, in order."""
@@ -255,9 +252,13 @@ class Regression(Task):
         points=False,
     )
     use = "predict a number for an example"
-    refuses = over_parts(
+    refuses = without_classes(
         "numbers",
         more={
+            "domain": (
+                "{task} reads no examples without a target",
+                "leave training.domain out",
+            ),
             "label_smoothing": (
                 "{task} has no labels to smooth",
                 "leave training.label_smoothing out",
@@ -265,10 +266,6 @@ class Regression(Task):
             "distillation": (
                 "a teacher gives a distribution over labels, and {task} has none",
                 "leave training.distillation out",
-            ),
-            "stop_by_accuracy": (
-                "{task} has no accuracy to stop early by",
-                'rounds.early_stopping.metric = "loss"',
             ),
         },
     )
@@ -278,11 +275,18 @@ class Regression(Task):
         self.name = f"{modality.name}-regression"
 
     def check_keys(self, keys: Mapping[str, Any]) -> None:
-        """Check that the lowest target is below the highest target."""
-        if not keys["lowest"] < keys["highest"]:
+        """Check that the lowest target is below the highest target, and not too far."""
+        lowest, highest = float(keys["lowest"]), float(keys["highest"])
+        hint = "the range of the target, such as data.lowest = 0 and data.highest = 125"
+        if not lowest < highest:
             raise IllegalJob(
-                f"data.lowest = {keys['lowest']:g} is not below data.highest = {keys['highest']:g}",
-                "the range of the target, such as data.lowest = 0 and data.highest = 125",
+                f"data.lowest = {lowest:g} is not below data.highest = {highest:g}", hint
+            )
+        if highest - lowest > LARGEST_SPAN:
+            raise IllegalJob(
+                f"data.lowest = {lowest:g} and data.highest = {highest:g} are further apart than "
+                f"{LARGEST_SPAN:g}",
+                hint,
             )
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
@@ -324,7 +328,7 @@ class Regression(Task):
         return Numbered(source, scaled.astype(np.float32))
 
     def describe_input(self, processor: Processor, settings: Settings) -> str:
-        """How inputs are prepared, and what the model's output means."""
+        """Return texts about the conversion of inputs, and about the model's output."""
         lowest, highest = settings.keys["lowest"], settings.keys["highest"]
         scale = (
             f"Output: the model gives x from -1 to 1; the target is {lowest:g} + "
@@ -340,11 +344,20 @@ class Regression(Task):
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
         """Return the options for a head with one output."""
-        return {"num_labels": 1, "problem_type": "regression"}
+        return {"num_labels": 1, "problem_type": PROBLEM}
+
+    def knows_head(
+        self, config: Mapping[str, Any], named: Sequence[str | None], labels: Sequence[str]
+    ) -> bool:
+        """Return whether the folder says that its head was trained for a regression.
+
+        One output alone is no evidence: it can be a score of anything.
+        """
+        return config.get("problem_type") == PROBLEM
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
         """Return the options for a head with one output; the adapter then replaces it."""
-        return {"num_labels": 1, "ignore_mismatched_sizes": True}
+        return head_usage(1)
 
 
 def _sums(tally: Tally) -> Values:
@@ -358,27 +371,21 @@ def _verdict(
 ) -> Verdict:
     """Compare the absolute errors of two models on the same examples, float64 [n]."""
     if not len(ours):
-        sentence = f"Whether federating helped {name} is not known: it has no test examples."
-        return Verdict("unknown", sentence, 0.0, None, 1.0)
+        return Verdict("unknown", not_known(name, "examples"), 0.0, None, 1.0)
     gaps, interval, p_value = ours - theirs, None, 1.0
     if len(gaps) > 1:
         interval = percentile_interval(redrawn_sums(gaps[None], generator)[0] / len(gaps))
         p_value = permutation_test(gaps, generator)
-    outcome: Outcome = "unclear"
-    if interval is not None and p_value < LEVEL and (interval[0] > 0 or interval[1] < 0):
-        outcome = "helped" if interval[1] < 0 else "hurt"
+    outcome = judge(interval, p_value, higher=False)
     first, second = (f"{one.mean():.3g}" for one in (ours, theirs))
     span = "" if interval is None else f", 95 % interval {interval[0]:+.3g} to {interval[1]:+.3g}"
-    facts = f"difference {gaps.mean():+.3g}{span}, {len(gaps):,} examples"
-    beside = "on its own" if rival == "local_only" else "for the backbone untouched"
-    if outcome == "unclear":
-        sentence = (
-            f"Unclear for {name}: mean absolute error {first} federated, {second} {beside}, and "
-            f"that cannot tell which is better ({facts}, p = {p_value:.2f})."
-        )
-    else:
-        sentence = (
-            f"Federating {outcome} {name}: mean absolute error {first} instead of {second} "
-            f"{beside} ({facts})."
-        )
+    examples = numbered(len(gaps), "1 example", "examples")
+    sentence = tell(
+        outcome,
+        name=name,
+        rival=rival,
+        shown=(f"{MAE.name} {first}", second),
+        facts=f"difference {gaps.mean():+.3g}{span}, {examples}",
+        p_value=p_value,
+    )
     return Verdict(outcome, sentence, float(gaps.mean()), interval, p_value)

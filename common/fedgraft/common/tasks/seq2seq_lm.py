@@ -102,6 +102,7 @@ class Seq2SeqLm(TokenTask):
     auto_class = "AutoModelForSeq2SeqLM"
     peft_type = "SEQ_2_SEQ_LM"
     use = "write a text for each"
+    blocks = False
     beside = "target"
     stored: Mapping[str, str] = MappingProxyType({"target": "string"})
 

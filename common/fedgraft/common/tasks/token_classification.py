@@ -7,13 +7,12 @@ missed.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from fedgraft.common.encoding import Arrays, Keep, Rows, Settings
+from fedgraft.common.encoding import Keep, Rows, Settings
 from fedgraft.common.errors import BackboneError, DataError
 from fedgraft.common.examples import (
     IGNORED,
@@ -26,47 +25,42 @@ from fedgraft.common.examples import (
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.tag_evaluation import OUTSIDE, TagMeasures, entities, types_of
 from fedgraft.common.modalities import MODALITIES
-from fedgraft.common.modalities.text import as_examples, check_length, check_string
-from fedgraft.common.section import IllegalJob, Refuses
+from fedgraft.common.modalities.text import as_examples, check_length, check_string, find_tokens
+from fedgraft.common.section import IllegalJob
 from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
-from fedgraft.common.tasks.labels import label_index
-from fedgraft.common.tasks.language import over_parts
+from fedgraft.common.tasks.labels import head_usage, label_index, label_options
+from fedgraft.common.tasks.refusals import without_classes
 
 __all__ = ["TaggedTexts", "TokenClassification"]
 
-BATCH = 1000  # sentences tokenised at once
 F1 = Metric("f1", "entity F1", short="F1")
 ACCURACY = Metric("accuracy", "token accuracy", short="right")
+MACRO_F1 = Metric("macro_f1", "macro F1 over types", hub="f1")
 
-
-REFUSES: Refuses = {
-    feature: refusal
-    for feature, refusal in over_parts(
-        "tags of words",
-        more={
-            "heads": ("{task} has one head for all tags", "leave job.heads out"),
-            "distillation": (
-                "a teacher gives one distribution over labels an example, and {task} has many",
-                "leave training.distillation out",
-            ),
-            "dirichlet": (
-                'partition.kind = "dirichlet" deals examples by their label, and a sentence '
-                "has many tags",
-                'simulation.partition = {{ kind = "natural" }}, one file a site, or "iid"',
-            ),
-            "wrong_labels": (
-                'faults.poison = "labels" gives examples another label, and a sentence has '
-                "many tags",
-                'simulation.faults.poison = "sign-flip", "noise" or "nan"',
-            ),
-            "domain": (
-                "{task} reads no sentences without tags",
-                "leave training.domain out",
-            ),
-        },
-    ).items()
-    if feature != "stop_by_macro_f1"  # its figures have one, over types of entities
-}
+REFUSES = without_classes(
+    "tags of words",
+    more={
+        "heads": ("{task} has one head for all tags", "leave job.heads out"),
+        "distillation": (
+            "a teacher gives one distribution over labels an example, and {task} has many",
+            "leave training.distillation out",
+        ),
+        "dirichlet": (
+            'partition.kind = "dirichlet" deals examples by their label, and a sentence '
+            "has many tags",
+            'simulation.partition = {{ kind = "natural" }}, one file a site, or "iid"',
+        ),
+        "wrong_labels": (
+            'faults.poison = "labels" gives examples another label, and a sentence has many tags',
+            'simulation.faults.poison = "sign-flip", "noise" or "nan"',
+        ),
+        "domain": ("{task} reads no sentences without tags", "leave training.domain out"),
+        "selection": (
+            "a sentence has many tags, and backbones are scored by one label an example",
+            "a classification job; or compare runs with `fedgraft sweep`",
+        ),
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -136,11 +130,12 @@ class TokenClassification(Task):
     stored: Mapping[str, str] = MappingProxyType({"tags": "int64s"})
     wants_labels = True
     metrics = (F1, ACCURACY)
+    watched = (*metrics, MACRO_F1)
     card_metrics = (
         F1,
         Metric("precision", "entity precision"),
         Metric("recall", "entity recall"),
-        Metric("macro_f1", "macro F1 over types", hub="f1"),
+        MACRO_F1,
         Metric("accuracy", "token accuracy"),
     )
     card_note = (
@@ -148,7 +143,6 @@ class TokenClassification(Task):
         "tokens has the tag of the first. "
     )
     examples = "sentences"
-    person = "letters"
     intervals = (
         "Entity F1 and token accuracy have bootstrap intervals over sentences, each redrawn with "
         "all of its entities."
@@ -200,7 +194,8 @@ class TokenClassification(Task):
         if not isinstance(cell.beside, list) or len(cell.beside) != len(words):
             count = len(cell.beside) if isinstance(cell.beside, list) else "no"
             raise DataError(
-                f"{len(words)} words have {count} tags", hint="a list with one tag for each word"
+                f"words and tags differ in number: {len(words)} and {count}",
+                hint="a list with one tag for each word",
             )
         return {
             "label": 0,
@@ -227,12 +222,9 @@ class TokenClassification(Task):
             )
         sentences = rows.column("tokens")
         name = (processor.identity, "words", most, rows.digest("tokens"))
-        tokens = keep.tokens(name, lambda: _tokenize(sentences, processor.tokenizer, most))
-        if not tokens["lengths"].all():
-            raise DataError(
-                f"sentence {int(np.argmin(tokens['lengths'])) + 1} becomes no tokens at all",
-                hint="remove the row: the tokenizer knows none of its characters",
-            )
+        tokens = find_tokens(
+            sentences, lambda some: processor.tokenize_words(some, most), keep, name
+        )
         source = as_examples(tokens, np.zeros(len(sentences), np.int64), processor, most)
         tags = [np.array(one, np.int64) for one in rows.column("tags")]
         aligned, seen = _align(tokens["words"], source, tags, settings.labels)
@@ -246,35 +238,11 @@ class TokenClassification(Task):
         self, config: Mapping[str, Any], labels: Sequence[str], source: str
     ) -> dict[str, Any]:
         """Return the tags."""
-        return {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {name: index for index, name in enumerate(labels)},
-        }
+        return label_options(labels)
 
     def usage(self, labels: Sequence[str]) -> dict[str, Any]:
         """Return the options for a head with one output per tag; the adapter then replaces it."""
-        return {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-
-
-def _tokenize(sentences: Sequence[Sequence[str]], tokenizer: Any, most: int) -> Arrays:
-    """Return ids (and types) of all sentences in one row, the word of each token, and lengths.
-
-    The word is -1 for a token that belongs to no word.
-    """
-    found: dict[str, list[int]] = {"input_ids": [], "words": []}
-    lengths: list[int] = []
-    for at in range(0, len(sentences), BATCH):
-        some = [list(words) for words in sentences[at : at + BATCH]]
-        encoded = tokenizer(some, is_split_into_words=True, truncation=True, max_length=most)
-        for name in ("input_ids", "token_type_ids"):
-            if name in encoded:
-                found.setdefault(name, []).extend(chain.from_iterable(encoded[name]))
-        for number, ids in enumerate(encoded["input_ids"]):
-            lengths.append(len(ids))
-            found["words"] += [-1 if w is None else w for w in encoded.word_ids(number)]
-    kinds = {"token_type_ids": np.int8}
-    flat = {name: np.array(values, kinds.get(name, np.int32)) for name, values in found.items()}
-    return {**flat, "lengths": np.array(lengths, np.int64)}
+        return head_usage(len(labels))
 
 
 def _align(
@@ -298,7 +266,10 @@ def _align(
 
 
 def _begun(tags: Indices, seen: int, labels: Sequence[str]) -> int | None:
-    """The first word of an entity that goes on behind the last word that is ``seen``."""
+    """Return the first word of an entity that continues after the last seen word.
+
+    Return None if there is none.
+    """
     if seen == len(tags):
         return None
     across = [

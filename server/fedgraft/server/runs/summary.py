@@ -54,7 +54,7 @@ def partner_facts(run: Run, handed: Mapping[str, Any]) -> dict[str, Any]:
     for one in (line["validation"] for line in history if line["validation"]):
         score = math.inf  # without early stopping, the last round counts
         if stopping:  # the best round counts, by the rule in ``rounds``
-            score = -one["loss"] if stopping.metric == "loss" else one[stopping.metric]
+            score = stopping.score(one)
             score -= stopping.min_delta if final else 0.0
         if score > best or not stopping:
             final, best = one, score + (stopping.min_delta if stopping and final else 0.0)

@@ -175,7 +175,7 @@ def kept_validation(
     for line in history:
         if (found := line["validation"]) is None:
             continue
-        score = -found["loss"] if stopping.metric == "loss" else found[stopping.metric]
+        score = stopping.score(found)
         if best is None or score > best + stopping.min_delta:
             kept, best = found, score
     return kept
