@@ -72,8 +72,8 @@ WINGS = {
         "common/backbones common/adapters"
     ),
     "client/policy": (
-        "membership common/secagg common/rpc common/layout common/methods common/privacy "
-        "common/config common/federation common/messages common/adapters"
+        "membership common/secagg common/rpc common/layout common/metrics common/methods "
+        "common/privacy common/config common/federation common/messages common/adapters"
     ),
     "client/model": (
         "objectives data common/examples common/layout common/config common/backbones "

@@ -86,7 +86,7 @@ def test_a_site_may_bound_its_rank_and_what_it_keeps(tmp_path: Path) -> None:
     [
         ("rank = 0", "rank: "),
         ("rank = 2.5", "rank: "),
-        ('cache = { memory = "lots" }', 'cache.memory: Value error, write a size as "64MB"'),
+        ('cache = { memory = "lots" }', 'cache.memory: write a size as "64MB"'),
         ("cache = { disk = -1 }", "cache.disk: "),
         ("cache = { ram = 5 }", "unknown key cache.ram"),
     ],

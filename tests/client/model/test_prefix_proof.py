@@ -15,8 +15,8 @@ from support.trainings import TOP, digits, noisy, open_small, rows_for, texts
 
 from fedgraft.client.data.cache import Arrays, Store
 from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.forward import compute, open_feed
-from fedgraft.client.model.frozen_prefix import Prefix
 from fedgraft.common.examples import Examples, ImageExamples
 
 
