@@ -9,9 +9,9 @@ import pytest
 from support.places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client.data import splits as splits_module
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.rows import read_split
 from fedgraft.client.data.splits import NOTHING, Splits
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import train_together

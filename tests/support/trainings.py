@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.training.trainer import Span, Trained, TrainingTask, learning_rate, train_alone
 from fedgraft.common.adapters.attach import read
 from fedgraft.common.adapters.model import Workbench, cache_folder

@@ -102,10 +102,10 @@ def read_split(
 
     The data set has the content under ``Task.content``, ``label`` (int64), the other columns that
     the task stores and, if the job has groups, ``group`` (``read_groups``). ``columns`` maps a
-    column of the job's schema to the site's column; it may map columns of other tasks. ``labels`` maps a value of the site's label
-    column to the job's name. If rows are not ``labelled``, no column of labels is needed. Nothing
-    is coerced, dropped or filled in; the one exception is a job whose ``data.on_bad_...`` is
-    ``"skip"``.
+    column of the job's schema to the site's column; it may also map columns of other tasks.
+    ``labels`` maps a value of the site's label column to the job's name. If rows are not
+    ``labelled``, no column of labels is needed. Nothing is coerced, dropped or filled in; the one
+    exception is a job whose ``data.on_bad_...`` is ``"skip"``.
 
     Raises:
         DataError: the first error in the files, and its place.

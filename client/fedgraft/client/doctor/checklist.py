@@ -1,7 +1,7 @@
 """The checks of a site before it takes part: each says what it found, and how to mend it.
 
-The checks run in the order in which a round needs what they check. A check that fails or breaks never
-stops the others. A check that needs a failed check is skipped. Nothing is changed.
+The checks run in the order in which a round needs what they check. A check that fails or breaks
+never stops the others. A check that needs a failed check is skipped. Nothing is changed.
 """
 
 from collections.abc import Callable, Iterator

@@ -48,7 +48,8 @@ class _Seen:
     """The counts of one source.
 
     ``rows`` is the number of rows. ``columns`` are given only if they are certainly names;
-    ``nameless`` says that none is one that a job asks for. ``lacking`` is the number of rows that lack a value.
+    ``nameless`` says that none is one that a job asks for. ``lacking`` is the number of rows that
+    lack a value.
     """
 
     rows: int

@@ -7,7 +7,7 @@ skipped.
 
 Nothing here depends on an architecture. There are two ways to cut: a container of repeated layers
 (``nn.ModuleList``, ``Sequential``) at its first trained layer; or the chain of modules from the
-body's output to the logits, which is found by following tensors through one forward pass. Then the
+body's output to the model's, which is found by following tensors through one forward pass. Then the
 cut is checked: resuming from it must give the same bits as the whole model, and an example's
 activations must be the same bits whichever other examples are in the batch. Otherwise there is no
 prefix.

@@ -72,7 +72,8 @@ def direction(hidden: torch.Tensor, lengths: torch.Tensor, left: bool) -> torch.
     [b, d, h, w]. The feature of a sequence is the mean over its positions without padding, which
     stands on the ``left`` or on the right.
     """
-    hidden, mask = hidden.float(), None
+    hidden = hidden.float()
+    mask: torch.Tensor | None = None
     if hidden.ndim == 3:
         width = hidden.shape[1]
         real = torch.where(lengths > 0, lengths, width).clamp(max=width).to(hidden.device)[:, None]
