@@ -188,6 +188,13 @@ def test_a_tally_is_that_of_evaluating_here(place: Place, split: str, count: int
     assert (reply.session, reply.round) == (SESSION, 2)
 
 
+def test_a_round_s_validation_does_not_read_the_test_file(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Splits, "test")
+    assert place.site().evaluate(place.evaluating(2, split="validation")).round == 2
+
+
 @pytest.mark.parametrize("split", ["train", "", "../test", "nothing"])
 def test_no_other_split_is_evaluated(place: Place, split: str) -> None:
     with pytest.raises(SiteFailure) as caught:

@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.contract_tasks import TaskCase
 from support.trainings import TOP, digits, noisy, open_small, rows_for, texts
 
 from fedgraft.client.data.cache import Arrays, Store
-from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.data.rows import encode, read_split
+from fedgraft.client.model.batched_model import Stack, open_stack
 from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.forward import compute, open_feed
+from fedgraft.client.objectives import OBJECTIVES
 from fedgraft.common.examples import Examples, ImageExamples
+from fedgraft.common.tasks import TASKS
 
 
 def prefix_of(stack: Stack, examples: Examples) -> Prefix | None:
@@ -169,6 +173,31 @@ def test_an_example_has_the_same_activations_in_any_company(
     assert torch.equal(activations(prefix, examples, index), wanted)
     part = examples.subset(index)
     assert torch.equal(activations(prefix, part, np.arange(size)), wanted)
+
+
+HEADS = {  # a task of each target whose head may train alone; none hides patches
+    "label": "text-classification",
+    "tokens": "token-classification",
+    "number": "text-regression",
+    "patches": "",
+}
+
+
+@pytest.mark.parametrize("target", OBJECTIVES)
+def test_a_head_that_trains_alone_is_what_is_cut_off(target: str, tmp_path: Path) -> None:
+    name = HEADS[target]
+    if not name:
+        assert not any(one.head_alone for one in TASKS.values() if one.target == target)
+        return
+    case = TaskCase(name, tmp_path)
+    assert case.task.target == target
+    stack = open_stack(case.ask({"method": {"kind": "head"}}))
+    rows = read_split(str(tmp_path / "sites" / "ash" / "train" / "rows.jsonl"), case.job).dataset
+    examples = encode(rows, stack.bench.processor, case.job, store=None, key="")
+    prefix = prefix_of(stack, examples)
+    assert prefix is not None
+    assert not prefix.whole  # without any layer of the body
+    assert prefix.by_token == (target == "tokens")  # else one vector is kept of each row
 
 
 def test_adapters_above_the_cut_have_no_say_in_what_is_kept() -> None:
