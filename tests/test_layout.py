@@ -149,8 +149,8 @@ WINGS = {
         "client/site_config client/data"
     ),
     "simulations/grid": (
-        "data common/layout common/config common/federation client/membership client/model "
-        "client/participant client/app server/state server/protocol server/runs server/app"
+        "data common/layout common/config common/federation client/membership client/data "
+        "client/model client/participant client/app server/state server/protocol server/runs server/app"
     ),
     "simulations/baselines": (
         "data grid common/examples common/layout common/metrics common/tasks common/methods "
