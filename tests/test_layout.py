@@ -150,7 +150,8 @@ WINGS = {
     ),
     "simulations/grid": (
         "data common/layout common/config common/federation client/membership client/data "
-        "client/model client/participant client/app server/state server/protocol server/runs server/app"
+        "client/model client/participant client/app server/state server/protocol server/runs "
+        "server/app"
     ),
     "simulations/baselines": (
         "data grid common/examples common/layout common/metrics common/tasks common/methods "

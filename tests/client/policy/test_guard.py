@@ -50,7 +50,9 @@ def tags(job: Job) -> Tally:
 
 
 def labels(job: Job) -> Tally:
-    examples = replace(digits(COUNT), groups=np.arange(COUNT) % 3 - 1)
+    examples = digits(COUNT)
+    if job.data.groups:
+        examples = replace(examples, groups=np.arange(COUNT) % 3 - 1)
     logits = torch.randn(COUNT, 10, generator=torch.Generator().manual_seed(1))
     collector = job.measures.collect(examples)
     found = Labels().counts(logits, torch.from_numpy(examples.labels))
