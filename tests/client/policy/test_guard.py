@@ -57,7 +57,8 @@ def labels(job: Job) -> Tally:
     collector = job.measures.collect(examples)
     found = Labels().counts(logits, torch.from_numpy(examples.labels))
     collector.add(np.arange(COUNT), found)
-    return replace(collector.evaluation().tally, loss=COUNT * LOSS)
+    tally: Tally = collector.evaluation().tally
+    return replace(tally, loss=COUNT * LOSS)
 
 
 CASES = {
