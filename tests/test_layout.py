@@ -72,8 +72,8 @@ WINGS = {
         "common/backbones common/adapters"
     ),
     "client/policy": (
-        "membership common/secagg common/rpc common/layout common/methods common/privacy "
-        "common/config common/federation common/messages common/adapters"
+        "membership common/secagg common/rpc common/layout common/metrics common/methods "
+        "common/privacy common/config common/federation common/messages common/adapters"
     ),
     "client/model": (
         "objectives data common/examples common/layout common/config common/backbones "
@@ -149,8 +149,9 @@ WINGS = {
         "client/site_config client/data"
     ),
     "simulations/grid": (
-        "data common/layout common/config common/federation client/membership client/model "
-        "client/participant client/app server/state server/protocol server/runs server/app"
+        "data common/layout common/config common/federation client/membership client/data "
+        "client/model client/participant client/app server/state server/protocol server/runs "
+        "server/app"
     ),
     "simulations/baselines": (
         "data grid common/examples common/layout common/metrics common/tasks common/methods "

@@ -16,8 +16,8 @@ from support.masked_talk import Node as Seat
 from support.masked_talk import Talk
 
 from fedgraft.client.app import app
-from fedgraft.client.membership.identity import FILE as IDENTITY
 from fedgraft.client.membership.identity import make_identity
+from fedgraft.client.membership.state_files import IDENTITY
 from fedgraft.client.participant import Participant
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.jobfile import parse_job

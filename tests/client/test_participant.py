@@ -9,9 +9,9 @@ import pytest
 from support.places import SESSION, Place, make_job, wire, write_rows
 
 from fedgraft.client.data import splits as splits_module
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.rows import read_split
 from fedgraft.client.data.splits import NOTHING, Splits
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import train_together
@@ -186,6 +186,13 @@ def test_a_tally_is_that_of_evaluating_here(place: Place, split: str, count: int
     assert reply.tally.tolist() == tally.to_vector().tolist()
     assert reply.tally[1:].sum() == count
     assert (reply.session, reply.round) == (SESSION, 2)
+
+
+def test_a_round_s_validation_does_not_read_the_test_file(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Splits, "test")
+    assert place.site().evaluate(place.evaluating(2, split="validation")).round == 2
 
 
 @pytest.mark.parametrize("split", ["train", "", "../test", "nothing"])

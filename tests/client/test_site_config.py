@@ -50,6 +50,7 @@ def test_a_dumped_site_may_keep_relative_paths(tmp_path: Path) -> None:
         ('name = "a"', "data is missing", "add data"),
         ('name = "a"\n[data]\ntrian = "x"', "unknown key data.trian", "did you mean train?"),
         ('nam = "a"\n[data]\ntrain = "x"', "unknown key nam", "did you mean name?"),
+        ('name = "a"\ncache = { disc = 5 }\n[data]\ntrain = "x"', "cache.disc", "mean disk?"),
         ('name = "a/b"\n[data]\ntrain = "x"', "name is not a site name", "letters, digits"),
         ('name = "a"\ndevice = "tpu"\n[data]\ntrain = "x"', "device: ", "mend device"),
         ("name = ", "not valid TOML", "mend that line"),
@@ -86,7 +87,7 @@ def test_a_site_may_bound_its_rank_and_what_it_keeps(tmp_path: Path) -> None:
     [
         ("rank = 0", "rank: "),
         ("rank = 2.5", "rank: "),
-        ('cache = { memory = "lots" }', 'cache.memory: Value error, write a size as "64MB"'),
+        ('cache = { memory = "lots" }', 'cache.memory: write a size as "64MB"'),
         ("cache = { disk = -1 }", "cache.disk: "),
         ("cache = { ram = 5 }", "unknown key cache.ram"),
     ],

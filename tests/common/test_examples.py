@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.trainings import digits, texts
 
-from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.common.examples import Examples, ImageExamples, TextExamples, concatenate
 
 rows = st.lists(

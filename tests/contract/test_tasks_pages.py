@@ -101,6 +101,8 @@ def test_a_site_is_told_the_share_of_every_round(federation: Federation) -> None
         wanted = f"| {share.text(line['validation'][share.key])} |"
         row = next(row for row in lines if row.startswith(f"| {line['round']} |"))
         assert row.endswith(wanted), row
+    kept = read_report(federation.reported) or {}
+    assert all(line.keys() == {"round", "sites", share.key, "loss"} for line in kept["rounds"])
 
 
 def test_bars_of_a_sites_page_stay_in_their_boxes(federation: Federation) -> None:

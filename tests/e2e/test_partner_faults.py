@@ -10,7 +10,7 @@ import pytest
 from e2e.partners import NGINX, Partners
 from support.federations import adapter_of, digits_job, write_digits
 
-from fedgraft.client.policy.message_log import FILE
+from fedgraft.client.membership.state_files import AUDIT
 from fedgraft.common.config.job import Job
 from fedgraft.common.federation.audit_log import verify
 from fedgraft.common.federation.certificates import serial
@@ -73,7 +73,7 @@ def test_a_masked_run_whose_coordinator_is_killed_at_each_stage_ends_in_the_same
     masked = "privacy.secure_aggregation.enabled=true"
     job = job_of(tmp_path, masked, "rounds.count=25", "rounds.min_sites=3", "rounds.deadline='60s'")
     with partners.running(job) as run:
-        audit = partners.folder / "site-00" / "state" / FILE
+        audit = partners.folder / "site-00" / "state" / AUDIT
         for stage in ("query.keys", "query.shares", "train", "query.confirm", "query.unmask"):
             done = len(partners.rounds(run))
             partners.until(lambda: len(partners.rounds(run)) > done, 60)  # noqa: B023
@@ -101,7 +101,7 @@ def test_a_site_that_is_killed_costs_its_own_update_and_comes_back(
         partners.until(lambda: len(partners.rounds(run)) >= 2, 60)
         state = partners.folder / "site-01" / "state"
         partners.kill("site-01")
-        killed, recorded, spent = time.monotonic(), (state / FILE).read_bytes(), spent_of(state)
+        killed, recorded, spent = time.monotonic(), (state / AUDIT).read_bytes(), spent_of(state)
         partners.start_sites(["site-01"])
         partners.until(lambda: partners.rounds(run)[-1]["sites"] == 2, 60)
         dropped = [drop for line in partners.rounds(run) for drop in line["dropped"]]
@@ -111,8 +111,8 @@ def test_a_site_that_is_killed_costs_its_own_update_and_comes_back(
         print(f"back after {time.monotonic() - killed:.1f} s")
         assert time.monotonic() - killed < 90
         # What it had recorded and counted before is still there, and goes on.
-        assert verify(state / FILE) > recorded.count(b"\n")
-        assert (state / FILE).read_bytes().startswith(recorded[: recorded.rindex(b"\n") + 1])
+        assert verify(state / AUDIT) > recorded.count(b"\n")
+        assert (state / AUDIT).read_bytes().startswith(recorded[: recorded.rindex(b"\n") + 1])
         after = spent_of(state)
         assert spent and all(after[number] >= size for number, size in spent.items())
 

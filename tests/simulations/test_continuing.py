@@ -13,8 +13,8 @@ from support.federations import adapter_of, digits_job, run_digits
 from support.language_models import job_settings, save_language_model
 from support.trainings import book, digits, make_job, noisy, settings, task
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import open_stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import open_participant
 from fedgraft.client.training.ewc import Consolidation
 from fedgraft.client.training.trainer import Trained, train

@@ -12,9 +12,9 @@ from support.families import FAMILIES, family_job
 from support.federations import adapter_of
 from support.matrix import slow_unless
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import check_stacking, open_stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.console import Console

@@ -7,7 +7,7 @@ import pytest
 from support.trainings import felt, noisy, rows_for, task
 
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.client.training.trainer import Span, Task, Trained, train
+from fedgraft.client.training.trainer import Span, Trained, TrainingTask, train
 from fedgraft.common.config.training import Training
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import Examples
@@ -35,7 +35,7 @@ class Company:
         ]
         self.span = Span(0.2, 0.7)
 
-    def task(self, site: int) -> Task:
+    def task(self, site: int) -> TrainingTask:
         return task(self.rows[site], self.starts[site].copy(), seed=site)
 
     def run(self, sites: Sequence[int]) -> list[Trained | SiteFailure]:

@@ -7,7 +7,13 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from fedgraft.client.participant import Participant, open_participant
-from fedgraft.client.training.trainer import Span, Task, Trained, train_alone, train_together
+from fedgraft.client.training.trainer import (
+    Span,
+    Trained,
+    TrainingTask,
+    train_alone,
+    train_together,
+)
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
@@ -73,7 +79,7 @@ class Place:
             bench.initial_of(trained), *own, (self.plan.exchanged, request.adapter)
         )
         draw = torch_generator(self.job.job.seed, "train", number, "st-mary")
-        task = Task(self.site().splits(self.job).train, start, draw)
+        task = TrainingTask(self.site().splits(self.job).train, start, draw)
         span = Span((number - 1) / 4, number / 4)
         stack = self.site().stack(self.job)
         return train_alone(stack, trained, task, settings=self.job.training, span=span)

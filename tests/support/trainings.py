@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from tokenizers import Tokenizer, models
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.client.model.forward import as_tensors
-from fedgraft.client.training.trainer import Span, Task, Trained, learning_rate, train_alone
+from fedgraft.client.training.trainer import Span, Trained, TrainingTask, learning_rate, train_alone
 from fedgraft.common.adapters.attach import read
 from fedgraft.common.adapters.model import Workbench, cache_folder
 from fedgraft.common.config.job import Job
@@ -202,9 +202,9 @@ def felt(layout: Layout) -> NDArray[np.bool_]:
     return mask
 
 
-def task(examples: Examples, start: Vector, *, seed: int = 1, **more: Any) -> Task:
+def task(examples: Examples, start: Vector, *, seed: int = 1, **more: Any) -> TrainingTask:
     """A task with a generator of its own."""
-    return Task(examples, start, torch.Generator().manual_seed(seed), **more)
+    return TrainingTask(examples, start, torch.Generator().manual_seed(seed), **more)
 
 
 def trained(

@@ -37,7 +37,7 @@ class Objective(Protocol):
         """
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
-        """Return the arguments of the measures' collector, as NumPy arrays and floats."""
+        """Return the mapping that ``Collector.add`` takes: NumPy arrays and floats."""
 
     def at_once(self, outputs: int, longest: int) -> int:
         """Return the number of examples to evaluate in one pass.

@@ -20,7 +20,7 @@ from fedgraft.client.policy.disclosure import estimate_disclosure
 from fedgraft.client.policy.guard import SESSION, Guard
 from fedgraft.client.site_config import SiteConfig, load_site
 from fedgraft.client.training.evaluate import measure
-from fedgraft.client.training.trainer import Span, Task, Trained, Wanted
+from fedgraft.client.training.trainer import Span, Trained, TrainingTask, Wanted
 from fedgraft.common.adapters.model import Workbench, cache_folder, choose_device, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import SiteFailure
@@ -155,7 +155,7 @@ class Participant:
         result = yield Wanted(
             self.stack(job),
             trained,
-            Task(examples, start, torch_generator(job.job.seed, *draw), self.store),
+            TrainingTask(examples, start, torch_generator(job.job.seed, *draw), self.store),
             job.training,
             Span((request.round - 1) / rounds, request.round / rounds),
         )
@@ -187,7 +187,9 @@ class Participant:
         """Evaluate the request's adapter together with the parts that stay at this site."""
         job, bench = self.open(request.session, request.job, request.round)
         splits, measures = self.splits(job), job.measures
-        examples = {"validation": splits.validation, "test": splits.test}.get(request.split)
+        if request.split not in ("validation", "test"):
+            return Tally.empty(measures)
+        examples = getattr(splits, request.split)  # alone: another file may not be read yet
         if not examples:
             return Tally.empty(measures)
         trained = bench.layout.only((*request.names, *bench.local.names))

@@ -4,7 +4,6 @@ The site writes this file and reads it. Nothing in it is ever fetched from a coo
 one, so a job cannot point a site at other data.
 """
 
-import difflib
 import os
 import tomllib
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from fedgraft.common.errors import JobError
 from fedgraft.common.section import Cache, Section
-from fedgraft.common.toml import read_text
+from fedgraft.common.toml import explain_problem, read_text
 
 __all__ = ["SiteConfig", "SiteData", "dump_site", "load_site"]
 
@@ -106,15 +105,6 @@ def _anchored(config: SiteConfig, base: Path) -> SiteConfig:
 
 def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     """Return one pydantic problem as (what is wrong, what to do)."""
-    loc = [str(part) for part in problem["loc"]]
-    key = ".".join(loc)
-    if problem["type"] == "extra_forbidden":
-        known = list((SiteData if loc[:-1] == ["data"] else SiteConfig).model_fields)
-        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        return f"unknown key {key}", hint
-    if problem["type"] == "missing":
-        return f"{key} is missing", f"add {key}"
-    if key == "name":
+    if problem["loc"] == ("name",) and problem["type"] != "missing":
         return "name is not a site name", "letters, digits, dot, dash and underscore, at most 64"
-    return f"{key}: {problem['msg']}", f"mend {key}"
+    return explain_problem(problem, SiteConfig)

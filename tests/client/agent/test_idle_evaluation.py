@@ -41,7 +41,7 @@ class Idle:
 
     def after(self, seconds: float) -> None:
         self.now += seconds
-        self.spare.tend()
+        self.spare.step()
 
 
 REAL = subprocess.Popen

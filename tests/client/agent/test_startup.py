@@ -146,11 +146,11 @@ def test_what_fails_is_told_and_tried_again(
 
 def test_the_federations_work_comes_before_the_results(site: Site, world: World) -> None:
     chores: Any = make_agent(site.file).chores
-    heads, results = chores._heads, chores._results
-    assert heads.said == ["wake"]  # what was not reported before it was killed
+    reporter, results = chores._reporter, chores._results
+    assert reporter.said == ["wake"]  # what was not reported before it was killed
     chores.came()
     chores.answered()
     chores.idle()
     chores.close()
-    assert results.said == ["interrupt", "tend", "interrupt"]
-    assert heads.said == ["wake", "wake", "close"]
+    assert results.said == ["interrupt", "step", "interrupt"]
+    assert reporter.said == ["wake", "wake", "close"]

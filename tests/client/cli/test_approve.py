@@ -15,7 +15,10 @@ from typer.testing import CliRunner
 
 from fedgraft.client.cli.approve import approve
 from fedgraft.client.cli.audit import audit
-from fedgraft.common.errors import AuditError, InputError
+from fedgraft.client.policy.approvals import Agreements
+from fedgraft.client.policy.disclosure import Disclosure
+from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.errors import AuditError, InputError, SiteFailure
 from fedgraft.common.federation.audit_log import Audit
 from fedgraft.common.messages.payloads import PlanReply, TrainReply
 
@@ -100,6 +103,20 @@ def test_nothing_is_decided_without_a_yes(node: Guarded) -> None:
     with pytest.raises(InputError, match="nothing was decided"):
         run(approve, node, SESSION)
     assert node.approval(SESSION)["status"] == "pending"
+
+
+def test_a_job_without_labels_is_described_without_them(node: Guarded) -> None:
+    raw = {
+        "job": {"name": "j", "task": "causal-lm"},
+        "backbone": {"source": "path:/nowhere"},
+        "method": {"kind": "lora", "rank": 1, "head": "frozen"},
+    }
+    leaving = Disclosure(("x",), 1, 1, 1, masked=False).to_json()
+    job = parse_job(raw, where="test").model_dump_json()
+    with pytest.raises(SiteFailure):
+        Agreements(node.place / "approvals").propose("f" * 32, job, ("x",), leaving, ask=True)
+    told = run(approve, node, "f" * 32, "--yes").output
+    assert "Job j: causal-lm.\n" in told
 
 
 # The audit

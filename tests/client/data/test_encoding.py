@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from fedgraft.client.data import cache as store_module
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.rows import encode, read_split
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, DataError

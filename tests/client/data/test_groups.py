@@ -57,6 +57,13 @@ def test_a_site_may_call_the_column_otherwise(tmp_path: Path) -> None:
         read_split(path, job())
 
 
+def test_a_site_without_labels_has_groups(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,sex\na,f\nb,\n")
+    found = read_split(str(path), job(), labelled=False).dataset
+    assert list(found["group"]) == [1, -1]
+
+
 def test_a_group_that_the_job_does_not_list_is_refused_without_repeating_it(
     tmp_path: Path,
 ) -> None:

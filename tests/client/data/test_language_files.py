@@ -88,10 +88,10 @@ def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
     assert caught.value.hint
 
 
-def test_a_mapping_that_the_job_does_not_ask_for_is_refused(tmp_path: Path) -> None:
+def test_a_mapping_that_no_job_asks_for_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("letter\nto be\n")
-    with pytest.raises(DataError, match="does not ask for"):
-        read_split(str(tmp_path / "a.csv"), make_job(), columns={"label": "letter"})
+    with pytest.raises(DataError, match="which no job asks for"):
+        read_split(str(tmp_path / "a.csv"), make_job(), columns={"labell": "letter"})
     rows = read_split(str(tmp_path / "a.csv"), make_job(), columns={"text": "letter"})
     assert rows.dataset[:]["text"] == ["to be"]
 

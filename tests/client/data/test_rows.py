@@ -20,6 +20,7 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import DataError
 from fedgraft.common.examples import Indices
+from fedgraft.common.tasks import TASKS
 
 SECRET = "patient Ada Lovelace"
 
@@ -193,6 +194,26 @@ def test_mappings_must_fit_the_job(
         read_split(path, make_job(), **mapping)
     assert message in str(caught.value)
     assert hint in caught.value.hint
+
+
+def test_one_mapping_serves_the_jobs_of_every_task(tmp_path: Path) -> None:
+    """A site has one ``site.toml``, with the columns that all of its jobs ask for."""
+    picture(tmp_path / "a.png")
+    path = jsonl(tmp_path / "a.jsonl", {"scan": "a.png", "note": "x", "finding": "no", "age": 3})
+    columns = {"image": "scan", "text": "note", "label": "finding", "target": "age"}
+    columns |= {"tokens": "words", "tags": "marks"}
+    rows = read_split(path, make_job(), columns=columns, labels={"none": "no"})
+    assert rows.dataset[:] == {"text": ["x"], "label": [0]}
+    for task in ("masked-image-modeling", "causal-lm", "image-regression"):
+        head = "frozen" if "trained_head" in TASKS[task].refuses else "shared"
+        raw = {
+            "job": {"name": "test", "task": task},
+            "backbone": {"source": "path:/nowhere"},
+            "method": {"kind": "lora", "rank": 1, "head": head},
+        }
+        job = parse_job(raw, where="test")
+        rows = read_split(path, job, columns=columns, labels={"none": "no"})
+        assert len(rows.dataset) == 1, task
 
 
 # Images

@@ -13,10 +13,10 @@ from support.federations import adapter_of, digits_job, run_digits
 from support.trainings import digits, noisy, open_small, rows_for, settings, trained
 
 from fedgraft.client.data import teacher
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.rows import read_split
 from fedgraft.client.data.teacher import teacher_logits
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.participant import open_participant
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job

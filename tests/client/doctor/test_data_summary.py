@@ -148,6 +148,35 @@ def test_images_are_counted_and_their_labels_not_told(tmp_path: Path) -> None:
     assert told(tmp_path / "images" / "*" / "*.png") == ("ok", "3 rows", "")
 
 
+def test_texts_are_counted_and_their_names_not_told(tmp_path: Path) -> None:
+    for name in (f"{CANARY}.txt", f"{CANARY}/b.txt", f"{CANARY}/c.TXT", ".hidden.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(CANARY)
+    assert told(tmp_path) == ("ok", "3 rows", "")
+    (tmp_path / "notes.md").write_text("jobs that read texts leave it out")
+    assert told(tmp_path) == ("ok", "3 rows", "")
+    assert told(tmp_path / f"{CANARY}.txt".replace(CANARY, "*")) == ("ok", "1 rows", "")
+
+
+def test_images_without_labels_are_counted(tmp_path: Path) -> None:
+    for name in ("1.png", "2.png", ".DS_Store"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "about.txt").write_text(CANARY)
+    assert told(tmp_path) == ("ok", "3 rows", "")
+
+
+def test_texts_alone_are_what_some_jobs_want(tmp_path: Path) -> None:
+    rows = f'{{"text": "{CANARY}", "day": 1}}\n{{"text": "b"}}\n'
+    path = written(tmp_path, "t.jsonl", rows)
+    assert told(path) == ("ok", "2 rows (text)", "")
+    path = written(tmp_path, "t.csv", f"text,{CANARY}\nb,c\n")
+    assert told(path) == ("ok", "1 rows (text)", "")
+    path = written(tmp_path, "u.csv", f"text,{CANARY}\n,c\n")
+    assert told(path)[:2] == ("warn", "1 rows (text), 1 of them empty in a column")
+    path = written(tmp_path, "v.csv", f"label,{CANARY}\nb,c\n")
+    assert told(path)[:2] == ("warn", "1 rows")  # a content has another name: it must be mapped
+
+
 def test_what_lies_beside_a_missing_file_is_not_told(tmp_path: Path) -> None:
     (tmp_path / f"{CANARY}-label").mkdir()
     state, what, hint = told(tmp_path / f"{CANARY}-labl".replace(CANARY, "canary-91b"))

@@ -23,9 +23,9 @@ from support.trainings import (
 from tokenizers import Tokenizer, models
 from torch import nn
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import Stack, check_stacking, open_stack
 from fedgraft.client.model.batched_modules import stacked_module
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.model.randomness import Randomness
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import AdapterError, InputError

@@ -13,8 +13,9 @@ from support.trainings import TOP, felt, noisy, open_small, rows_for, settings, 
 
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.forward import open_feed
-from fedgraft.client.model.frozen_prefix import Prefix, _PassedOver
+from fedgraft.client.model.frozen_prefix import _PassedOver
 from fedgraft.client.training.evaluate import measure
 from fedgraft.client.training.trainer import Trained, train
 from fedgraft.common.config.training import Training

@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.contract_tasks import TaskCase
 from support.trainings import TOP, digits, noisy, open_small, rows_for, texts
 
 from fedgraft.client.data.cache import Arrays, Store
-from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.data.rows import encode, read_split
+from fedgraft.client.model.batched_model import Stack, open_stack
+from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.forward import compute, open_feed
-from fedgraft.client.model.frozen_prefix import Prefix
+from fedgraft.client.objectives import OBJECTIVES
 from fedgraft.common.examples import Examples, ImageExamples
+from fedgraft.common.tasks import TASKS
 
 
 def prefix_of(stack: Stack, examples: Examples) -> Prefix | None:
@@ -169,6 +173,27 @@ def test_an_example_has_the_same_activations_in_any_company(
     assert torch.equal(activations(prefix, examples, index), wanted)
     part = examples.subset(index)
     assert torch.equal(activations(prefix, part, np.arange(size)), wanted)
+
+
+HEADS = {"label": "text-classification", "number": "text-regression"}
+"""A task of each target with a head that can be cut off."""
+
+
+@pytest.mark.parametrize("target", OBJECTIVES)
+def test_a_head_that_trains_alone_is_what_is_cut_off(target: str, tmp_path: Path) -> None:
+    able = [name for name, one in TASKS.items() if one.target == target and one.head_alone]
+    if target not in HEADS:  # the outputs at padding differ, or no head trains alone
+        assert able in ([], ["token-classification"])
+        return
+    case = TaskCase(HEADS[target], tmp_path)
+    assert case.task.name in able
+    stack = open_stack(case.ask({"method": {"kind": "head"}}))
+    rows = read_split(str(tmp_path / "sites" / "ash" / "train" / "rows.jsonl"), case.job).dataset
+    examples = encode(rows, stack.bench.processor, case.job, store=None, key="")
+    prefix = prefix_of(stack, examples)
+    assert prefix is not None
+    assert not prefix.whole  # no layer of the body computes again
+    assert not prefix.by_token  # one vector is kept of each row
 
 
 def test_adapters_above_the_cut_have_no_say_in_what_is_kept() -> None:

@@ -13,8 +13,9 @@ from support.federations import digits_job, run_digits
 from support.trainings import digits, make_job, noisy, open_small, settings, trained
 from torch import nn
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import Stack, check_stacking, close_stacks, open_stack
-from fedgraft.client.model.forward import as_tensors, open_feed
+from fedgraft.client.model.forward import open_feed
 from fedgraft.client.model.frozen_prefix import identity_of
 from fedgraft.common.adapters.model import cache_folder
 from fedgraft.common.config.job import Job

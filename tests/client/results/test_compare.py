@@ -114,6 +114,15 @@ def test_the_report_is_written_for_people_and_machines(
     assert kept["rounds"][0]["accuracy"] is None  # JSON has no NaN
 
 
+def test_a_backbone_without_a_head_is_told_without_the_words_of_one_task(
+    tmp_path: Path, report: dict[str, Any]
+) -> None:
+    models = {**report["models"], "zero_shot": None}
+    write_report(tmp_path, {**report, "models": models})
+    page = (tmp_path / "report.html").read_text()
+    assert "not measured: the backbone has no head of its own for this job" in page
+
+
 def test_what_the_coordinator_says_cannot_become_markup(
     tmp_path: Path, report: dict[str, Any]
 ) -> None:

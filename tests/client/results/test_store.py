@@ -14,7 +14,7 @@ from support.evaluations import measured_labels
 from support.guarded import Guarded
 from support.masked_federations import SESSION, Consortium, make_job
 
-from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.participant import open_participant
 from fedgraft.client.results import store as results
 from fedgraft.client.results.store import find_result, keep_result, list_results

@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.trainings import KINDS, open_small, rows_for
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.selection import features
 from fedgraft.client.selection.features import blocks_of, features_of
 from fedgraft.common.errors import BackboneError

@@ -12,7 +12,7 @@ from support.families import FAMILIES
 from support.federations import digits_job, write_digits
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.selection.zero_shot import is_dual, open_dual_encoder
 from fedgraft.common.console import Console
 from fedgraft.common.errors import BackboneError, JobError

@@ -13,8 +13,8 @@ from support.companies import Company, uneven
 from support.federations import digits_job, run_digits
 from support.trainings import digits, noisy, open_small, rows_for, settings, task, texts, trained
 
-from fedgraft.client.model.forward import as_tensors, open_feed
-from fedgraft.client.model.frozen_prefix import Inputs
+from fedgraft.client.data.batches import Inputs, as_tensors
+from fedgraft.client.model.forward import open_feed
 from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.training.augmentation import open_augmentation
 from fedgraft.client.training.trainer import Trained, train

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fedgraft.client.model.batched_model import Stack, open_stack
 from fedgraft.client.model.forward import open_feed, predict
-from fedgraft.client.training.domain_adaptation import Alignment, growth, pooled, watch_features
+from fedgraft.client.training.domain_adaptation import Alignment, direction, growth, watch_features
 from fedgraft.client.training.trainer import Span, Trained, train
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size, frequencies
 from fedgraft.common.config.compatibility import SCALE
@@ -57,7 +57,7 @@ def features_of(stack: Stack, vector: Vector, rows: Examples) -> torch.Tensor:
     feed = open_feed(stack, stack.bench.layout, rows, None)
     with watch_features(stack) as seen:
         predict([feed], [index], rows.width(index))
-    return pooled(seen[0], torch.from_numpy(rows.lengths), rows.pad_left)
+    return direction(seen[0], torch.from_numpy(rows.lengths), rows.pad_left)
 
 
 # What travels
@@ -79,7 +79,7 @@ def test_padding_is_not_in_the_mean(left: bool) -> None:
     hidden = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
     real = hidden[0, 2:] if left else hidden[0, :2]
     wanted = functional.normalize(torch.stack([real.mean(0), hidden[1].mean(0)]), dim=-1)
-    torch.testing.assert_close(pooled(hidden, torch.tensor([2, 4]), left), wanted)
+    torch.testing.assert_close(direction(hidden, torch.tensor([2, 4]), left), wanted)
 
 
 @pytest.mark.parametrize("how", ["coral", "mmd"])

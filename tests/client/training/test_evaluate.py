@@ -6,7 +6,7 @@ import torch
 from support.evaluations import measured_labels
 from support.trainings import digits, noisy, open_small, rows_for, settings, texts, trained
 
-from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.common.metrics.measures import LabelMeasures
 
 

@@ -13,8 +13,8 @@ from support.clips import LABELS, write_clip, write_clips
 from support.evaluations import NOWHERE
 from support.families import FAMILIES, family_job
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.rows import Columns, read_split
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.errors import BackboneError, DataError, InputError
 from fedgraft.common.modalities import MODALITIES

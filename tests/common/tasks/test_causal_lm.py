@@ -13,10 +13,10 @@ from support.evaluations import NOWHERE, measured_parts, text_rows
 from support.language_models import CHARACTERS, job_settings, save_language_model
 from support.trainings import noisy
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.cache import WORTH_A_FILE, Keeper, Store
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import Stack, open_stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.common.adapters.model import open_processor
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job

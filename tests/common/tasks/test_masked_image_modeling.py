@@ -14,9 +14,9 @@ from support.companies import Company
 from support.federations import adapter_of, digits_job, run_digits, write_digits
 from support.trainings import noisy, settings, trained
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.client.model.batched_model import open_stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.objectives import CLOSE
 from fedgraft.client.training.evaluate import measure

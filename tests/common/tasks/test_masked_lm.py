@@ -23,8 +23,8 @@ from support.language_models import (
 )
 from support.trainings import noisy, settings, trained
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import open_stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.model import open_processor, open_workbench

@@ -9,8 +9,8 @@ from support.evaluations import encoded_by, text_rows
 from support.language_models import CHARACTERS, job_settings, save_language_model
 from support.trainings import noisy, settings, trained
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import check_stacking, open_stack
-from fedgraft.client.model.forward import as_tensors
 from fedgraft.client.training.evaluate import measure
 from fedgraft.common.adapters.model import open_processor
 from fedgraft.common.config.job import Job

@@ -12,7 +12,7 @@ from peft import PeftModel
 from support.exports import Exported, logits, make_job, save_resnet
 
 from fedgraft.client.model.batched_model import open_stack
-from fedgraft.client.training.trainer import Task, train_alone
+from fedgraft.client.training.trainer import TrainingTask, train_alone
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import InputError
@@ -177,7 +177,7 @@ def test_a_model_that_was_just_trained_with_dropout_can_be_exported(tmp_path: Pa
     settings = job.training.model_copy(update={"dropout": 0.5})
     stack = open_stack(job)
     assert stack.bench is vit.bench
-    task = Task(examples, vit.bench.initial, torch.Generator().manual_seed(1))
+    task = TrainingTask(examples, vit.bench.initial, torch.Generator().manual_seed(1))
     train_alone(stack, vit.bench.layout, task, settings=settings)
     model = auto("vit").from_pretrained(vit.merged(tmp_path / "out"))
     torch.testing.assert_close(logits(model, "vit"), vit.wanted, rtol=0, atol=1e-5)

@@ -55,10 +55,10 @@ class IdleEvaluation:
             self._process.wait(PATIENCE)
         self._process = None
 
-    def tend(self) -> None:
+    def step(self) -> None:
         """Measure the oldest result that is not measured, or check whether measuring is done."""
         if self._process is not None:
-            self._see_to(self._process)
+            self._check_process(self._process)
             return
         now = self._clock()
         if now - self._quiet_since < QUIET or now - self._looked < LOOK:
@@ -97,7 +97,7 @@ class IdleEvaluation:
         with suppress(OSError):  # the process has already ended
             os.setpriority(os.PRIO_PROCESS, self._process.pid, NICE)
 
-    def _see_to(self, process: subprocess.Popen[bytes]) -> None:
+    def _check_process(self, process: subprocess.Popen[bytes]) -> None:
         code = process.poll()
         if code is None:
             return

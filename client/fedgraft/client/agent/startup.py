@@ -18,6 +18,7 @@ from fedgraft.client.membership.credentials import (
 )
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.membership.roster import refresh_roster
+from fedgraft.client.membership.state_files import BACKBONES, CA, CERTIFICATE, TLS_KEY
 from fedgraft.client.policy.audit_reporter import AuditReporter
 from fedgraft.client.policy.policy_file import load_policy
 from fedgraft.client.site_config import load_site
@@ -46,14 +47,14 @@ def make_agent(path: Path) -> Agent:
         )
     if config.policy is not None:
         load_policy(Path(config.policy))  # or a mistake in it would refuse every message
-    os.environ["FEDGRAFT_BACKBONES"] = str(state / "backbones")
+    os.environ["FEDGRAFT_BACKBONES"] = str(state / BACKBONES)
     return Agent(
         site=member.site,
         endpoint=member.endpoint,
         key=load_tls_key(state),
         sign=load_identity(state).sign,
         node_config={"site": str(path.resolve())},
-        tls=partial(make_tls, state / "ca.pem", state / "certificate.pem", state / "tls.key"),
+        tls=partial(make_tls, state / CA, state / CERTIFICATE, state / TLS_KEY),
         chores=_MemberChores(member, state, path.resolve()),
     )
 
@@ -64,9 +65,9 @@ class _MemberChores(Chores):
     def __init__(self, member: Membership, state: Path, site: Path) -> None:
         self.member, self.state = member, state
         self._last = time.monotonic() - EVERY
-        self._heads = AuditReporter(member, state)
+        self._reporter = AuditReporter(member, state)
         self._results = IdleEvaluation(site, state)
-        self._heads.wake()  # report the lines that a killed process left unreported
+        self._reporter.wake()  # report the lines that a killed process left unreported
 
     def came(self) -> None:
         """Stop measuring results, because the federation's work comes first."""
@@ -74,17 +75,17 @@ class _MemberChores(Chores):
 
     def answered(self) -> None:
         """Have the new lines of the audit reported."""
-        self._heads.wake()
+        self._reporter.wake()
 
     def idle(self) -> bool:
         """Measure results; check certificate and roster once a minute; return whether renewed."""
-        self._results.tend()
+        self._results.step()
         return self._upkeep()
 
     def close(self) -> None:
         """Stop measuring, and report the audit's lines that are not reported yet."""
         self._results.interrupt()
-        self._heads.close()
+        self._reporter.close()
 
     def _upkeep(self) -> bool:
         """Renew the certificate or take keys of new sites, when due; return whether renewed."""
@@ -100,5 +101,7 @@ class _MemberChores(Chores):
         except FedgraftError as error:
             log.warning("%s; %s", error, error.hint)
         except OSError as error:  # a full disk must not end the site
-            log.warning("the certificate and the roster were not seen to: %s", error.strerror)
+            log.warning(
+                "the certificate and the roster could not be checked or saved: %s", error.strerror
+            )
         return False

@@ -17,20 +17,21 @@ __all__ = ["approve"]
 
 
 def approve(
-    run: Annotated[str, typer.Argument(help="The run, or how it begins.")] = "",
+    run: Annotated[str, typer.Argument(help="The run's id, or its first characters.")] = "",
     site: Annotated[Path, typer.Option(help="The site's configuration.")] = Path("site.toml"),
     deny: Annotated[bool, typer.Option("--deny", help="Refuse the job instead.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask again.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List the jobs that wait for approval, or approve one."""
+    from fedgraft.client.membership.state_files import APPROVALS
     from fedgraft.client.policy.approvals import Agreements
     from fedgraft.client.site_config import load_site
 
     config, console = load_site(site), Console(as_json=as_json)
     if config.policy is None:
         raise InputError(f"{site} names no policy", hint='policy = "policy.toml"')
-    agreements = Agreements(Path(config.state) / "approvals")
+    agreements = Agreements(Path(config.state) / APPROVALS)
     if not run:
         _list(console, agreements.pending())
         return
@@ -86,9 +87,10 @@ def _in_words(agreement: "Agreement") -> list[str]:
 
     job, facts = Job.model_validate_json(agreement.job), _facts(agreement)
     rank = f" of rank {rank}" if (rank := job.method.low_rank) else ""
+    labels = f" into {', '.join(job.job.labels)}" if job.job.labels else ""
     return [
         f"Run {agreement.session}, asked for at {facts['asked']}, now {agreement.status}.",
-        f"Job {job.job.name}: {job.job.task} into {', '.join(job.job.labels)}.",
+        f"Job {job.job.name}: {job.job.task}{labels}.",
         f"Backbone {job.backbone.source}; trains a {job.method.kind} adapter{rank}.",
         f"{job.training.epochs} epochs a round over this site's training data.",
         f"Would leave: {facts['leaving']}.",

@@ -36,14 +36,14 @@ def audit(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show, check or export what this site received and sent."""
-    from fedgraft.client.policy.message_log import FILE
+    from fedgraft.client.membership.state_files import AUDIT
     from fedgraft.client.site_config import load_site
 
     if export not in ("", "csv", "jsonl"):
         raise InputError(f"--export {export}: no such format", hint="csv or jsonl")
     if head and not verify:
         raise InputError("--head is compared by --verify alone", hint="add --verify")
-    path = Path(load_site(site).state) / FILE
+    path = Path(load_site(site).state) / AUDIT
     console = Console(as_json=as_json)
     if verify:
         _verify(console, path, _known(head))

@@ -21,6 +21,7 @@ def fetch(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Import a local copy of a backbone into the site's store; say its digest and licence."""
+    from fedgraft.client.membership.state_files import BACKBONES
     from fedgraft.client.site_config import load_site
     from fedgraft.common.backbones.blob_store import BlobStore, make_manifest
 
@@ -38,7 +39,7 @@ def fetch(
         )
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with console.transfer("storing") as progress:
-        folder = BlobStore(state / "backbones").import_folder(path, manifest, progress=progress)
+        folder = BlobStore(state / BACKBONES).import_folder(path, manifest, progress=progress)
     console.json(
         {
             "name": manifest.source,

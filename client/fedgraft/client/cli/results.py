@@ -67,6 +67,7 @@ def _row(result: "Result") -> list[str]:
 
 
 def _measure(site: Path, result: "Result") -> None:
+    from fedgraft.client.membership.state_files import BACKBONES
     from fedgraft.client.participant import open_participant
     from fedgraft.client.results.compare import compare
     from fedgraft.client.results.report import write_report
@@ -74,7 +75,7 @@ def _measure(site: Path, result: "Result") -> None:
     from fedgraft.common.files import lock_folder
 
     at = open_participant({"site": str(site.resolve())})
-    set_store(at.state / "backbones")
+    set_store(at.state / BACKBONES)
     with lock_folder(result.folder):
         write_report(result.folder, compare(at, result))
 

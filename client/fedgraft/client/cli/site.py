@@ -68,7 +68,9 @@ def join(
 
 
 def admit(
-    name: Annotated[str, typer.Argument(help="A site that your kit does not name, or names.")],
+    name: Annotated[
+        str, typer.Argument(help="The name of the other site; your kit need not name it.")
+    ],
     key: Annotated[
         str, typer.Option(help="Its public key, as that site told you by another way.")
     ] = "",

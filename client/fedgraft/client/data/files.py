@@ -17,7 +17,16 @@ from typing import Any
 
 from fedgraft.common.errors import DataError
 
-__all__ = ["READERS", "Table", "column_names", "find_sources", "images_in", "read_tables"]
+__all__ = [
+    "READERS",
+    "Table",
+    "column_names",
+    "files_below",
+    "find_sources",
+    "images_in",
+    "is_text",
+    "read_tables",
+]
 
 Row = tuple[int, Any, Any]  # line or row number, content, label
 
@@ -90,7 +99,7 @@ def read_tables(path: str, *, content: str, label: str | None, images: bool) -> 
             tables.extend(_read_texts(source))
         elif source.is_dir():
             tables.append(_read_folder(source, images=images))
-        elif source.suffix.lower() in READERS or (label is None and _is_text(source)):
+        elif source.suffix.lower() in READERS or (label is None and is_text(source)):
             tables.append(_read_file(source, content, label, images=images))
         elif images:
             loose.append((source, source.parent.name))
@@ -102,26 +111,32 @@ def read_tables(path: str, *, content: str, label: str | None, images: bool) -> 
     return [*tables, _image_table(Path(path), loose)] if loose else tables
 
 
-def _is_text(path: Path) -> bool:
+def is_text(path: Path) -> bool:
+    """Return whether a file is one text, by its name."""
     return path.suffix.lower() == TEXT
 
 
 def _read_texts(path: Path) -> list[Table]:
     """Read every ``.txt`` file in the folder ``path`` and below it, in sorted order."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _is_text(file))
+    files = [file for file in files_below(path) if is_text(file)]
     if not files:
         raise DataError(
             f"{path} has no {TEXT} files",
             hint=f"put texts there, or name a table such as {path}/texts.jsonl",
         )
-    return [_read_file(file, "", None, images=False) for file in files if _kept(file)]
+    return [_read_file(file, "", None, images=False) for file in files]
 
 
 def _anywhere(path: Path) -> list[tuple[Path, str]]:
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _kept(file))
+    files = files_below(path)
     if not files:
         raise DataError(f"{path} has no files", hint="put the site's files there")
     return [(file, "") for file in files]
+
+
+def files_below(path: Path) -> list[Path]:
+    """Return all files in the folder ``path`` and below it, sorted, except litter."""
+    return sorted(file for file in path.rglob("*") if file.is_file() and _kept(file))
 
 
 def _read_file(path: Path, content: str, label: str | None, *, images: bool) -> Table:

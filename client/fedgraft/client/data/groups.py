@@ -28,14 +28,14 @@ def read_groups(path: str, data: Data, columns: Mapping[str, str]) -> NDArray[np
         DataError: the files are no tables, have no such column, or have a value that is not listed.
     """
     assert data.group is not None  # noqa: S101  # a job has group and groups, or neither
-    column, label = columns.get(data.group, data.group), columns.get(data.label, data.label)
+    column = columns.get(data.group, data.group)
     for source in find_sources(path):
         if source.suffix.lower() not in READERS:
             raise DataError(
                 f"{source} is no table, and has no column {column!r} of groups",
                 hint=f"write the rows into one of {', '.join(READERS)}, or leave data.group out",
             )
-    tables = read_tables(path, content=column, label=label, images=False)
+    tables = read_tables(path, content=column, label=None, images=False)
     places = [(table, row) for table in tables for row in range(len(table.contents))]
     return np.array([_group(*place, data.groups) for place in places], np.int64)
 

@@ -27,6 +27,7 @@ from fedgraft.client.data.groups import read_groups
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import DataError
 from fedgraft.common.examples import Examples
+from fedgraft.common.tasks import TASKS
 from fedgraft.common.tasks.base import Cell, Reading, Task
 from fedgraft.common.tasks.labels import nearest_label
 
@@ -101,10 +102,10 @@ def read_split(
 
     The data set has the content under ``Task.content``, ``label`` (int64), the other columns that
     the task stores and, if the job has groups, ``group`` (``read_groups``). ``columns`` maps a
-    column of the job's schema to the site's column. ``labels`` maps a value of the site's label
-    column to the job's name. If rows are not ``labelled``, no column of labels is needed. Nothing
-    is coerced, dropped or filled in; the one exception is a job whose ``data.on_bad_...`` is
-    ``"skip"``.
+    column of the job's schema to the site's column; it may also map columns of other tasks.
+    ``labels`` maps a value of the site's label column to the job's name. If rows are not
+    ``labelled``, no column of labels is needed. Nothing is coerced, dropped or filled in; the one
+    exception is a job whose ``data.on_bad_...`` is ``"skip"``.
 
     Raises:
         DataError: the first error in the files, and its place.
@@ -112,7 +113,7 @@ def read_split(
     task, modality = job.task, job.task.modality
     content = job.data.column(task.content)
     beside = job.data.column(task.beside) if task.beside else None
-    _check_mappings(job, [content, beside, job.data.group], columns, labels)
+    _check_mappings(job, columns, labels)
     read_beside = beside is not None and (labelled or not task.labelled)
     tables = read_tables(
         path,
@@ -184,18 +185,20 @@ def _made(values: Mapping[str, list[Any]], kinds: Mapping[str, Any]) -> datasets
     )
 
 
-def _check_mappings(
-    job: Job,
-    asked: Sequence[str | None],
-    columns: Mapping[str, str],
-    labels: Mapping[str, str],
-) -> None:
-    wanted = [name for name in asked if name is not None]
+def _check_mappings(job: Job, columns: Mapping[str, str], labels: Mapping[str, str]) -> None:
+    """Check that the mappings of ``site.toml`` have names that a job can ask for.
+
+    A site has one file for all its jobs, so it may map columns that another task reads.
+    """
+    keys = [key for task in TASKS.values() for key in (task.content, task.beside) if key]
+    known = {job.data.group, *keys, *map(job.data.column, keys)}
     for name in columns:
-        if name not in wanted:
+        if name not in known:
+            wanted = [job.task.content, job.task.beside]
+            asked = [job.data.column(key) for key in wanted if key] + [job.data.group]
             raise DataError(
-                f"data.columns maps {name!r}, which this job does not ask for",
-                hint=f"it asks for {' and '.join(map(repr, wanted))}",
+                f"data.columns maps {name!r}, which no job asks for",
+                hint=f"this job asks for {' and '.join(repr(one) for one in asked if one)}",
             )
     for value, name in labels.items() if job.task.wants_labels else ():
         if name not in job.job.labels:

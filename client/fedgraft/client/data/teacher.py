@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedgraft.client.data.batches import as_tensors, by_length, in_order
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.rows import encode
 from fedgraft.common.backbones.load import find_backbone, load, read_config
@@ -58,11 +59,11 @@ def teacher_logits(
 
 @torch.inference_mode()
 def _logits(model: Any, examples: Any, device: torch.device) -> NDArray[np.float32]:
-    order = np.argsort(np.asarray(examples.lengths), kind="stable")
-    found: list[NDArray[np.float32]] = []
-    for index in np.split(order, range(BATCH, len(order), BATCH)):
-        batch = examples.batch(index)
-        inputs = {key: torch.from_numpy(value).to(device) for key, value in batch.items()}
-        found.append(model(**inputs).logits.float().cpu().numpy())
-    logits: NDArray[np.float32] = np.concatenate(found)[np.argsort(order)]
+    batches = by_length(examples, BATCH)
+    found: list[torch.Tensor] = []
+    for index in batches:
+        inputs = as_tensors(examples.batch(index))
+        moved = {key: value.to(device) for key, value in inputs.items()}
+        found.append(model(**moved).logits.float().cpu())
+    logits: NDArray[np.float32] = in_order(batches, found).numpy()
     return logits

@@ -12,6 +12,7 @@ import grpc
 
 from fedgraft.client.doctor.local import OK, SKIPPED, Finding, Patient
 from fedgraft.client.membership.credentials import open_member_channel
+from fedgraft.client.membership.state_files import APPROVALS
 from fedgraft.common.backbones.manifest import Manifest
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc.fedgraft_v1_pb2_grpc import BackbonesStub
@@ -83,7 +84,7 @@ def _round(patient: Patient, most: int) -> tuple[int, str]:
     from fedgraft.client.policy.approvals import Agreements
     from fedgraft.client.policy.disclosure import Disclosure
 
-    newest = Agreements(patient.state / "approvals").newest()
+    newest = Agreements(patient.state / APPROVALS).newest()
     if newest is None:
         return most, f"the most that may leave in a round, {most / 1e6:g} MB"
     leaving = Disclosure(**newest.leaving)

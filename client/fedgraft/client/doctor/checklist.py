@@ -1,16 +1,14 @@
 """The checks of a site before it takes part: each says what it found, and how to mend it.
 
-A round needs the checked things in the order of the checks. A check that fails or breaks never
-stops the others. A check that needs a failed check is skipped. Nothing is changed.
+The checks run in the order in which a round needs what they check. A check that fails or breaks
+never stops the others. A check that needs a failed check is skipped. Nothing is changed.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgraft.client.doctor import bandwidth as line
-from fedgraft.client.doctor import device, network
-from fedgraft.client.doctor import local as here
+from fedgraft.client.doctor import bandwidth, device, local, network
 from fedgraft.client.doctor.local import FAIL, SKIPPED, Finding, Patient
 from fedgraft.common.errors import FedgraftError
 
@@ -27,26 +25,26 @@ class Check:
 
 
 CHECKS = (
-    Check("site.toml", here.site_file),
-    Check("policy", here.policy, ("site.toml",)),
-    Check("membership", here.membership, ("site.toml",)),
-    Check("certificate", here.certificate, ("membership",)),
-    Check("keys", here.keys, ("membership",)),
-    Check("disk", here.disk, ("site.toml",)),
+    Check("site.toml", local.site_file),
+    Check("policy", local.policy, ("site.toml",)),
+    Check("membership", local.membership, ("site.toml",)),
+    Check("certificate", local.certificate, ("membership",)),
+    Check("keys", local.keys, ("membership",)),
+    Check("disk", local.disk, ("site.toml",)),
     Check("name", network.name, ("membership",)),
     Check("tcp", network.tcp, ("name",)),
     Check("tls", network.tls, ("tcp",)),
     Check("coordinator", network.coordinator, ("tls", "certificate")),
     Check("clock", network.clock, ("coordinator",)),
     Check("latency", network.latency, ("coordinator",)),
-    Check("rate", line.rate, ("coordinator", "policy")),
+    Check("rate", bandwidth.rate, ("coordinator", "policy")),
     Check("proxies", network.proxies),
     Check("device", device.device, ("site.toml",)),
     Check("training", device.training, ("device",)),
-    Check("data", here.data, ("site.toml",)),
-    Check("roster", here.roster, ("membership",)),
-    Check("rules", here.rules, ("policy",)),
-    Check("audit", here.audit, ("site.toml",)),
+    Check("data", local.data, ("site.toml",)),
+    Check("roster", local.roster, ("membership",)),
+    Check("rules", local.rules, ("policy",)),
+    Check("audit", local.audit, ("site.toml",)),
 )
 
 

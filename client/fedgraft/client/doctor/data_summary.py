@@ -1,17 +1,24 @@
 """A summary of the data in a file, folder or pattern, without any job: counts, no values.
 
-Column names are shown only if at least two of them are names that a job could ask for: in a CSV
-file without a header, the first row would be taken for names. Names of label folders, and of files
-beside a missing file, are not shown either.
+In a CSV file without a header, the first row would be taken for column names. So they are shown
+only if at least two of them are names that a job could ask for; if it is one, only that one is
+shown. Names of label folders, and of files beside a missing file, are not shown either.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgraft.client.data.files import READERS, column_names, find_sources, images_in
+from fedgraft.client.data.files import (
+    READERS,
+    column_names,
+    files_below,
+    find_sources,
+    images_in,
+    is_text,
+)
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks import TASKS
 
@@ -23,6 +30,7 @@ DEFAULTS = tuple(
         key for task in TASKS.values() for key in (task.content, task.beside) if key is not None
     )
 )
+CONTENTS = frozenset(task.content for task in TASKS.values())
 MOST = 20  # column names that are shown
 
 
@@ -40,7 +48,8 @@ class _Seen:
     """The counts of one source.
 
     ``rows`` is the number of rows. ``columns`` are given only if they are certainly names;
-    ``nameless`` says that they are not. ``lacking`` is the number of rows that lack a value.
+    ``nameless`` says that none is one that a job asks for. ``lacking`` is the number of rows that
+    lack a value.
     """
 
     rows: int
@@ -76,7 +85,7 @@ def _summed(seen: list[_Seen]) -> Survey:
         hint = "fill them in or remove those rows: a job stops at the first"
         return Survey("warn", f"{what}, {lacking:,} of them empty in a column", hint)
     if any(one.nameless for one in seen):
-        hint = "no two columns have names that a job asks for: is there a header? else map them"
+        hint = "no column has a name that a job asks for: is there a header? else map them"
         return Survey("warn", what, f"{hint} in [data.columns]")
     return Survey("ok", what)
 
@@ -89,18 +98,26 @@ def _listed(names: list[str]) -> str:
 
 def _look(source: Path, columns: Mapping[str, str]) -> _Seen:
     if source.is_dir():
-        return _images(images_in(source))
+        return _files(_examples_in(source))
     if source.suffix.lower() not in READERS:
-        return _images([source])
+        return _files([source])
     return _table(source, columns)
 
 
-def _images(paths: Iterable[Path]) -> _Seen:
+def _examples_in(folder: Path) -> list[Path]:
+    """Return the files that are examples: texts, else those in label folders, else all files."""
+    files = files_below(folder)
+    texts = [file for file in files if is_text(file)]
+    if len(texts) > len(files) / 2:  # a few beside images only describe them
+        return texts
+    return images_in(folder) or files
+
+
+def _files(paths: Sequence[Path]) -> _Seen:
     """Count files that may be read. Decoding is not tried: it takes as long as a round."""
-    paths = list(paths)
     closed = sum(not os.access(path, os.R_OK) for path in paths)
     if not paths:
-        raise DataError("no files in label folders", hint="one folder per label of the job")
+        raise DataError("no files", hint="put the site's files there")
     if closed:
         raise DataError(f"{closed:,} of {len(paths):,} files", hint="check owner and mode")
     return _Seen(len(paths))
@@ -115,21 +132,24 @@ def _table(source: Path, columns: Mapping[str, str]) -> _Seen:
         )
     wanted = {*columns.values(), *(set(DEFAULTS) - columns.keys())}
     known = [name for name in there if name in wanted]
-    sure, counted = len(set(known)) > 1, Counter(there)
+    contents = {*columns.values(), *CONTENTS}
+    several, counted = len(set(known)) > 1, Counter(there)
+    sure = several or not contents.isdisjoint(known)
     twice = [name for name in known if counted[name] > 1]
     if sure and twice:
         raise DataError(f"there are two columns {twice[0]!r}", hint="rename one of them")
     single = [name for name in there if counted[name] == 1]
     if not single:
         raise DataError("no column has a name of its own", hint="is there a header?")
-    content, label = (known[0], known[1]) if sure else (single[0], single[0])
+    content, label = (known if sure else single)[0], known[1] if several else None
     rows = lacking = 0
     for _, one, other in READERS[source.suffix.lower()](source, content, label):
         rows += 1
-        lacking += sure and any(_empty(value) for value in (one, other))
+        lacking += sure and (_empty(one) or (label is not None and _empty(other)))
     if not rows:
         raise DataError("it has no rows", hint="put at least one row under the header")
-    return _Seen(rows, tuple(there) if sure else (), lacking, nameless=not sure)
+    shown = there if several else known if sure else []
+    return _Seen(rows, tuple(shown), lacking, nameless=not sure)
 
 
 def _empty(value: object) -> bool:

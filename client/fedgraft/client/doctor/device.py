@@ -92,7 +92,7 @@ def _train(chosen: "torch.device") -> tuple[bool, int]:
     import torch
 
     from fedgraft.client.model.batched_model import open_stack
-    from fedgraft.client.training.trainer import Task, train_alone
+    from fedgraft.client.training.trainer import TrainingTask, train_alone
     from fedgraft.common.config.jobfile import parse_job
     from fedgraft.common.examples import ImageExamples
     from fedgraft.common.seeds import numpy_generator, torch_generator
@@ -109,7 +109,7 @@ def _train(chosen: "torch.device") -> tuple[bool, int]:
         draw.standard_normal(shape, dtype=np.float32),
         np.arange(count, dtype=np.int64),
     )
-    task = Task(examples, stack.bench.initial, torch_generator(0, "doctor"))
+    task = TrainingTask(examples, stack.bench.initial, torch_generator(0, "doctor"))
     came = train_alone(stack, stack.bench.layout, task, settings=job.training)
     return not np.array_equal(came.vector, task.start), came.steps
 

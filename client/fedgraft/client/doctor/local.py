@@ -18,6 +18,15 @@ from fedgraft.client.membership.credentials import (
 )
 from fedgraft.client.membership.identity import load_identity
 from fedgraft.client.membership.roster import roster_fingerprint
+from fedgraft.client.membership.state_files import (
+    AUDIT,
+    BACKBONES,
+    CA,
+    CERTIFICATE,
+    IDENTITY,
+    ROSTER,
+    TLS_KEY,
+)
 from fedgraft.client.site_config import SiteConfig, load_site
 from fedgraft.common.backbones.blob_store import RESERVE
 from fedgraft.common.backbones.manifest import Manifest
@@ -25,7 +34,24 @@ from fedgraft.common.federation.audit_log import verify
 from fedgraft.common.federation.certificates import begins, expires, load_key, site_of
 from fedgraft.common.federation.federation_file import load_federation
 
-__all__ = ["FAIL", "OK", "SKIPPED", "WARN", "Finding", "Patient"]
+__all__ = [
+    "FAIL",
+    "OK",
+    "SKIPPED",
+    "WARN",
+    "Finding",
+    "Patient",
+    "audit",
+    "certificate",
+    "data",
+    "disk",
+    "keys",
+    "membership",
+    "policy",
+    "roster",
+    "rules",
+    "site_file",
+]
 
 OK, WARN, FAIL, SKIPPED = "ok", "warn", "fail", "skipped"
 UNKNOWN = 1_000_000_000  # bytes: the room for a backbone that is not known yet
@@ -127,10 +153,10 @@ def membership(patient: Patient) -> Finding:
 def certificate(patient: Patient) -> Finding:
     """Check that the certificate is valid today, from the pinned CA, and for our key."""
     now, again = datetime.now(UTC), patient.new_kit
-    for name in ("certificate.pem", "ca.pem", "tls.key"):
+    for name in (CERTIFICATE, CA, TLS_KEY):
         if not (patient.state / name).exists():
             return Finding("certificate", FAIL, f"{name} is missing", again)
-    pem = (patient.state / "certificate.pem").read_bytes()
+    pem = (patient.state / CERTIFICATE).read_bytes()
     if now < begins(pem):
         hint = "set the clock: timedatectl set-ntp true"
         return Finding("certificate", FAIL, f"valid from {begins(pem):%Y-%m-%d %H:%M} UTC", hint)
@@ -138,7 +164,7 @@ def certificate(patient: Patient) -> Finding:
     if left <= timedelta(0):
         what = f"expired on {expires(pem):%Y-%m-%d %H:%M} UTC"
         return Finding("certificate", FAIL, what, again)
-    ca, key = ((patient.state / name).read_bytes() for name in ("ca.pem", "tls.key"))
+    ca, key = ((patient.state / name).read_bytes() for name in (CA, TLS_KEY))
     named = site_of(pem, ca, load_key(key).public_key(), now)
     if named != patient.member.site:
         return Finding("certificate", FAIL, f"it is for {named}", again)
@@ -152,7 +178,7 @@ def certificate(patient: Patient) -> Finding:
 def keys(patient: Patient) -> Finding:
     """Check that only this user may use the private keys (0600) and the state folder (0700)."""
     state, again = patient.state, patient.new_kit
-    for path in (state / "identity.pem", state / "tls.key"):
+    for path in (state / IDENTITY, state / TLS_KEY):
         if not path.exists():
             return Finding("keys", FAIL, f"{path} is missing", again)
         if mode := path.stat().st_mode & 0o077:
@@ -187,7 +213,7 @@ def disk(patient: Patient) -> Finding:
 
 def _largest_backbone(state: Path) -> int:
     """Return the bytes of the largest backbone that is here; 0 without any."""
-    manifests = (state / "backbones" / "manifests").glob("*.json")
+    manifests = (state / BACKBONES / "manifests").glob("*.json")
     return max((Manifest.from_json(path.read_bytes()).size for path in manifests), default=0)
 
 
@@ -197,7 +223,7 @@ def _gigabytes(size: int) -> str:
 
 def roster(patient: Patient) -> Finding:
     """Report the fingerprint of all sites' keys in the coordinator's roster, for comparison."""
-    federation = load_federation(patient.state / "roster.toml")
+    federation = load_federation(patient.state / ROSTER)
     own = load_identity(patient.state).public.hex()
     if federation.sites.get(patient.member.site) != own:
         hint = "tell the coordinator and the other sites: someone lies, or keys were mixed up"
@@ -209,7 +235,7 @@ def roster(patient: Patient) -> Finding:
 
 def audit(patient: Patient) -> Finding:
     """Check that each line of the audit follows from the line before."""
-    path = patient.state / "audit.jsonl"
+    path = patient.state / AUDIT
     if not path.exists():
         return Finding("audit", OK, "no line yet")
     return Finding("audit", OK, f"{verify(path)} lines, each follows from the one before")

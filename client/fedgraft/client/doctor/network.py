@@ -15,6 +15,7 @@ import grpc
 
 from fedgraft.client.doctor.local import FAIL, OK, SKIPPED, WARN, Finding, Patient
 from fedgraft.client.membership.credentials import open_member_channel
+from fedgraft.client.membership.state_files import CA
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
 from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 
@@ -70,9 +71,9 @@ def tls(patient: Patient) -> Finding:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # the next check uses our certificate
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        context.load_verify_locations(cafile=patient.state / "ca.pem")
+        context.load_verify_locations(cafile=patient.state / CA)
     except (OSError, ssl.SSLError):
-        return Finding("tls", FAIL, "ca.pem is missing or damaged", patient.new_kit)
+        return Finding("tls", FAIL, f"{CA} is missing or damaged", patient.new_kit)
     try:
         with (
             socket.create_connection((host, port), PATIENCE) as plain,

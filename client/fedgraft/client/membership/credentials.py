@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
+from fedgraft.client.membership.state_files import CA, CERTIFICATE, MEMBERSHIP, TLS_KEY
 from fedgraft.common.errors import FedgraftError, InputError
 from fedgraft.common.federation.certificates import begins, expires, load_key, make_csr, site_of
 from fedgraft.common.files import write_text
@@ -43,7 +44,7 @@ HINTS = {
     "site-revoked": "the coordinator shut this site out: ask them",
     "too-many-tries": "wait a minute",
     "too-many-certificates": "wait until some have ended; look for what renews them so often",
-    "another-key": "restore tls.key, or ask the coordinator for a new kit and join again",
+    "another-key": f"restore {TLS_KEY}, or ask the coordinator for a new kit and join again",
     "bad-request": "one kit, one folder: another site may have joined from this one",
 }
 
@@ -66,7 +67,7 @@ def load_membership(state: Path) -> Membership:
         InputError: this site has not joined.
     """
     try:
-        raw = json.loads((state / "membership.json").read_text(encoding="utf-8"))
+        raw = json.loads((state / MEMBERSHIP).read_text(encoding="utf-8"))
         return Membership(**{**raw, "sites": tuple(raw["sites"])})
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
@@ -81,7 +82,7 @@ def load_tls_key(state: Path) -> EllipticCurvePrivateKey:
     Raises:
         InputError: the key is missing, or others may read it.
     """
-    path = state / "tls.key"
+    path = state / TLS_KEY
     try:
         if path.stat().st_mode & 0o077:
             raise InputError(f"{path} can be read by others", hint=f"chmod 600 {path}")
@@ -94,7 +95,7 @@ def load_tls_key(state: Path) -> EllipticCurvePrivateKey:
 
 def keep_membership(state: Path, member: Membership) -> None:
     """Write ``membership.json``; from then on, the site has joined."""
-    write_text(state / "membership.json", json.dumps(asdict(member), indent=1) + "\n")
+    write_text(state / MEMBERSHIP, json.dumps(asdict(member), indent=1) + "\n")
 
 
 def set_aside(state: Path) -> str:
@@ -102,7 +103,7 @@ def set_aside(state: Path) -> str:
 
     The state folder itself stays: it has the record of the site's answers, which must not be lost.
     """
-    path = state / "membership.json"
+    path = state / MEMBERSHIP
     return f"mv {path} {path}.old"
 
 
@@ -110,15 +111,15 @@ def open_member_channel(state: Path, endpoint: str) -> grpc.Channel:
     """Return a channel to the coordinator's services with this site's certificate."""
     return open_channel(
         endpoint,
-        ca=(state / "ca.pem").read_bytes(),
-        key=(state / "tls.key").read_bytes(),
-        certificate=(state / "certificate.pem").read_bytes(),
+        ca=(state / CA).read_bytes(),
+        key=(state / TLS_KEY).read_bytes(),
+        certificate=(state / CERTIFICATE).read_bytes(),
     )
 
 
 def renewal_due(state: Path, now: datetime) -> bool:
     """Return whether two thirds of the certificate's life are over."""
-    pem = (state / "certificate.pem").read_bytes()
+    pem = (state / CERTIFICATE).read_bytes()
     start, end = begins(pem), expires(pem)
     return now >= start + timedelta(seconds=SHARE * (end - start).total_seconds())
 
@@ -133,10 +134,10 @@ def renew(member: Membership, state: Path) -> None:
     with open_member_channel(state, member.endpoint) as channel:
         stub = services.MembershipStub(channel)
         reply = ask(stub.Renew, pb.RenewRequest(csr=make_csr(key, member.site)))
-    ca = (state / "ca.pem").read_bytes()
+    ca = (state / CA).read_bytes()
     if site_of(reply.certificate, ca, key.public_key(), datetime.now(UTC)) != member.site:
         raise InputError("the certificate is for another site", hint="tell the coordinator")
-    write_text(state / "certificate.pem", reply.certificate.decode())
+    write_text(state / CERTIFICATE, reply.certificate.decode())
 
 
 def ask(method: Callable[..., Any], request: Any) -> Any:

@@ -7,13 +7,12 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedgraft.client.membership.state_files import IDENTITY
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_private
 from fedgraft.common.secagg.keys import Identity
 
 __all__ = ["load_identity", "make_identity"]
-
-FILE = "identity.pem"
 
 
 def make_identity(state: Path) -> Identity:
@@ -22,7 +21,7 @@ def make_identity(state: Path) -> Identity:
     Raises:
         InputError: the file there is no private key, or others may read it.
     """
-    path = state / FILE
+    path = state / IDENTITY
     if not path.exists():
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         pem = Ed25519PrivateKey.generate().private_bytes(
@@ -40,7 +39,7 @@ def load_identity(state: Path) -> Identity:
     Raises:
         InputError: there is none, it is no Ed25519 private key, or others may read it.
     """
-    path = state / FILE
+    path = state / IDENTITY
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise InputError(f"{path} can be read by others", hint=f"chmod 600 {path}")

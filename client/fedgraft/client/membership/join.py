@@ -14,6 +14,7 @@ from fedgraft.client.membership.credentials import (
 )
 from fedgraft.client.membership.identity import make_identity
 from fedgraft.client.membership.roster import Trust, accept, keep_roster
+from fedgraft.client.membership.state_files import CA, CERTIFICATE, MEMBERSHIP, TLS_KEY
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation.certificates import (
     fingerprint,
@@ -49,15 +50,15 @@ def join(kit: Kit, state: Path, now: datetime) -> Joined:
         FedgraftError: the coordinator cannot be reached, or refuses.
         InputError: the site has joined already, or the coordinator's answer is not for us.
     """
-    if (state / "membership.json").exists():
+    if (state / MEMBERSHIP).exists():
         hint = f"to join again with a new kit: {set_aside(state)}"
         raise InputError("this site has joined already", hint=hint)
     try:
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.chmod(state, 0o700)
         identity = make_identity(state)
-        if not (state / "tls.key").exists():
-            write_private(state / "tls.key", key_to_pem(make_key()))
+        if not (state / TLS_KEY).exists():
+            write_private(state / TLS_KEY, key_to_pem(make_key()))
     except OSError as error:
         raise InputError(
             f"{state} cannot be written: {error.strerror}", hint="check the folder"
@@ -78,8 +79,8 @@ def join(kit: Kit, state: Path, now: datetime) -> Joined:
         raise InputError("the certificate is for another site", hint="tell the coordinator")
     trust = Trust(kit.site, identity.public.hex(), kit.sites, {}, kit.floor)
     federation, strangers = accept(reply.roster, trust)
-    write_text(state / "ca.pem", kit.ca)
-    write_text(state / "certificate.pem", reply.certificate.decode())
+    write_text(state / CA, kit.ca)
+    write_text(state / CERTIFICATE, reply.certificate.decode())
     keep_roster(state, federation)
     member = Membership(kit.federation, kit.site, kit.endpoint, fingerprint(ca), kit.sites)
     keep_membership(state, member)  # last: the site has then joined

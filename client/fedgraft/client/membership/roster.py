@@ -21,6 +21,7 @@ from fedgraft.client.membership.credentials import (
     open_member_channel,
 )
 from fedgraft.client.membership.identity import load_identity
+from fedgraft.client.membership.state_files import AUDIT, ROSTER
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation.audit_log import Audit
 from fedgraft.common.federation.federation_file import (
@@ -36,7 +37,7 @@ from fedgraft.common.rpc import fedgraft_v1_pb2_grpc as services
 
 __all__ = ["Trust", "accept", "admit", "keep_roster", "refresh_roster", "roster_fingerprint"]
 
-FILE, KNOWN, AUDIT = "roster.toml", "known.json", "audit.jsonl"
+KNOWN = "known.json"
 KEY = r"[0-9a-f]{64}"
 
 
@@ -70,7 +71,7 @@ def refresh_roster(state: Path) -> Federation:
     member = load_membership(state)  # read again: a person may have admitted a site
     with open_member_channel(state, member.endpoint) as channel:
         reply = ask(services.MembershipStub(channel).GetRoster, pb.RosterRequest())
-    before = load_federation(state / FILE)
+    before = load_federation(state / ROSTER)
     trust = Trust(
         member.site,
         load_identity(state).public.hex(),
@@ -118,7 +119,7 @@ def accept(roster: bytes, trust: Trust) -> tuple[Federation, list[str]]:
 
 def keep_roster(state: Path, federation: Federation) -> None:
     """Write the accepted roster; a file that has this content already is not written again."""
-    path = state / FILE
+    path = state / ROSTER
     known = {**_known(state, None), **federation.sites}
     if known != _known(state, None):
         _write_known(state, known)  # first, so that every key in use is known
@@ -141,7 +142,7 @@ def admit(state: Path, name: str, key: str = "") -> None:
         raise InputError(f"{name} is not the name of another site", hint="as the site calls itself")
     if key and not re.fullmatch(KEY, key):
         raise InputError("the key is not 64 hex digits", hint="the public key of that site")
-    known = _known(state, load_federation(state / FILE))
+    known = _known(state, load_federation(state / ROSTER))
     facts = {"run": "", "round": 0, "stage": "admit", "policy": "", "direction": ""}
     Audit(state / AUDIT).append(facts | {"decision": "admitted", "site": name, "key": key})
     known.pop(name, None)

@@ -10,7 +10,7 @@ with K = 1.
 import copy
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fedgraft.client.model.batched_modules import (
     Stacked,
     stacked_module,
 )
+from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.quantization import quantized_layers
 from fedgraft.client.model.randomness import Randomness, SiteDropout
 from fedgraft.client.objectives import OBJECTIVES, Objective
@@ -30,9 +31,6 @@ from fedgraft.common.backbones.load import body_names
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
 from fedgraft.common.layout import OUTER, Layout, Vector, is_head
-
-if TYPE_CHECKING:
-    from fedgraft.client.model.frozen_prefix import Prefix
 
 __all__ = ["Stack", "check_stacking", "close_stacks", "open_stack"]
 
@@ -58,7 +56,7 @@ class Stack:
     modules: dict[str, tuple[Stacked, str]]
     fixed: dict[str, torch.Tensor]
     bits: int = 0
-    prefixes: "dict[tuple[str, ...], Prefix | None]" = field(default_factory=dict)
+    prefixes: dict[tuple[str, ...], Prefix | None] = field(default_factory=dict)
 
     @property
     def objective(self) -> Objective:

@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedgraft.client.data.batches import Inputs, as_tensors
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.client.model.frozen_prefix import FEWEST, Inputs, Prefix, find_prefix
+from fedgraft.client.model.cut import Prefix
+from fedgraft.client.model.frozen_prefix import FEWEST, find_prefix
 from fedgraft.client.objectives import restrict
 from fedgraft.common.examples import Examples, Indices
-from fedgraft.common.examples import Inputs as Arrays
 from fedgraft.common.layout import Layout
 
 __all__ = [
     "Feed",
     "VaryFeed",
-    "as_tensors",
     "compute",
     "logits_of",
     "open_feed",
@@ -32,11 +32,6 @@ COMPUTED = 64  # examples in one pass through the frozen layers
 WHOLE = 16  # tokens; if a width is no multiple of a vector, sums over it add in another order
 
 VaryFeed = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
-
-
-def as_tensors(arrays: Arrays) -> Inputs:
-    """Return a batch as PyTorch tensors on the same memory."""
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 class Feed:

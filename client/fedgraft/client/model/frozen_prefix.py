@@ -5,50 +5,34 @@ A frozen layer in eval mode gives the same activations in every epoch and round
 it can be skipped. If only the head trains, the input of the head is cached and the whole body is
 skipped.
 
-Nothing here depends on an architecture. Either a container of repeated layers (``nn.ModuleList``,
-``Sequential``) is cut at its first trained layer. Or the chain of modules from the body's output to
-the logits is found by following tensors through one forward pass. Then the cut is checked: resuming
-from it must give the same bits as the whole model, and an example's activations must be the same
-bits whichever other examples are in the batch. Otherwise there is no prefix.
+Nothing here depends on an architecture. There are two ways to cut: a container of repeated layers
+(``nn.ModuleList``, ``Sequential``) at its first trained layer; or the chain of modules from the
+body's output to the model's, which is found by following tensors through one forward pass. Then the
+cut is checked: resuming from it must give the same bits as the whole model, and an example's
+activations must be the same bits whichever other examples are in the batch. Otherwise there is no
+prefix.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
+from fedgraft.client.data.batches import Inputs
 from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.cut import Prefix
 from fedgraft.common.backbones.load import body_names
 from fedgraft.common.layout import Layout
 
-__all__ = ["FEWEST", "Inputs", "Prefix", "find_prefix", "identity_of"]
+__all__ = ["FEWEST", "find_prefix", "identity_of"]
 
-Inputs = dict[str, torch.Tensor]
 FEWEST = 8  # rows in a pass: kernels for fewer rows may add in another order
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """A cut before the first trained layer: a function to stop there, and one to resume.
-
-    ``identity`` is a hash over the frozen model, its precision and device, and the place of the
-    cut. Resuming needs the inputs only if ``whole``. ``by_token`` says that activations are
-    [rows, tokens, ...]. ``unit`` is an empty tensor [0, ...] that has the shape and dtype of one
-    token's activations (or of one row's).
-    """
-
-    identity: str
-    whole: bool
-    by_token: bool
-    unit: torch.Tensor
-    stop: Callable[[Inputs], torch.Tensor]
-    resume: Callable[[Inputs, torch.Tensor], torch.Tensor]
 
 
 class _Reached(Exception):  # not an error: it ends a forward pass early
@@ -66,10 +50,10 @@ def find_prefix(stack: Stack, trained: Layout, inputs: Inputs) -> Prefix | None:
     """
     stack.put_one(stack.bench.layout, stack.bench.initial)
     modules = {id(stack.modules[name][0]) for name in trained.of_model.names}
-    order, chain = _follow(stack, inputs)
+    order, chain, name = _follow(stack, inputs)
     found: list[tuple[str, _Stop, _Resume]] = []
     if chain and modules <= {id(m) for link in chain for m in link.modules()}:
-        found.append(("head", *_cut_before_head(stack, chain)))
+        found.append(("head", *_cut_before_head(stack, chain, name)))
     if cut := _widest_cut(stack, modules, order):
         found.append((f"{cut[0]}.{cut[2]}", *_cut_in_container(stack, cut[1], cut[2])))
     for place, stop, resume in found:
@@ -104,10 +88,12 @@ def identity_of(stack: Stack, place: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Module]]:
-    """Return the order in which modules are first entered, and the chain from body to logits.
+def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Module], str]:
+    """Return the order in which modules are first entered, and the chain from body to output.
 
-    The chain is empty if any module of it gets another input than the output of the one before.
+    The chain's result is the returned field of the model's output, such as ``logits``. The chain is
+    empty if it ends elsewhere, or if any module of it gets another input than the output of the one
+    before.
     """
     bodies = body_names(stack.model)
     heads = {id(child) for name, child in stack.model.named_children() if name not in bodies}
@@ -130,9 +116,10 @@ def _follow(stack: Stack, inputs: Inputs) -> tuple[dict[int, int], list[nn.Modul
     finally:
         for handle in handles:
             handle.remove()
-    whole = links and links[-1][2] is getattr(output, "logits", None)
-    linked = all(one[2] is other[1] for one, other in pairwise(links))
-    return order, [module for module, _, _ in links] if whole and linked else []
+    fields = [name for name, value in output.items() if links and value is links[-1][2]]
+    if not fields or not all(one[2] is other[1] for one, other in pairwise(links)):
+        return order, [], ""
+    return order, [module for module, _, _ in links], fields[0]
 
 
 def _widest_cut(
@@ -155,14 +142,14 @@ def _widest_cut(
     return max(found, key=lambda one: one[0])[1:] if found else None
 
 
-def _cut_before_head(stack: Stack, chain: Sequence[nn.Module]) -> tuple[_Stop, _Resume]:
+def _cut_before_head(stack: Stack, chain: Sequence[nn.Module], name: str) -> tuple[_Stop, _Resume]:
     def stop(inputs: Inputs) -> torch.Tensor:
         return _until(stack, chain[0], inputs, before=True)
 
     def resume(inputs: Inputs, hidden: torch.Tensor) -> torch.Tensor:
         for link in chain:
             hidden = link(hidden)
-        return hidden.float()
+        return stack.objective.predicted(SimpleNamespace(**{name: hidden}), stack.model)
 
     return stop, resume
 

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 from fedgraft.client.membership.credentials import Membership, ask, open_member_channel
-from fedgraft.client.policy.message_log import FILE
+from fedgraft.client.membership.state_files import AUDIT
 from fedgraft.common.errors import FedgraftError
 from fedgraft.common.federation.audit_log import Audit, AuditHead
 from fedgraft.common.rpc import fedgraft_v1_pb2 as pb
@@ -34,7 +34,7 @@ def report_audit_head(
     Raises:
         FedgraftError: the audit cannot be read, or the coordinator cannot be reached or refuses.
     """
-    head, facts = Audit(state / FILE).newest
+    head, facts = Audit(state / AUDIT).newest
     if not head.lines or head == known:
         return known
     request = pb.HeadRequest(

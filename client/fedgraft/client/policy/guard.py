@@ -2,8 +2,9 @@
 
 ``admit`` records a request, and checks it against the policy and the agreement. ``consent`` agrees
 to a job, or lets a person decide. ``release`` checks a reply against the policy and records it. A
-reply that cannot be recorded does not leave. The reason of a refusal says nothing about the data.
-The one exception is the number of examples in a job in clear, whose replies tell this number.
+reply that cannot be recorded does not leave. A refusal says nothing about the data, with one
+exception: in a job in clear it may tell that there are too few examples, because the replies
+contain this number anyway.
 """
 
 import logging
@@ -16,14 +17,16 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from fedgraft.client.membership.state_files import APPROVALS
 from fedgraft.client.policy.approvals import Agreement, Agreements, hash_plan
 from fedgraft.client.policy.disclosure import Disclosure
 from fedgraft.client.policy.message_log import MessageLog, Occasion
 from fedgraft.client.policy.policy_file import METRICS, Policy, RoundFacts, check_plan, load_policy
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
-from fedgraft.common.errors import FedgraftError, SiteFailure
+from fedgraft.common.errors import FedgraftError, MessageError, SiteFailure
 from fedgraft.common.layout import Layout
 from fedgraft.common.messages.codec import RecordDict, encode, wire_bytes
 from fedgraft.common.messages.payloads import (
@@ -44,6 +47,7 @@ from fedgraft.common.messages.payloads import (
     TrainRequest,
     Work,
 )
+from fedgraft.common.metrics.tally import Tally
 
 __all__ = ["SESSION", "Guard"]
 
@@ -59,7 +63,7 @@ class Guard:
         self, policy: Path, state: Path, *, now: Callable[[], datetime] = datetime.now
     ) -> None:
         self._path, self._state, self._now = policy, state, now
-        self.agreements = Agreements(state / "approvals")
+        self.agreements = Agreements(state / APPROVALS)
 
     @cached_property
     def policy(self) -> Policy:
@@ -153,7 +157,7 @@ class Guard:
         session = "" if request is None else request.session
         occasion = self._occasion(stage, request, under_way)
         try:
-            return self._recorded(occasion, request, self._checked(occasion, reply))
+            return self._recorded(occasion, request, self._checked(reply))
         except SiteFailure as error:
             log.warning("%s: the reply stays here: %s", stage, error.code)
             refusal = Refusal(session, error.code)
@@ -166,18 +170,29 @@ class Guard:
             log.error("%s: nothing can be recorded: %s", stage, type(error).__name__)
             return Refusal(session, "audit-failed"), encode(Refusal(session, "audit-failed"))
 
-    def _checked(self, occasion: Occasion, reply: Reply) -> Reply:
+    def _checked(self, reply: Reply) -> Reply:
         """Return the reply as it may leave: its metrics are allowed, and its losses are rounded."""
         if isinstance(reply, TrainReply):
             self._check_metrics({"loss"})
             return replace(reply, loss=round(reply.loss, self.policy.metrics.round_to))
         if isinstance(reply, EvaluateReply):
             self._check_metrics(set(METRICS))
-            examples = max(reply.tally[1:].sum(), 1.0)
-            tally = reply.tally.copy()  # it has the sum of losses; their mean is rounded
-            tally[0] = np.round(tally[0] / examples, self.policy.metrics.round_to) * examples
-            return replace(reply, tally=tally)
+            return replace(reply, tally=self._rounded(reply))
         return reply
+
+    def _rounded(self, reply: EvaluateReply) -> NDArray[np.float64]:
+        """Return the tally of ``reply``; its sum of losses is that of the rounded mean.
+
+        Raises:
+            SiteFailure: ``loss-not-finite``, or the sum is too large for a tally.
+        """
+        job = Job.model_validate_json(self._agreement(reply.session).job)
+        try:
+            tally = Tally.from_vector(reply.tally, job.measures)
+        except MessageError:  # the counts are this site's own, so it is the sum of losses
+            raise SiteFailure("loss-not-finite") from None
+        mean = round(tally.mean_loss, self.policy.metrics.round_to)
+        return replace(tally, loss=mean * tally.examples).to_vector()
 
     def _check_metrics(self, revealed: set[str]) -> None:
         if not revealed <= set(self.policy.metrics.allowed):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgraft.client.membership.state_files import AUDIT
 from fedgraft.common.federation.audit_log import Audit
 from fedgraft.common.files import write_atomically
 from fedgraft.common.layout import Layout
@@ -28,9 +29,7 @@ from fedgraft.common.secagg.statements import MaskedInput
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["FILE", "MessageLog", "Occasion"]
-
-FILE = "audit.jsonl"
+__all__ = ["MessageLog", "Occasion"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class MessageLog:
     """The records of one site; sent data are kept for ``keep`` rounds."""
 
     def __init__(self, state: Path, *, keep: int) -> None:
-        self.audit = Audit(state / FILE)
+        self.audit = Audit(state / AUDIT)
         self.sent_folder = state / "sent"
         self._keep = keep
 

@@ -1,11 +1,11 @@
 """The site's policy, ``policy.toml``: everything that a job may ask of this site.
 
 The site writes this file and reads it; no message changes it. Everything that is not allowed is
-refused: if the file names no backbones, methods or metrics, none is allowed. Every key has a reason
-code, and the coordinator learns only this code.
+refused: if the file names no backbones, methods or metrics, none is allowed. Every key that can
+refuse a job has a reason code, and the coordinator learns only this code. ``round_to`` and
+``keep_sent`` refuse nothing.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -23,7 +23,7 @@ from fedgraft.common.errors import JobError, SiteFailure
 from fedgraft.common.methods import METHODS
 from fedgraft.common.privacy import FEWEST
 from fedgraft.common.section import IllegalJob, Section, Size
-from fedgraft.common.toml import read_text
+from fedgraft.common.toml import explain_problem, read_text
 
 __all__ = ["Hours", "Policy", "RoundFacts", "check_plan", "load_policy"]
 
@@ -311,17 +311,7 @@ def load_policy(path: Path) -> Policy:
 
 def _explain(problem: dict[str, Any]) -> tuple[str, str]:
     """Return one pydantic problem as (what is wrong, what to do)."""
-    loc = [str(part) for part in problem["loc"]]
-    key = ".".join(loc)
-    if problem["type"] == "extra_forbidden":
-        section = Policy.model_fields[loc[0]].annotation if loc[1:] else Policy
-        known = list(getattr(section, "model_fields", {}))
-        near = difflib.get_close_matches(loc[-1], known, n=1, cutoff=0.5)
-        return f"unknown key {key}", f"did you mean {near[0]}?" if near else f"known: {known}"
-    if problem["type"] == "model_type":
-        return f"{key}: a section, not a value", f"write [{key}] and its keys below it"
-    if loc[:2] == ["model", "allowed_backbones"]:
-        return f"{key} is no digest", 'NAME = "sha256:" and 64 hex digits'
-    message = problem["msg"].removeprefix("Value error, ")
-    hint = getattr(problem.get("ctx", {}).get("error"), "hint", f"mend {key}")
-    return f"{key}: {message}", hint
+    loc = problem["loc"]
+    if loc[:2] == ("model", "allowed_backbones"):
+        return f"{'.'.join(map(str, loc))} is no digest", 'NAME = "sha256:" and 64 hex digits'
+    return explain_problem(problem, Policy)

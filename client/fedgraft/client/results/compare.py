@@ -3,7 +3,7 @@
     federated    the adapter that was kept (``results``)
     local_only   trained here alone, for as many epochs as a site trains in the federation, from the
                  earlier adapter if the job continues one
-    zero_shot    the backbone with its own head, untouched (only if that head knows the labels)
+    zero_shot    the backbone with its own head, untouched (only if it has one for this job)
 
 The comparison shows whether the federation was worth it for this site. It is the measurement that a
 simulation makes for every site, on the same examples: the site's own test file, or else its
@@ -19,7 +19,7 @@ from fedgraft.client.participant import Participant
 from fedgraft.client.results.judge import figures, judge
 from fedgraft.client.results.store import Result
 from fedgraft.client.training.evaluate import measure
-from fedgraft.client.training.trainer import Task, Trained, train
+from fedgraft.client.training.trainer import Trained, TrainingTask, train
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.config.job import Job
@@ -57,7 +57,7 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
     split = "test" if len(splits.test) else "validation"
     tested = splits.test if len(splits.test) else splits.validation
     own = dict(_models(at, result, bench, splits.train, tested)) if len(tested) else {}
-    name, seed = at.config.name, job.job.seed
+    name, seed, share = at.config.name, job.job.seed, job.task.share.key
     metrics = {
         model: one and figures(one, job.measures, seed, name, model) for model, one in own.items()
     }
@@ -78,7 +78,7 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
         "sites": result.sites,
         "masked": job.privacy.secure_aggregation.enabled,
         "rounds": [
-            {"round": one.round, "sites": one.sites, "accuracy": one.accuracy, "loss": one.loss}
+            {"round": one.round, "sites": one.sites, share: one.accuracy, "loss": one.loss}
             for one in result.rounds
         ],
         "examples": len(splits.train),
@@ -114,7 +114,7 @@ def _models(
     if not has_labels(train_on):
         return
     generator = torch_generator(job.job.seed, LOCAL, at.config.name)
-    task = Task(train_on, start, generator, at.store)
+    task = TrainingTask(train_on, start, generator, at.store)
     epochs = epochs_of(job, len(result.rounds), result.sites)
     (alone,) = train(stack, bench.layout, [task], settings=job.training.alone, epochs=epochs)
     yield "local_only", test(alone.vector) if isinstance(alone, Trained) else None

@@ -16,7 +16,10 @@ RIVALS: tuple[Rival, ...] = ("local_only", "zero_shot")
 
 
 def figures(one: Evaluation, measures: Measures, seed: int, *purpose: str) -> dict[str, Any]:
-    """Return all figures of a model on some test examples, fractions 0..1, losses in nats."""
+    """Return all figures of a model on some test examples, by the keys of the task's metrics.
+
+    Shares are 0..1; ``loss`` is in the unit of the task's objective.
+    """
     generator = numpy_generator(seed, "bootstrap", *purpose)
     return {**measures.figures(one.tally), **one.intervals(generator)}
 

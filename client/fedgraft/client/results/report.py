@@ -31,13 +31,13 @@ WIDTH, HEIGHT = 600, 120  # of the curve, in units of its SVG
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
     """Write ``report`` (of ``compare.compare``) into ``folder`` in all three forms."""
-    rounds = [{**line, **_known(line)} for line in report["rounds"]]
-    report = report | {"rounds": rounds}
     task = TASKS[report["task"]]
+    rounds = [line | _known(line, task.share.key) for line in report["rounds"]]
+    report = report | {"rounds": rounds}
     facts = {
         "report": report,
         "names": NAMES,
-        "points": _curve(rounds),
+        "points": _curve(rounds, task.share.key),
         "task": task,
         "metrics": task.metrics,
         "share": task.share,  # the metric of the bars and of the curve
@@ -75,23 +75,23 @@ def _templates() -> Environment:
     return environment
 
 
-def _known(line: dict[str, Any]) -> dict[str, float | None]:
+def _known(line: dict[str, Any], share: str) -> dict[str, float | None]:
     """Return the numbers of a round; None for a missing number, because JSON has no NaN."""
     return {
         key: float(line[key]) if line[key] is not None and math.isfinite(line[key]) else None
-        for key in ("accuracy", "loss")
+        for key in (share, "loss")
     }
 
 
-def _curve(rounds: list[dict[str, Any]]) -> str:
-    """Return accuracy over rounds as points of an SVG polyline: 0 % is bottom, 100 % is top."""
-    known = [(line["round"], line["accuracy"]) for line in rounds if line["accuracy"] is not None]
+def _curve(rounds: list[dict[str, Any]], share: str) -> str:
+    """Return a share over rounds as points of an SVG polyline: 0 % is bottom, 100 % is top."""
+    known = [(line["round"], line[share]) for line in rounds if line[share] is not None]
     if len(known) < 2:
         return ""
     first, span = known[0][0], max(known[-1][0] - known[0][0], 1)
     return " ".join(
-        f"{WIDTH * (number - first) / span:.1f},{HEIGHT * (1 - min(max(share, 0.0), 1.0)):.1f}"
-        for number, share in known
+        f"{WIDTH * (number - first) / span:.1f},{HEIGHT * (1 - min(max(value, 0.0), 1.0)):.1f}"
+        for number, value in known
     )
 
 

@@ -331,8 +331,8 @@ class MaskingParty:
         """CONFIRM: sign the survivors, once.
 
         Raises:
-            StatementError: the survivors are no chain U3 in U2 in U1, are without us, or are not
-                the neighbours whose shares we were given.
+            StatementError: the survivor lists are not nested (U3 in U2 in U1), do not contain this
+                site, or contradict the shares that this site received.
             TooFewParties: fewer survivors than the signatures, the two honest parties or the policy
                 need.
         """

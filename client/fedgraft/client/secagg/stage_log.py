@@ -1,9 +1,8 @@
 """Replay protection of masked rounds: the stages begun and the sums agreed to, on the site's disk.
 
-Suppose that a coordinator could have a stage answered twice (by two messages at once, a restart, or
-memory restored from a copy). It could then have two survivor sets signed and open one site's
-update. Or suppose that it could have the same work summed over two sets of sites. It would then
-learn the difference of the two sums.
+If a site answered a stage twice (two messages at once, a restart, memory restored from a copy), the
+coordinator could get signatures for two survivor sets and open one site's update. If it had the
+same work summed over two sets of sites, it would learn the difference of the two sums.
 """
 
 import fcntl

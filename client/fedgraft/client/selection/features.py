@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedgraft.client.data.batches import Inputs, as_tensors, by_length, in_order
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
-from fedgraft.client.model.forward import as_tensors
-from fedgraft.client.model.frozen_prefix import Inputs, identity_of
+from fedgraft.client.model.frozen_prefix import identity_of
+from fedgraft.client.model.pooling import pooled
 from fedgraft.common.backbones.load import head_names
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.examples import Examples, Indices
@@ -67,21 +68,20 @@ def features_of(stack: Stack, examples: Examples) -> Features:
         BackboneError: as ``blocks_of``.
     """
     stack.put_one(stack.bench.layout, stack.bench.initial)
-    order = np.argsort(np.asarray(examples.lengths), kind="stable")
+    batches = by_length(examples, BATCH)
     values: list[torch.Tensor] = []
     predicted: list[torch.Tensor] = []
-    for index in np.split(order, range(BATCH, len(order), BATCH)):
+    for index in batches:
         one, logits = _forward(stack, as_tensors(examples.batch(index, examples.width(index))))
         values.append(one)
         predicted.append(logits.softmax(-1)[:, : 0 if stack.bench.fresh_head else None])
-    back = torch.from_numpy(np.argsort(order))
-    found = torch.cat(values)[back].numpy()
+    found = in_order(batches, values).numpy()
     if not np.isfinite(found).all():
         raise BackboneError(
             f"{stack.bench.backbone.source}: some of its features are not finite",
             hint='its weights are damaged, or training.precision = "fp32"',
         )
-    return Features(examples.labels, found, torch.cat(predicted)[back].numpy())
+    return Features(examples.labels, found, in_order(batches, predicted).numpy())
 
 
 @torch.inference_mode()
@@ -115,17 +115,4 @@ def _forward(stack: Stack, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
             f"{stack.bench.backbone.source}: no features were found in this architecture",
             hint="a model of transformers with one body and one head on top of it",
         )
-    return _pooled(caught[0].float(), mask if text else None).cpu(), logits.cpu()
-
-
-def _pooled(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Return means [b, d] over the tokens of ``mask``, or over all positions without a mask.
-
-    ``hidden`` is [b, p, d], [b, d, h, w] or [b, d].
-    """
-    if mask is not None:
-        weights = mask.to(hidden)[..., None]
-        return (hidden * weights).sum(1) / weights.sum(1)
-    if hidden.ndim == 3:
-        return hidden.mean(1)
-    return hidden.flatten(2).mean(2) if hidden.ndim > 3 else hidden
+    return pooled(caught[0].float(), mask if text else None).cpu(), logits.cpu()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedgraft.client.model.forward import as_tensors
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.examples import Examples, Indices
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedgraft.client.model.frozen_prefix import Inputs
+from fedgraft.client.data.batches import Inputs
 from fedgraft.client.model.randomness import SiteRows
 from fedgraft.common.config.augmentation import (
     AudioAugmentation,

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import Feed
+from fedgraft.client.model.pooling import pooled
 from fedgraft.common.adapters.domain_statistics import GROUPS, frequencies
 from fedgraft.common.backbones.load import head_names
 from fedgraft.common.config.compatibility import SCALE
@@ -64,7 +65,7 @@ def watch_features(stack: Stack) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def pooled(hidden: torch.Tensor, lengths: torch.Tensor, left: bool) -> torch.Tensor:
+def direction(hidden: torch.Tensor, lengths: torch.Tensor, left: bool) -> torch.Tensor:
     """Return features of length one, float32 [b, d].
 
     ``hidden`` is [b, d], [b, positions, d] with ``lengths`` [b] (0: all positions), or
@@ -72,15 +73,13 @@ def pooled(hidden: torch.Tensor, lengths: torch.Tensor, left: bool) -> torch.Ten
     stands on the ``left`` or on the right.
     """
     hidden = hidden.float()
+    mask: torch.Tensor | None = None
     if hidden.ndim == 3:
         width = hidden.shape[1]
         real = torch.where(lengths > 0, lengths, width).clamp(max=width).to(hidden.device)[:, None]
         at = torch.arange(width, device=hidden.device)
         mask = (at >= width - real) if left else (at < real)
-        hidden = (hidden * mask[..., None]).sum(1) / real
-    elif hidden.ndim > 3:
-        hidden = hidden.flatten(2).mean(2)
-    return functional.normalize(hidden, dim=-1)
+    return functional.normalize(pooled(hidden, mask), dim=-1)
 
 
 @dataclass
@@ -164,7 +163,7 @@ class Alignment:
         for number, (feed, own) in enumerate(zip(feeds, index, strict=True)):
             lengths = torch.from_numpy(np.asarray(feed.examples.lengths)[own])
             part = hidden[number * rows : number * rows + len(own)]
-            features = pooled(part, lengths, feed.left)
+            features = direction(part, lengths, feed.left)
             weight = self.settings.weight * growth(progress[number])
             if self.settings.kind == "dann":
                 mine = [views[place][number] for place in self.places]

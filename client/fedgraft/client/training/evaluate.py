@@ -1,8 +1,8 @@
 """Evaluate an adapter on a site's examples. Only sums leave the site; predictions stay."""
 
-import numpy as np
 import torch
 
+from fedgraft.client.data.batches import by_length
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import open_feed, predict
@@ -28,13 +28,11 @@ def measure(
     """
     collector = measures.collect(examples)
     feed = open_feed(stack, trained, examples, store)
-    order = np.argsort(np.asarray(examples.lengths), kind="stable")
     outputs = stack.bench.task.outputs(stack.model.config)
     size = stack.objective.at_once(outputs, examples.longest)
     stack.put_one(trained, vector)
     with torch.inference_mode():
-        for start in range(0, len(order), size):
-            index = order[start : start + size]
+        for index in by_length(examples, size):
             predicted, targets = predict([feed], [index], feed.width(index))
             collector.add(index, stack.objective.counts(predicted, targets))
     found: Evaluation = collector.evaluation()

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
+from fedgraft.client.data.batches import Inputs, as_tensors
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import (
     Feed,
     VaryFeed,
-    as_tensors,
     predict,
     teacher_logits_of,
 )
-from fedgraft.client.model.frozen_prefix import Inputs
 from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.objectives import distances, restrict
 from fedgraft.client.training.augmentation import Vary, open_augmentation
@@ -76,7 +75,7 @@ class PassLoss:
             epochs = [len(one) for one in examples]
             self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
         self.vary: Vary | None = None  # changes a batch each time it is used
-        if corrupt := stack.bench.task.corruption(examples[0]):
+        if corrupt := stack.bench.task.corruption(examples[0]):  # the settings of all are equal
             self.vary = _on_tensors(corrupt)
         elif settings.augmentation is not None:
             self.vary = open_augmentation(settings.augmentation)

@@ -32,8 +32,8 @@ from fedgraft.common.layout import Layout, Vector
 
 __all__ = [
     "Span",
-    "Task",
     "Trained",
+    "TrainingTask",
     "Wanted",
     "learning_rate",
     "train",
@@ -55,7 +55,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Task:
+class TrainingTask:
     """One site's part of a pass.
 
     ``start`` is the vector that training starts from, float32 [trained size]. ``generator`` (CPU)
@@ -71,7 +71,7 @@ class Task:
 @dataclass(frozen=True)
 class Trained:
     """The result of training: ``vector``, float32 [trained size]; ``loss``, the mean over all
-    examples seen, in nats; ``steps``, the number of optimiser steps."""
+    examples seen, in the objective's unit; ``steps``, the number of optimiser steps."""
 
     vector: Vector
     loss: float
@@ -84,7 +84,7 @@ class Wanted:
 
     stack: Stack
     trained: Layout
-    task: Task
+    task: TrainingTask
     settings: Training
     span: Span
 
@@ -105,7 +105,7 @@ def learning_rate(peak: float, schedule: Schedule, progress: float) -> float:
 def train_alone(
     stack: Stack,
     trained: Layout,
-    task: Task,
+    task: TrainingTask,
     *,
     settings: Training,
     epochs: int | None = None,
@@ -125,7 +125,7 @@ def train_alone(
 def train(
     stack: Stack,
     trained: Layout,
-    tasks: Sequence[Task],
+    tasks: Sequence[TrainingTask],
     *,
     settings: Training,
     epochs: int | None = None,
@@ -197,7 +197,7 @@ def _finish(site: Generator[Wanted, Trained, T], came: Trained | Exception) -> T
 class _Site:
     """A task in training."""
 
-    task: Task
+    task: TrainingTask
     settings: Training
     epochs: int
     vector: Vector | None = None
@@ -299,7 +299,8 @@ class _Pass:
         self._move(active, rates)
 
     def _move(self, active: int, rates: torch.Tensor | None) -> None:
-        """Take an optimiser step; ``rates`` [active, values] are the shares of it that values move.
+        """Take an optimiser step; ``rates`` [active, values]: the share of the step by which each
+        value moves.
 
         AdamW keeps gradient moments also for a value whose rate is still 0. So this value starts
         without a jump later.

@@ -204,7 +204,11 @@ class Task(ABC):
         """
 
     def corruption(self, examples: Examples) -> Corrupt | None:
-        """Return a function that changes a batch of ``examples`` in each training step, or None."""
+        """Return a function that changes a batch in each training step, or None.
+
+        It depends only on the settings with which ``examples`` were encoded, so the function of one
+        site is used for all sites of a pass.
+        """
         return None
 
     @abstractmethod

@@ -21,7 +21,7 @@ from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.results.compare import epochs_of
 from fedgraft.client.training.evaluate import measure
-from fedgraft.client.training.trainer import Task, Trained, train
+from fedgraft.client.training.trainer import Trained, TrainingTask, train
 from fedgraft.common.adapters.initial import starting_point
 from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.config.job import Job
@@ -147,10 +147,10 @@ class _Place:
         store, measures = self.participant.store, self.job.measures
         return measure(self.stack, self.layout, adapter, examples, measures=measures, store=store)
 
-    def task(self, start: Vector, purpose: str) -> Task:
+    def task(self, start: Vector, purpose: str) -> TrainingTask:
         """Return the task of training on the site's own data."""
         generator = torch_generator(self.job.job.seed, purpose, self.participant.config.name)
-        return Task(self.splits.train, start, generator, self.participant.store)
+        return TrainingTask(self.splits.train, start, generator, self.participant.store)
 
     def federated(self, trial: Trial) -> Vector:
         """Return the trial's adapter with the tensors that stay at the site, such as a head."""
@@ -179,7 +179,7 @@ def _begin(trial: Trial) -> Vector:
 
 
 def _train(
-    places: Sequence[_Place], tasks: Sequence[Task], settings: Training, epochs: int
+    places: Sequence[_Place], tasks: Sequence[TrainingTask], settings: Training, epochs: int
 ) -> list[Vector | None]:
     """Train at each place and return the adapters.
 

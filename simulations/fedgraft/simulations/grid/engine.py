@@ -13,8 +13,9 @@ from typing import overload
 import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import check_stacking
-from fedgraft.client.model.forward import as_tensors, logits_of, open_feed
+from fedgraft.client.model.forward import logits_of, open_feed
 from fedgraft.client.participant import open_participant
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
