@@ -49,14 +49,14 @@ def test_a_graph_that_computes_something_else_is_not_given_away(
     exported = Exported("vit", tmp_path)
     trace = export_onnx._trace
 
-    def of_another_model(model: Any, inputs: Any, path: Path) -> None:
+    def of_another_model(model: Any, inputs: Any, path: Path, **axes: Any) -> None:
         import copy
 
         other = copy.deepcopy(model)
         with torch.no_grad():
             for weight in other.parameters():
                 weight.mul_(1.05)
-        trace(other, inputs, path)
+        trace(other, inputs, path, **axes)
 
     monkeypatch.setattr(export_onnx, "_trace", of_another_model)
     with pytest.raises(BackboneError, match="computes other logits") as refused:

@@ -16,7 +16,7 @@ from fedgraft.common.tasks.labels import label_index
 
 __all__ = ["Classification"]
 
-ACCURACY = Metric("accuracy", "accuracy")
+ACCURACY = Metric("accuracy", "accuracy", right=True)
 MACRO_F1 = Metric("macro_f1", "macro F1", hub="f1", short="F1")
 
 
