@@ -86,6 +86,17 @@ def test_example_inputs_are_what_the_model_reads(kind: str, tmp_path: Path) -> N
     assert logits(exported.bench.model, kind).shape[0] == 4
 
 
+@pytest.mark.parametrize(("kind", "axes"), [("vit", {0}), ("bert", {0, 1}), ("resnet", {0})])
+def test_axes_that_differ_between_inputs_may_have_any_size(
+    kind: str, axes: set[int], tmp_path: Path
+) -> None:
+    exported = Exported(kind, tmp_path)
+    shapes = (export_onnx.TRACED, export_onnx.SMALLEST)
+    first, second = (example_inputs(exported.bench, exported.run.job, *shape) for shape in shapes)
+    found = export_onnx.open_axes(first, second)
+    assert [set(one) for one in found] == [axes] * len(first)
+
+
 def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runtime = needs_onnx()
     exported = Exported("vit", tmp_path)
