@@ -43,12 +43,12 @@ def pooled_picture(final: Record, share: Metric) -> Picture | None:
 def curve_pictures(rounds: Sequence[Record], share: Metric) -> list[Picture]:
     """Return the figures of validation and of losses over rounds, without those not measured."""
     checks = [read_record(entry, "validation") for entry in rounds]
-    accuracy = Curve(share.name, read_column(checks, share.key))
+    of_share = Curve(share.name, read_column(checks, share.key))
     macro_f1 = Curve("macro F1", read_column(checks, "macro_f1"), second=True)
     validation = Curve("validation loss", read_column(checks, "loss"))
     train = Curve("train loss", read_column(rounds, "train_loss"), second=True)
     pictures = (
-        _curve_picture(rounds, [accuracy, macro_f1], "Federated validation", percent=True),
+        _curve_picture(rounds, [of_share, macro_f1], "Federated validation", percent=True),
         _curve_picture(rounds, [validation, train], "Loss", percent=False),
     )
     return [picture for picture in pictures if picture is not None]
