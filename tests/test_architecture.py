@@ -18,7 +18,7 @@ def names_in(cell: str) -> set[str]:
 def rows_of(room: str) -> dict[str, set[str]]:
     """Return the wings that each wing of the room imports, of the same room, by the page."""
     table = PAGE.partition(f"\n### {room}\n")[2].partition("\n##")[0]
-    found = {}
+    found: dict[str, set[str]] = {}
     for line in table.splitlines():
         if line.startswith("| `"):
             wings, _, imported = line.strip("| ").split(" | ")
@@ -29,7 +29,7 @@ def rows_of(room: str) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room != "common"])
 def test_the_page_names_what_each_wing_imports(room: str) -> None:
-    wanted = {}
+    wanted: dict[str, set[str]] = {}
     for row, text in WINGS.items():
         if row.startswith(f"{room}/"):
             named = (name if "/" in name else f"{room}/{name}" for name in text.split())
