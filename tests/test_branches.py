@@ -7,7 +7,8 @@ each with its reason.
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
+
+from support.sources import ROOT, SOURCES, place, tree
 
 from fedgraft.client.objectives import OBJECTIVES
 from fedgraft.common.aggregation import RULES
@@ -15,7 +16,6 @@ from fedgraft.common.methods import METHODS
 from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.tasks import TASKS
 
-ROOT = Path(__file__).parents[1]
 OWN = ("tasks", "modalities", "aggregation", "methods")  # wings of common with a table of these
 NAMES = {*TASKS, *MODALITIES, *RULES, *METHODS, *OBJECTIVES}
 ABOUT = {"task", "modality", "target", "rule", "method", "kind", "name", "labelled", "pipeline"}
@@ -28,21 +28,19 @@ LEFT: dict[str, str] = {
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
-    for room in ("common", "client", "server", "simulations"):
-        base = ROOT / room / "fedgraft"
-        for path in sorted(base.rglob("*.py")):
-            place = path.relative_to(base)
-            own = str(place).startswith(tuple(f"common/{wing}/" for wing in OWN))
-            if not own and not path.name.endswith(("_pb2.py", "_pb2_grpc.py")):
-                yield str(place), ast.parse(path.read_text(encoding="utf-8"))
+    """Yield every file but those of the tables themselves, with its syntax tree."""
+    own = tuple(f"common/{wing}/" for wing in OWN)
+    for path in SOURCES:
+        if not place(path).startswith(own):
+            yield place(path), tree(path)
 
 
-def imported(tree: ast.Module) -> set[str]:
+def imported(module: ast.Module) -> set[str]:
     """Names that a module imports from the wings that have the tables, and from metrics."""
     wings = tuple(f"fedgraft.common.{wing}" for wing in (*OWN, "metrics"))
     return {
         alias.asname or alias.name
-        for node in ast.walk(tree)
+        for node in ast.walk(module)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(wings)
         for alias in node.names
     }
@@ -60,10 +58,10 @@ def strings_in(node: ast.AST) -> set[str]:
     return {str(one.value) for one in ast.walk(node) if isinstance(one, ast.Constant)} & NAMES
 
 
-def branches(tree: ast.Module) -> Iterator[str]:
+def branches(module: ast.Module) -> Iterator[str]:
     """Comparisons with a name of a table, ``isinstance`` of its classes, looks at a method."""
-    classes = imported(tree)
-    for node in ast.walk(tree):
+    classes = imported(module)
+    for node in ast.walk(module):
         if isinstance(node, ast.Compare):
             about = names_in(node) & ABOUT
             constant = any(name.isupper() for name in names_in(node)) and "modality" in about
@@ -81,7 +79,7 @@ def branches(tree: ast.Module) -> Iterator[str]:
 
 
 def test_branches_on_a_table_elsewhere_are_those_that_are_left() -> None:
-    found = {f"{place}: {branch}" for place, tree in sources() for branch in branches(tree)}
+    found = {f"{name}: {branch}" for name, module in sources() for branch in branches(module)}
     assert found == set(LEFT)
 
 

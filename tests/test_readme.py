@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fedgraft.server.cli.jobs import TEMPLATES
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(
     r"```console\n\$ fedgraft ([a-z ]*--help)\n(.*?)```",
@@ -43,3 +45,11 @@ def test_every_file_the_readme_links_to_exists() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_readme_names_every_template() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if "fedgraft init job.toml --template" in line)
+    named = re.search(r"--template (\w+) +# or ([\w, ]+):", line)
+    assert named
+    assert {named[1], *named[2].split(", ")} == TEMPLATES.keys()

@@ -5,8 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.contract import OneRound, card_model, distance, facts_of, outputs, same
-from support.contract_digits import BACKBONE, MASKED, DigitsCase
+from support.contract import (
+    MASKED,
+    OneRound,
+    card_model,
+    check_resumed,
+    distance,
+    outputs,
+    same,
+)
+from support.contract_digits import BACKBONE, DigitsCase
 from support.contract_refusals import check_asked, check_texts
 
 from fedgraft.common.adapters.model import open_workbench
@@ -43,9 +51,7 @@ def test_two_rounds_move_what_travels(case: DigitsCase) -> None:
 
 
 def test_a_run_that_was_interrupted_ends_in_the_same_bytes(case: DigitsCase) -> None:
-    (whole, wanted), (run, final) = case.federation.trained, case.federation.resumed
-    assert final.tobytes() == wanted.tobytes()
-    assert facts_of(run) == facts_of(whole)
+    check_resumed(case.federation, *case.federation.trained)
 
 
 @pytest.mark.parametrize("head", ["shared", "local", "frozen"])

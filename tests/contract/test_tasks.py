@@ -14,8 +14,8 @@ from support.contract import (
     Federation,
     card_model,
     check_figures,
+    check_resumed,
     distance,
-    facts_of,
     outputs,
     same,
 )
@@ -26,7 +26,7 @@ from fedgraft.client.data.rows import read_split
 from fedgraft.common.errors import DataError
 
 WRONG = (None, {"no": "value"}, 3.5, "no such value", [["nested"]])
-"""Of what stands beside, at least some are of a wrong type, whatever the task asks for."""
+"""Values for the column beside. Every task must refuse at least four of them."""
 
 
 # Rows
@@ -132,10 +132,7 @@ def test_two_rounds_move_the_adapter_and_every_figure_is_a_number(federation: Fe
 
 
 def test_a_run_that_was_interrupted_ends_in_the_same_bytes(federation: Federation) -> None:
-    run, final = federation.resumed
-    assert final.tobytes() == federation.adapter.tobytes()
-    assert facts_of(run) == facts_of(federation.simulated)
-    assert [event["event"] for event in run.events()].count("resumed") == 1
+    check_resumed(federation, federation.simulated, federation.adapter)
 
 
 def test_sites_in_one_pass_come_to_what_they_come_to_one_by_one(federation: Federation) -> None:

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.contract import OneRound, distance
+from support.contract import MASKED, OneRound, distance
 from support.contract_tasks import TaskCase, write_sites
 
 from fedgraft.common.config.job import Job
-
-MASKED = {"secure_aggregation": {"enabled": True, "max_sites": 4, "max_weight": 64}}
 
 
 @pytest.fixture(scope="module")

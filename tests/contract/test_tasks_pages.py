@@ -1,7 +1,10 @@
 """What people are shown of a run of any task: a report, a model card, and a site's own report."""
 
+import copy
 import html
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from support.contract_tasks import TaskCase
 
 from fedgraft.client.results.report import read_report
 from fedgraft.common.metrics.metric import Metric
+from fedgraft.server.report.page import write_report
 from fedgraft.server.report.values import as_share
 
 
@@ -59,6 +63,69 @@ def test_a_report_has_the_best_site_alone(federation: Federation) -> None:
     best = (run.summary() or {})["final"]["local_only"][f"best_{task.share.key}"]
     row = next(line for line in page.splitlines() if "Local only, best site" in line)
     assert f"<td>{as_share(best)}</td>" in row
+
+
+def changed(federation: Federation, folder: Path, change: Callable[[Any], None]) -> str:
+    """The report of the simulated run after ``change`` of its summary."""
+    run = federation.simulated
+    summary = copy.deepcopy(run.summary() or {})
+    change(summary)
+    page = html.unescape(write_report(folder, summary, run.history()).read_text(encoding="utf-8"))
+    assert not unfilled(page)
+    return page
+
+
+def test_of_many_sites_a_report_has_those_that_lost_most(
+    federation: Federation, tmp_path: Path
+) -> None:
+    metric = federation.job.task.metrics[0]
+    worse = -1 if metric.higher else 1
+
+    def change(summary: Any) -> None:
+        one = summary["sites"][0]
+        summary["sites"] = [
+            {
+                **one,
+                "name": f"site-{number}",
+                "outcome": "hurt",
+                "verdict": f"Verdict of {number}.",
+                "federated": {**one["federated"], metric.key: 0.5 + worse * (1 + number) / 500},
+                "local_only": {**one["local_only"], metric.key: 0.5},
+            }
+            for number in range(120)
+        ]
+
+    page = changed(federation, tmp_path, change)
+    told = page.partition("Where federating hurt")[2].partition("</ul>")[0]
+    most = [str(number) for number in range(119, 99, -1)]
+    assert re.findall(r"Verdict of (\d+)", told) == most[:8]
+    assert "And 112 more; the <a" in told
+    assert "No site can be picked out" not in page and "Gained most" not in page
+    table = page.partition("Lost most")[2].partition("</table>")[0]
+    assert re.findall(r'class="name">site-(\d+)<', table) == most
+
+
+def test_a_report_shows_a_small_difference_and_a_share_below_0(
+    federation: Federation, tmp_path: Path
+) -> None:
+    metric, share = federation.job.task.metrics[0], federation.job.task.share
+
+    def change(summary: Any) -> None:
+        final = summary["final"]
+        final["federated"] |= {share.key: -0.4, f"{share.key}_interval": [-0.6, -0.2]}
+        final["federated"][metric.key] = 0.101
+        final["local_only"][metric.key] = 0.104
+        for site in summary["sites"]:
+            site["federated"] |= {share.key: -0.4, f"{share.key}_interval": [-0.6, -0.2]}
+
+    page = changed(federation, tmp_path, change)
+    (lead,) = re.findall(r'<p class="lead">(.*?)</p>', page)
+    ours, theirs = (metric.text(value, unit="\u00a0%") for value in (0.101, 0.104))
+    assert ours in lead and theirs in lead
+    assert ("(the same)" in lead) == (ours == theirs)
+    assert ("right for" in lead) == metric.right and (metric.right or f"has {metric.name}" in lead)
+    assert "-40.0\u00a0%" in page
+    assert re.search(r">-[1-9][0-9.]*</text>", page), "the axis ends at 0"
 
 
 def test_a_model_card_has_what_was_measured(federation: Federation) -> None:

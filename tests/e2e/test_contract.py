@@ -327,11 +327,11 @@ def test_a_job_is_done_by_the_installed_code_until_it_is_stopped(
     with relied_on_by(SUPERLINK, FLEET, OBJECTS, AGENT, TRANSPORT):
         node = link.control.register(public_pem(key.public_key()), "site-00")
         run = link.control.start({**config, "federation": str(tmp_path / "roster.toml")})
-        assert link.control.status(run)[0] in ("pending", "starting", "running")
+        assert link.control.status(run) in ("pending", "starting", "running")
         working = threading.Thread(target=agent.run, daemon=True)
         working.start()
         try:
-            link.until(lambda: link.control.status(run)[0] == FINISHED, 90)
+            link.until(lambda: link.control.status(run) == FINISHED, 90)
             link.until(lambda: "its run was stopped" in caplog.text)
         finally:
             agent.stopping = True

@@ -1,14 +1,24 @@
 """Validation by the sites, and the adapter that is kept when it gets no better."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.federations import digits_job
 from support.rounds_in_memory import SESSION, Outcome, Site, federate, make_job
 
+from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.messages.payloads import EvaluateReply, EvaluateRequest
 from fedgraft.common.metrics.tally import Tally
+from fedgraft.server.export.adapter import origin_of
+from fedgraft.server.rounds import _judge
+from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.state import RoundRecord, State, kept_validation
 
 # Validation and early stopping
 
@@ -107,3 +117,51 @@ def test_without_early_stopping_the_last_adapter_is_final() -> None:
     outcome = federate(job, [Site("a", evaluate=losing(0.1, 2.0, 3.0))])
     assert outcome.state.best is None
     assert outcome.state.final.tobytes() == outcome.commits[2][0].adapter.tobytes()
+
+
+# The validation of the adapter that is kept
+
+
+@given(
+    st.lists(st.none() | st.lists(st.integers(0, 9), min_size=4, max_size=4), max_size=8),
+    st.sampled_from(("loss", "accuracy", "macro_f1")),
+    st.sampled_from((0.0, 0.2)),
+)
+def test_the_kept_validation_is_that_of_the_adapter_early_stopping_keeps(
+    rounds: list[list[int] | None], metric: Any, min_delta: float
+) -> None:
+    stopping = EarlyStopping(metric=metric, min_delta=min_delta)
+    job = digits_job()
+    job = job.model_copy(
+        update={"rounds": job.rounds.model_copy(update={"early_stopping": stopping})}
+    )
+    state, history = State(0, np.zeros(1, np.float32)), []
+    for at, counts in enumerate(rounds, 1):
+        confusion = np.array(counts or [0] * 4, np.int64).reshape(2, 2)
+        tally = Tally(float(at % 3), confusion)
+        line = tally.summary() | {"round": at} if tally.examples else None
+        history.append({"validation": line})
+        state = _judge(job, replace(state, adapter=np.full(1, at, np.float32)), tally)
+    kept = kept_validation(history, stopping)
+    assert (kept and kept["round"]) == (None if state.best is None else int(state.best[0]))
+
+
+def test_without_early_stopping_the_last_round_counts() -> None:
+    history = [{"validation": {"accuracy": 0.9}}, {"validation": {"accuracy": 0.1}}]
+    assert kept_validation(history, None) == {"accuracy": 0.1}
+    assert kept_validation([*history, {"validation": None}], None) is None  # not of that adapter
+    assert kept_validation([], None) is None
+
+
+def test_the_card_of_an_export_has_the_validation_of_its_adapter(tmp_path: Path) -> None:
+    from support.run_folders import LAYOUT, make_state
+
+    run = Run.create(tmp_path, digits_job())
+    for number, loss in ((1, 0.5), (2, 0.2), (3, 0.9)):
+        found = {"accuracy": 1 - loss, "macro_f1": 1 - loss, "loss": loss, "examples": 8}
+        record = RoundRecord(number, 3, 3, (), 20, 0.5, 0.1, found, 10, 10, 1.0)
+        run.commit(make_state(number), record, LAYOUT)
+    assert origin_of(run).validation["loss"] == 0.9
+    rounds = run.job.rounds.model_copy(update={"early_stopping": EarlyStopping(metric="loss")})
+    run.job = run.job.model_copy(update={"rounds": rounds})
+    assert origin_of(run).validation["loss"] == 0.2

@@ -1,4 +1,4 @@
-"""A job with its sites, and all that it comes to: each run is made once, by whoever asks first."""
+"""A job, its sites and its runs. The first test that needs a run makes it; later tests share it."""
 
 import itertools
 import math
@@ -42,12 +42,13 @@ from fedgraft.simulations.preparation import prepare
 from fedgraft.simulations.simulate import simulate
 
 __all__ = [
+    "MASKED",
     "Federation",
     "OneRound",
     "card_model",
     "check_figures",
+    "check_resumed",
     "distance",
-    "facts_of",
     "known_fault",
     "outputs",
     "same",
@@ -55,6 +56,8 @@ __all__ = [
 ]
 
 SESSION = "0123456789abcdef" * 2
+MASKED = {"secure_aggregation": {"enabled": True, "max_sites": 4, "max_weight": 64}}
+"""The section ``[privacy]`` of a masked job."""
 
 
 @dataclass
@@ -185,9 +188,13 @@ class OneRound:
         return evaluate_clear(self.job, self.transport, self.names, request, plan.exchanged)
 
 
-def facts_of(run: Run) -> list[dict[str, Any]]:
-    """What its rounds came to, but how long they took."""
-    return [{**line, "seconds": 0.0} for line in run.history()]
+def check_resumed(federation: Federation, whole: Run, adapter: Vector) -> None:
+    """Check that the resumed run ended as ``whole``, which ended in ``adapter``, to the byte."""
+    run, final = federation.resumed
+    assert final.tobytes() == adapter.tobytes()
+    ours, theirs = ([{**line, "seconds": 0.0} for line in one.history()] for one in (run, whole))
+    assert ours == theirs
+    assert [event["event"] for event in run.events()].count("resumed") == 1
 
 
 def check_figures(metrics: tuple[Metric, Metric], found: dict[str, Any]) -> None:
@@ -199,7 +206,7 @@ def check_figures(metrics: tuple[Metric, Metric], found: dict[str, Any]) -> None
 
 
 def known_fault(request: pytest.FixtureRequest, applies: bool, reason: str) -> None:
-    """Say that the test fails where ``applies``; once it does not, the line is to be removed."""
+    """Expect the test to fail where ``applies``. When it passes, remove this call."""
     request.applymarker(pytest.mark.xfail(applies, reason=reason, strict=True))
 
 
@@ -237,7 +244,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], most: f
 
 
 def unfilled(text: str) -> Sequence[str]:
-    """What of a text for people was left unfilled, or is a number that there is not."""
+    """Return unfilled placeholders and missing numbers in a text for people."""
     return re.findall(r"\{\{|\}\}|\{%|%\}|\bNone\b(?! of)|\bnan\b|\binf\b|Undefined", text)
 
 

@@ -13,10 +13,9 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.simulations.demo import digits
 
-__all__ = ["BACKBONE", "MASKED", "DigitsCase"]
+__all__ = ["BACKBONE", "DigitsCase"]
 
 BACKBONE = BUILTIN / "glyph-vit"
-MASKED = {"secure_aggregation": {"enabled": True, "max_sites": 4, "max_weight": 64}}
 
 
 class DigitsCase:

@@ -25,7 +25,7 @@ def _augment(kind: str, **how: Any) -> dict[str, Any]:
 
 ASKS: dict[str, Mapping[str, Any]] = {
     "counts_beside": {"evaluation": {"score_bins": 10}},
-    # Of its own labels, where it has some: else the heads are refused for being empty, too.
+    # A job with labels divides its own labels; heads of other labels are refused anyway.
     "heads": {"job": {"heads": {"all": ["no", "yes"]}}},
     "label_smoothing": {"training": {"label_smoothing": 0.1}},
     "trained_head": {"method": {"head": "shared"}},

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
+WriteFile = Callable[[Path, np.random.Generator], None]
 WORDS = ("the", "cat", "sees", "a", "dog", "why", "but", "runs")
 
 
@@ -58,7 +59,7 @@ def draw_content(modality: Modality, draw: np.random.Generator, path: Path) -> A
     if not modality.files:
         return " ".join(str(word) for word in draw.choice(WORDS, draw.integers(2, 6)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    make, suffix = FILES[modality.name]
+    make, suffix = file_of(modality)
     make(path.with_suffix(suffix), draw)
     return {"bytes": path.with_suffix(suffix).read_bytes(), "path": None}
 
@@ -88,12 +89,19 @@ def _write_clip(path: Path, draw: np.random.Generator) -> None:
     write_clip(path, right=bool(draw.integers(2)), seed=int(draw.integers(1 << 30)), frames=5)
 
 
-FILES: dict[str, tuple[Callable[[Path, np.random.Generator], None], str]] = {
+FILES: dict[str, tuple[WriteFile, str]] = {
     "image": (_write_image, ".png"),
     "audio": (_write_recording, ".wav"),
     "video": (_write_clip, ".mp4"),
 }
 """How a file of each modality that reads files is made, and the end of its name."""
+
+
+def file_of(modality: Modality) -> tuple[WriteFile, str]:
+    """Return the entry of ``FILES`` for a modality that reads files."""
+    if modality.name not in FILES:
+        raise NotImplementedError(f"no file that {modality.name} reads: add a row to FILES here")
+    return FILES[modality.name]
 
 
 # Files of a site
@@ -112,7 +120,7 @@ def _cells(job: Job, rows: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         content = row[task.content]
         if task.modality.files:
-            name = f"{number:03d}{FILES[task.modality.name][1]}"
+            name = f"{number:03d}{file_of(task.modality)[1]}"
             (folder / name).write_bytes(content["bytes"])
             content = name
         cells.append({job.data.column(task.content): content, **raw_row(job, row)})
@@ -156,7 +164,7 @@ def _write_folder(job: Job, rows: Sequence[Row], folder: Path) -> Path:
     """A folder a label, or all files in one."""
     for number, row in enumerate(rows):
         label = job.job.labels[row["label"]] if job.task.labelled else ""
-        suffix = FILES[job.task.modality.name][1]
+        suffix = file_of(job.task.modality)[1]
         path = folder / "files" / label / f"{number:03d}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(row[job.task.content]["bytes"])

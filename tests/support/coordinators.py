@@ -29,7 +29,7 @@ from fedgraft.server.runs.run_folder import Run
 __all__ = ["World", "make_job"]
 
 
-def make_job(name: str) -> Job:
+def make_job(name: str = "t") -> Job:
     raw = {
         "job": {"name": name, "task": "image-classification", "labels": ["a", "b"]},
         "backbone": {"source": "builtin:glyph-vit"},
@@ -69,9 +69,9 @@ class Control:
         self._say("stop")
         self.stopped.append(run_id)
 
-    def status(self, run_id: int) -> tuple[str, str]:
+    def status(self, run_id: int) -> str:
         self._say("status")
-        return ("finished" if run_id in self.over else "running", "")
+        return "finished" if run_id in self.over else "running"
 
     def nodes(self) -> dict[int, dict[str, Any]]:
         return {

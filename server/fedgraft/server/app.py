@@ -31,14 +31,13 @@ from fedgraft.server.protocol.masked import Masking
 from fedgraft.server.protocol.transport import Transport
 from fedgraft.server.report.page import write_report
 from fedgraft.server.rounds import run_job
-from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.runs.run_folder import WAITING, Run
 from fedgraft.server.runs.summary import partner_facts, run_facts
 from fedgraft.server.state import RoundRecord, State
 
-__all__ = ["WAITING", "app", "coordinate", "finish"]
+__all__ = ["app", "coordinate", "finish"]
 
 app = ServerApp()
-WAITING = "waiting"  # the event of a run that stopped until something that it needs is there
 
 
 @app.main()

@@ -24,7 +24,15 @@ from fedgraft.server.plan import Plan
 from fedgraft.server.protocol.clear import evaluate_clear, gather_clear
 from fedgraft.server.protocol.masked import evaluate_masked, gather_masked
 from fedgraft.server.protocol.transport import SILENT, Reply, Transport
-from fedgraft.server.state import Dropped, Evaluated, Gathered, RoundRecord, State, Traffic
+from fedgraft.server.state import (
+    Dropped,
+    Evaluated,
+    Gathered,
+    RoundRecord,
+    State,
+    Traffic,
+    better_score,
+)
 
 __all__ = ["choose_cohort", "run_job", "run_round"]
 
@@ -178,10 +186,10 @@ def _judge(job: Job, state: State, tally: Tally) -> State:
     stopping = job.rounds.early_stopping
     if stopping is None or not tally.examples:
         return state
-    score = stopping.score(job.measures.figures(tally))
-    if state.best_score is None or score > state.best_score + stopping.min_delta:
-        return replace(state, best=state.adapter, best_score=score, stale=0)
-    return replace(state, stale=state.stale + 1)
+    score = better_score(stopping, job.measures.figures(tally), state.best_score)
+    if score is None:
+        return replace(state, stale=state.stale + 1)
+    return replace(state, best=state.adapter, best_score=score, stale=0)
 
 
 def _stopped(job: Job, state: State) -> bool:

@@ -1,11 +1,16 @@
-"""The state of a federation after a round, and the record of a round: plain values."""
+"""The state of a federation after a round, and the record of a round: plain values.
 
+``better_score`` is the one rule by which early stopping chooses a round.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.metrics.tally import Tally
 
 __all__ = [
@@ -17,6 +22,8 @@ __all__ = [
     "RoundRecord",
     "State",
     "Traffic",
+    "better_score",
+    "kept_validation",
 ]
 
 Moments = dict[str, NDArray[np.float64]]
@@ -135,3 +142,31 @@ class RoundRecord:
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
         return asdict(self)
+
+
+def better_score(
+    stopping: EarlyStopping, found: Mapping[str, Any], best: float | None
+) -> float | None:
+    """Return the score of the validation ``found`` if it is better than ``best``, otherwise None.
+
+    A larger score is better. ``best`` is the best score of earlier rounds, or None.
+    """
+    score = stopping.score(found)
+    return score if best is None or score > best + stopping.min_delta else None
+
+
+def kept_validation(
+    history: Sequence[Mapping[str, Any]], stopping: EarlyStopping | None
+) -> dict[str, Any] | None:
+    """Return the federated validation of the adapter that a run keeps, which is ``State.final``.
+
+    That adapter is the last one, or with early stopping the best one. The result is None if this
+    adapter was not validated. ``history`` has one ``RoundRecord`` as JSON for each round.
+    """
+    if stopping is None:
+        return history[-1]["validation"] if history else None
+    kept, best = None, None
+    for found in (line["validation"] for line in history if line["validation"]):
+        if (score := better_score(stopping, found, best)) is not None:
+            kept, best = found, score
+    return kept

@@ -68,24 +68,16 @@ def simulate(
     device = str(choose_device(settings.device))
     with PeakMemory() as memory, Workers(settings.workers, device=device) as workers:
         run.event("started", engine=engine, device=device)
-        if prepared.skipped:
-            run.event("skipped-files", count=prepared.skipped)
-            console.note(f"left out {prepared.skipped} files that do not decode")
         bench = open_workbench(job)
         names = [site.name for site in sites]
         federation = found_federation(job, run.folder / "sites", names)
         masking = Masking(federation, run.next_masked_round) if federation else None
         plan = make_plan(job, bench, run.session, masking)
-        console.note(_headline(job, sites, plan))
         fates = Fates.draw(job, names)
-        if settings.faults.any:
-            run.event("faults", **fates.facts())
-            console.note(fates.describe())
         nodes = make_nodes(job, prepared, states=str(run.folder / "sites"), device=device)
         together = choose_sites_per_pass(job, nodes)
-        simulation = _Simulation(
-            job, settings, run, nodes, workers, masking, fates, together, memory
-        )
+        simulation = _Simulation(run, prepared, nodes, workers, masking, fates, together, memory)
+        simulation.announce(console, plan)
         behind = run.latest(plan.exchanged)
         done = behind.round if behind else 0
         earlier = sum(line["seconds"] for line in run.history()[:done])
@@ -101,12 +93,8 @@ def simulate(
         "sites_per_pass": together if engine == "local" else 1,
         "seconds": round(earlier + time.monotonic() - started, 3),
         "peak_memory_mb": round(memory.megabytes, 1),
-        "skipped_files": prepared.skipped,
-        "faults": fates.summary(run.events()) if settings.faults.any else None,
-        "final": final_metrics(measured, job.job.seed, job.measures, job.task),
+        **simulation.results(measured),
         "moved": [one.to_json() for one in moved_modules(bench, (plan.exchanged, adapter))],
-        "site_map": map_sites(job, [Path(node["state"]) for node in nodes], names),
-        "sites": site_results(sites, measured, job.job.seed, job.measures, job.task),
     }
     run.finish(summary)
     export_adapter(run, bench, plan.exchanged, adapter, run.folder / "adapter")
@@ -118,15 +106,46 @@ def simulate(
 class _Simulation:
     """The parts of one simulation that do not change."""
 
-    job: Job
-    settings: SimulationSettings
     run: Run
+    prepared: PreparedSites
     nodes: Nodes
     workers: Workers
     masking: Masking | None
     fates: Fates
     together: int
     memory: PeakMemory
+
+    @property
+    def job(self) -> Job:
+        """Return the job of the run."""
+        return self.run.job
+
+    @property
+    def settings(self) -> SimulationSettings:
+        """Return the job's settings of the simulation."""
+        return self.prepared.settings
+
+    def announce(self, console: Console, plan: Plan) -> None:
+        """Say what is simulated, and record what is left out and what goes wrong on purpose."""
+        console.note(_headline(self.job, self.prepared.sites, plan))
+        if skipped := self.prepared.skipped:
+            self.run.event("skipped-files", count=skipped)
+            console.note(f"left out {skipped} files that do not decode")
+        if self.settings.faults.any:
+            self.run.event("faults", **self.fates.facts())
+            console.note(self.fates.describe())
+
+    def results(self, measured: dict[str, Measured | None]) -> dict[str, Any]:
+        """Return the part of the summary that only a simulation has."""
+        job, sites = self.job, self.prepared.sites
+        names, states = [one.name for one in sites], [Path(one["state"]) for one in self.nodes]
+        return {
+            "skipped_files": self.prepared.skipped,
+            "faults": self.fates.summary(self.run.events()) if self.settings.faults.any else None,
+            "final": final_metrics(measured, job.job.seed, job.measures, job.task),
+            "site_map": map_sites(job, states, names),
+            "sites": site_results(sites, measured, job.job.seed, job.measures, job.task),
+        }
 
     def federate(self, console: Console, engine: str, done: int) -> Vector:
         """Run the federation after ``done`` rounds; return the final exchanged adapter."""

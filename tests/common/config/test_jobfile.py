@@ -207,3 +207,12 @@ def test_a_dump_loads_from_any_folder_to_the_same_job(file: Path, tmp_path: Path
     copied.write_text(dump_job(job), encoding="utf-8")
     assert load_job(copied) == job
     assert isinstance(job.method, LoraMethod)
+
+
+def test_every_job_file_in_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDGRAFT_DATA", "/nowhere")
+    root = Path(__file__).parents[3]
+    jobs = [*root.glob("simulations/**/*.toml"), *root.glob("server/**/templates/*.toml")]
+    assert len(jobs) >= 3
+    for path in jobs:
+        load_job(path)

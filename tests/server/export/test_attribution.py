@@ -15,8 +15,9 @@ from support.trainings import noisy, open_small
 
 from fedgraft.common.encoding import Settings
 from fedgraft.common.errors import InputError
+from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.modalities.text import TextProcessor
-from fedgraft.server.export.attribution import explain_image, explain_text
+from fedgraft.server.export.attribution import EXPLAINERS, explain_image, explain_text
 
 
 class Words:
@@ -92,6 +93,10 @@ def test_without_captum_it_says_what_to_install(
 
 
 # The command
+
+
+def test_texts_and_images_at_least_are_explained() -> None:
+    assert {"text", "image"} <= EXPLAINERS.keys() <= MODALITIES.keys()
 
 
 def test_a_run_explains_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,14 +49,14 @@ def test_a_graph_that_computes_something_else_is_not_given_away(
     exported = Exported("vit", tmp_path)
     trace = export_onnx._trace
 
-    def of_another_model(model: Any, inputs: Any, path: Path) -> None:
+    def of_another_model(model: Any, inputs: Any, path: Path, **axes: Any) -> None:
         import copy
 
         other = copy.deepcopy(model)
         with torch.no_grad():
             for weight in other.parameters():
                 weight.mul_(1.05)
-        trace(other, inputs, path)
+        trace(other, inputs, path, **axes)
 
     monkeypatch.setattr(export_onnx, "_trace", of_another_model)
     with pytest.raises(BackboneError, match="computes other logits") as refused:
@@ -84,6 +84,17 @@ def test_example_inputs_are_what_the_model_reads(kind: str, tmp_path: Path) -> N
         with torch.inference_mode():
             assert exported.bench.model(**inputs).logits.shape[0] == examples
     assert logits(exported.bench.model, kind).shape[0] == 4
+
+
+@pytest.mark.parametrize(("kind", "axes"), [("vit", {0}), ("bert", {0, 1}), ("resnet", {0})])
+def test_axes_that_differ_between_inputs_may_have_any_size(
+    kind: str, axes: set[int], tmp_path: Path
+) -> None:
+    exported = Exported(kind, tmp_path)
+    shapes = (export_onnx.TRACED, export_onnx.SMALLEST)
+    first, second = (example_inputs(exported.bench, exported.run.job, *shape) for shape in shapes)
+    found = export_onnx.open_axes(first, second)
+    assert [set(one) for one in found] == [axes] * len(first)
 
 
 def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,22 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.coordinators import make_job
 
-from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import InputError
 from fedgraft.server.jobs.queue import OPEN, Jobs, Submitted
 
 STATES = ("waiting", "running", "finished", "failed", "stopped")
-
-
-def make_job(name: str = "t") -> Job:
-    raw = {
-        "job": {"name": name, "task": "image-classification", "labels": ["a", "b"]},
-        "backbone": {"source": "builtin:glyph-vit"},
-        "method": {"kind": "head"},
-    }
-    return parse_job(raw, where="test")
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from support.report_runs import (
     written,
 )
 
+from fedgraft.common.tasks import TASKS
 from fedgraft.server.report.site_overview import MANY_SITES, QUANTILES, most_moved, spread
 
+ACCURACY = TASKS["text-classification"].metrics[0]
 REASONS = ("lost", "late", "not finite")
 
 
@@ -82,10 +84,43 @@ def test_a_clear_verdict_goes_before_a_large_difference_that_may_be_chance() -> 
     chance["federated"], chance["local_only"] = metrics(1.0, 1), metrics(0.0, 1)
     flat["local_only"] = flat["federated"]
     unknown = {**make_site(4, "unknown"), "local_only": None}
-    assert most_moved([chance, flat, unknown, clear], 9) == ([clear, chance], [])
-    assert most_moved([chance, flat, unknown, clear], 1) == ([clear], [])
+    assert most_moved([chance, flat, unknown, clear], 9, ACCURACY) == ([clear, chance], [])
+    assert most_moved([chance, flat, unknown, clear], 1, ACCURACY) == ([clear], [])
     hurt = {**clear, "federated": chance["local_only"], "outcome": "hurt"}
-    assert most_moved([flat, hurt], 9) == ([], [hurt])
+    assert most_moved([flat, hurt], 9, ACCURACY) == ([], [hurt])
+
+
+@pytest.mark.parametrize("task", ["text-regression", "token-classification", "causal-lm"])
+def test_sites_are_ranked_by_the_headline_metric_of_the_task(task: str, tmp_path: Path) -> None:
+    """Their accuracy says nothing here: it is the same for all, or was not measured."""
+    metric = TASKS[task].metrics[0]
+    summary, history = make_run(rounds=1)
+    summary["job"]["task"] = task
+    worse = -0.3 if metric.higher else 0.3
+    summary["sites"] = [
+        {
+            **make_site(number, "hurt"),
+            "federated": {metric.key: 0.5 + worse * (1 + number / 1000)},
+            "local_only": {metric.key: 0.5},
+        }
+        for number in range(120)
+    ]
+    page = written(tmp_path, summary, history)
+    assert_sound(page)
+    assert listed(page) == [f"site-{number}" for number in range(119, 99, -1)]
+    text = visible(page)
+    assert "No site can be picked out" not in text
+    assert "And 112 more; the table of sites has those that lost most." in text
+
+
+def test_hurt_sites_without_figures_are_told_of_and_no_table_is_promised(tmp_path: Path) -> None:
+    summary, history = make_run(rounds=1)
+    summary["sites"] = [
+        {**make_site(number, "hurt"), "federated": None, "local_only": None}
+        for number in range(120)
+    ]
+    text = visible(written(tmp_path, summary, history))
+    assert "Verdict of 0. Verdict of 1." in text and "And 112 more in summary.json" in text
 
 
 @pytest.mark.parametrize(("sites", "rows"), [(MANY_SITES, MANY_SITES), (MANY_SITES + 1, 40)])
@@ -112,7 +147,7 @@ def test_quantiles_are_those_of_all_sites(tmp_path: Path) -> None:
     summary["sites"][5]["local_only"] = None
     for model, count in (("federated", 777), ("local_only", 776)):
         values = [site[model]["accuracy"] for site in summary["sites"] if site[model]]
-        found = spread(summary["sites"], model)
+        found = spread(summary["sites"], model, "accuracy")
         assert found is not None and found.sites == count
         wanted = np.quantile(values, list(QUANTILES.values()))
         assert found.quantiles == pytest.approx(wanted, abs=1e-12)
@@ -122,8 +157,8 @@ def test_quantiles_are_those_of_all_sites(tmp_path: Path) -> None:
 
 
 def test_a_model_that_was_measured_nowhere_has_no_quantiles() -> None:
-    assert spread([{"federated": None}, {}], "federated") is None
-    single = spread([make_site(1)], "federated")
+    assert spread([{"federated": None}, {}], "federated", "accuracy") is None
+    single = spread([make_site(1)], "federated", "accuracy")
     assert single is not None and set(single.quantiles) == {0.9}
 
 

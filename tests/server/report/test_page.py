@@ -44,6 +44,51 @@ def test_a_usual_run_says_what_it_should(tmp_path: Path) -> None:
     assert page.count("<svg") == 4
 
 
+@pytest.mark.parametrize(
+    ("task", "key", "figures", "said"),
+    [
+        ("text-classification", "accuracy", (0.71, 0.7), "is right for 71.0 %"),
+        ("text-classification", "accuracy", (0.71, 0.7), "for 70.0 % (1.0 points less)"),
+        ("text-classification", "accuracy", (0.71, 0.70996), "for 71.0 % (the same)"),
+        ("token-classification", "f1", (0.71, 0.72), "federated model has entity F1 71.0 %"),
+        ("token-classification", "f1", (0.71, 0.72), "place 72.0 % (1.0 points more)"),
+        ("text-regression", "mae", (0.104, 0.101), "has mean absolute error 0.104"),
+        ("text-regression", "mae", (0.104, 0.101), "place 0.101 (0.003 less)"),
+        ("text-regression", "mae", (0.1041, 0.10409), "place 0.104 (the same)"),
+        ("text-regression", "mae", (1040.0, 2250.0), "(1.21e+03 more)"),
+        ("causal-lm", "perplexity", (3.41, 3.44), "place 3.44 (0.03 more)"),
+        ("causal-lm", "perplexity", (3.411, 3.412), "place 3.41 (the same)"),
+    ],
+)
+def test_two_models_are_compared_in_the_words_and_digits_of_the_metric(
+    tmp_path: Path, task: str, key: str, figures: tuple[float, float], said: str
+) -> None:
+    summary, history = make_run(("unclear",))
+    summary["job"]["task"] = task
+    summary["final"] = {"federated": {key: figures[0]}, "central": {key: figures[1]}}
+    text = visible(written(tmp_path, summary, history))
+    assert said in text
+    assert ("right for" in text) == (task == "text-classification")
+    assert "classification head" not in text
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "said"),
+    [
+        ("image-classification", "accuracy", "Right for 71.0 % of what sites hold out."),
+        ("token-classification", "f1", "Entity F1 71.0 % on what sites hold out."),
+        ("image-regression", "mae", "Mean absolute error 0.71 on what sites hold out."),
+    ],
+)
+def test_partners_read_the_name_of_the_metric(
+    tmp_path: Path, task: str, key: str, said: str
+) -> None:
+    summary, history = make_run(())
+    summary["job"]["task"] = task
+    summary["partners"] = {"sites": ["a"], "missing": [], "validation": {key: 0.71}}
+    assert said in visible(written(tmp_path, summary, history))
+
+
 def test_the_same_run_gives_the_same_bytes_and_replaces_the_old_file(tmp_path: Path) -> None:
     summary, history = make_run()
     before = copy.deepcopy((summary, history))

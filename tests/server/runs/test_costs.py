@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.families import family_job
 
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
@@ -131,3 +132,13 @@ def test_estimating_leaves_the_adapter_as_it_was() -> None:
     costs = estimate_costs(make_plan(job, bench, session=""), bench)
     assert all(np.array_equal(p.detach(), before[n]) for n, p in bench.model.named_parameters())
     assert costs.memory_mb > costs.weights_mb + costs.activations_mb
+
+
+@pytest.mark.parametrize("family", ["whisper", "wav2vec2"])
+def test_a_backbone_that_could_also_write_is_given_what_the_task_reads(
+    family: str, tmp_path: Path
+) -> None:
+    job = family_job(family, tmp_path)
+    bench = open_workbench(job)
+    costs = estimate_costs(make_plan(job, bench, session=""), bench)
+    assert 0 < costs.activations_mb < 100

@@ -1,5 +1,6 @@
 """Thousands of sites' results: small in memory and on disk, and the numbers they always were."""
 
+import copy
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,19 @@ def test_every_site_and_model_has_its_own_figures() -> None:
         assert found["local_only"] == metrics(tallied(own), f"site-{number:02}", "local_only")
         right = (ours.true == ours.predicted, own.true == own.predicted)
         assert found["verdict"] == verdict(*right, name=found["name"]).sentence
+
+
+@pytest.mark.parametrize(("first", "said"), [(0, ""), (1, "macro F1 ")])
+def test_after_a_fine_tune_only_accuracy_goes_without_its_name(first: int, said: str) -> None:
+    names = ("federated", "local_only", "federated_tuned")
+    own = {
+        name: Measured(tuple(evaluations(1, classes=3, seed=at))) for at, name in enumerate(names)
+    }
+    task = copy.copy(TASK)
+    task.metrics = (TASK.metrics[first], TASK.metrics[1 - first])
+    (found,) = site_results([site(0)], own, 3, LabelMeasures(3), task)
+    figure = task.metrics[0].text(found["federated_tuned"][task.metrics[0].key])
+    assert found["verdict"].endswith(f"After a short fine-tune there: {said}{figure}.")
 
 
 def test_one_model_is_pooled_by_adding_its_sites_up() -> None:

@@ -18,14 +18,14 @@ RULE = Axis("aggregation.rule", ("fedavg", "ffa"))
 RANK = Axis("method.rank", ("2", "8"))
 
 
-def swept(*axes: Axis, seeds: int = 2, failed: Sequence[int] = ()) -> Results:
-    """Cell n is right for (n + 30) % of the test set and 10 points more of validation."""
+def swept(*axes: Axis, seeds: int = 2, failed: Sequence[int] = (), least: int = 30) -> Results:
+    """Cell n has a share of n + ``least`` % on the test set, and 10 points more in validation."""
     cells: list[CellResult] = []
     for seed, values in itertools.product(
         range(seeds), itertools.product(*(a.values for a in axes))
     ):
         number = len(cells) + 1
-        share = None if number in failed else (number + 30) / 100
+        share = None if number in failed else (number + least) / 100
         metrics = dict.fromkeys(METRICS) | {
             "test_accuracy": share, "validation_accuracy": share and share + 0.1,
         }  # fmt: skip
@@ -104,6 +104,16 @@ def test_an_axis_of_accuracy_stays_within_0_and_100(painted: Callable[[Results],
     far = Axis("a.b", tuple(f"v{at}" for at in range(30)))
     low, high = painted(swept(far)).axes[0].get_ylim()
     assert low >= -1.5 and high <= 101.5
+
+
+@pytest.mark.parametrize("axes", [(RULE,), (RATE, RULE, RANK)], ids=["over a key", "rows"])
+def test_a_share_below_0_is_on_the_axis(
+    painted: Callable[[Results], Figure], axes: tuple[Axis, ...]
+) -> None:
+    """R2 of a poor model is below 0, in one panel or in both."""
+    panel = painted(swept(*axes, least=-50)).axes[0]
+    low, high = panel.get_ylim() if len(axes) < 3 else panel.get_xlim()
+    assert low < -49 and high > -30
 
 
 def test_the_picture_is_a_png_whatever_values_are_called() -> None:

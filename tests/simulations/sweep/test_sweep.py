@@ -6,17 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.federations import SMALL, digits_job
 
-from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.errors import InputError
-from fedgraft.common.metrics.tally import Tally
-from fedgraft.server.rounds import _judge
-from fedgraft.server.state import State
 from fedgraft.simulations.baselines.over_seeds import spread
 from fedgraft.simulations.cli import simulate as cli
 from fedgraft.simulations.sweep import page as sweep_page
@@ -33,7 +28,6 @@ from fedgraft.simulations.sweep.results import (
     CellResult,
     Results,
     gather,
-    kept_validation,
     write_results,
 )
 
@@ -294,34 +288,3 @@ def test_the_page_shows_values_as_text(tmp_path: Path) -> None:
     page = (tmp_path / "sweep.html").read_text()
     assert ">&lt;b&gt;x&lt;/b&gt;<" in page and "<b>x" not in page
     assert 'src="data:image/png;base64,' in page and 'href="runs/run-1/report.html"' in page
-
-
-@given(
-    st.lists(st.none() | st.lists(st.integers(0, 9), min_size=4, max_size=4), max_size=8),
-    st.sampled_from(("loss", "accuracy", "macro_f1")),
-    st.sampled_from((0.0, 0.2)),
-)
-def test_the_kept_validation_is_that_of_the_adapter_early_stopping_keeps(
-    rounds: list[list[int] | None], metric: Any, min_delta: float
-) -> None:
-    stopping = EarlyStopping(metric=metric, min_delta=min_delta)
-    job = digits_job()
-    job = job.model_copy(
-        update={"rounds": job.rounds.model_copy(update={"early_stopping": stopping})}
-    )
-    state, history = State(0, np.zeros(1, np.float32)), []
-    for at, counts in enumerate(rounds, 1):
-        confusion = np.array(counts or [0] * 4, np.int64).reshape(2, 2)
-        tally = Tally(float(at % 3), confusion)
-        line = tally.summary() | {"round": at} if tally.examples else None
-        history.append({"validation": line})
-        state = _judge(job, replace(state, adapter=np.full(1, at, np.float32)), tally)
-    kept = kept_validation(history, stopping)
-    assert (kept and kept["round"]) == (None if state.best is None else int(state.best[0]))
-
-
-def test_without_early_stopping_the_last_round_counts() -> None:
-    history = [{"validation": {"accuracy": 0.9}}, {"validation": {"accuracy": 0.1}}]
-    assert kept_validation(history, None) == {"accuracy": 0.1}
-    assert kept_validation([*history, {"validation": None}], None) is None  # not of that adapter
-    assert kept_validation([], None) is None

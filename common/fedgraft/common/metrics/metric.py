@@ -13,7 +13,7 @@ class Metric:
     ``percent``: the metric is a share, shown in percent. ``hub`` is the Hugging Face hub's name, if
     it differs from the key. ``higher``: a larger value means a better model. ``short`` is the name
     for narrow places. ``digits``, if not 0, is the number of significant digits: for a metric whose
-    unit is not known.
+    unit is not known. ``right``: the metric is the share of examples that the model is right for.
     """
 
     key: str
@@ -23,6 +23,7 @@ class Metric:
     higher: bool = True
     short: str = ""
     digits: int = 0
+    right: bool = False
 
     @property
     def title(self) -> str:

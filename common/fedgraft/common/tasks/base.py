@@ -238,6 +238,10 @@ class Task(ABC):
         """Return the arguments of ``from_pretrained`` so that the backbone accepts the adapter."""
         return {}
 
+    def blank(self, processor: Processor, settings: Settings) -> Inputs:
+        """Return one example of full length without content, as the model reads it."""
+        return processor.blank(settings)
+
     def describe_input(self, processor: Processor, settings: Settings) -> str:
         """Return the model card's text about the conversion of cells."""
         return processor.describe(settings)

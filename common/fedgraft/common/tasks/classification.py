@@ -16,7 +16,7 @@ from fedgraft.common.tasks.refusals import other_augmentations
 
 __all__ = ["Classification"]
 
-ACCURACY = Metric("accuracy", "accuracy")
+ACCURACY = Metric("accuracy", "accuracy", right=True)
 MACRO_F1 = Metric("macro_f1", "macro F1", hub="f1", short="F1")
 
 

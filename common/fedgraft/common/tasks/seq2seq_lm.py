@@ -24,6 +24,7 @@ from fedgraft.common.examples import (
     Wrapped,
     concatenate,
 )
+from fedgraft.common.modalities import Processor
 from fedgraft.common.modalities.text import (
     TextProcessor,
     check_length,
@@ -133,6 +134,11 @@ class Seq2SeqLm(TokenTask):
             for column in ("text", "target")
         ]
         return PairedTexts(parts[0], parts[1], processor.decoder_start)
+
+    def blank(self, processor: Processor, settings: Settings) -> Inputs:
+        """Return one text, and a target of the same length that the decoder reads."""
+        inputs = processor.blank(settings)
+        return {**inputs, "decoder_input_ids": inputs["input_ids"]}
 
 
 def _encoded(

@@ -5,16 +5,18 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedgraft.common.console import Console
-from fedgraft.common.errors import FedgraftError
+from fedgraft.common.errors import AuditError, FedgraftError
 from fedgraft.server.cli.options import HERE, HomeFolder, JobFile, Json, Overrides
 
 if TYPE_CHECKING:
+    from fedgraft.common.federation.audit_log import Audit
     from fedgraft.server.coordinator.process import Coordinator
 
 __all__ = ["run", "status", "stop", "submit"]
@@ -35,7 +37,6 @@ def run(
     """Run the coordinator until it is stopped: Flower, nginx, our services, the submitted jobs."""
     # We start processes beside gRPC's threads, but only by exec, so gRPC need not support forks.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    from fedgraft.common.errors import AuditError
     from fedgraft.common.federation.audit_log import Audit
     from fedgraft.common.files import lock_folder
     from fedgraft.server.coordinator.grpc_services import serve_operators, serve_sites
@@ -50,22 +51,10 @@ def run(
     listen = listen or f"0.0.0.0:{load_federation_spec(home / 'federation.toml').port}"
     check_listen(listen)
     with lock_folder(home):
-        audit = Audit(home / "audit.jsonl")
-
-        def event(kind: str, **facts: Any) -> None:
-            audit.append({"event": kind, **facts})
-            console.note(f"{kind}  {_words(facts)}")
-
-        def told(kind: str, **facts: Any) -> None:
-            """Of what has happened anyway: with a full disk, there are other things to see to."""
-            try:
-                event(kind, **facts)
-            except AuditError as error:
-                console.note(f"{kind}  {_words(facts)}  (not recorded: {error})")
-
-        coordinator = Coordinator(Home(home.resolve()), listen=listen, event=told)
+        events = _Events(Audit(home / "audit.jsonl"), console)
+        coordinator = Coordinator(Home(home.resolve()), listen=listen, event=events.report)
         with _watched(coordinator, watch, console):
-            servers = [serve_sites(home.resolve(), event)]
+            servers = [serve_sites(home.resolve(), events.record)]
             servers.append(serve_operators(home.resolve(), _operator(coordinator, stopping)))
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: stopping.set())
@@ -80,6 +69,33 @@ def run(
                 for server in servers:
                     server.stop(1.0)
                 coordinator.close()
+
+
+@dataclass(frozen=True)
+class _Events:
+    """The coordinator's events: each is written to the audit and shown on the console."""
+
+    audit: "Audit"
+    console: Console
+
+    def record(self, kind: str, **facts: Any) -> None:
+        """Record an event.
+
+        Raises:
+            AuditError: the audit cannot be written; what the event is about must not happen.
+        """
+        self.audit.append({"event": kind, **facts})
+        self.console.note(f"{kind}  {_words(facts)}")
+
+    def report(self, kind: str, **facts: Any) -> None:
+        """Report an event that cannot be undone.
+
+        A failed audit write must not stop the coordinator.
+        """
+        try:
+            self.record(kind, **facts)
+        except AuditError as error:
+            self.console.note(f"{kind}  {_words(facts)}  (not recorded: {error})")
 
 
 @contextmanager
@@ -188,7 +204,7 @@ def stop(
 
 
 def _ask(home: Path, question: Any) -> Any:
-    """What the running coordinator answers to ``question``, which gets the operator's stub."""
+    """Send ``question`` to the running coordinator and return its answer."""
     import json
 
     import grpc

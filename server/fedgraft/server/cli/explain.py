@@ -30,10 +30,13 @@ def explain(
 
     opened = reopen(run)
     job = opened.run.job
+    if refused := refusal_of(job, "explanation"):
+        raise InputError(refused[0], hint=refused[1])
     labels, explainer = job.job.labels, EXPLAINERS.get(job.task.modality.name)
-    if refusal_of(job, "explanation") or explainer is None:
+    if explainer is None:
         raise InputError(
-            f"{job.job.task} has no explanations", hint="text- or image-classification"
+            f"no answer of {job.job.task} can be explained",
+            hint=f"a job that reads one of: {', '.join(EXPLAINERS)}",
         )
     if label is not None and label not in labels:
         raise InputError(f"no label {label}", hint=f"there is: {', '.join(labels[:10])}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "check_job", "export", "init", "report", "runs", "show_check"]
 
-TEMPLATES = Path(__file__).parents[1] / "templates"
+TEMPLATES = {file.stem: file for file in sorted(Path(__file__).parents[1].glob("templates/*.toml"))}
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -23,17 +23,16 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.
 def init(
     path: Annotated[Path, typer.Argument(help="File to write.")] = Path("job.toml"),
     template: Annotated[
-        str, typer.Option(help="text, vision, audio, language, entities or regression.")
+        str, typer.Option(help=f"{', '.join(list(TEMPLATES)[:-1])} or {list(TEMPLATES)[-1]}.")
     ] = "text",
     as_json: Json = False,
 ) -> None:
     """Write a commented job file to start from."""
-    known = sorted(file.stem for file in TEMPLATES.glob("*.toml"))
-    if template not in known:
-        raise InputError(f"no template {template}", hint=f"there is: {', '.join(known)}")
+    if template not in TEMPLATES:
+        raise InputError(f"no template {template}", hint=f"there is: {', '.join(TEMPLATES)}")
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write((TEMPLATES / f"{template}.toml").read_text(encoding="utf-8"))
+            file.write(TEMPLATES[template].read_text(encoding="utf-8"))
     except FileExistsError:
         raise InputError(f"{path} exists already", hint="name another file") from None
     except OSError as error:

@@ -34,7 +34,7 @@ from fedgraft.server.enrollment.registry import Member, Registry, Site
 from fedgraft.server.jobs.progress import Overview
 from fedgraft.server.jobs.queue import OPEN, Jobs, Submitted
 from fedgraft.server.paths import Home
-from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.runs.run_folder import WAITING, Run
 
 __all__ = ["Coordinator"]
 
@@ -42,7 +42,7 @@ RETRY = 5.0  # seconds before a run that failed goes on from its last round
 TRIES = 20
 POLL = 2.0  # seconds between two checks of the sites that are online
 HOST = "127.0.0.1"
-WAITING = "waiting: "
+LACKS = f"{WAITING}: "  # how the reason of a job begins whose run waits for something
 ROOM = 64 << 20  # free bytes on the disk; with fewer, the job rests
 TRUST = ("ca.pem", "crl.pem", "server.pem", "server.key")  # nginx reads them beside its own files
 Event = Callable[..., None]
@@ -244,7 +244,7 @@ class Coordinator:
             self._control.stop(run_id)
             self._current = None
             return
-        status, _ = self._control.status(run_id)
+        status = self._control.status(run_id)
         self._forgeries.tend(name)
         if status == FINISHED:
             self._current = None
@@ -261,7 +261,7 @@ class Coordinator:
         run_id = self._control.start(config)
         self._current = (one.name, run_id)
         self.jobs.set(one.name, "running", one.why)
-        if not one.why.startswith(WAITING):  # such a job starts every few seconds
+        if not one.why.startswith(LACKS):  # such a job starts every few seconds
             self._event("started", run=one.name, attempt=one.tries + 1)
 
     def _ended(self, name: str) -> None:
@@ -276,9 +276,9 @@ class Coordinator:
             return
         one = next(one for one in self.jobs.all() if one.name == name)
         if why := self._waits_for(name):
-            if not one.why.startswith(WAITING):
-                self._event("waiting", run=name, why=why)
-            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=WAITING + why))
+            if not one.why.startswith(LACKS):
+                self._event(WAITING, run=name, why=why)
+            self.jobs.put(replace(one, tries=max(one.tries - 1, 0), why=LACKS + why))
             self._passed = name
             self._not_before = time.monotonic() + RETRY
             return
@@ -292,7 +292,7 @@ class Coordinator:
     def _waits_for(self, name: str) -> str:
         """Return what the run waits for, by its last event; empty if it does not wait."""
         event = self._last_event(name)
-        return str(event["what"]) if event.get("event") == "waiting" else ""
+        return str(event["what"]) if event.get("event") == WAITING else ""
 
     def _last_event(self, name: str) -> dict[str, Any]:
         folder = self.home.runs / name
@@ -336,7 +336,7 @@ class Coordinator:
         """Return a run's line with the reason why it rests; without it if rounds go on again."""
         if self.trouble and line["state"] in OPEN:
             return {**line, "why": self.trouble}
-        waited = line["state"] in OPEN and line["why"].startswith(WAITING)
+        waited = line["state"] in OPEN and line["why"].startswith(LACKS)
         if waited and self._last_event(line["run"]).get("event") == "round":
             return {**line, "why": ""}
         return line

@@ -170,11 +170,10 @@ class Control:
         """Stop a run."""
         self._ask(self._client.StopRun, StopRunRequest(run_id=run_id))
 
-    def status(self, run_id: int) -> tuple[str, str]:
-        """Return ``pending``, ``running`` or ``finished``, and the sub-status of a finished run."""
+    def status(self, run_id: int) -> str:
+        """Return the status of a run, such as ``pending``, ``running`` or ``finished``."""
         reply = self._ask(self._client.ListRuns, ListRunsRequest(run_id=run_id))
-        status = reply.run_dict[run_id].status
-        return str(status.status), str(status.sub_status)
+        return str(reply.run_dict[run_id].status.status)
 
     def register(self, public_key: bytes, name: str) -> int:
         """Register the node with this public key (PEM); return its id."""

@@ -13,6 +13,7 @@ from fedgraft.common.adapters.model_card import Origin, model_card
 from fedgraft.common.adapters.peft_folder import folder_facts, replace_folder, save_adapter
 from fedgraft.common.layout import Layout, Vector
 from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.state import kept_validation
 
 __all__ = ["export_adapter", "export_merged", "origin_of"]
 
@@ -58,14 +59,13 @@ def origin_of(run: Run) -> Origin:
     """Return the facts of ``run`` for the card: the number of sites, but no site's name."""
     summary, history = run.summary() or {}, run.history()
     sites = summary.get("sites", [])
-    validated = [line["validation"] for line in history if line["validation"]]
     return Origin(
         run=run.name,
         created=run.created,
         rounds=len(history),
         sites=len(sites) or max((line["asked"] for line in history), default=0),
         final=summary.get("final", {}),
-        validation=validated[-1] if validated else {},
+        validation=kept_validation(history, run.job.rounds.early_stopping) or {},
         outcomes=Counter(site["outcome"] for site in sites),
         examples=sum(site["examples"] for site in sites),
     )

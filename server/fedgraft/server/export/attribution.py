@@ -106,7 +106,10 @@ def explain_image(
 
 Explainer = Callable[[Workbench, str, Settings, int | None], Explanation]
 EXPLAINERS: dict[str, Explainer] = {"text": explain_text, "image": explain_image}
-"""By modality, the function that explains the answer to one input, a text or a file's path."""
+"""By modality, the function that explains the answer to one input, a text or a file's path.
+
+A modality without an entry has no explanations.
+"""
 
 
 def _integrated(

@@ -29,13 +29,14 @@ from fedgraft.common.layout import Layout, Vector
 from fedgraft.server.export.adapter import origin_of
 from fedgraft.server.runs.run_folder import Run
 
-__all__ = ["example_inputs", "export_onnx", "largest_difference"]
+__all__ = ["example_inputs", "export_onnx", "largest_difference", "open_axes"]
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
 OPSET = 18  # the oldest that torch.export writes, because most runtimes support it
 CLOSE = 1e-3  # times the largest logit: float32 kernels differ, but a wrong graph differs far more
 TRACED = (2, 12)  # examples and tokens
+SMALLEST = (1, 1)
 TRIED = (TRACED, (1, 7), (5, 16))
 ONE_FILE = 1 << 30  # bytes of weights in one file; protobuf cannot hold more than twice as many
 
@@ -66,6 +67,7 @@ def export_onnx(
     """
     _require_packages()
     inputs = example_inputs(bench, run.job, *TRACED)
+    axes = open_axes(inputs, example_inputs(bench, run.job, *SMALLEST))
     bench.put((exchanged, adapter))
     merged = copy.deepcopy(bench.model).merge_and_unload()
     merged.config.use_cache = False  # the graph runs once, so the cache must not be an output
@@ -74,7 +76,7 @@ def export_onnx(
     card = model_card(bench, run.job, origin, form="onnx")
 
     def write(target: Path) -> None:
-        _trace(model, inputs, target / FILE)
+        _trace(model, inputs, target / FILE, axes=axes)
         off = largest_difference(target / FILE, model, bench, run.job)
         if not off <= CLOSE:
             raise BackboneError(
@@ -95,7 +97,7 @@ def example_inputs(bench: Workbench, job: Job, examples: int, tokens: int) -> In
     """Return inputs of the right names, shapes and types; their content does not matter.
 
     Raises:
-        InputError: the job reads neither texts nor images.
+        InputError: the job's modality has no example inputs.
     """
     draw = np.random.default_rng(examples)
     modality, config = job.task.modality, bench.model.config
@@ -111,12 +113,20 @@ def _require_packages() -> None:
         )
 
 
-def _trace(model: _Logits, inputs: Inputs, path: Path) -> None:
-    every = torch.export.Dim.DYNAMIC
-    # Images have a fixed size; the second axis of texts is the tokens.
-    open_axes = tuple(
-        dict.fromkeys((0,) if name == "pixel_values" else (0, 1), every) for name in inputs
+def open_axes(first: Inputs, second: Inputs) -> tuple[dict[int, Any], ...]:
+    """Return the axes of each input whose sizes differ between two examples of inputs, in order."""
+    return tuple(
+        {
+            axis: torch.export.Dim.DYNAMIC
+            for axis, sizes in enumerate(zip(first[name].shape, second[name].shape, strict=True))
+            if sizes[0] != sizes[1]
+        }
+        for name in first
     )
+
+
+def _trace(model: _Logits, inputs: Inputs, path: Path, *, axes: tuple[dict[int, Any], ...]) -> None:
+    """Write the graph; ``axes`` are the axes of each input that may have any size."""
     size = sum(weight.nbytes for weight in model.parameters())
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
@@ -129,7 +139,7 @@ def _trace(model: _Logits, inputs: Inputs, path: Path) -> None:
                 input_names=list(inputs),
                 output_names=["logits"],
                 opset_version=OPSET,
-                dynamic_shapes=(open_axes,),
+                dynamic_shapes=(axes,),
                 dynamo=True,
                 external_data=size > ONE_FILE,
                 verbose=False,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from fedgraft.common.metrics.metric import Metric
-from fedgraft.server.report import plots as report_plots
+from fedgraft.server.report import plots
 from fedgraft.server.report.plots import MODELS, Curve, Estimate, Picture
 from fedgraft.server.report.site_overview import MANY_SITES
 from fedgraft.server.report.values import (
@@ -34,7 +34,7 @@ def pooled_picture(final: Record, share: Metric) -> Picture | None:
         return None
     said = "; ".join(f"{MODELS[model].name} {as_share(found.value)}" for model, found in rows)
     return Picture(
-        report_plots.single_dots(rows, label=f"Pooled test {share.name}", key="pooled"),
+        plots.single_dots(rows, label=f"Pooled test {share.name}", key="pooled"),
         f"Dot plot of {share.name} on the pooled test set with 95 % intervals: {said}.",
         f"{share.title} on the pooled test set. Bars are 95 % intervals.",
     )
@@ -43,12 +43,12 @@ def pooled_picture(final: Record, share: Metric) -> Picture | None:
 def curve_pictures(rounds: Sequence[Record], share: Metric) -> list[Picture]:
     """Return the figures of validation and of losses over rounds, without those not measured."""
     checks = [read_record(entry, "validation") for entry in rounds]
-    accuracy = Curve(share.name, read_column(checks, share.key))
+    of_share = Curve(share.name, read_column(checks, share.key))
     macro_f1 = Curve("macro F1", read_column(checks, "macro_f1"), second=True)
     validation = Curve("validation loss", read_column(checks, "loss"))
     train = Curve("train loss", read_column(rounds, "train_loss"), second=True)
     pictures = (
-        _curve_picture(rounds, [accuracy, macro_f1], "Federated validation", percent=True),
+        _curve_picture(rounds, [of_share, macro_f1], "Federated validation", percent=True),
         _curve_picture(rounds, [validation, train], "Loss", percent=False),
     )
     return [picture for picture in pictures if picture is not None]
@@ -64,9 +64,7 @@ def _curve_picture(
     lossy = {at for at, one in zip(numbers, rounds, strict=True) if read_records(one, "dropped")}
     dropped = sorted(lossy) if len(lossy) <= MARKED_ROUNDS else []
     key = label.split()[-1].lower()
-    svg = report_plots.curves(
-        numbers, lines, dropped=dropped, label=label, percent=percent, key=key
-    )
+    svg = plots.curves(numbers, lines, dropped=dropped, label=label, percent=percent, key=key)
     said = "; ".join(_course(line, percent) for line in lines)
     mark = " A cross marks a round in which sites were dropped." if dropped else ""
     if len(lossy) > MARKED_ROUNDS:
@@ -94,9 +92,7 @@ def site_picture(sites: Sequence[Record], share: Metric) -> Picture | None:
     rows = [(str(site.get("name")), row) for site, row in zip(sites, estimates, strict=True)]
     names = ", ".join(MODELS[model].name.lower() for model in models)
     return Picture(
-        report_plots.dots(
-            rows, models, label=f"{share.title} on the site's own test set", key="sites"
-        ),
+        plots.dots(rows, models, label=f"{share.title} on the site's own test set", key="sites"),
         f"Dot plot of own-test {share.name} with 95 % intervals for {len(sites)} sites ({names}); "
         "the numbers are in the table of sites.",
         f"{share.title} on each site's own test set. Bars are 95 % intervals.",
@@ -118,14 +114,15 @@ def _site_scatter(estimates: Sequence[Mapping[str, Estimate]], share: Metric) ->
     sides = "above the dashed line federated is better, below it local only."
     if len(pairs) > SINGLE_DOTS:
         return Picture(
-            report_plots.density(pairs, key="sites"),
+            plots.density(pairs, key="sites"),
             f"Density plot {alt}",
-            f"Sites by both accuracies ({both}): the stronger a square's colour, the more sites it "
-            f"holds. {sides[0].upper()}{sides[1:]} {above:,} sites are above it, {below:,} below.",
+            f"Sites by {share.name} of both models ({both}): the stronger a square's colour, the "
+            f"more sites it holds. {sides[0].upper()}{sides[1:]} {above:,} sites are above it, "
+            f"{below:,} below.",
         )
     where = "the table" if len(estimates) <= MANY_SITES else "summary.json"
     return Picture(
-        report_plots.scatter(pairs, key="sites"),
+        plots.scatter(pairs, key="sites"),
         f"Scatter plot {alt}",
         f"One dot per site ({both}): {sides} Over {DOT_PLOT_SITES} sites no interval is drawn; "
         f"{where} has them.",

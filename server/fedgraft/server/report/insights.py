@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedgraft.server.report import plots as report_plots
+from fedgraft.server.report import plots
 from fedgraft.server.report.plots import INK, LINE, MODELS, MUTED, PAPER, Picture, frame, short_name
 from fedgraft.server.report.values import Record, as_share, read_number, read_record, read_records
 
@@ -47,7 +47,7 @@ def _bars(rows: Sequence[tuple[float, str, Record]], total: int) -> Picture:
     most = f"the {len(rows)} that moved most of {total}" if total > len(rows) else f"all {total}"
     said = "; ".join(f"{name} {as_share(share)}" for share, name, _ in rows[:5])
     return Picture(
-        report_plots.render(draw, 19 * len(rows) + 60, "moved"),
+        plots.render(draw, 19 * len(rows) + 60, "moved"),
         f"Bar chart of relative changes of weights, {most}. First: {said}.",
         f"How far training moved each module, {most}: the norm of the change over the norm of the "
         "weights it is added to. Modules that are trained themselves, such as a head, have the "
@@ -98,7 +98,7 @@ def _map(names: Sequence[str], places: Sequence[Sequence[float]], shown: float |
 
     share = "" if shown is None else f" The plane shows {as_share(shown)} of all differences."
     return Picture(
-        report_plots.render(draw, 400, "map"),
+        plots.render(draw, 400, "map"),
         f"Map of {len(names)} sites by the direction of their own training; the cosines are in "
         "the table.",
         "Sites near each other pull the model in the same direction; distances are those between "

@@ -53,14 +53,17 @@ def _differences(site: Record) -> Iterator[dict[str, object]]:
         found = read_record(read_record(site, "comparisons"), rival)
         if found:
             # In the task's unit: for labels in accuracy, for tokens in nats per token.
-            accuracy = {"of": found.get("difference"), "of_interval": found.get("interval")}
-            gap = read_estimate(accuracy, "of")
+            ends = {
+                "difference": found.get("difference"),
+                "difference_interval": found.get("interval"),
+            }
+            gap = read_estimate(ends, "difference")
             f1 = read_estimate(found, "macro_f1_difference")
             yield {
                 "site": str(site.get("name")),
                 "rival": rival,
-                "accuracy": gap.value,
-                "accuracy_interval": gap.interval,
+                "difference": gap.value,
+                "difference_interval": gap.interval,
                 "p_value": found.get("p_value"),
                 "macro_f1": f1.value,
                 "macro_f1_interval": f1.interval,

@@ -28,7 +28,6 @@ from fedgraft.server.report.values import (
     as_count,
     as_decimal,
     as_duration,
-    as_interval,
     as_metric,
     as_metric_interval,
     as_percent,
@@ -50,7 +49,7 @@ def write_report(folder: Path, summary: dict[str, Any], history: list[dict[str, 
 
     Args:
         folder: the run's folder; it must exist.
-        summary: the run's summary; metrics are fractions 0..1, traffic is in bytes.
+        summary: the run's summary; shares are fractions, not percent; traffic is in bytes.
         history: one record per round, in order.
 
     Returns:
@@ -82,9 +81,9 @@ def _template() -> Template:
         keep_trailing_newline=True,
     )
     filters: dict[str, Callable[..., str]] = {
-        "count": as_count, "decimal": as_decimal, "duration": as_duration, "interval": as_interval,
-        "metric": as_metric, "metric_interval": as_metric_interval, "percent": as_percent,
-        "points": as_points, "share": as_share, "size": as_size,
+        "count": as_count, "decimal": as_decimal, "duration": as_duration, "metric": as_metric,
+        "metric_interval": as_metric_interval, "percent": as_percent, "points": as_points,
+        "share": as_share, "size": as_size,
     }  # fmt: skip
     environment.filters.update(filters)
     environment.globals.update(record=read_record, records=read_records)
@@ -118,7 +117,7 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         drops=drop_tables(rounds),
         traffic=total_traffic(summary, rounds),
         site_picture=site_picture(sites, share),
-        **site_tables(sites, metrics[0].key),
+        **site_tables(sites, metrics[0]),
         **measure_facts(final, sites),
         **movement_facts(summary),
         **map_facts(summary),
@@ -131,8 +130,8 @@ def _partners_headline(summary: Record, metric: Metric) -> str:
     if not partners:
         return ""
     value = read_estimate(read_record(partners, "validation"), metric.key).value
-    said = f"Right for {_figure(metric, value)} of" if metric.percent else ""
-    said = said or f"{metric.title} {_figure(metric, value)} on"
+    figure = _figure(metric, value)
+    said = f"Right for {figure} of" if metric.right else f"{metric.title} {figure} on"
     reached = "" if value is None else f"{said} what sites hold out. "
     return f"{reached}Whether it was worth it, each site knows for itself."
 
@@ -149,7 +148,7 @@ def _pooled_sentence(final: Record, metric: Metric) -> str:
     federated = of("federated")
     if federated is None:
         return ""
-    said = "is right for" if metric.percent else f"has {metric.name}"
+    said = "is right for" if metric.right else f"has {metric.name}"
     parts = [f"On the pooled test set the federated model {said} {_figure(metric, federated)}"]
     for model, who in (
         ("local_only", "the sites' own models, on average,"),
@@ -157,8 +156,8 @@ def _pooled_sentence(final: Record, metric: Metric) -> str:
     ):
         other = of(model)
         if other is not None:
-            words = f"{who} for" if metric.percent else who
-            gap = _gap(metric, other - federated)
+            words = f"{who} for" if metric.right else who
+            gap = _gap(metric, other, federated)
             parts.append(f"{words} {_figure(metric, other)} ({gap})")
     return "; ".join(parts) + "."
 
@@ -167,7 +166,9 @@ def _figure(metric: Metric, value: float | None) -> str:
     return metric.text(value, MISSING, "\u00a0%")
 
 
-def _gap(metric: Metric, difference: float) -> str:
-    size = f"{100 * abs(difference):.1f} points" if metric.percent else f"{abs(difference):.2f}"
-    same = not any(digit in size for digit in "123456789")
-    return "the same" if same else f"{size} {'more' if difference > 0 else 'less'}"
+def _gap(metric: Metric, other: float, federated: float) -> str:
+    """Return how much ``other`` is above or below ``federated``, in the digits of the metric."""
+    size, none = (metric.text(one, unit=" points") for one in (abs(other - federated), 0.0))
+    if size == none or _figure(metric, other) == _figure(metric, federated):
+        return "the same"
+    return f"{size} {'more' if other > federated else 'less'}"

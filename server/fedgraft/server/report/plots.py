@@ -39,6 +39,7 @@ __all__ = [
     "scatter",
     "short_name",
     "single_dots",
+    "within_percent",
 ]
 
 Draw = Callable[["Figure"], None]
@@ -46,7 +47,7 @@ Draw = Callable[["Figure"], None]
 
 @dataclass(frozen=True)
 class Look:
-    """How a series is named, marked and coloured; ``variable`` is the page's CSS variable."""
+    """The name, marker and colour of a series; ``variable`` is the page's CSS variable."""
 
     name: str
     marker: str
@@ -79,7 +80,7 @@ _MARKER_ROUNDS = 40  # above, a marker per round is a smear
 
 @dataclass(frozen=True)
 class Estimate:
-    """A fraction 0..1 and its 95 % interval; None where there is none."""
+    """A metric's value and its 95 % interval; None if it has none. Shares are fractions."""
 
     value: float | None
     interval: tuple[float, float] | None
@@ -87,7 +88,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the page: ``alt`` is read aloud in its place, ``caption`` stands under it."""
+    """A figure of the page. ``alt`` is read aloud instead of it; ``caption`` is below it."""
 
     svg: str
     alt: str
@@ -96,7 +97,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Curve:
-    """The federated model over rounds, one value each (None: not measured).
+    """A metric of the federated model over rounds: one value per round, None if not measured.
 
     A figure has at most one ``second`` curve; it is dashed, so that no reader needs the colours.
     """
@@ -115,7 +116,7 @@ def curves(
     percent: bool,
     key: str,
 ) -> str:
-    """Lines over rounds, with a mark at the foot of every round that lost sites.
+    """Draw lines over rounds, with a mark at the foot of every round that lost sites.
 
     Args:
         rounds: the x axis; every curve has one value per round.
@@ -143,7 +144,7 @@ def curves(
         if len(rounds) == 1:
             axes.set_xticks(list(rounds))
         if percent:
-            _within_percent(axes, "y")
+            within_percent(axes, "y", axes.dataLim.y0)
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         _legend(figure)
 
@@ -153,7 +154,7 @@ def curves(
 def dots(
     rows: Sequence[tuple[str, dict[str, Estimate]]], models: Sequence[str], *, label: str, key: str
 ) -> str:
-    """One row per name, one marker with its interval per model.
+    """Draw one row per name, with one marker and its interval per model.
 
     Args:
         rows: name and estimates by model, top to bottom.
@@ -180,7 +181,7 @@ def dots(
 
 
 def single_dots(rows: Sequence[tuple[str, Estimate]], *, label: str, key: str) -> str:
-    """One row and one marker per model; ``rows`` holds keys of ``MODELS`` with their estimates."""
+    """Draw one row with one marker per model; ``rows`` are keys of ``MODELS`` with estimates."""
 
     def draw(figure: "Figure") -> None:
         axes = figure.subplots()
@@ -192,7 +193,7 @@ def single_dots(rows: Sequence[tuple[str, Estimate]], *, label: str, key: str) -
 
 
 def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
-    """Federated over local-only accuracy, one mark per site, with the line of equality.
+    """Draw a share of federated over local only, one mark per site, with the line of equality.
 
     Args:
         pairs: (local-only, federated) as fractions.
@@ -218,7 +219,7 @@ def scatter(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
 
 
 def density(pairs: Sequence[tuple[float, float]], *, key: str) -> str:
-    """As ``scatter``, for so many sites that only their number in a square can be shown.
+    """Draw ``scatter`` for so many sites that only their number in a square can be shown.
 
     A square is ``_SQUARE`` points wide, its opacity the square root of its share of the fullest.
     """
@@ -249,7 +250,7 @@ def _square(share: float) -> int:
 
 
 def _face_to_face(axes: "Axes", low: float, high: float) -> None:
-    """Axes in percent, the line of equality from ``low`` to ``high``, and which side is whose."""
+    """Draw the line of equality from ``low`` to ``high``, in percent, and name its two sides."""
     axes.plot([low, high], [low, high], color=MUTED, linewidth=1, linestyle="--")
     axes.text(0.03, 0.96, "federated better", transform=axes.transAxes, color=MUTED, va="top")
     axes.text(0.97, 0.04, "local only better", transform=axes.transAxes, color=MUTED, ha="right")
@@ -291,28 +292,28 @@ def _interval_points(axes: "Axes", points: Sequence[tuple[float, Estimate]], loo
 
 
 def _name_rows(axes: "Axes", names: Sequence[str], label: str) -> None:
-    """Rows from top to bottom, a percent axis below them."""
+    """Name the rows from top to bottom, and draw a percent axis below them."""
     axes.set_yticks(range(len(names)), list(names))
     axes.set_ylim(len(names) - 0.5, -0.5)
     frame(axes, f"{label} (%)", "")
-    _within_percent(axes, "x")
+    within_percent(axes, "x", axes.dataLim.x0)
     axes.grid(axis="x", color=LINE, linewidth=0.8)
     axes.tick_params(axis="y", length=0)
 
 
-def _within_percent(axes: "Axes", axis: Literal["x", "y"]) -> None:
-    """Cut the margins that matplotlib adds beyond 0 and 100 %, leaving room for half a marker.
+def within_percent(axes: "Axes", axis: Literal["x", "y"], lowest: float) -> None:
+    """Cut an axis at 0 and 100 %, leaving room for half a marker.
 
-    A share may be below 0, as R2 of a poor model is: then the axis goes there.
+    The least share is ``lowest``, in percent. If it is below 0, as R2 of a poor model is, the axis
+    is not cut at 0.
     """
-    drawn = axes.dataLim.intervalx if axis == "x" else axes.dataLim.intervaly
     low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
-    limits = (low if drawn[0] < 0 else max(-1.5, low), min(101.5, high))
+    limits = (low if lowest < 0 else max(-1.5, low), min(101.5, high))
     (axes.set_xlim if axis == "x" else axes.set_ylim)(*limits)
 
 
 def frame(axes: "Axes", x: str, y: str) -> None:
-    """Name the axes, and draw no more of them than is read."""
+    """Label the axes and hide the lines that nobody needs."""
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.set_axisbelow(True)
@@ -331,8 +332,8 @@ def _legend(figure: "Figure") -> None:
 
 
 def short_name(name: str) -> str:
-    """A name as a figure has room for it."""
-    # Control characters and lone surrogates, which JSON can hold, are no text to draw.
+    """Return a name that is short enough for a figure."""
+    # JSON can hold control characters and lone surrogates, which cannot be drawn.
     name = " ".join("".join(sign if sign.isprintable() else " " for sign in name).split())
     return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
 
@@ -380,6 +381,6 @@ def _inline(document: str) -> str:
 
 
 def _paint(tag: re.Match[str]) -> str:
-    """Within tags only, so that no name or label is ever rewritten."""
+    """Replace colours inside tags only, so that names and labels stay as they are."""
     text = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"", "", tag[0])
     return re.sub(r"#fe00[0-9a-f]{2}", lambda found: f"var({_VARIABLES[found[0]]})", text)

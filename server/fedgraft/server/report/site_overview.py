@@ -1,7 +1,7 @@
 """The results of a run's sites in one sentence, seven quantiles and a few names.
 
 People read ten sites one by one, but not thousands. For many sites, the report and the terminal
-show the distribution of the models' accuracies, and the sites that federating changed most.
+show the distribution of each model's headline metric, and the sites that federating changed most.
 """
 
 from collections import Counter
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.report.values import Record, outcome_of, read_estimate, read_record
 
 __all__ = ["MANY_SITES", "QUANTILES", "Spread", "headline", "most_moved", "spread"]
@@ -34,7 +35,7 @@ class Spread:
     mean: float
 
 
-def spread(sites: Sequence[Record], model: str, key: str = "accuracy") -> Spread | None:
+def spread(sites: Sequence[Record], model: str, key: str) -> Spread | None:
     """Return the distribution of the model's metric ``key`` over the sites' own test sets.
 
     It is None if no site has the metric. Every site counts once, regardless of the number of its
@@ -54,25 +55,31 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return low + rest * (high - low)
 
 
-def most_moved(sites: Sequence[Record], count: int) -> tuple[list[Record], list[Record]]:
+def most_moved(
+    sites: Sequence[Record], count: int, metric: Metric
+) -> tuple[list[Record], list[Record]]:
     """Return up to ``count`` sites that gained most by federating, and as many that lost most.
 
-    The gain is the accuracy on the site's own test set, federated minus local only. Sites with a
-    clear verdict come before the others, because a site with one test example can change by 100
-    points by chance alone.
+    The gain is that of ``metric`` on the site's own test set, federated against local only. Sites
+    with a clear verdict come before the others, because a site with one test example can change by
+    100 points by chance alone.
     """
-    known = [(gain, site) for site in sites if (gain := _gain(site)) is not None]
+    known = [(gain, site) for site in sites if (gain := _gain(site, metric)) is not None]
     gained = [(outcome_of(site) != "helped", -gain, site) for gain, site in known if gain > 0]
     lost = [(outcome_of(site) != "hurt", gain, site) for gain, site in known if gain < 0]
     most = [sorted(moved, key=lambda one: one[:2])[:count] for moved in (gained, lost)]
     return [one[2] for one in most[0]], [one[2] for one in most[1]]
 
 
-def _gain(site: Record) -> float | None:
+def _gain(site: Record, metric: Metric) -> float | None:
+    """Return how much better the federated model is than the site's own; below 0 if it is worse."""
     ours, alone = (
-        read_estimate(read_record(site, model)).value for model in ("federated", "local_only")
+        read_estimate(read_record(site, model), metric.key).value
+        for model in ("federated", "local_only")
     )
-    return None if ours is None or alone is None else ours - alone
+    if ours is None or alone is None:
+        return None
+    return ours - alone if metric.higher else alone - ours
 
 
 def headline(sites: Sequence[Record]) -> str:

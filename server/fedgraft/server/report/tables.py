@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from statistics import fmean
 
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.report.plots import MODELS
 from fedgraft.server.report.site_overview import MANY_SITES, QUANTILES, most_moved, spread
 from fedgraft.server.report.values import (
@@ -32,33 +33,33 @@ LAST_DROPS = 100
 LISTED_REASONS = 20
 
 
-def site_tables(sites: Sequence[Record], key: str) -> dict[str, object]:
-    """Return the site table: rows, columns, means of the metric ``key``, and sites by outcome.
+def site_tables(sites: Sequence[Record], metric: Metric) -> dict[str, object]:
+    """Return the site table: rows, columns, means of ``metric``, and sites by outcome.
 
     With more than ``MANY_SITES`` sites, the table has only the sites that changed most, in two
     ``site_parts``. Then ``spreads`` by model summarise all sites; for fewer sites they are empty.
     """
     means = {}
     for model in SITE_MODELS:
-        found = [read_estimate(read_record(site, model), key).value for site in sites]
+        found = [read_estimate(read_record(site, model), metric.key).value for site in sites]
         if known := [value for value in found if value is not None]:
             means[model] = fmean(known)
     many = len(sites) > MANY_SITES
-    gained, lost = most_moved(sites, MOVED_SITES) if many else ([], [])
+    gained, lost = most_moved(sites, MOVED_SITES, metric) if many else ([], [])
     parts = [("Gained most", gained), ("Lost most", lost)] if many else [("", sites)]
     groups = {one: [site for site in sites if outcome_of(site) == one] for one in OUTCOMES}
-    hurt = most_moved(groups["hurt"], LISTED_SITES)[1] if many else groups["hurt"][:LISTED_SITES]
+    worst = most_moved(groups["hurt"], LISTED_SITES, metric)[1] if many else []
     return {
         "sites": _rows(sites),
         "site_parts": [(heading, _rows(chosen)) for heading, chosen in parts if chosen],
         "sites_left_out": len(sites) - len(gained) - len(lost) if many else 0,
-        "spreads": {model: spread(sites, model, key) for model in means} if many else {},
+        "spreads": {model: spread(sites, model, metric.key) for model in means} if many else {},
         "quantiles": list(QUANTILES),
         "site_absent": [MODELS[model].name for model in SITE_MODELS if model not in means],
         "site_means": means,
         "site_shifts": any(site.get("shift") for site in sites),
         "groups": {one: _rows(group) for one, group in groups.items()},
-        "hurt": _rows(hurt),
+        "hurt": _rows(worst or groups["hurt"][:LISTED_SITES]),
         "listed": LISTED_SITES,
     }
 

@@ -20,7 +20,6 @@ __all__ = [
     "as_count",
     "as_decimal",
     "as_duration",
-    "as_interval",
     "as_metric",
     "as_metric_interval",
     "as_percent",
@@ -32,7 +31,6 @@ __all__ = [
     "outcome_of",
     "read_column",
     "read_estimate",
-    "read_metrics",
     "read_number",
     "read_record",
     "read_records",
@@ -70,8 +68,8 @@ def read_column(records: Sequence[Record], key: str) -> list[float | None]:
     return [read_number(record.get(key)) for record in records]
 
 
-def read_estimate(metrics: Record, key: str = "accuracy") -> Estimate:
-    """Return a metric, a fraction 0..1, with its interval."""
+def read_estimate(metrics: Record, key: str) -> Estimate:
+    """Return the metric ``key`` with its interval."""
     ends = metrics.get(f"{key}_interval")
     pair = ends if isinstance(ends, list | tuple) and len(ends) == 2 else (None, None)
     low, high = read_number(pair[0]), read_number(pair[1])
@@ -83,11 +81,6 @@ def natural_order(name: str) -> list[tuple[int, int, str]]:
     """Return a sort key that puts site-2 before site-10."""
     parts = re.findall(r"[0-9]{1,18}|[^0-9]+", name)
     return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts]
-
-
-def read_metrics(summary: Record) -> tuple[Metric, Metric]:
-    """Return the two metrics that are shown for the run's task, the headline metric first."""
-    return read_task(summary).metrics
 
 
 def read_task(summary: Record) -> Task:
@@ -133,15 +126,9 @@ def as_points(value: object) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text
 
 
-def as_percent(metrics: Record, key: str = "accuracy") -> str:
-    """Return a metric as percent."""
+def as_percent(metrics: Record, key: str) -> str:
+    """Return the metric ``key`` as percent."""
     return as_share(read_estimate(metrics, key).value)
-
-
-def as_interval(metrics: Record, key: str = "accuracy") -> str:
-    """Return a metric's interval in percent."""
-    found = read_estimate(metrics, key).interval
-    return MISSING if found is None else f"{100 * found[0]:.1f} to {100 * found[1]:.1f}"
 
 
 def as_metric(metrics: Record, metric: Metric) -> str:

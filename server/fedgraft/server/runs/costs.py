@@ -139,10 +139,8 @@ def _activations_mb(job: Job, bench: Workbench) -> float:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    blank = bench.processor.blank(job.settings)
+    blank = job.task.blank(bench.processor, job.settings)
     inputs = {name: torch.from_numpy(array) for name, array in blank.items()}
-    if bench.model.config.is_encoder_decoder:  # its decoder reads a target as long as the text
-        inputs["decoder_input_ids"] = inputs["input_ids"]
     parameters = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
     bench.model.requires_grad_(False)
     for name, parameter in bench.model.named_parameters():

@@ -42,9 +42,10 @@ from fedgraft.server.state import Dropped, Partial, RoundRecord, State
 if TYPE_CHECKING:
     from fedgraft.common.layout import Layout
 
-__all__ = ["Run", "list_runs"]
+__all__ = ["WAITING", "Run", "list_runs"]
 
 CHECKPOINTS = "checkpoints"
+WAITING = "waiting"  # the event of a run that stopped until something that it needs is there
 NONE: Mapping[str, str] = MappingProxyType({})
 PACKAGES = ("fedgraft", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
 

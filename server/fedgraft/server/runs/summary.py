@@ -1,6 +1,5 @@
 """The facts of a run that its folder alone gives: parameters, bytes, settings."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from fedgraft.common.config.jobfile import dump_job
 from fedgraft.server.plan import Plan
 from fedgraft.server.runs.protection import protection_facts
 from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.state import kept_validation
 
 __all__ = ["bytes_per_site_round", "partner_facts", "run_facts"]
 
@@ -49,18 +49,11 @@ def partner_facts(run: Run, handed: Mapping[str, Any]) -> dict[str, Any]:
     ``handed`` is the result of ``hand_over``. Sites measure their own results locally, and do not
     report them.
     """
-    history, stopping = run.history(), run.job.rounds.early_stopping
-    final, best = None, -math.inf
-    for one in (line["validation"] for line in history if line["validation"]):
-        score = math.inf  # without early stopping, the last round counts
-        if stopping:  # the best round counts, by the rule in ``rounds``
-            score = stopping.score(one)
-            score -= stopping.min_delta if final else 0.0
-        if score > best or not stopping:
-            final, best = one, score + (stopping.min_delta if stopping and final else 0.0)
+    history = run.history()
+    kept = kept_validation(history, run.job.rounds.early_stopping)
     return {
         "seconds": sum(line["seconds"] for line in history),
-        "partners": {**handed, "validation": final},
+        "partners": {**handed, "validation": kept},
     }
 
 

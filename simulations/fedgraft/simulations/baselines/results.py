@@ -94,7 +94,7 @@ def _site(
     sentence, outcome = outcome_of(judged, missing=missing)
     if (tuned := own["federated_tuned"]) is not None and "local_only" in judged:
         came = metric.text(measures.figures(tuned.tally)[metric.key])
-        said = "" if metric.percent else f"{metric.name} "
+        said = "" if metric.right else f"{metric.name} "
         sentence += f" After a short fine-tune there: {said}{came}."
     return {
         "name": site.name,

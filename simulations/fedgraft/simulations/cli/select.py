@@ -77,7 +77,7 @@ def _shots(text: str) -> tuple[int, ...]:
 
 
 def _sets(name: str) -> tuple[str, str]:
-    """The overrides that put the candidate ``name`` in the job's place for a backbone."""
+    """Return the overrides that make ``name`` the job's backbone."""
     source = name.removeprefix(RANDOM)
     weights = "pretrained" if source == name else "random"
     return f"backbone.source={source}", f"backbone.weights={weights}"

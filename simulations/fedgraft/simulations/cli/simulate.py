@@ -9,7 +9,9 @@ from fedgraft.common.console import Console
 from fedgraft.common.errors import InputError
 
 if TYPE_CHECKING:
+    from fedgraft.common.config.job import Job
     from fedgraft.common.metrics.metric import Metric
+    from fedgraft.server.runs.run_folder import Run
 
 __all__ = ["simulate"]
 
@@ -59,30 +61,35 @@ def simulate(
     console.note("loading torch and transformers ...")
     from fedgraft.common.config.jobfile import load_job
     from fedgraft.server.runs.run_folder import Run
+
+    old = Run(resume) if resume else None
+    if old is not None and (summary := old.summary()) is not None:
+        console.note(f"{resume} is finished")
+    else:
+        engine = engine or (old.inputs.get("engine", "local") if old else "local")
+        loaded = old.job if old else load_job(job or DEMO, tuple(overrides or ()))
+        summary = _run(console, loaded, old, engine=engine, runs=runs)
+    console.json(summary)
+    _show(console, summary)
+
+
+def _run(
+    console: Console, job: "Job", old: "Run | None", *, engine: str, runs: Path
+) -> dict[str, Any]:
+    """Run ``job`` in a new folder below ``runs``, or continue ``old``; return the summary."""
+    from fedgraft.server.runs.run_folder import Run
     from fedgraft.simulations.preparation import inputs_of, prepare
     from fedgraft.simulations.simulate import simulate as run_simulation
 
-    old = Run(resume) if resume else None
-    if old is not None and (finished := old.summary()) is not None:
-        console.note(f"{resume} is finished")
-        console.json(finished)
-        _show(console, finished)
-        return
-    engine = engine or (old.inputs.get("engine", "local") if old else "local")
-    loaded = old.job if old else load_job(job or DEMO, tuple(overrides or ()))
-    prepared = prepare(
-        loaded, engine, console
-    )  # before the run's folder is made: bad input must leave no folder
-    inputs = inputs_of(loaded, prepared, engine)
-    with old or Run.create(runs, loaded, inputs) as run:
+    prepared = prepare(job, engine, console)  # before the folder: bad input must leave no folder
+    inputs = inputs_of(job, prepared, engine)
+    with old or Run.create(runs, job, inputs) as run:
         run.expect(inputs)
         try:
-            summary = run_simulation(prepared, run, console, engine=engine)
+            return run_simulation(prepared, run, console, engine=engine)
         except BaseException:
             console.note(f"continue with: fedgraft simulate --resume {run.folder}")
             raise
-    console.json(summary)
-    _show(console, summary)
 
 
 def _show(console: Console, summary: dict[str, Any]) -> None:
@@ -125,7 +132,7 @@ def _show_sites(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _show_spread(console: Console, summary: dict[str, Any]) -> None:
-    """For more sites than anyone reads one by one: quantiles, and how many were helped."""
+    """Print quantiles over all sites; they are too many for one row each."""
     from fedgraft.server.report.site_overview import QUANTILES, headline, spread
 
     sites, metric = summary["sites"], _headline_metric(summary)

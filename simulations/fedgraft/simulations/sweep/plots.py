@@ -1,4 +1,4 @@
-"""The figure of a sweep: accuracy over one or two swept keys, or one row per combination.
+"""The figure of a sweep: the task's share over one or two swept keys, or a row per combination.
 
 A key with numbers becomes a line with the interval over seeds; a key with names becomes dots. A
 second key gives several lines or series of dots. All other sweeps have one row per combination.
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fedgraft.server.report.plots import within_percent
 from fedgraft.simulations.sweep.grid import Axis, as_number, short_names
 from fedgraft.simulations.sweep.results import Results, Row
 
@@ -68,7 +69,7 @@ def _over_key(figure: "Figure", results: Results, panels: Sequence[str]) -> None
         _scale(axes, first, spots)
         _frame(axes, PANELS[metric], x=names[first.key], y=f"{results.share}, %")
         axes.grid(axis="y", color=LINE, linewidth=0.8)
-    _within_percent(every[0].get_ylim, every[0].set_ylim)
+    within_percent(every[0], "y", _lowest(results, panels))
     if second:
         handles, labels = every[0].get_legend_handles_labels()
         figure.legend(
@@ -170,7 +171,7 @@ def _rows(figure: "Figure", results: Results, panels: Sequence[str]) -> None:
         axes.set_ylim(len(labels) - 0.5, -0.5)
         _frame(axes, PANELS[metric], x=f"{results.share}, %", y="")
         axes.grid(axis="x", color=LINE, linewidth=0.8)
-    _within_percent(every[0].get_xlim, every[0].set_xlim)
+    within_percent(every[0], "x", _lowest(results, panels))
 
 
 def _frame(axes: "Axes", title: str, *, x: str, y: str) -> None:
@@ -183,12 +184,10 @@ def _frame(axes: "Axes", title: str, *, x: str, y: str) -> None:
     axes.spines[["left", "bottom"]].set_color(MUTED)
 
 
-def _within_percent(
-    limits: Callable[[], tuple[float, float]], set_limits: Callable[[float, float], object]
-) -> None:
-    """Limit the axis to about 0 to 100 %, although an interval of two seeds may be wider."""
-    low, high = limits()
-    set_limits(max(-1.5, low), min(101.5, high))
+def _lowest(results: Results, panels: Sequence[str]) -> float:
+    """Return the least value of a seed, in percent; an interval of two seeds may be far wider."""
+    values = [value for row in results.rows for metric in panels for value in row.values(metric)]
+    return 100 * min(values)
 
 
 def _short(text: str) -> str:

@@ -1,8 +1,9 @@
 """The results of a sweep: one row per combination, means over seeds, and the best row.
 
-The best row has the highest mean federated validation accuracy, on examples that sites held out of
-training. Only if a job holds out no examples, the best row is chosen by test accuracy. Then the
-results say so, because the best of many rows looks better on that test set than it is.
+The best row has the highest mean share (``Task.share``, such as accuracy) in federated validation,
+on examples that sites held out of training. Only if a job holds out no examples, the best row is
+chosen by the test set. Then the results say so, because the best of many rows looks better on that
+test set than it is.
 """
 
 import json
@@ -11,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgraft.common.config.sections import EarlyStopping
 from fedgraft.common.files import write_text
 from fedgraft.server.runs.run_folder import Run
+from fedgraft.server.state import kept_validation
 from fedgraft.simulations.baselines.over_seeds import Spread, spread
 from fedgraft.simulations.sweep.grid import Axis, Cell, short_names
 
@@ -24,7 +25,6 @@ __all__ = [
     "Row",
     "cell_result",
     "gather",
-    "kept_validation",
     "write_results",
 ]
 
@@ -82,7 +82,7 @@ class Results:
     """The results of a sweep so far.
 
     ``best`` is the index of the best row, ``chosen_by`` the metric that it was chosen by. ``share``
-    is the task's name for its share of right answers, by which settings are compared.
+    is the task's name for its share, by which settings are compared.
     """
 
     folder: Path
@@ -160,25 +160,6 @@ def cell_result(cell: Cell, run: Run | None, error: str | None = None) -> CellRe
         error=error,
         metrics={metric: metrics.get(metric) for metric in METRICS},
     )
-
-
-def kept_validation(
-    history: Sequence[Mapping[str, Any]], stopping: EarlyStopping | None
-) -> Mapping[str, float] | None:
-    """Return the federated validation of the adapter that a run kept.
-
-    It is the last adapter, or with early stopping the best one.
-    """
-    if stopping is None:
-        return history[-1]["validation"] if history else None
-    kept, best = None, None
-    for line in history:
-        if (found := line["validation"]) is None:
-            continue
-        score = stopping.score(found)
-        if best is None or score > best + stopping.min_delta:
-            kept, best = found, score
-    return kept
 
 
 def gather(
