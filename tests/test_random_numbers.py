@@ -25,9 +25,10 @@ def global_draws(code: ast.Module) -> Iterator[str]:
                 owner == "torch" and node.attr not in {*torchs, "random"}
             ):
                 yield ast.unparse(node)
-        drawn = isinstance(node, ast.Call) and ast.unparse(node.func) in of_torch
-        if drawn and "generator" not in {keyword.arg for keyword in node.keywords}:
-            yield ast.unparse(node)
+        if isinstance(node, ast.Call):
+            name, given = ast.unparse(node.func), {one.arg for one in node.keywords}
+            if name in of_torch and "generator" not in given:
+                yield ast.unparse(node)
 
 
 @pytest.mark.parametrize(
