@@ -14,6 +14,7 @@ EXAMPLES = ROOT / "simulations" / "examples"
 DATA = Path(os.environ.get("FEDGRAFT_DATA") or ROOT.parent / "shared")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sites", "examples"),
     [

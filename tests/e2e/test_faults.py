@@ -53,7 +53,8 @@ def drops(run: Run) -> list[tuple[int, str, str]]:
 # The same every time
 
 
-@pytest.mark.parametrize("masked", thinned([True, False], 2), ids=["masked", "clear"])
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "clear"])
 def test_faults_are_the_same_for_any_number_of_workers(
     tmp_path: Path, data: tuple[str, ...], masked: bool
 ) -> None:

@@ -41,6 +41,7 @@ def overrides(sites: Path) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow
 def test_six_speakers_are_six_sites(sites: Path) -> None:
     prepared = prepare(load_job(EXAMPLES / "fsdd.toml", overrides(sites)))
     assert [site.name for site in prepared.sites] == SPEAKERS

@@ -135,6 +135,7 @@ def die_in_round(folder: Path, number: int) -> None:
     federate(folder)
 
 
+@pytest.mark.slow
 def test_killed_from_outside_and_resumed_by_the_command(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "digits", 200, 50)
     truth, _ = run_digits(tmp_path / "truth", *data, "rounds.count=6")

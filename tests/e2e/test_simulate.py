@@ -75,6 +75,7 @@ def test_the_command_prints_one_object_with_all_that_is_promised(tmp_path: Path)
     assert Run(folder).summary() == summary
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_bit(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "digits", 120, 60)
     adapters = [

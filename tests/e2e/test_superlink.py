@@ -78,6 +78,7 @@ def test_a_site_that_is_killed_in_the_first_round_costs_its_own_update(tmp_path:
     assert {event["reason"] for event in dropped} <= SILENT
 
 
+@pytest.mark.slow
 def test_nothing_survives_a_test_that_fails(tmp_path: Path) -> None:
     config = tmp_path / "site.toml"
     with (

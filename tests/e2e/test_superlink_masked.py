@@ -80,6 +80,7 @@ def dropped_of(run: Run) -> list[Any]:
     return [event for event in run.events() if event["event"] in ("dropped", "warning")]
 
 
+@pytest.mark.slow
 def test_masked_rounds_over_a_superlink_come_to_the_bits_of_the_simulation(tmp_path: Path) -> None:
     job = masked_job(tmp_path, "rounds.count=2", "rounds.deadline='100s'")
     truth = run_here(job, tmp_path / "here", list(sites_of(job)))

@@ -126,6 +126,7 @@ def test_rows_that_are_chosen_or_joined_keep_what_was_taught() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_federation_learns_from_an_exported_one(tmp_path: Path) -> None:
     run, _ = run_digits(tmp_path / "runs", "rounds.count=1")
     bench = open_workbench(run.job)

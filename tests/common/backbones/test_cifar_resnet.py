@@ -88,6 +88,7 @@ def test_it_computes_what_the_paper_says() -> None:
     torch.testing.assert_close(found, by_the_book(state, 2, pixels), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_state_dict_becomes_a_backbone(tmp_path: Path) -> None:
     torch.save({"state_dict": state_dict(3, 16), "best_prec1": 1.0}, tmp_path / "weights.th")
     command = [sys.executable, str(SCRIPT), str(tmp_path / "weights.th"), str(tmp_path / "out")]

@@ -206,14 +206,14 @@ def test_the_paired_bootstrap_is_redrawing_examples() -> None:
     ours, others = (np.where(rng.random(60) < p, true, rng.integers(0, 3, 60)) for p in (0.9, 0.5))
     _, ends = macro_f1_difference(true, ours, others, generator=rng, draws=4000)
     gaps = []
-    for _ in range(1500):
+    for _ in range(300):
         rows = rng.integers(0, 60, 60)
         one, other = (
             f1_score(true[rows], predicted[rows], labels=np.unique(true[rows]), average="macro")
             for predicted in (ours, others)
         )
         gaps.append(one - other)
-    assert ends == pytest.approx(np.quantile(gaps, [0.025, 0.975]), abs=0.02)
+    assert ends == pytest.approx(np.quantile(gaps, [0.025, 0.975]), abs=0.03)
 
 
 def test_equal_models_differ_by_nothing() -> None:

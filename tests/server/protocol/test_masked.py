@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.masked_federations import NAMES, STAGES, Consortium, make_job
+from support.matrix import thinned
 
 from fedgraft.client.participant import Participant
 from fedgraft.common.errors import InputError, RoundAborted, TooFewSites
@@ -77,15 +78,15 @@ def test_a_site_that_drops_out_costs_its_own_part_only(
     assert record.dropped == (Dropped("cedar", REASONS[action]),)
 
 
-@pytest.mark.parametrize("stages", PAIRS, ids="-".join)
-def test_two_of_six_may_drop_out_anywhere(tmp_path: Path, stages: tuple[str, str]) -> None:
+@pytest.mark.parametrize(("first", "second"), thinned(PAIRS, 4))
+def test_two_of_six_may_drop_out_anywhere(tmp_path: Path, first: str, second: str) -> None:
     consortium = Consortium(tmp_path, make_job(), sites=6)
-    faults = {"oak": f"{stages[0]}=silent", "beech": f"{stages[1]}=lost"}
+    faults = {"oak": f"{first}=silent", "beech": f"{second}=lost"}
     state, record, grid = consortium.run_round(faults)
     inside = present(faults, consortium.names)
     close(state.adapter, consortium.mean_of(inside), record)
     assert {drop.site for drop in record.dropped} == {"oak", "beech"}
-    for name, stage in zip(("oak", "beech"), stages, strict=True):
+    for name, stage in (("oak", first), ("beech", second)):
         asked = [each for each, site, _ in grid.asked if site == name]
         assert asked == ["plan", *STAGES[: STAGES.index(stage) + 1]]  # once each, and no more
 

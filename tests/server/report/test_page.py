@@ -172,6 +172,7 @@ def with_hole(value: Any, path: tuple[Any, ...], filling: object) -> Any:
     return value
 
 
+@pytest.mark.slow
 def test_any_single_value_may_be_missing_null_or_nonsense(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

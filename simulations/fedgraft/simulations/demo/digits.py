@@ -4,6 +4,8 @@ The images are the test half of the Optical Recognition of Handwritten Digits se
 C. Kaynak, UCI, 1998, CC BY 4.0), written by 13 people. They are part of scikit-learn.
 """
 
+from functools import lru_cache
+
 import datasets
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +21,13 @@ _TEST_SHARE = 0.3
 _FULL_INK = 16  # a value of the set is the number of inked samples in a block of 4 x 4
 
 
+@lru_cache(maxsize=2)
 def load(seed: int = 0) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Return (train, test): 1,257 and 540 digits, split by `seed` with equal shares of each class.
 
     Columns are `image`, an 8 x 8 PIL image of mode L with white ink (255) on black (0), and
-    `label`, a ClassLabel named "0" to "9". The same seed gives the same rows in the same order.
+    `label`, a ClassLabel named "0" to "9". The same seed gives the same rows in the same order, and
+    in one process the same data sets.
     """
     # Imported here, because otherwise it would cost every worker of all simulations 70 MB.
     from sklearn.datasets import load_digits
