@@ -10,8 +10,8 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job, parse_job
 from fedgraft.common.tasks import TASKS
 
-OWN = {name: task for name, task in TASKS.items() if task.keys}
-EVERY = {key for task in OWN.values() for key in task.keys}
+OWN = {name: task for name, task in TASKS.items() if task.own_keys}
+EVERY = {key for task in OWN.values() for key in task.own_keys}
 
 
 def job_of(name: str, **data: Any) -> Job:
@@ -31,7 +31,7 @@ def test_a_job_spells_out_the_keys_of_its_task_and_of_no_other(name: str) -> Non
     job = job_of(name)
     said = tomllib.loads(dump_job(job))["data"]
     own = {key: value for key, value in said.items() if key in EVERY}
-    assert own == dict(TASKS[name].keys)
+    assert own == dict(TASKS[name].own_keys)
     for text in (job.model_dump_json(), job.for_sites().model_dump_json()):
         assert Job.model_validate_json(text).data.model_extra == own
     assert parse_job(tomllib.loads(dump_job(job)), where="dump") == job
@@ -40,10 +40,10 @@ def test_a_job_spells_out_the_keys_of_its_task_and_of_no_other(name: str) -> Non
 
 @pytest.mark.parametrize("name", OWN)
 def test_a_key_that_is_given_is_kept(name: str) -> None:
-    key, value = next(iter(OWN[name].keys.items()))
+    key, value = next(iter(OWN[name].own_keys.items()))
     other: Any = "mine" if isinstance(value, str) else value - 1
     data = job_of(name, **{key: other}).data
-    assert data.model_extra == {**OWN[name].keys, key: other}
+    assert data.model_extra == {**OWN[name].own_keys, key: other}
 
 
 def test_a_column_is_the_value_of_its_key_or_its_default() -> None:

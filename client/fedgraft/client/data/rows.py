@@ -238,9 +238,11 @@ def _problems(task: Task, places: Sequence[Place]) -> list[DataError | None]:
 
 
 def _content_bytes(value: Any) -> bytes:
-    """Return the bytes of a text or a file; for a list, those of each item after its length."""
+    """Return the bytes of a value or a file; for a list, those of each item after its length."""
     if isinstance(value, str):
         return value.encode()
+    if isinstance(value, int | float):
+        return repr(value).encode()
     if isinstance(value, list):
         parts = [_content_bytes(one) for one in value]
         return b"".join(len(part).to_bytes(8, "big") + part for part in parts)

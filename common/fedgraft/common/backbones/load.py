@@ -246,7 +246,9 @@ def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Mo
             config = transformers.AutoConfig.from_pretrained(
                 backbone.folder, trust_remote_code=False, local_files_only=True, **options
             )
-            return auto.from_config(config, trust_remote_code=False).float(), set()
+            if hasattr(auto, "from_config"):
+                return auto.from_config(config, trust_remote_code=False).float(), set()
+            return auto(config).float(), set()  # one architecture, where there is no auto class
         model, info = auto.from_pretrained(
             backbone.folder,
             local_files_only=True,

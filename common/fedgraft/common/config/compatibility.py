@@ -61,7 +61,7 @@ def check_compatible(job: "Job") -> None:
     Raises:
         IllegalJob: the first conflict, and its replacement.
     """
-    job.task.check_keys(job.data.own_keys(job.task.keys))
+    job.task.check_keys(job.data.own_keys(job.task.own_keys))
     for feature, has in FEATURES.items():
         if has(job) and (refused := refusal_of(job, feature)):
             raise IllegalJob(*refused)

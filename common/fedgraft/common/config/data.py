@@ -15,7 +15,7 @@ __all__ = ["Data"]
 class Data(Section):
     """``[data]``: the columns that every site must have, and the conversion of rows to tensors.
 
-    A task can have keys of its own (``Task.keys``); no job of another task has them.
+    A task can have keys of its own (``Task.own_keys``); no job of another task has them.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)

@@ -45,7 +45,7 @@ class Job(Section):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         # A later change of a default must not change this job. The section is frozen for others.
-        self.__dict__["data"] = self.data.with_own_keys(self.task.keys)
+        self.__dict__["data"] = self.data.with_own_keys(self.task.own_keys)
         check_compatible(self)
         if self.simulation is not None and self.simulation.sites is not None:
             self.check_sites(self.simulation.sites)
@@ -81,7 +81,7 @@ class Job(Section):
             score_bins=self.evaluation.score_bins,
             groups=self.data.groups,
             min_group=self.evaluation.min_group,
-            keys=self.data.own_keys(self.task.keys),
+            keys=self.data.own_keys(self.task.own_keys),
         )
 
     @property

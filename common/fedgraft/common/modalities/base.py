@@ -1,7 +1,9 @@
 """The interface of a modality: it checks one kind of cell and encodes rows of such cells."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +39,9 @@ class Modality(ABC):
     files (embedded or by path), not values. ``one_file`` is the name of one file in error messages,
     ``several`` the report's word for several inputs. ``threads``: cells may be checked in threads.
     ``augmented``: ``[training.augmentation]`` has a section for the modality; otherwise
-    ``unvaried`` gives the reason.
+    ``unvaried`` gives the reason. ``keys`` are keys of ``[data]`` that only jobs with the modality
+    have, with their defaults: names of columns, or numbers. ``named``: a label's name can be read
+    as a cell, so a label can have a prototype without any example.
     """
 
     name: str
@@ -48,6 +52,8 @@ class Modality(ABC):
     threads: bool = False
     augmented: bool = False
     unvaried: str = "there is none for this modality"
+    keys: Mapping[str, str | float] = MappingProxyType({})
+    named: bool = False
 
     @abstractmethod
     def load(self, folder: Path, config: Any) -> Any:

@@ -142,6 +142,7 @@ class Text(Modality):
     several = "texts"
     one_file = "text"
     augmented = True
+    named = True
 
     def load(self, folder: Path, config: Any) -> TextProcessor:
         """Return the tokenizer in ``folder`` (``load_text``)."""

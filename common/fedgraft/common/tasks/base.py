@@ -125,6 +125,11 @@ class Task(ABC):
     refuses: Refuses
 
     @property
+    def own_keys(self) -> Mapping[str, str | float]:
+        """Return the keys of ``[data]`` that jobs of other tasks may lack, with their defaults."""
+        return {**self.modality.keys, **self.keys}
+
+    @property
     def watched(self) -> tuple[Metric, ...]:
         """Return the metrics beside the loss that early stopping can watch."""
         return self.metrics

@@ -242,7 +242,7 @@ def _settings(job: Job, simulation: Simulation) -> dict[str, Any]:
         "data": job.data.model_dump(include=_deciding(job.task)),
         "simulation": simulation.model_dump(include={"sites", "partition", "shift"}),
     }
-    if job.task.keys:
+    if job.task.own_keys:
         settings["keys"] = job.settings.keys
     if job.data.groups:
         settings["groups"] = (job.data.group, job.data.groups)

@@ -301,8 +301,7 @@ def _knows_labels(place: _Place) -> bool:
 def _prototypes(place: _Place, sums: SiteSums) -> dict[int, Matrix]:
     """Return the prototypes of each number of shots; for texts, 0 shots use the labels' names."""
     found = dict(sums.shots)
-    named = not place.job.task.modality.files  # a label's name is a text like the examples
-    if 0 in place.shots and named and not _knows_labels(place):
+    if 0 in place.shots and place.job.task.modality.named and not _knows_labels(place):
         found[0] = _named(place)
     return found
 
@@ -313,7 +312,7 @@ def _named(place: _Place) -> Matrix:
     ``card_arrival`` is read as "card arrival".
     """
     names = [name.replace("_", " ").replace("-", " ") for name in place.job.job.labels]
-    rows = datasets.Dataset.from_dict({"text": names, "label": list(range(len(names)))})
+    rows = datasets.Dataset.from_dict({place.job.task.content: names, "label": list(range(len(names)))})
     backbone, processor = open_processor(place.job)
     examples = encode(rows, processor, place.job, store=None, key=backbone.fingerprint)
     return unit(features_of(place.stack, examples).values)
