@@ -312,7 +312,8 @@ def _named(place: _Place) -> Matrix:
     ``card_arrival`` is read as "card arrival".
     """
     names = [name.replace("_", " ").replace("-", " ") for name in place.job.job.labels]
-    rows = datasets.Dataset.from_dict({place.job.task.content: names, "label": list(range(len(names)))})
+    columns = {place.job.task.content: names, "label": list(range(len(names)))}
+    rows = datasets.Dataset.from_dict(columns)
     backbone, processor = open_processor(place.job)
     examples = encode(rows, processor, place.job, store=None, key=backbone.fingerprint)
     return unit(features_of(place.stack, examples).values)
