@@ -8,6 +8,7 @@ import pytest
 from support.federations import adapter_of
 from support.masked_federations import SESSION, Consortium, MaskedRun, make_job
 from support.masked_talk import Talk
+from support.matrix import thinned
 
 from fedgraft.common.secagg.quantize import error_bound, mean
 from fedgraft.server.protocol.clear import evaluate_clear
@@ -105,7 +106,7 @@ def test_uniform_weights_hide_how_many_examples_there_are(tmp_path: Path) -> Non
 # A run
 
 
-@pytest.mark.parametrize("head", ["shared", "local"])
+@pytest.mark.parametrize("head", thinned(["local", "shared"], 2))
 def test_the_adapter_depends_neither_on_keys_nor_on_workers(tmp_path: Path, head: str) -> None:
     settings = {"validation": 0.25, "method": {"head": head}}
     first, again, forked = (MaskedRun.create(tmp_path, settings, sites=4) for _ in range(3))

@@ -33,6 +33,7 @@ def with_groups(folder: Path) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow
 def test_masked_rounds_count_what_clear_rounds_count(tmp_path: Path) -> None:
     data = (*with_groups(tmp_path / "rows"), "evaluation.min_group=1", "data.validation=0.3")
     clear, summary = run_digits(tmp_path / "clear", *data, *BINS)

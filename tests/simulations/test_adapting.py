@@ -69,6 +69,7 @@ def test_masked_it_is_the_same(tmp_path: Path) -> None:
         np.testing.assert_allclose(slots(masked)[name], value, rtol=0, atol=bound + 1e-7)
 
 
+@pytest.mark.slow
 def test_an_export_has_nothing_but_the_adapter(tmp_path: Path) -> None:
     run, _ = run_digits(tmp_path / "runs", *adapting("mmd"))
     bench = open_workbench(run.job)

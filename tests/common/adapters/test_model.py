@@ -127,6 +127,7 @@ print(bench.layout.fingerprint, bench.backbone.fingerprint, array_hash(bench.ini
 """
 
 
+@pytest.mark.slow
 def test_another_process_opens_the_very_same_adapter(text_source: str) -> None:
     wanted = job(
         job={"task": "text-classification", "labels": ["good", "bad", "ugly"]},

@@ -145,6 +145,7 @@ def finished(rows: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) ->
                       "simulation.baselines=['local_only', 'central']")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_federation_learns_it_and_says_for_whom(finished: Any) -> None:
     run, summary = finished
     losses = [line["validation"]["loss"] for line in run.history()]

@@ -363,21 +363,19 @@ def test_an_unknown_site(made: Founded, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("words", [("provision",), ("site",), ("coordinator",), ()], ids=str)
-def test_help_is_quick_and_loads_nothing_heavy(words: tuple[str, ...]) -> None:
+def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
     code = (
-        "import sys, time; begin = time.process_time(); from fedgraft.common import cli\n"
+        "import sys; from fedgraft.common import cli\n"
         "sys.argv = ['fedgraft', *sys.argv[1:], '--help']\n"
         "try: cli.main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'grpc', 'flwr', 'cryptography', 'pydantic'} & {*sys.modules}\n"
-        "print(time.process_time() - begin, *heavy, file=sys.stderr)"
+        "print(*heavy, file=sys.stderr)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
     )
-    seconds, *heavy = done.stderr.split()
-    assert not heavy
-    assert float(seconds) < 0.3
+    assert not done.stderr.split()
     assert "Commands:" in done.stdout
     if words == ("provision",):
         assert all(verb in done.stdout for verb in ("kits", "renew", "revoke", "list"))

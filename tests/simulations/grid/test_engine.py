@@ -242,6 +242,7 @@ def test_the_number_of_workers_changes_no_byte(
     assert runs[0][1] == runs[1][1] == runs[2][1]
 
 
+@pytest.mark.slow
 def test_the_number_of_sites_in_a_pass_changes_the_last_bits_only(
     data: tuple[str, ...], tmp_path: Path
 ) -> None:
