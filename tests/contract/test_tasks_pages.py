@@ -13,6 +13,7 @@ from support.contract import Federation, check_figures, unfilled
 from support.contract_tasks import TaskCase
 
 from fedgraft.client.results.report import read_report
+from fedgraft.client.results.report import write_report as write_site_report
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.report.page import write_report
 from fedgraft.server.report.values import as_share
@@ -173,6 +174,21 @@ def test_a_site_is_told_the_share_of_every_round(federation: Federation) -> None
         assert row.endswith(wanted), row
     kept = read_report(federation.reported) or {}
     assert all(line.keys() == {"round", "sites", share.key, "loss"} for line in kept["rounds"])
+
+
+def test_a_site_is_shown_only_what_there_is(federation: Federation, tmp_path: Path) -> None:
+    """Without an interval, no words stand in its place; a curve that is all below 0 is none."""
+    share = federation.job.task.share
+    report: dict[str, Any] = read_report(federation.reported) or {}
+    for model in report["models"].values():
+        for key in [key for key in model or {} if key.endswith("_interval")]:
+            del model[key]
+    for line in report["rounds"]:
+        line[share.key] = -0.5
+    write_site_report(tmp_path, report)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "(not measured)" not in page and "()" not in page and "95 %: ;" not in page
+    assert "<svg" not in page and share.text(-0.5) in page
 
 
 def test_bars_of_a_sites_page_stay_in_their_boxes(federation: Federation) -> None:

@@ -84,9 +84,12 @@ def _known(line: dict[str, Any], share: str) -> dict[str, float | None]:
 
 
 def _curve(rounds: list[dict[str, Any]], share: str) -> str:
-    """Return a share over rounds as points of an SVG polyline: 0 % is bottom, 100 % is top."""
+    """Return a share over rounds as points of an SVG polyline: 0 % is bottom, 100 % is top.
+
+    The text is empty if there is nothing to see: one round, or never a share above 0 %.
+    """
     known = [(line["round"], line[share]) for line in rounds if line[share] is not None]
-    if len(known) < 2:
+    if len(known) < 2 or all(value <= 0 for _, value in known):
         return ""
     first, span = known[0][0], max(known[-1][0] - known[0][0], 1)
     return " ".join(
@@ -109,8 +112,8 @@ def _metric(model: dict[str, Any], metric: Metric) -> str:
 
 
 def _interval(model: dict[str, Any], metric: Metric) -> str:
-    """Return the interval as text; perplexity of a single block of text has none."""
+    """Return the interval as text; empty if there is none, such as of R2 for few examples."""
     ends = model.get(f"{metric.key}_interval")
     if ends is None:
-        return MISSING
+        return ""
     return f"{metric.text(ends[0], unit='')} to {metric.text(ends[1])}"
