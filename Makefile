@@ -4,9 +4,10 @@ BIN := .venv/bin
 
 # The folders of `make test-fast`: what starts no process and trains no federation. A new folder of
 # such tests is added here.
-FAST := tests/test_layout.py tests/test_branches.py tests/test_random_numbers.py tests/common/config \
-	tests/common/federation tests/common/messages tests/common/modalities tests/common/privacy tests/common/secagg \
-	tests/client/policy tests/client/secagg tests/server/jobs tests/server/monitoring
+FAST := tests/test_layout.py tests/test_branches.py tests/test_random_numbers.py \
+	tests/test_architecture.py tests/common/config tests/common/federation tests/common/messages \
+	tests/common/modalities tests/common/privacy tests/common/secagg tests/client/policy \
+	tests/client/secagg tests/server/jobs tests/server/monitoring
 
 .PHONY: simulate test-fast test test-all lint backbone rpc clean
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from support.sources import ROOMS, ROOT
+from support.sources import ROOMS, ROOT, SOURCES, place
 from test_layout import WINGS
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -36,3 +36,22 @@ def test_the_page_names_what_each_wing_imports(room: str) -> None:
             own = {name.partition("/")[2] for name in named if name.startswith(f"{room}/")}
             wanted[row.partition("/")[2]] = own
     assert rows_of(room) == wanted
+
+
+def named_code() -> list[tuple[str, str]]:
+    """Return what the page names as ``file.py: name``, as (file, name)."""
+    found = re.findall(r"`([\w/]+\.py):\s+([^`]+)`", PAGE)
+    return [(file, name) for file, names in found for name in re.split(r",\s+", names)]
+
+
+@pytest.mark.parametrize(("file", "name"), named_code())
+def test_what_the_page_names_is_there(file: str, name: str) -> None:
+    meant = [path for path in SOURCES if f"/{place(path)}".endswith(f"/{file}")]
+    assert meant, f"no {file}"
+    for part in name.split("."):
+        defined = re.compile(rf"\b(?:def|class) {part}\b|^ *{part}\b.*[:=]", re.MULTILINE)
+        assert any(defined.search(path.read_text(encoding="utf-8")) for path in meant), part
+
+
+def test_the_page_names_much() -> None:
+    assert len(named_code()) > 50
