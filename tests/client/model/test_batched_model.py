@@ -1,6 +1,8 @@
 """A stack computes what peft's own model does, for one site and for several side by side."""
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.ia3 import Linear as Ia3Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from support.matrix import thinned
 from support.trainings import (
     KINDS,
@@ -26,6 +29,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 from fedgraft.client.data.batches import as_tensors
+from fedgraft.client.model import quantization
 from fedgraft.client.model.batched_model import Stack, check_stacking, close_stacks, open_stack
 from fedgraft.client.model.batched_modules import TWINS, Stacked, stacked_module, trained_tensor
 from fedgraft.client.model.randomness import Randomness
@@ -194,6 +198,25 @@ def test_a_layer_without_a_twin_is_refused_by_its_kind(kind: str) -> None:
         (owner,) = {owner for owner, _ in owners}
         stacked_module(model.get_submodule(owner), {one for _, one in owners}, Randomness())
     assert caught.value.hint
+
+
+class Beside(nn.Module, BaseTunerLayer):
+    """A layer of a method to come, whose adapter is a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer, self.beside = nn.Linear(64, 64), nn.ModuleDict({"a": nn.Linear(64, 64)})
+
+
+def test_only_frozen_layers_are_quantised_whatever_peft_puts_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(nn=None))
+    monkeypatch.setattr(quantization, "_quantized", lambda layer, *rest: layer)
+    monkeypatch.setattr(quantization, "head_names", lambda model: ())
+    model = nn.Sequential(Beside())
+    found = quantization.quantized_layers(model, 8, torch.device("cpu"), torch.float32)
+    assert list(found.values()) == [model[0].base_layer]
 
 
 class Scaled(Stacked):
