@@ -200,7 +200,7 @@ def test_a_layer_without_a_twin_is_refused_by_its_kind(kind: str) -> None:
     assert caught.value.hint
 
 
-class Beside(nn.Module, BaseTunerLayer):
+class Beside(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A layer of a method to come, whose adapter is a linear layer."""
 
     def __init__(self) -> None:
