@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fedgraft.common.aggregation import RULES
+from fedgraft.common.methods import METHODS
 from fedgraft.server.cli.jobs import TEMPLATES
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +55,11 @@ def test_the_readme_names_every_template() -> None:
     named = re.search(r"--template (\w+) +# or ([\w, ]+):", line)
     assert named
     assert {named[1], *named[2].split(", ")} == TEMPLATES.keys()
+
+
+def test_every_method_and_every_rule_is_named() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    named = re.search(r"what trains \((.*?)\), how updates combine \((.*?)\)", text)
+    assert named is not None
+    methods, rules = (set(re.findall(r"`([\w-]+)`", part)) for part in named.groups())
+    assert methods == METHODS.keys() and rules == RULES.keys()

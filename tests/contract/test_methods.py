@@ -1,10 +1,11 @@
 """What every method must do: train some parameters, and export them."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftConfig
 from support.contract import (
     MASKED,
@@ -14,19 +15,37 @@ from support.contract import (
     distance,
     outputs,
     same,
+    still_modules,
 )
 from support.contract_digits import BACKBONE, DigitsCase
 from support.contract_refusals import check_asked, check_texts
-from support.trainings import felt
+from support.trainings import felt, noisy
 
+from fedgraft.client.data.batches import as_tensors
+from fedgraft.client.model.batched_model import open_stack
 from fedgraft.common.adapters.model import open_workbench
-from fedgraft.common.layout import is_head
-from fedgraft.common.methods import METHODS
+from fedgraft.common.errors import JobError
+from fedgraft.common.layout import cut_rank, is_head
+from fedgraft.common.methods import METHODS, HeadPolicy
+from fedgraft.server.plan import make_plan
+
+NEEDED: dict[str, dict[str, Any]] = {}
+"""Values of the settings that a method has no default for, by its ``kind``."""
 
 
 def settings_of(kind: str) -> dict[str, Any]:
     """The section with what it has no default for."""
-    return {"kind": kind, "head": "shared"}
+    needed = NEEDED.get(kind, {})
+    fields = METHODS[kind].model_fields
+    missing = {name for name, field in fields.items() if field.is_required()}
+    if missing := missing - {"kind", "head"} - needed.keys():
+        raise NotImplementedError(f"{kind} has no default for {missing}: add values to NEEDED")
+    return {"kind": kind, "head": "shared", **needed}
+
+
+def heads_of(kind: str) -> tuple[str, ...]:
+    """The policies for the head that a method has."""
+    return get_args(METHODS[kind].model_fields["head"].annotation)
 
 
 @pytest.fixture(scope="module", params=list(METHODS))
@@ -43,8 +62,10 @@ def test_something_trains_and_most_does_not(case: DigitsCase) -> None:
     trains = {name for name, p in bench.model.named_parameters() if p.requires_grad}
     assert trains == set(layout.names)
     assert any(is_head(name) for name in layout.names)
-    factors = any(".lora_A." in name for name in layout.names)
-    assert factors == bool(method.low_rank)
+    # ``low_rank`` is the rank that a site of a smaller rank cuts.
+    ones, rank = np.ones(layout.size, np.float32), method.low_rank
+    assert np.array_equal(cut_rank(layout, ones, rank), ones)
+    assert not rank or not np.array_equal(cut_rank(layout, ones, rank - 1), ones)
     assert np.isfinite(bench.initial).all()
     assert open_workbench(case.ask({})).initial.tobytes() == bench.initial.tobytes()
 
@@ -59,11 +80,49 @@ def test_an_adapter_at_its_start_changes_nothing(case: DigitsCase) -> None:
     assert same(attached, plain, 1e-5)
 
 
-def test_two_rounds_move_the_adapter(case: DigitsCase) -> None:
+def test_sites_compute_what_pefts_model_does(case: DigitsCase) -> None:
+    """With values that are nothing like the start, one site alone and two in one pass."""
+    stack, federation = open_stack(case.job), case.federation
+    examples = federation.site(federation.trained[0]).splits(case.job).test
+    inputs = examples.batch(np.arange(len(examples)))
+    bench = stack.bench
+    vectors = [bench.initial, *(noisy(bench, seed=seed) for seed in (1, 2))]
+    wanted = []
+    for vector in vectors:
+        bench.put((bench.layout, vector))
+        wanted.append(outputs(bench.model, inputs)["logits"])
+    bench.put()
+    with torch.inference_mode():
+        for vector, theirs in zip(vectors, wanted, strict=True):
+            stack.put_one(bench.layout, vector)
+            ours = stack.logits(as_tensors(inputs))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+            assert theirs is wanted[0] or not torch.allclose(theirs, wanted[0], atol=1e-3)
+        stack.put(bench.layout, torch.from_numpy(np.stack(vectors[1:])))
+        twice = {key: torch.cat([value, value]) for key, value in as_tensors(inputs).items()}
+        torch.testing.assert_close(stack.logits(twice), torch.cat(wanted[1:]), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("head", get_args(HeadPolicy))
+def test_the_heads_policy_is_kept(case: DigitsCase, head: str) -> None:
+    if head not in heads_of(case.job.method.kind):
+        with pytest.raises(JobError):
+            case.ask({"method": {"head": head}})
+        return
+    job = case.ask({"method": {"head": head}})
+    bench = open_workbench(job)
+    sent = any(map(is_head, make_plan(job, bench, "").exchanged.names))
+    stays = any(map(is_head, bench.local.names))
+    trains = any(map(is_head, bench.layout.names))
+    assert (sent, stays, trains) == (head == "shared", head == "local", head != "frozen")
+
+
+def test_two_rounds_move_every_module_that_travels(case: DigitsCase) -> None:
     federation = case.federation
     run, final = federation.trained
     start = federation.bench.initial_of(federation.exchanged)
     assert distance(final, start) > 1e-3 and np.isfinite(final).all()
+    assert still_modules(federation, start, final) == []
     assert [(line["sites"], line["dropped"]) for line in run.history()] == [(2, []), (2, [])]
 
 
@@ -104,7 +163,8 @@ def test_peft_loads_the_export_and_the_card_describes_it(case: DigitsCase) -> No
     trained = outputs(bench.model, inputs)
     bench.put()
     assert not same(trained, untrained, 1e-3)
-    assert PeftConfig.from_pretrained(folder).peft_type == "LORA"
+    attached = bench.model.peft_config["default"]
+    assert PeftConfig.from_pretrained(folder).peft_type == attached.peft_type
     assert same(outputs(card_model(folder, BACKBONE), inputs), trained, 1e-5)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert method.describe().startswith(method.kind) and method.describe() in card

@@ -1,10 +1,11 @@
 """What every rule must do: move an adapter, go on after a crash, work under masks or say no."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from support.contract import (
     MASKED,
     OneRound,
@@ -13,6 +14,7 @@ from support.contract import (
     distance,
     outputs,
     same,
+    still_modules,
 )
 from support.contract_digits import BACKBONE, DigitsCase
 from support.contract_refusals import check_asked, check_texts
@@ -20,15 +22,21 @@ from support.contract_refusals import check_asked, check_texts
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.aggregation import RULES, Rule
 from fedgraft.common.errors import JobError
+from fedgraft.common.layout import is_head
 from fedgraft.server.plan import make_plan
+
+Step = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @pytest.fixture(scope="module", params=list(RULES))
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[DigitsCase]:
-    """Digits at two sites under a rule."""
-    over = {"aggregation": {"rule": request.param}}
+    """Digits at two sites of unequal sizes under a rule."""
+    over = {
+        "aggregation": {"rule": request.param},
+        "simulation": {"partition": {"kind": "dirichlet", "alpha": 1.0}},
+    }
     yield DigitsCase(tmp_path_factory.mktemp(request.param), over)
 
 
@@ -43,6 +51,9 @@ def test_two_rounds_move_what_travels(case: DigitsCase) -> None:
     run, final = federation.trained
     start = federation.bench.initial_of(federation.exchanged)
     assert distance(final, start) > 1e-3 and np.isfinite(final).all()
+    assert still_modules(federation, start, final) == []
+    sizes = {len(federation.site(run, at).splits(case.job).train) for at in range(2)}
+    assert len(sizes) == 2  # so weights matter
     assert [(line["round"], line["sites"], line["dropped"]) for line in run.history()] == [
         (1, 2, []),
         (2, 2, []),
@@ -67,6 +78,9 @@ def test_what_travels_what_stays_and_what_is_fixed_are_the_whole_layout(
     assert bool(stays) == job.keeps_own
     kept = {name for name in bench.layout.names if rule.keeps(name)}
     assert kept <= stays and not kept & set(rule.exchanges(bench.layout))
+    heads = {name for name in bench.layout.names if is_head(name)}
+    assert heads - kept <= set(rule.exchanges(bench.layout))
+    assert head != "shared" or heads - kept <= travels
     assert plan.request.names == plan.exchanged.names
     fixed = [name for name in bench.layout.names if name not in travels | stays]
     values = bench.initial_of(bench.layout.only(fixed))
@@ -122,23 +136,57 @@ def test_each_refusal_is_of_a_feature_and_is_refused(case: DigitsCase, rule: Rul
     check_asked(rule.refuses, case.ask)
 
 
+def step_of(rule: Rule, updates: NDArray[np.float32], weights: Sequence[float]) -> Step:
+    """The step of the adapter by updates [sites, size], and the collector's combination of them."""
+    collector = rule.collect(updates.shape[1])
+    before = updates.tobytes()
+    for update, weight in zip(updates, weights, strict=True):
+        collector.add(update, weight)
+    combined = collector.combined()
+    step = rule.merge(combined.copy())
+    assert combined.dtype == step.dtype == np.float64
+    assert combined.shape == step.shape == updates.shape[1:]
+    assert updates.tobytes() == before
+    return step, combined
+
+
+def test_sites_of_unequal_sizes_count_as_the_rule_says(rule: Rule) -> None:
+    draw = np.random.default_rng(1)
+    updates = draw.normal(size=(7, 40)).astype(np.float32)
+    weights = np.array([1.0, 40.0, 7.0, 3.0, 250.0, 12.0, 5.0])
+    step, combined = step_of(rule, updates, weights.tolist())
+    order = draw.permutation(7)
+    again, _ = step_of(rule, updates[order], weights[order].tolist())
+    np.testing.assert_allclose(again, step, rtol=0, atol=1e-12)  # whoever answers first
+    if rule.needs == "sum":
+        wanted = sum(
+            w * update.astype(np.float64) for w, update in zip(weights, updates, strict=True)
+        )
+        np.testing.assert_allclose(combined, wanted / weights.sum(), rtol=0, atol=1e-12)
+    # A majority decides; as the order is no matter, so does any majority.
+    others = np.concatenate([draw.normal(size=(4, 40)).astype(np.float32), updates[4:]])
+    other, _ = step_of(rule, others, weights.tolist())
+    assert np.abs(other - step).max() > 1e-3
+    alike, _ = step_of(rule, np.repeat(updates[:1], 7, axis=0), weights.tolist())
+    np.testing.assert_allclose(alike, updates[0], rtol=1e-6)
+
+
 def test_a_round_under_way_can_be_kept(rule: Rule) -> None:
     draw = np.random.default_rng(0)
-    updates = draw.normal(size=(3, 7)).astype(np.float32)
+    updates = draw.normal(size=(6, 7)).astype(np.float32)
     whole = rule.collect(7)
     with pytest.raises(ZeroDivisionError):
         whole.combined()
     for at, update in enumerate(updates):
         whole.add(update, at + 1)
-    begun = rule.collect(7)
-    begun.add(updates[0], 1)
-    again = rule.collect(7)
-    again.restore({name: values.copy() for name, values in begun.kept().items()})
-    for at, update in enumerate(updates[1:], 1):
-        again.add(update, at + 1)
-    assert whole.count == again.count == 3
-    assert whole.combined().tobytes() == again.combined().tobytes()
-    alike = rule.collect(7)
-    for weight in (1, 5):
-        alike.add(updates[0], weight)
-    np.testing.assert_allclose(rule.merge(alike.combined()), updates[0], rtol=1e-6)
+    for done in range(7):
+        begun = rule.collect(7)
+        for at, update in enumerate(updates[:done]):
+            begun.add(update, at + 1)
+        again = rule.collect(7)
+        again.restore({name: values.copy() for name, values in begun.kept().items()})
+        assert again.count == done
+        for at, update in enumerate(updates[done:], done):
+            again.add(update, at + 1)
+        assert whole.count == again.count == 6
+        assert whole.combined().tobytes() == again.combined().tobytes()

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.trainings import felt
 
+from fedgraft.client.model.batched_modules import trained_tensor
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.client.results.compare import compare
 from fedgraft.client.results.report import write_report
@@ -52,10 +54,12 @@ __all__ = [
     "known_fault",
     "outputs",
     "same",
+    "still_modules",
     "unfilled",
 ]
 
 SESSION = "0123456789abcdef" * 2
+STILL = 1e-5  # two rounds move what they move by far more
 MASKED = {"secure_aggregation": {"enabled": True, "max_sites": 4, "max_weight": 64}}
 """The section ``[privacy]`` of a masked job."""
 
@@ -246,6 +250,22 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], most: f
 def unfilled(text: str) -> Sequence[str]:
     """Return unfilled placeholders and missing numbers in a text for people."""
     return re.findall(r"\{\{|\}\}|\{%|%\}|\bNone\b(?! of)|\bnan\b|\binf\b|Undefined", text)
+
+
+def still_modules(federation: Federation, start: Vector, final: Vector) -> list[str]:
+    """The modules of which something travels and nothing moved, the head among them.
+
+    All tensors of a module count together: a factor A stands still until its B has left zero.
+    """
+    model, layout = federation.bench.model.get_base_model(), federation.exchanged
+    moved: dict[str, float] = {}
+    mask = felt(layout)
+    for name, where in layout.slices.items():
+        module = trained_tensor(model, name)[0]
+        if mask[where].any():
+            change = float(np.abs(final[where] - start[where]).max())
+            moved[module] = max(moved.get(module, 0.0), change)
+    return [module for module, change in moved.items() if not change > STILL]
 
 
 def distance(ours: Vector, theirs: Vector) -> float:

@@ -1,13 +1,18 @@
 """A stack computes what peft's own model does, for one site and for several side by side."""
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.ia3 import Linear as Ia3Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from support.matrix import thinned
 from support.trainings import (
     KINDS,
@@ -24,12 +29,14 @@ from tokenizers import Tokenizer, models
 from torch import nn
 
 from fedgraft.client.data.batches import as_tensors
-from fedgraft.client.model.batched_model import Stack, check_stacking, open_stack
-from fedgraft.client.model.batched_modules import stacked_module
+from fedgraft.client.model import quantization
+from fedgraft.client.model.batched_model import Stack, check_stacking, close_stacks, open_stack
+from fedgraft.client.model.batched_modules import TWINS, Stacked, stacked_module, trained_tensor
 from fedgraft.client.model.randomness import Randomness
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import AdapterError, InputError
 from fedgraft.common.layout import Vector, is_factor_a
+from fedgraft.common.methods.lora import LoraMethod
 
 EVERY: list[tuple[str, dict[str, Any]]] = [
     *((kind, {}) for kind in KINDS),
@@ -161,12 +168,93 @@ def test_the_same_backbone_and_method_are_the_same_stack() -> None:
     assert open_small("vit") is not open_small("vit", rank=1)
 
 
-def test_a_layer_of_another_kind_is_refused() -> None:
-    strange = nn.Module()
-    strange.lora_A = nn.ModuleDict()
-    with pytest.raises(AdapterError, match="no way to train a Module") as caught:
-        stacked_module(strange, Randomness())
-    assert "method.targets" in caught.value.hint
+STRANGE: dict[str, tuple[Any, str]] = {
+    "ia3": (peft.IA3Config(target_modules=["2"], feedforward_modules=[]), "ia3.layer.Linear"),
+    "vera": (peft.VeraConfig(target_modules=["2"]), "vera.layer.Linear"),
+    "oft": (peft.OFTConfig(target_modules=["2"], r=0, oft_block_size=4), "oft.layer.Linear"),
+    "embedding": (peft.LoraConfig(target_modules=["0"]), "lora.layer.Embedding"),
+    "conv1d": (peft.LoraConfig(target_modules=["1"]), "lora.layer.Conv1d"),
+    "bias of B": (peft.LoraConfig(target_modules=["2"], lora_bias=True), "lora_B.bias"),
+    "prompt": (peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2, token_dim=8,
+        num_layers=1, num_attention_heads=1, num_transformer_submodules=1), "prompt_encoder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_layer_without_a_twin_is_refused_by_its_kind(kind: str) -> None:
+    config, named = STRANGE[kind]
+    layers = nn.Sequential(nn.Embedding(9, 8), nn.Conv1d(8, 8, 1), nn.Linear(8, 8))
+    if kind == "prompt":
+        model: Any = nn.Module()
+        model.prompt_encoder = nn.Linear(2, 8)
+        names = ["prompt_encoder.weight"]
+    else:
+        model = peft.get_peft_model(layers, config)
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        model = model.get_base_model()
+    assert names
+    with pytest.raises(AdapterError, match=f"no way to train .*{named}") as caught:
+        owners = [trained_tensor(model, name) for name in names]
+        (owner,) = {owner for owner, _ in owners}
+        stacked_module(model.get_submodule(owner), {one for _, one in owners}, Randomness())
+    assert caught.value.hint
+
+
+class Beside(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A layer of a method to come, whose adapter is a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer, self.beside = nn.Linear(64, 64), nn.ModuleDict({"a": nn.Linear(64, 64)})
+
+
+def test_only_frozen_layers_are_quantised_whatever_peft_puts_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(nn=None))
+    monkeypatch.setattr(quantization, "_quantized", lambda layer, *rest: layer)
+    monkeypatch.setattr(quantization, "head_names", lambda model: ())
+    model = nn.Sequential(Beside())
+    found = quantization.quantized_layers(model, 8, torch.device("cpu"), torch.float32)
+    assert list(found.values()) == [model[0].base_layer]
+
+
+class Scaled(Stacked):
+    """The twin of an (IA)3 layer, for the test alone."""
+
+    trains = ("ia3_l",)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply each output by the site's factor."""
+        factors = self.values["ia3_l"].flatten(1)  # [K, out]
+        result: torch.Tensor = self.base(x)
+        rows = result.view(len(factors), -1, result.shape[-1])
+        return (rows * factors[:, None]).view_as(result)
+
+
+def test_a_row_of_twins_is_all_that_a_new_kind_of_layer_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ia3(self: LoraMethod, model: Any, anatomy: Any) -> Any:
+        return peft.IA3Config(
+            target_modules=["q_proj", "fc1"], feedforward_modules=[], modules_to_save=["classifier"]
+        )
+
+    monkeypatch.setattr(LoraMethod, "peft_config", ia3)
+    monkeypatch.setitem(TWINS, Ia3Linear, lambda layer, trains, random: Scaled(layer.base_layer))
+    close_stacks()
+    try:
+        inputs = as_tensors(digits(9).batch(np.arange(9)))
+        stack = open_small("vit")
+        assert any(name.endswith("ia3_l.default") for name in stack.bench.layout.names)
+        vectors = [noisy(stack.bench, seed=seed) for seed in range(2)]
+        wanted = [peft_logits(stack, vector, inputs) for vector in vectors]
+        stack.put(stack.bench.layout, torch.from_numpy(np.stack(vectors)))
+        with torch.inference_mode():
+            ours = stack.logits({key: torch.cat([value] * 2) for key, value in inputs.items()})
+        torch.testing.assert_close(ours, torch.cat(wanted), rtol=0, atol=1e-5)
+    finally:
+        close_stacks()
 
 
 # What cannot be stacked

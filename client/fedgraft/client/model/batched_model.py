@@ -17,11 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgraft.client.model.batched_modules import (
-    MAGNITUDE,
-    Stacked,
-    stacked_module,
-)
+from fedgraft.client.model.batched_modules import Stacked, stacked_module, trained_tensor
 from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.quantization import quantized_layers
 from fedgraft.client.model.randomness import Randomness, SiteDropout
@@ -30,7 +26,7 @@ from fedgraft.common.adapters.model import Workbench, close_workbenches, open_wo
 from fedgraft.common.backbones.load import body_names
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
-from fedgraft.common.layout import OUTER, Layout, Vector, is_head
+from fedgraft.common.layout import Layout, Vector, is_head
 
 __all__ = ["Stack", "check_stacking", "close_stacks", "open_stack"]
 
@@ -179,21 +175,16 @@ def _replace_adapters(
     model: nn.Module, layout: Layout, randomness: Randomness
 ) -> dict[str, tuple[Stacked, str]]:
     """Replace peft's modules by stacked ones; return module and attribute of each tensor."""
-    found: dict[str, tuple[str, str]] = {}
-    for name in layout.names:
-        path = name.removeprefix(OUTER)
-        for factor in ("lora_A", "lora_B", MAGNITUDE):
-            if f".{factor}." in path:
-                found[name] = (path.partition(f".{factor}.")[0], factor)
-        if name not in found:
-            path, _, attribute = path.replace(".modules_to_save.default", "").rpartition(".")
-            found[name] = (path, attribute)
+    found = {name: trained_tensor(model, name) for name in layout.names}
     _unwrap_heads(model)
     heads = {found[name][0] for name in layout.names if is_head(name)}
+    tensors: dict[str, set[str]] = {}
+    for path, attribute in found.values():
+        tensors.setdefault(path, set()).add(attribute)
     made: dict[str, Stacked] = {}
-    paths = dict.fromkeys(path for path, _ in found.values())
-    for path in sorted(paths, key=lambda path: -path.count(".")):  # inner modules first
-        made[path] = stacked_module(model.get_submodule(path), randomness, head=path in heads)
+    for path in sorted(tensors, key=lambda path: -path.count(".")):  # inner modules first
+        module = model.get_submodule(path)
+        made[path] = stacked_module(module, tensors[path], randomness, head=path in heads)
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, made[path])
     return {name: (made[path], attribute) for name, (path, attribute) in found.items()}

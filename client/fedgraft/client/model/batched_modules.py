@@ -2,13 +2,17 @@
 
 Inputs and outputs are [K x R, ...]: R rows of each site, site after site. ``values`` maps a
 parameter's name to a tensor [K, *shape]; the owner of the stack sets it.
+
+A new kind of peft layer needs a class here, the layer's twin, and a row of ``TWINS``.
 """
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora import Conv2d as PeftConv2d
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -16,14 +20,20 @@ from transformers.pytorch_utils import Conv1D
 
 from fedgraft.client.model.randomness import Randomness, SiteDropout
 from fedgraft.common.errors import AdapterError
+from fedgraft.common.layout import OUTER
 
-__all__ = ["MAGNITUDE", "Stacked", "stacked_module"]
+__all__ = ["TWINS", "Stacked", "stacked_module", "trained_tensor"]
 
 MAGNITUDE = "lora_magnitude_vector"  # peft's name for the magnitude of DoRA
 
 
 class Stacked(nn.Module):
-    """A module with K values of each parameter, in the place of the module ``base``."""
+    """A module with K values of each parameter, in the place of the module ``base``.
+
+    ``trains`` names the tensors of ``values`` that the twin of a peft layer computes with.
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -43,6 +53,8 @@ class StackedLinearLora(Stacked):
 
     Hu et al. 2022, "LoRA". A is [K, rank, in], B [K, out, rank].
     """
+
+    trains: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def __init__(self, base: nn.Module, scaling: float, dropout: SiteDropout) -> None:
         super().__init__(base)
@@ -69,6 +81,8 @@ class StackedConvLora(Stacked):
     A is [K, rank, in, height, width] and has the stride of the frozen convolution; B is
     [K, out, rank, 1, 1].
     """
+
+    trains: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def __init__(self, base: nn.Module, like: nn.Conv2d, scaling: float, dropout: SiteDropout):
         super().__init__(base)
@@ -102,6 +116,8 @@ class StackedDora(Stacked):
     around ``base``. m is [K, out], or [K, 1, out, 1, 1] for a convolution. The change acts on the
     input after dropout, and the frozen layer on the whole input, as in peft.
     """
+
+    trains: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", MAGNITUDE)
 
     def __init__(self, base: nn.Module, path: "StackedLinearLora | StackedConvLora") -> None:
         super().__init__(base)
@@ -199,36 +215,96 @@ class StackedModule(Stacked):
         return out.view(*x.shape[:-1], -1)
 
 
-def stacked_module(module: nn.Module, randomness: Randomness, *, head: bool = False) -> Stacked:
-    """Return the replacement of ``module``, one of peft's layers or a part of a head.
+def _low_rank_twin(
+    layer: PeftLinear | PeftConv2d, trains: Collection[str], randomness: Randomness
+) -> Stacked:
+    """Return the twin of a LoRA or DoRA layer."""
+    inner = layer.lora_dropout["default"]
+    dropout = SiteDropout(randomness, float(getattr(inner, "p", 0.0)))
+    scaling = float(layer.scaling["default"])
+    path: StackedLinearLora | StackedConvLora
+    if isinstance(layer, PeftLinear):
+        path = StackedLinearLora(layer.base_layer, scaling, dropout)
+    else:
+        like = layer.lora_A["default"]
+        assert isinstance(like, nn.Conv2d)  # noqa: S101  # A of a PeftConv2d
+        path = StackedConvLora(layer.base_layer, like, scaling, dropout)
+    return StackedDora(layer.base_layer, path) if MAGNITUDE in trains else path
+
+
+TWINS: dict[type[nn.Module], Callable[[Any, Collection[str], Randomness], Stacked]] = {
+    PeftLinear: _low_rank_twin,
+    PeftConv2d: _low_rank_twin,
+}
+"""Makes the twin of a peft layer from the layer, the names of its trained tensors, and randomness.
+
+The names are those of ``trained_tensor``. ``trains`` of the twin must have all of them.
+"""
+
+
+def trained_tensor(model: nn.Module, name: str) -> tuple[str, str]:
+    """Return the path of the module that computes with the tensor ``name``, and the name in it.
+
+    ``model`` is a model of transformers with peft's layers in it, and ``name`` is from its layout.
+    A tensor of a peft layer belongs to that layer, and any other to the module that it is in:
+
+        layer.q_proj.lora_A.default.weight              layer.q_proj, lora_A
+        layer.q_proj.ia3_l.default                      layer.q_proj, ia3_l
+        classifier.modules_to_save.default.out.bias     classifier.out, bias
 
     Raises:
-        AdapterError: ``module`` is a layer of peft of an unsupported kind.
+        AdapterError: the tensor is outside the model, as a prompt of peft is.
     """
-    if isinstance(module, PeftLinear | PeftConv2d):
-        inner = module.lora_dropout["default"]
-        dropout = SiteDropout(randomness, float(getattr(inner, "p", 0.0)))
-        scaling = float(module.scaling["default"])
-        path = _low_rank_path(module, scaling, dropout)
-        return StackedDora(module.base_layer, path) if MAGNITUDE in _trained(module) else path
-    if hasattr(module, "lora_A"):
+    path = name.removeprefix(OUTER)
+    if path == name:
         raise AdapterError(
-            f"no way to train a {type(module).__name__} of peft here",
-            hint="method.targets: linear layers and two-dimensional convolutions",
+            f"no way to train {name} here: peft keeps it outside the model",
+            hint="a method whose tensors are in the model's layers, such as lora",
         )
-    return StackedModule(module, head=head)
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, 0, -1):  # the innermost layer
+        owner = ".".join(parts[:depth])
+        if parts[depth] == "base_layer" or not isinstance(_inside(model, owner), BaseTunerLayer):
+            continue
+        inner = [part for part in parts[depth:] if part != "default"]
+        return owner, ".".join(inner).removesuffix(".weight")
+    owner, _, attribute = path.replace(".modules_to_save.default", "").rpartition(".")
+    return owner, attribute
 
 
-def _low_rank_path(
-    module: PeftLinear | PeftConv2d, scaling: float, dropout: SiteDropout
-) -> StackedLinearLora | StackedConvLora:
-    if isinstance(module, PeftLinear):
-        return StackedLinearLora(module.base_layer, scaling, dropout)
-    like = module.lora_A["default"]
-    assert isinstance(like, nn.Conv2d)  # noqa: S101  # A of a PeftConv2d
-    return StackedConvLora(module.base_layer, like, scaling, dropout)
+def _inside(model: nn.Module, path: str) -> Any:
+    """Return the module at ``path``; None if something else is there, such as a parameter."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
-def _trained(module: nn.Module) -> set[str]:
-    """Return the kinds of adapter tensors that peft gave ``module``."""
-    return {name.partition(".")[0] for name, _ in module.named_parameters()}
+def stacked_module(
+    module: nn.Module, trains: Collection[str], randomness: Randomness, *, head: bool = False
+) -> Stacked:
+    """Return the replacement of ``module``, one of peft's layers or a part of a head.
+
+    ``trains`` are the names of its trained tensors, as in ``trained_tensor``.
+
+    Raises:
+        AdapterError: ``module`` is a layer of peft that has no twin, or whose twin lacks a tensor.
+    """
+    if not isinstance(module, BaseTunerLayer):
+        return StackedModule(module, head=head)
+    for kind, make in TWINS.items():
+        if isinstance(module, kind):
+            twin = make(module, trains, randomness)
+            if missing := sorted(set(trains).difference(twin.trains)):
+                raise _no_twin(module, f", because of its {', '.join(missing)}")
+            return twin
+    raise _no_twin(module, "")
+
+
+def _no_twin(layer: nn.Module, why: str) -> AdapterError:
+    kind = type(layer)
+    return AdapterError(
+        f"no way to train a layer {kind.__module__}.{kind.__qualname__} here{why}",
+        hint="method.targets: linear layers and two-dimensional convolutions, or another "
+        "method.kind; a new method gives the layer a twin in batched_modules.py",
+    )

@@ -11,6 +11,7 @@ blocks wrongly.
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedgraft.common.backbones.load import head_names
@@ -19,7 +20,7 @@ from fedgraft.common.errors import BackboneError, InputError
 __all__ = ["quantized_layers"]
 
 BLOCK = 64  # weights that share a scale
-APART = (".lora_", ".modules_to_save.", ".original_module.")  # peft's own layers
+APART = (".modules_to_save.", ".original_module.")  # peft's copies of heads and blocks
 
 
 def quantized_layers(
@@ -40,11 +41,12 @@ def quantized_layers(
             "backbone.quantize needs bitsandbytes", hint='pip install "fedgraft[quantize]"'
         ) from None
     heads = tuple(f"{name}." for name in head_names(model))
-    found = {}
+    found, adapters = {}, _adapters(model)
     for name, module in model.named_modules():
         path = f"{name}."
         if (
             isinstance(module, nn.Linear)
+            and id(module) not in adapters
             and not (heads and path.startswith(heads))
             and not any(part in path for part in APART)
             and module.in_features % BLOCK == 0
@@ -56,6 +58,18 @@ def quantized_layers(
             hint=f"it takes layers whose inputs are a multiple of {BLOCK}, outside the head",
         )
     return found
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """Return the ``id`` of each module that peft put beside a frozen layer, such as a factor."""
+    return {
+        id(module)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name, child in layer.named_children()
+        if name != "base_layer"
+        for module in child.modules()
+    }
 
 
 def _quantized(

@@ -43,7 +43,7 @@ def attach(model: nn.Module, job: Job) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(job.job.seed, "adapter"))
         adapted = get_peft_model(model, config).eval()
-    if config.bias == "all":
+    if getattr(config, "bias", "none") == "all":  # only some of peft's configurations have one
         _freeze_other_biases(adapted, heads if job.method.head == "frozen" else ())
     return adapted
 

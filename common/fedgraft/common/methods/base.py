@@ -48,7 +48,10 @@ class MethodSection(Section):
 
     @property
     def low_rank(self) -> int:
-        """Return the rank of the low-rank factors; 0 if the method has none."""
+        """Return the rank of LoRA's factors A and B; 0 if the method has no such pairs.
+
+        A site of a smaller rank gets fewer components of these pairs (``layout.cut_rank``).
+        """
         return 0
 
     @property

@@ -13,7 +13,7 @@ from fedgraft.common.errors import AdapterError
 from fedgraft.common.methods.base import Anatomy, HeadPolicy, MethodSection
 from fedgraft.common.section import IllegalJob, Refuses
 
-__all__ = ["LoraMethod"]
+__all__ = ["LoraMethod", "find_targets"]
 
 EVERY = ("all-linear", "all-conv")  # targets: all modules of a kind
 
@@ -89,7 +89,7 @@ class LoraMethod(MethodSection):
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=_targets(model, self.targets, anatomy.heads),
+            target_modules=find_targets(model, self.targets, anatomy.heads),
             use_rslora=self.rslora,
             use_dora=self.dora,
             modules_to_save=heads or None,
@@ -97,10 +97,14 @@ class LoraMethod(MethodSection):
         )
 
 
-def _targets(model: Any, targets: str | Sequence[str], heads: tuple[str, ...]) -> list[str]:
+def find_targets(model: Any, targets: str | Sequence[str], heads: tuple[str, ...]) -> list[str]:
     """Return the full names of the modules outside the head that match ``targets``.
 
-    A target is ``all-linear``, ``all-conv``, or the end of a module's dotted name.
+    A target is ``all-linear``, ``all-conv``, or the end of a module's dotted name. Other methods
+    with ``targets`` use this function too.
+
+    Raises:
+        AdapterError: a target matches no module.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
