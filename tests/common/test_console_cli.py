@@ -287,9 +287,9 @@ def test_a_package_missing_inside_a_verb_is_not_taken_for_a_missing_room(
 
 def test_every_public_error_is_in_the_tree_at_the_top_of_its_file() -> None:
     assert errors.__doc__ is not None
-    public = {name: getattr(errors, name) for name in errors.__all__}
-    for name, kind in public.items():
-        if not isinstance(kind, type):
+    for name in errors.__all__:
+        kind = getattr(errors, name)
+        if name == "first_line":  # a function
             continue
         (line,) = (line for line in errors.__doc__.splitlines() if f" {name} " in f" {line} ")
         parent = next(base for base in kind.__mro__ if "exit_code" in vars(base))
