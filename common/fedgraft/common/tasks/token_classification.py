@@ -56,7 +56,7 @@ REFUSES = without_classes(
         ),
         "domain": ("{task} reads no sentences without tags", "leave training.domain out"),
         "selection": (
-            "a sentence has many tags, and backbones are scored by one label an example",
+            "{task} has many tags an example, and backbones are scored by one label",
             "a classification job; or compare runs with `fedgraft sweep`",
         ),
     },
