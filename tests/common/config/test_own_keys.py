@@ -8,6 +8,7 @@ import pytest
 from fedgraft.common.config.data import Data
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job, parse_job
+from fedgraft.common.errors import JobError
 from fedgraft.common.tasks import TASKS
 
 OWN = {name: task for name, task in TASKS.items() if task.own_keys}
@@ -44,6 +45,19 @@ def test_a_key_that_is_given_is_kept(name: str) -> None:
     other: Any = "mine" if isinstance(value, str) else value - 1
     data = job_of(name, **{key: other}).data
     assert data.model_extra == {**OWN[name].own_keys, key: other}
+
+
+def test_keys_of_a_modality_are_keys_of_its_tasks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = type(TASKS["text-classification"].modality)
+    monkeypatch.setattr(text, "keys", {"dialect": "dialect", "channels": 3.0})
+    data = job_of("text-classification", dialect="region").data
+    assert data.model_extra == {"dialect": "region", "channels": 3.0}
+    assert data.column("dialect") == "region"
+    assert job_of("text-regression").data.model_extra == {
+        **TASKS["text-regression"].keys, "dialect": "dialect", "channels": 3.0,
+    }  # fmt: skip
+    with pytest.raises(JobError, match=r"unknown key data\.dialect"):
+        job_of("image-classification", dialect="region")
 
 
 def test_a_column_is_the_value_of_its_key_or_its_default() -> None:
