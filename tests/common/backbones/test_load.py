@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from fedgraft.common.backbones.load import head_names
+from fedgraft.common.tasks import TASKS
 
 
 def test_a_loaded_model_is_frozen_in_eval_mode_and_fp32(saved: Path, tmp_path: Path) -> None:
@@ -108,6 +109,17 @@ def test_random_weights_take_the_shape_of_the_config_and_nothing_of_the_file(
     assert loaded.parameters == sum(p.numel() for p in original.parameters())
     embeddings = "bert.embeddings.word_embeddings"
     assert not same(loaded.model.get_submodule(embeddings), original.get_submodule(embeddings))
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_a_task_may_name_one_architecture_where_there_is_no_auto_class(
+    saved: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = TASKS["text-classification"]
+    monkeypatch.setattr(task, "auto_class", "BertForSequenceClassification")
+    loaded = open_model(saved, weights=weights)
+    assert type(loaded.model) is BertForSequenceClassification
+    assert loaded.fresh_head == (weights == "random")
 
 
 @pytest.mark.parametrize(
