@@ -12,9 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: torch's threads would only wait
 
-# How long an example takes says how busy the machine is, and nothing of the code.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# How long an example takes says how busy the machine is, and nothing of the code: no deadline.
+settings.register_profile("whole", deadline=None, max_examples=100)
+settings.register_profile("quick", deadline=None, max_examples=25)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis tries fewer examples where slow tests are left out."""
+    settings.load_profile("quick" if config.option.markexpr else "whole")
 
 
 @pytest.fixture(autouse=True)

@@ -109,6 +109,7 @@ def test_sites_beyond_the_deadline_are_dropped_and_the_run_goes_on(
     assert summary["faults"]["waits"] == [{"round": n, "seconds": 1800.0} for n in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_a_late_site_costs_time_and_nothing_else(tmp_path: Path, data: tuple[str, ...]) -> None:
     clean, nothing = run_digits(tmp_path, *data)
     run, summary = run_digits(
@@ -180,6 +181,7 @@ def test_one_large_site_that_flips_signs_turns_the_mean_around_and_not_the_media
     assert towards["fedavg"] < 0 < 0.3 < towards["median"]
 
 
+@pytest.mark.slow
 def test_poisoned_labels_train_and_are_judged_by_true_ones(
     tmp_path: Path, data: tuple[str, ...]
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.federations import digits_job, write_digits
+from support.matrix import thinned
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.layout import Vector
@@ -50,10 +51,13 @@ def federate(
     return final, replies
 
 
+WHERE = [(1, 3, 2), (2, 3, 3), (2, 4, 1)]
+
+
 @pytest.mark.parametrize(
-    ("together", "die_after", "asked_again"), [(1, 3, 2), (2, 3, 3), (2, 4, 1)]
+    ("rule", "together", "die_after", "asked_again"),
+    thinned([(rule, *one) for one in WHERE for rule in ("fedavg", "median")], 3),
 )
-@pytest.mark.parametrize("rule", ["fedavg", "median"])
 def test_a_round_goes_on_where_it_was(
     tmp_path: Path, together: int, die_after: int, asked_again: int, rule: str
 ) -> None:

@@ -58,6 +58,7 @@ def test_masked_rounds_count_what_clear_rounds_count(tmp_path: Path) -> None:
     assert final["groups"]["east"]["examples"] == 40 and "auroc" in final
 
 
+@pytest.mark.slow
 def test_in_clear_a_site_keeps_groups_of_a_few_to_itself(tmp_path: Path) -> None:
     data = (*with_groups(tmp_path / "rows"), "evaluation.min_group=1000")
     run, _ = run_digits(tmp_path / "runs", *data, *BINS)

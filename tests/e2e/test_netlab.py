@@ -80,6 +80,7 @@ def test_parties_are_far_lose_frames_and_are_cut_off_as_asked() -> None:
     assert network.inside("near")[-1] not in left.stdout
 
 
+@pytest.mark.slow
 def test_a_narrow_link_is_narrow() -> None:
     """What is more than the burst of 64 KB takes its time: 36 KB, at 12.5 KB a second."""
     with Network(["here", "near"]) as network, echoing(network, "near"):

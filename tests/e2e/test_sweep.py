@@ -134,6 +134,7 @@ def wait_for(process: "subprocess.Popen[bytes]", place: Path, pattern: str, coun
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_written_down_and_the_others_run(
     place: Path, capsys: pytest.CaptureFixture[str], data: tuple[str, ...]
 ) -> None:
@@ -232,6 +233,7 @@ def test_only_the_folder_of_a_sweep_can_be_resumed(
     assert code == 2 and "nowhere is not the folder of a sweep" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_command(place: Path, data: tuple[str, ...]) -> None:
     # A shell starts its background jobs with this signal ignored, and children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

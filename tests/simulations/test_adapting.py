@@ -35,6 +35,7 @@ def slots(run: Any) -> dict[str, Any]:
     return {n: adapter[at] for n, at in layout.slices.items() if n.startswith(DOMAIN)}
 
 
+@pytest.mark.slow
 def test_a_site_without_labels_stays_away_where_nothing_adapts(tmp_path: Path) -> None:
     beside = ("rounds.count=1", "simulation.baselines=['local_only','central']")
     run, summary = run_digits(tmp_path, UNLABELLED, *beside)

@@ -140,6 +140,7 @@ def test_labels_go_on_from_texts_without_any(tmp_path: Path) -> None:
     assert exchanged.size > paths.size  # a new head besides
 
 
+@pytest.mark.slow
 def test_an_export_that_did_not_measure_cannot_hold(tmp_path: Path) -> None:
     run, _ = run_digits(tmp_path / "runs", "rounds.count=1")
     out = exported(run, tmp_path / "out")

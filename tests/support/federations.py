@@ -20,6 +20,7 @@ __all__ = ["SMALL", "adapter_of", "digits_job", "run_digits", "write_digits"]
 SMALL = (
     "simulation.sites=3",
     "simulation.partition={kind='iid', min_examples=2}",
+    "simulation.workers=0",  # to start some takes longer than so few sites
     "simulation.baselines=[]",
     "simulation.finetune_epochs=0",
     "training.batch_size=128",

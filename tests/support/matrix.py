@@ -4,8 +4,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
-__all__ = ["slow_unless", "thinned"]
+__all__ = ["slow_unless", "thinned", "tries"]
+
+
+def tries(whole: int) -> int:
+    """Return how many examples Hypothesis tries: ``whole`` in `make test-all`, else a part."""
+    return max(whole * settings().max_examples // 100, 10)
 
 
 def thinned(cases: Iterable[Any], step: int) -> list[Any]:

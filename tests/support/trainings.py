@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,24 @@ def make_job(
 
 
 def open_small(kind: str, /, *, precision: str = "fp32", seed: int = 0, **method: Any) -> Stack:
-    """The stack of a small model."""
-    return open_stack(make_job(kind, training={"precision": precision}, seed=seed, **method))
+    """The stack of a small model; it is built once in this process."""
+    return _open_small(kind, precision, seed, json.dumps(method, sort_keys=True))
+
+
+@lru_cache(maxsize=64)  # fedgraft keeps three, and the parameters of a test name more kinds
+def _open_small(kind: str, precision: str, seed: int, method: str) -> Stack:
+    training = {"precision": precision}
+    return open_stack(make_job(kind, training=training, seed=seed, **json.loads(method)))
+
+
+@lru_cache(maxsize=1)
+def _bunch() -> Any:
+    return load_digits()
 
 
 def digits(count: int = 24, start: int = 0) -> ImageExamples:
     """Real digits, standardised one by one as the backbone wants them."""
-    bunch = load_digits()
+    bunch = _bunch()
     rows = slice(start, start + count)
     pixels = (bunch.images[rows] / 16).astype(np.float32)[:, None]
     mean, std = pixels.mean((1, 2, 3), keepdims=True), pixels.std((1, 2, 3), keepdims=True)

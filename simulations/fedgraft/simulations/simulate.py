@@ -183,9 +183,9 @@ class _Simulation:
         """
         grid = LocalGrid(self.nodes, self.workers, together=self.together)
         if not self.settings.faults.any:
-            return Transport(grid, clock=lambda: 0.0, watch=watch)
+            return Transport(grid, clock=lambda: 0.0, pause=_at_once, watch=watch)
         faulty = FaultyGrid(grid, self.fates, waited)
-        return Transport(faulty, clock=faulty.clock, watch=watch)
+        return Transport(faulty, clock=faulty.clock, pause=_at_once, watch=watch)
 
     def waited(self, step: Step, stage: Stage, seconds: float) -> None:
         """Record the seconds that the coordinator would have waited for the replies of a stage."""
@@ -267,6 +267,10 @@ class _Shown:
         """Show that a round is over."""
         line = _round_line(record, self.metric)
         self.steps.done(f"{line}  {self.pace.after(record.sites, record.seconds)}")
+
+
+def _at_once(seconds: float) -> None:
+    """Pull again without a pause: a local grid waits for a reply while it is pulled."""
 
 
 def _headline(job: Job, sites: Sequence[SimulatedSite], plan: Plan) -> str:

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fake_superlink import NODE, RUN, FakeSuperLink
+from support.matrix import tries
 
 from fedgraft.client.agent import superlink_session as module
 from fedgraft.client.agent.superlink_session import (
@@ -25,7 +26,7 @@ from fedgraft.common.federation.certificates import make_key, public_pem
 
 KEY = make_key()
 SECRET = "secret-5d1c"
-MANY = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=tries(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture

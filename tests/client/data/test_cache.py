@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from support.matrix import tries
 
 from fedgraft.client.data import cache as store_module
 from fedgraft.client.data.cache import LARGEST_SHARE, WORTH_A_FILE, Arrays, Files, Recent, Store
@@ -115,7 +116,7 @@ def test_only_what_is_worth_a_file_and_fits_gets_one(tmp_path: Path) -> None:
     sizes=st.lists(st.integers(1, 5), max_size=12),
     fresh=st.booleans(),
 )
-@limits(max_examples=30, deadline=None)
+@limits(max_examples=tries(30), deadline=None)
 def test_files_stay_within_their_budget(budget: int, sizes: list[int], fresh: bool) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -352,7 +353,7 @@ def test_memory_lets_go_and_the_file_is_still_there(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), max_size=25))
-@limits(max_examples=30, deadline=None)
+@limits(max_examples=tries(30), deadline=None)
 def test_a_store_gives_what_making_it_would_give(steps: list[tuple[int, int]]) -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)

@@ -337,6 +337,7 @@ with open_channel(address, b"", None, None) as channel:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_byte_it_fetches_at_most_one_chunk_again(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m", chunks=9.5)
     manifest = make_manifest(model, source="m")

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from support.commands import command
+from support.matrix import thinned
 from support.memberships import NAMES, Coordinator, open_federation, write_plan
 
 from fedgraft.client.membership.credentials import (
@@ -170,7 +171,7 @@ def test_many_sites_join_at_once(tmp_path: Path) -> None:
 STEPS = ["make_identity", "ask", "site_of", "accept", "keep_roster", "keep_membership"]
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", thinned(STEPS, 2))
 def test_killed_before_any_step_a_site_can_still_join(coordinator: Coordinator, step: str) -> None:
     """With the same kit as long as it was not used, and with a renewed one after that."""
     state, kit = coordinator.state(A), coordinator.kits / f"{A}.kit"

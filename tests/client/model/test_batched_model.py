@@ -18,6 +18,7 @@ from support.trainings import (
     KINDS,
     LORA,
     digits,
+    make_job,
     noisy,
     open_small,
     rows_for,
@@ -136,11 +137,12 @@ def test_frozen_tensors_are_shared_with_pefts_model(kind: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["vit", "resnet", "bert"])
 def test_pefts_model_is_as_before(kind: str, precision: str) -> None:
-    bench = open_small(kind).bench
+    plain = open_stack(make_job(kind))
+    bench = plain.bench
     inputs = as_tensors(rows_for(kind, 8).batch(np.arange(8)))
     before = {name: value.clone() for name, value in bench.model.state_dict().items()}
-    logits = peft_logits(open_small(kind), noisy(bench), inputs)
-    stack = open_small(kind, precision=precision)
+    logits = peft_logits(plain, noisy(bench), inputs)
+    stack = open_stack(make_job(kind, training={"precision": precision}))
     assert stack.bench is bench
     trained(stack, rows_for(kind, 24), settings(epochs=2, dropout=0.2))
     after = bench.model.state_dict()
@@ -245,7 +247,7 @@ def test_a_row_of_twins_is_all_that_a_new_kind_of_layer_needs(
     close_stacks()
     try:
         inputs = as_tensors(digits(9).batch(np.arange(9)))
-        stack = open_small("vit")
+        stack = open_stack(make_job("vit"))
         assert any(name.endswith("ia3_l.default") for name in stack.bench.layout.names)
         vectors = [noisy(stack.bench, seed=seed) for seed in range(2)]
         wanted = [peft_logits(stack, vector, inputs) for vector in vectors]

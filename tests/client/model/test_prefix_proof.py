@@ -12,6 +12,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support.contract_tasks import TaskCase
+from support.matrix import tries
 from support.trainings import TOP, digits, noisy, open_small, rows_for, texts
 
 from fedgraft.client.data.cache import Arrays, Store
@@ -157,7 +158,7 @@ KEPT: list[tuple[str, dict[str, Any]]] = [
     size=st.integers(1, 90),
     seed=st.integers(0, 99),
 )
-@limits(max_examples=40, deadline=None, derandomize=True)
+@limits(max_examples=tries(40), deadline=None, derandomize=True)
 def test_an_example_has_the_same_activations_in_any_company(
     case: tuple[str, dict[str, Any]], precision: str, size: int, seed: int
 ) -> None:

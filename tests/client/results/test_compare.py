@@ -130,6 +130,7 @@ def test_what_the_coordinator_says_cannot_become_markup(
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_its_own_model_goes_on_from_the_earlier_adapter_too(
     simulated: Simulated, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_its_own_model_goes_on_from_the_earlier_adapter_too(
     assert found["comparisons"] == later.expected["comparisons"]
 
 
+@pytest.mark.slow
 def test_a_site_without_test_or_validation_examples_says_so(tmp_path: Path) -> None:
     alone = Simulated(tmp_path, "data.validation=0")
     data = alone.at.config.data.model_copy(update={"test": None})

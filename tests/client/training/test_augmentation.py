@@ -178,6 +178,7 @@ def test_pytorchs_own_generator_is_left_as_it_was() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_federation_runs_with_it(tmp_path: Any) -> None:
     run, _ = run_digits(tmp_path, "training.augmentation.image={shift=0.1}", "rounds.count=1")
     assert run.history()[0]["sites"] == 3

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from support.companies import Company, uneven
-from support.matrix import thinned
+from support.matrix import thinned, tries
 from support.trainings import open_small, settings
 
 CHANGES: list[dict[str, Any]] = [
@@ -43,7 +43,7 @@ def test_company_makes_no_difference_under_any_setting(kind: str, changes: dict[
     grouped=st.booleans(),
     dropout=st.sampled_from([0.0, 0.3]),
 )
-@limits(max_examples=25, deadline=None, derandomize=True)
+@limits(max_examples=tries(25), deadline=None, derandomize=True)
 def test_any_company_makes_no_difference(
     kind: str,
     sizes: list[int],

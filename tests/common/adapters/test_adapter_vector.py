@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from peft import PeftModel
+from support.matrix import tries
 from support.tiny_backbones import Bench, some_vector, trainable
 
 from fedgraft.common.adapters.attach import adapter_layout, read, write
@@ -94,7 +95,7 @@ def test_only_refuses_names_it_does_not_know() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=tries(40), deadline=None)
 def test_what_was_written_is_read_bit_for_bit(bert: PeftModel, data: st.DataObject) -> None:
     layout = adapter_layout(bert)
     vector: Vector = data.draw(
@@ -105,7 +106,7 @@ def test_what_was_written_is_read_bit_for_bit(bert: PeftModel, data: st.DataObje
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=tries(40), deadline=None)
 def test_writing_a_part_leaves_the_rest(bert: PeftModel, data: st.DataObject) -> None:
     layout = adapter_layout(bert)
     part = layout.only(data.draw(st.sets(st.sampled_from(layout.names))))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 from support.models import contents, flip, write_model
 
 from fedgraft.common.backbones.blob_store import (
@@ -288,7 +289,7 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=tries(25))
 def test_whatever_happens_to_a_partial_file_it_is_mended(
     data: st.DataObject, model: Path, manifest: Manifest, tmp_path: Path
 ) -> None:

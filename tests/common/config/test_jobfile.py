@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.job_files import MINIMAL, refused, simulation, write
+from support.matrix import tries
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job, load_job, parse_job
@@ -179,7 +180,7 @@ def jobs(draw: st.DrawFn) -> Job:
 
 
 @given(jobs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 def test_a_dumped_job_reads_back_equal(job: Job) -> None:
     assert parse_job(tomllib.loads(dump_job(job)), where="dump") == job
 

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 
 from fedgraft.common.errors import AuditError
 from fedgraft.common.federation import audit_log as module
 from fedgraft.common.federation.audit_log import Audit, AuditHead, read, rows, verify
 
-quick = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=tries(80), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 LINES = 6
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation.certificates import fingerprint, make_ca, make_key
@@ -99,7 +100,7 @@ OTHER = st.one_of(
 )  # fmt: skip
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=tries(300))
 @given(part=st.sampled_from([*PARTS, "signature", "extra"]), value=OTHER)
 def test_a_change_of_any_part_is_seen(tmp_path: Path, part: str, value: object) -> None:
     """Also of one that is taken out (``...``) although it has a default."""
@@ -119,7 +120,7 @@ def test_a_change_of_any_part_is_seen(tmp_path: Path, part: str, value: object) 
     refused(file, "was changed|is not a kit|another federation")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=tries(300))
 @given(place=st.integers(0), bit=st.integers(0, 7))
 @example(place=168, bit=1)  # the version of the CA's certificate, in most kits
 def test_a_flipped_bit_never_gives_another_kit(tmp_path: Path, place: int, bit: int) -> None:

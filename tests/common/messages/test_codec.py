@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support.matrix import tries
 from support.payload_samples import (
     KINDS,
     LARGE,
@@ -171,7 +172,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if "large" not in name])
 @given(st.data())
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=tries(25))
 def test_a_payload_comes_back_from_the_wire_as_it_was(name: str, data: st.DataObject) -> None:
     kind = type(SAMPLES[name])
     payload = data.draw(values(kind))

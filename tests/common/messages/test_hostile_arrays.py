@@ -9,6 +9,7 @@ import pytest
 from flwr.app import Array
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 from support.payload_samples import (
     LARGE,
     SAMPLES,
@@ -152,7 +153,7 @@ def test_random_bytes_after_a_valid_start_never_raise_anything_else(tail: bytes)
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=tries(300))
 def test_whatever_is_changed_in_a_small_array_nothing_else_is_raised(data: st.DataObject) -> None:
     changed = bytearray(WHOLE)
     for _ in range(data.draw(st.integers(1, 4))):

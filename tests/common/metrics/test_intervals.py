@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
+from support.matrix import tries
 
 from fedgraft.common.metrics.intervals import (
     macro_f1_difference,
@@ -69,7 +70,7 @@ def matrices(largest: int = 30) -> st.SearchStrategy[NDArray[np.int64]]:
 
 
 @given(matrices())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=tries(100), deadline=None)
 def test_macro_f1_agrees_with_resampling_one_by_one(confusion: NDArray[np.int64]) -> None:
     low, high = macro_f1_interval(confusion, np.random.default_rng(7), draws=50)
     assert 0 <= low <= high <= 1

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import binom
+from support.matrix import tries
 
 from fedgraft.common.metrics.label_evaluation import verdict
 
@@ -33,7 +34,7 @@ def test_interval_gives_the_published_values() -> None:
 
 
 @given(COUNTS, COUNTS, COUNTS, COUNTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=tries(200), deadline=None)
 def test_a_verdict_is_consistent_and_antisymmetric(
     both: int, only_federated: int, only_local: int, neither: int
 ) -> None:

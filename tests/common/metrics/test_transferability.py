@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import BayesianRidge
 from sklearn.metrics import mutual_info_score
+from support.matrix import tries
 
 from fedgraft.common.metrics.transferability import (
     Moments,
@@ -76,7 +77,7 @@ def direct_h_score(features: Array, labels: Array) -> float:
     return float(np.trace(np.linalg.pinv(total, rcond=1e-9, hermitian=True) @ between))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(
     n=st.integers(12, 150),
     d=st.integers(1, 40),

@@ -10,6 +10,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import wavfile
+from support.matrix import tries
 from support.recordings import tone, write_wav
 
 from fedgraft.common.errors import BackboneError, DataError
@@ -79,7 +80,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         open_recording({"bytes": None, "path": str(tmp_path / "gone.wav")})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=tries(30), deadline=None)
 @given(st.binary(max_size=200))
 def test_noise_of_any_bytes_is_a_data_error(data: bytes) -> None:
     with pytest.raises(DataError):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job, load_job, parse_job
@@ -67,7 +68,7 @@ def codings(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @given(codings())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=tries(300))
 def test_a_job_is_accepted_if_and_only_if_no_sum_can_overflow(
     numbers: tuple[int, int, int],
 ) -> None:

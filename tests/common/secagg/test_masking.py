@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secagg import reference as slow
+from support.matrix import tries
 
 from fedgraft.common.secagg import masking
 from fedgraft.common.secagg.errors import ParameterError
@@ -47,7 +48,7 @@ def test_a_mask_starts_at_counter_zero_and_is_little_endian() -> None:
     assert vector.tolist() == expected(9, MASKS[:3])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=tries(40), deadline=None)
 @given(
     size=st.integers(0, 90),
     threads=st.integers(1, 5),

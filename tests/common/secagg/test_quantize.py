@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secagg import reference as slow
+from support.matrix import tries
 
 from fedgraft.common.secagg import quantize as q
 from fedgraft.common.secagg.errors import InputRefused, ParameterError
@@ -53,7 +54,7 @@ def test_rounding_is_unbiased_and_off_by_less_than_one_level() -> None:
     assert abs(levels.mean() - exact) < 5 * 0.5 / math.sqrt(update.size)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=tries(30))
 @given(
     n=st.integers(1, 6),
     size=st.integers(0, 30),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from secagg import reference as slow
+from support.matrix import tries
 
 from fedgraft.common.secagg.errors import ParameterError
 from fedgraft.common.secagg.shamir import combine, multiply, recover, split
@@ -21,7 +22,7 @@ def test_products_are_those_of_the_field(a: int, b: int) -> None:
     assert int(product[0]) == slow.field_multiply(a, b)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=tries(25), deadline=None)
 @given(st.data())
 def test_any_threshold_of_shares_gives_the_secret(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 12))

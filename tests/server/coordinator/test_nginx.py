@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 from support.memberships import write_plan
 from support.programs import find
 
@@ -70,7 +71,9 @@ def mapped(text: str, head: str) -> dict[str, str]:
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=tries(20),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(sites=names)
 def test_nginx_takes_every_name_that_a_site_may_have(home: Path, sites: list[str]) -> None:

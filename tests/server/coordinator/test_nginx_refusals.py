@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 
 from fedgraft.server.coordinator import nginx_refusals as refusals
 from fedgraft.server.coordinator.nginx_refusals import (
@@ -256,7 +257,7 @@ def test_no_log_yet(desk: Desk) -> None:
     assert not (desk.folder / "refused.json").exists()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(
     steps=st.lists(
         st.one_of(st.binary(max_size=12), st.sampled_from(["move", "read"])), max_size=30

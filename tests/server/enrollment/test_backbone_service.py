@@ -122,6 +122,7 @@ def test_mutual_tls_keeps_others_out(store: BlobStore, manifest: Manifest) -> No
             assert BackbonesStub(channel).GetManifest(asked).manifest == manifest.to_json()
 
 
+@pytest.mark.slow
 def test_four_sites_at_once_do_not_make_the_coordinator_hold_the_model(tmp_path: Path) -> None:
     model = write_model(tmp_path / "m", chunks=40)  # 168 MB
     manifest = make_manifest(model, source="m")

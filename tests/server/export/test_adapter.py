@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 from support.exports import Exported, logits, make_job, save_resnet
+from support.matrix import thinned
 
 from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.training.trainer import TrainingTask, train_alone
@@ -24,7 +25,7 @@ from fedgraft.server.runs.run_folder import Run
 KINDS = ["vit", "vit-head", "vit-dora", "vit-partial", "vit-biases", "bert", "resnet"]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=thinned(KINDS, 2))
 def exported(request: pytest.FixtureRequest, tmp_path: Path) -> Exported:
     return Exported(request.param, tmp_path)
 

@@ -15,6 +15,7 @@ from support.report_runs import (
 )
 
 
+@pytest.mark.usefixtures("words_only")
 def test_what_was_counted_is_shown_with_what_it_can_be_off_by(tmp_path: Path) -> None:
     summary, history = make_run()
     summary = with_insights(summary)
@@ -27,6 +28,7 @@ def test_what_was_counted_is_shown_with_what_it_can_be_off_by(tmp_path: Path) ->
     assert "site-1 Federated 80.0 % of 90" in told
 
 
+@pytest.mark.usefixtures("words_only")
 def test_a_run_that_counted_nothing_has_no_such_page(tmp_path: Path) -> None:
     told = visible(written(tmp_path, *make_run()))
     assert "Ranking, calibration" not in told and "AUROC" not in told
@@ -65,6 +67,7 @@ def test_the_map_comes_with_its_numbers_or_with_why_not(tmp_path: Path) -> None:
         {"sites": "ab", "places": 3, "cosine": None},
     ],
 )
+@pytest.mark.usefixtures("words_only")
 def test_half_a_map_is_none(tmp_path: Path, broken: dict[str, object]) -> None:
     summary, history = make_run()
     summary["site_map"] = broken
@@ -83,6 +86,7 @@ def test_hundreds_of_sites_have_no_row_each(tmp_path: Path) -> None:
     assert "all sites Federated 90.0 %" in told and "site-77 Federated" not in told
 
 
+@pytest.mark.usefixtures("words_only")
 def test_every_difference_has_its_interval(tmp_path: Path) -> None:
     summary, history = make_run(("helped", "hurt"))
     summary["sites"][1]["comparisons"] = {

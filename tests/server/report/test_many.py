@@ -53,6 +53,7 @@ def listed(page: str) -> list[str]:
     return re.findall(r'<th scope="row" class="name">(site-\d+)</th><td>800', page)
 
 
+@pytest.mark.slow
 def test_ten_thousand_sites_and_three_hundred_rounds_make_a_small_file(tmp_path: Path) -> None:
     summary, history = many_run(10_000, 300, 100)
     page = written(tmp_path, summary, history)
@@ -68,6 +69,7 @@ def test_ten_thousand_sites_and_three_hundred_rounds_make_a_small_file(tmp_path:
     assert "Sites were dropped in 300 of 300 rounds." in text
 
 
+@pytest.mark.usefixtures("words_only")
 def test_the_sites_that_moved_most_are_the_ones_shown(tmp_path: Path) -> None:
     summary, history = many_run(300, 1, 0)
     ordered = sorted(summary["sites"], key=gain)
@@ -91,6 +93,7 @@ def test_a_clear_verdict_goes_before_a_large_difference_that_may_be_chance() -> 
 
 
 @pytest.mark.parametrize("task", ["text-regression", "token-classification", "causal-lm"])
+@pytest.mark.usefixtures("words_only")
 def test_sites_are_ranked_by_the_headline_metric_of_the_task(task: str, tmp_path: Path) -> None:
     """Their accuracy says nothing here: it is the same for all, or was not measured."""
     metric = TASKS[task].metrics[0]
@@ -113,6 +116,7 @@ def test_sites_are_ranked_by_the_headline_metric_of_the_task(task: str, tmp_path
     assert "And 112 more; the table of sites has those that lost most." in text
 
 
+@pytest.mark.usefixtures("words_only")
 def test_hurt_sites_without_figures_are_told_of_and_no_table_is_promised(tmp_path: Path) -> None:
     summary, history = make_run(rounds=1)
     summary["sites"] = [
@@ -124,6 +128,7 @@ def test_hurt_sites_without_figures_are_told_of_and_no_table_is_promised(tmp_pat
 
 
 @pytest.mark.parametrize(("sites", "rows"), [(MANY_SITES, MANY_SITES), (MANY_SITES + 1, 40)])
+@pytest.mark.usefixtures("words_only")
 def test_up_to_the_bound_every_site_has_its_row(tmp_path: Path, sites: int, rows: int) -> None:
     summary, history = many_run(sites, 1, 0)
     page = written(tmp_path, summary, history)
@@ -133,6 +138,7 @@ def test_up_to_the_bound_every_site_has_its_row(tmp_path: Path, sites: int, rows
     assert ("How accuracy on the sites' own" in page) == (rows < sites)
 
 
+@pytest.mark.usefixtures("words_only")
 def test_verdicts_shown_add_up_to_all_sites(tmp_path: Path) -> None:
     summary, history = many_run(1500, 1, 0)
     summary["sites"][7]["outcome"] = "splendid"
@@ -142,6 +148,7 @@ def test_verdicts_shown_add_up_to_all_sites(tmp_path: Path) -> None:
     assert sum(int(count.replace(",", "")) for count in shown) == 1500
 
 
+@pytest.mark.usefixtures("words_only")
 def test_quantiles_are_those_of_all_sites(tmp_path: Path) -> None:
     summary, history = many_run(777, 1, 0)
     summary["sites"][5]["local_only"] = None
@@ -163,6 +170,7 @@ def test_a_model_that_was_measured_nowhere_has_no_quantiles() -> None:
 
 
 @pytest.mark.parametrize(("rounds", "rows", "step"), [(100, 100, 1), (101, 51, 2), (1000, 100, 10)])
+@pytest.mark.usefixtures("words_only")
 def test_of_many_rounds_some_are_shown_and_always_the_last(
     tmp_path: Path, rounds: int, rows: int, step: int
 ) -> None:
@@ -173,6 +181,7 @@ def test_of_many_rounds_some_are_shown_and_always_the_last(
     assert ("metrics.jsonl" in table) == (step > 1)
 
 
+@pytest.mark.usefixtures("words_only")
 def test_of_many_drops_all_are_counted_and_the_last_are_named(tmp_path: Path) -> None:
     page = written(tmp_path, *many_run(3, 7, 50))
     section = page.split("<h3>Dropped sites</h3>")[1].split("</section>")[0]
@@ -185,6 +194,7 @@ def test_of_many_drops_all_are_counted_and_the_last_are_named(tmp_path: Path) ->
     assert "Below are the last 100" in section
 
 
+@pytest.mark.usefixtures("words_only")
 def test_reasons_that_all_differ_do_not_make_a_long_table(tmp_path: Path) -> None:
     summary, history = make_run(rounds=1)
     history[0]["dropped"] = [{"site": "a", "reason": f"reason {at}"} for at in range(500)]

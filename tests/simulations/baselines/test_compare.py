@@ -15,6 +15,7 @@ from fedgraft.simulations.simulate import simulate
 ALL = "simulation.baselines=['zero_shot', 'head_only', 'local_only', 'central']"
 
 
+@pytest.mark.slow
 def test_a_central_model_that_diverges_is_not_run_and_the_rest_stands(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "digits", 60, 30)
     diverging = "simulation.central={learning_rate=1e30, batch_size=1}"

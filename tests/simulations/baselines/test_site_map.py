@@ -65,6 +65,7 @@ def test_a_simulation_in_clear_has_a_map(tmp_path: Path) -> None:
     assert "Map of 3 sites" in (one.folder / "report.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_under_secure_aggregation_there_is_none_and_the_report_says_why(tmp_path: Path) -> None:
     data = write_digits(tmp_path / "digits", 120, 60)
     masked = "privacy.secure_aggregation.enabled=true"

@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from support.matrix import tries
 
 from fedgraft.client.data.rows import read_split
 from fedgraft.client.site_config import load_site
@@ -84,7 +85,7 @@ def texts_of(job: Job, sites: list[Placed], split: str) -> list[list[str]]:
 # Dealing
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(
     counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     tests=st.booleans(),

@@ -11,6 +11,7 @@ from flwr.app import Context, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.masked_federations import Consortium, make_job
+from support.matrix import tries
 
 from fedgraft.common.config.faults import Faults
 from fedgraft.common.errors import SiteFailure, TooFewSites
@@ -169,7 +170,7 @@ def test_nobody_really_waits() -> None:
     assert sum(federation.pauses) < 0.1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=tries(60), deadline=None)
 @given(
     gone=st.sets(st.sampled_from("abcdef")),
     delays=st.dictionaries(
