@@ -40,6 +40,7 @@ WINGS = {
     "common/seeds": "",
     "common/files": "errors",
     "common/toml": "errors",
+    "common/witness": "",
     "common/console": "",
     "common/cli": "console",
     "__main__": "common/cli",
@@ -59,7 +60,7 @@ WINGS = {
     "common/backbones": "layout tasks config",
     "common/cifar_resnet": "backbones",
     "common/messages": "secagg layout metrics config",
-    "common/adapters": "layout modalities metrics tasks methods config backbones messages",
+    "common/adapters": "witness layout metrics tasks methods config backbones messages",
     # client
     "client/site_config": "",
     "client/objectives": "common/examples",
@@ -68,8 +69,8 @@ WINGS = {
         "common/secagg common/rpc common/config common/federation common/backbones common/messages"
     ),
     "client/data": (
-        "site_config common/examples common/encoding common/tasks common/methods common/config "
-        "common/backbones common/adapters"
+        "site_config common/witness common/examples common/encoding common/tasks common/methods "
+        "common/config common/backbones common/adapters"
     ),
     "client/policy": (
         "membership common/secagg common/rpc common/layout common/metrics common/methods "

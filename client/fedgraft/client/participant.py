@@ -56,6 +56,7 @@ class Participant:
         self.device = str(choose_device(config.device))
         cache = config.cache
         self.store: Store = open_store(cache_folder() / "encoded", cache.memory, cache.disk)
+        self._splits: dict[str, Splits] = {}
 
     def agree(self, request: PlanRequest) -> PlanReply:
         """Check that this site has the same backbone and adapter, and data for the job.
@@ -203,7 +204,7 @@ class Participant:
 
         Reading them raises DataError if the site's files do not match the job's schema.
         """
-        return Splits(self.config, job, self.store)
+        return self._splits.setdefault(job.model_dump_json(), Splits(self.config, job, self.store))
 
     def stack(self, job: Job) -> Stack:
         """Return the stack that computes here for the job."""
@@ -285,7 +286,8 @@ def open_participant(node_config: Mapping[str, object]) -> Participant:
     ``rank`` and ``cache`` (JSON) may override the values in that file. ``unlabelled`` says that
     labels are not read.
     """
-    config = _load_site(str(node_config["site"]))
+    path = Path(str(node_config["site"]))
+    config = _load_site(path, path.read_bytes() if path.is_file() else b"")
     if node_config.get("unlabelled"):
         data = config.data.model_copy(update={"labelled": False})
         config = config.model_copy(update={"data": data})
@@ -300,5 +302,6 @@ def open_participant(node_config: Mapping[str, object]) -> Participant:
 
 
 @lru_cache(maxsize=256)
-def _load_site(path: str) -> SiteConfig:
-    return load_site(Path(path))
+def _load_site(path: Path, content: bytes) -> SiteConfig:
+    """Load a site's file; with other ``content`` it is read again."""
+    return load_site(path)

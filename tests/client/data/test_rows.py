@@ -5,21 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 from pyarrow import parquet
 
 from fedgraft.client.data.rows import read_split
-from fedgraft.client.data.splits import split_validation
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import DataError
-from fedgraft.common.examples import Indices
 from fedgraft.common.tasks import TASKS
 
 SECRET = "patient Ada Lovelace"
@@ -277,24 +271,3 @@ def test_bad_image_folders_are_refused(
 
 
 # Validation
-
-
-@given(
-    labels=st_numpy.arrays(np.int64, st.integers(0, 80), elements=st.integers(0, 5)),
-    share=st.floats(0, 0.99),
-    seed=st.integers(0, 2**32),
-)
-def test_validation_is_a_stratified_split(
-    labels: np.ndarray[Any, Any], share: float, seed: int
-) -> None:
-    def draw() -> tuple[Indices, Indices]:
-        return split_validation(labels, share, np.random.default_rng(seed))
-
-    train, validation = draw()
-    assert sorted([*train, *validation]) == list(range(len(labels)))
-    assert set(labels[train]) == set(labels)
-    for name in set(labels):
-        count = int((labels == name).sum())
-        assert abs(int((labels[validation] == name).sum()) - count * share) <= 1
-    assert len(validation) <= round(len(labels) * share)
-    assert all((a == b).all() for a, b in zip(draw(), (train, validation), strict=True))

@@ -60,10 +60,12 @@ class Recent(Generic[V]):
         return self._values.get(key)
 
     def add(self, key: str, value: V) -> None:
-        """Keep ``value`` under a new key, and remove the values used longest ago.
+        """Keep ``value`` in the place of an earlier one, and remove the values used longest ago.
 
         The newest value stays even if it is too large, because it is about to be used.
         """
+        if key in self._values:
+            self._bytes -= self._values.pop(key).nbytes
         self._values[key] = value
         self._bytes += value.nbytes
         while self._bytes > self.budget and len(self._values) > 1:

@@ -78,6 +78,20 @@ def find_sources(path: str) -> list[Path]:
     raise DataError(f"no file {path}", hint=hint)
 
 
+def watched(path: str) -> list[Path]:
+    """Return what changes if rows are added, removed or altered at ``path``: files and folders.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    found: list[Path] = []
+    for source in find_sources(path):
+        found.append(source)
+        if source.is_dir():
+            found += sorted(source.rglob("*"))
+    return found
+
+
 def read_tables(path: str, *, content: str, label: str | None, images: bool) -> list[Table]:
     """Read the columns ``content`` and ``label`` of all sources at ``path`` (file, folder, glob).
 

@@ -10,7 +10,7 @@ import hashlib
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,23 @@ DIGESTED = 256  # files read at once
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one split, checked by ``read_split``; ``skipped`` bad rows were left out."""
+    """The rows of one split, checked by ``read_split``; ``skipped`` bad rows were left out.
+
+    ``files`` are the files that the cells name; ``content`` is the column of texts or files.
+    """
 
     dataset: datasets.Dataset
     skipped: int
+    files: tuple[Path, ...]
+    content: str
+
+    def only(self, index: NDArray[np.int64]) -> "SplitRows":
+        """Return the rows at ``index``; ``files`` stays as it is."""
+        return replace(self, dataset=self.dataset.select(index))
+
+    def digests(self) -> list[bytes]:
+        """Return SHA-256 over the content of each row: a text, or a file's bytes."""
+        return Columns(self.dataset).row_digests(self.content)
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,14 @@ class Columns:
         arrow = self.dataset.select_columns([name]).with_format("arrow")
         for batch in arrow.iter(batch_size=size):
             yield batch[name].to_pylist()
+
+    def row_digests(self, name: str) -> list[bytes]:
+        """Return SHA-256 over each text, or each file's bytes, of a column, in order."""
+        return [
+            hashlib.sha256(_content_bytes(value)).digest()
+            for batch in self.batches(name, DIGESTED)
+            for value in batch
+        ]
 
     def digest(self, name: str) -> str:
         """Return SHA-256 (hex) over the texts, or the files' bytes, of a column, in order."""
@@ -137,7 +158,10 @@ def read_split(
     dataset = _made(
         {task.content: contents, **chosen}, {task.content: KINDS[task.content_kind], **kinds}
     )
-    return SplitRows(dataset, skipped=len(places) - len(kept))
+    cells = (cell for table in tables for cell in table.contents)
+    files = (cell["path"] for cell in cells if isinstance(cell, dict) and cell["path"])
+    named = tuple(map(Path, files)) if modality.files else ()
+    return SplitRows(dataset, len(places) - len(kept), named, task.content)
 
 
 def encode(

@@ -1,22 +1,27 @@
 """A site's examples for a job: training, validation and test."""
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.client.data.cache import Store
+from fedgraft.client.data.files import watched
 from fedgraft.client.data.rows import SplitRows, encode, read_split
 from fedgraft.client.data.teacher import teacher_logits
 from fedgraft.client.site_config import SiteConfig
 from fedgraft.common.adapters.model import choose_device, open_processor
 from fedgraft.common.config.job import Job
-from fedgraft.common.errors import SiteFailure
-from fedgraft.common.examples import Examples, Indices
+from fedgraft.common.errors import DataError, SiteFailure
+from fedgraft.common.examples import Examples
 from fedgraft.common.methods import HeadMethod
-from fedgraft.common.seeds import numpy_generator
+from fedgraft.common.witness import Witness
 
-__all__ = ["Splits", "split_validation"]
+__all__ = ["Splits", "held_out"]
 
 NOTHING = np.empty(0, np.int64)
 OVERHEAD = 4096  # bytes of Python objects around the examples of a file
@@ -26,12 +31,14 @@ OVERHEAD = 4096  # bytes of Python objects around the examples of a file
 class Splits:
     """A site's examples; each file is read when it is first needed. Some splits may be empty.
 
-    The examples stay in the memory of ``store`` while that has room.
+    The examples stay in the memory of ``store`` while that has room and the files stay as they
+    were. One ``Splits`` looks at each file once, so what it returns is of one moment.
     """
 
     config: SiteConfig
     job: Job
     store: Store
+    _seen: "dict[str, _Encoded]" = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def train(self) -> Examples:
@@ -49,42 +56,53 @@ class Splits:
         return self._of("test")[0]
 
     def _of(self, file: str) -> "_Encoded":
+        if file not in self._seen:
+            self._seen[file] = self._kept(file)
+        return self._seen[file]
+
+    def _kept(self, file: str) -> "_Encoded":
         # Only these sections decide the examples. A job with another method or number of rounds
         # must not read them again.
-        shaping = self.job.model_copy(update={"method": HeadMethod(kind="head")})
+        shaping = self.job.model_copy(
+            update={
+                "method": HeadMethod(kind="head"),
+                "job": self.job.job.model_copy(update={"name": "any"}),
+            }
+        )
         reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
-        where = f"{file}\n{self.config.name}\n{self.config.data.model_dump_json()}"
+        where = f"{file}\n{self.config.data.model_dump_json()}\n{open_processor(self.job)[0]}"
         if self.job.training.distillation is not None:
             where += f"\n{self.config.teacher}"
-        found = self.store.examples.get(f"{where}\n{reading}")
-        if found is None:
-            found = self._read_train() if file == "train" else self._read_test()
-            self.store.examples.add(f"{where}\n{reading}", found)
-        assert isinstance(found, _Encoded)  # noqa: S101  # nothing else is held there
+        key = f"{where}\n{reading}"
+        held = self.store.examples.get(key)
+        if isinstance(held, _Encoded) and held.seen.holds():
+            return held
+        found = self._read_train() if file == "train" else self._read_test()
+        if found.seen.holds():  # otherwise somebody wrote while it was read
+            self.store.examples.add(key, found)
         return found
 
     def _read_train(self) -> "_Encoded":
-        train, own = self._with_teacher(self.config.data.train), self.config.data.validation
-        if own:
-            return _Encoded((train, self._encoded(own)))
-        if not self.config.data.labelled:
-            return _Encoded((train, train.subset(NOTHING)))
-        draw = numpy_generator(self.job.job.seed, "validation", self.config.name)
-        parts = split_validation(train.labels, self.job.data.validation, draw)
-        return _Encoded(train.subset(part) for part in parts)
+        data = self.config.data
+        seen = Seen(data.train, *([data.validation] if data.validation else []))
+        rows = self._rows(data.train, seen, labelled=data.labelled)
+        if data.validation:
+            held = self._rows(data.validation, seen)
+            return _Encoded((self._taught(rows), self._encoded(held)), seen)
+        out = held_out(rows, self.job.data.validation if data.labelled else 0.0)
+        parts = (np.flatnonzero(~out), np.flatnonzero(out))
+        return _Encoded((self._taught(rows.only(part)) for part in parts), seen)
 
     def _read_test(self) -> "_Encoded":
-        if self.config.data.test is None:
-            return _Encoded((self.train.subset(NOTHING),))
-        return _Encoded((self._encoded(self.config.data.test),))
+        path = self.config.data.test
+        if path is None:
+            return _Encoded((self.train.subset(NOTHING),), Seen())
+        seen = Seen(path)
+        return _Encoded((self._encoded(self._rows(path, seen)),), seen)
 
-    def _encoded(self, path: str) -> Examples:
-        return self._encoded_rows(self._rows(path))
-
-    def _with_teacher(self, path: str) -> Examples:
-        """Return the examples of ``path``, with the teacher's logits if the job distils."""
-        rows = self._rows(path, labelled=self.config.data.labelled)
-        examples = self._encoded_rows(rows)
+    def _taught(self, rows: SplitRows) -> Examples:
+        """Return the examples of ``rows``, with the teacher's logits if the job distils."""
+        examples = self._encoded(rows)
         if self.job.training.distillation is None:
             return examples
         if self.config.teacher is None:
@@ -95,49 +113,77 @@ class Splits:
         )
         return examples.with_teacher(logits)
 
-    def _rows(self, path: str, *, labelled: bool = True) -> SplitRows:
+    def _rows(self, path: str, seen: "Seen", *, labelled: bool = True) -> SplitRows:
         data = self.config.data
-        return read_split(
+        rows = read_split(
             path, self.job, columns=data.columns, labels=data.labels, labelled=labelled
         )
+        seen.add(rows.files)
+        return rows
 
-    def _encoded_rows(self, rows: SplitRows) -> Examples:
+    def _encoded(self, rows: SplitRows) -> Examples:
         backbone, processor = open_processor(self.job)
         key = backbone.fingerprint
         return encode(rows.dataset, processor, self.job, store=self.store, key=key)
 
 
+class Seen:
+    """The files that some examples came from, as they were when they were read."""
+
+    def __init__(self, *paths: str) -> None:
+        self._paths = {path: watched(path) for path in paths}
+        self._witnesses = [Witness(one for found in self._paths.values() for one in found)]
+
+    def add(self, files: Iterable[Path]) -> None:
+        """Add files that a table names."""
+        self._witnesses.append(Witness(files))
+
+    def holds(self) -> bool:
+        """Return whether reading them again would give the same rows."""
+        try:
+            same = all(watched(path) == found for path, found in self._paths.items())
+        except DataError:
+            return False
+        return same and all(one.holds() for one in self._witnesses)
+
+    @property
+    def nbytes(self) -> int:
+        """About the size in memory, in bytes."""
+        return sum(one.nbytes for one in self._witnesses)
+
+
 class _Encoded(tuple[Examples, ...]):
-    """The examples of one file."""
+    """The examples of one file, or of two that belong together."""
+
+    seen: Seen
+
+    def __new__(cls, parts: Iterable[Examples], seen: Seen) -> Self:
+        made = super().__new__(cls, parts)
+        made.seen = seen
+        return made
 
     @property
     def nbytes(self) -> int:
         """The size in memory, in bytes."""
-        return OVERHEAD + sum(one.nbytes for one in self)
+        return OVERHEAD + self.seen.nbytes + sum(one.nbytes for one in self)
 
 
-def split_validation(
-    labels: NDArray[np.int64], share: float, generator: np.random.Generator
-) -> tuple[Indices, Indices]:
-    """Split the indices of ``labels`` [n] into (train, validation), each sorted, int64.
+def held_out(rows: SplitRows, share: float) -> NDArray[np.bool_]:
+    """Return the mask, bool [n], of the rows that are held out of training for validation.
 
-    Validation has about ``share`` of all examples and of every class (largest remainders, ties in
-    random order). But every class keeps at least one training example, so validation may be empty
-    for a tiny set.
+    The hash of its content decides for each row, and nothing else does: not the seed, the job's
+    name, the order or the other rows. So a row stays on its side while data grow, and in the next
+    job; a larger share holds out all that a smaller one does; and equal rows are on one side. About
+    ``share`` of the rows are held out. If that would leave nothing to train on, none are.
     """
-    classes, of_class = np.unique(labels, return_inverse=True)
-    counts = np.bincount(of_class, minlength=len(classes))
-    wanted = counts * share
-    taken = np.minimum(np.floor(wanted).astype(np.int64), np.maximum(counts - 1, 0))
-    missing = round(len(labels) * share) - int(taken.sum())
-    lot = generator.permutation(len(classes))
-    by_remainder = lot[np.argsort(-(wanted - np.floor(wanted))[lot], kind="stable")]
-    able = [c for c in by_remainder if taken[c] < counts[c] - 1 and wanted[c] > taken[c]]
-    taken[able[: max(0, missing)]] += 1
-    chosen = [
-        generator.permutation(np.flatnonzero(of_class == c))[: taken[c]]
-        for c in range(len(classes))
-    ]
-    validation = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *chosen])).astype(np.int64)
-    train = np.setdiff1d(np.arange(len(labels), dtype=np.int64), validation)
-    return train, validation
+    if not share:
+        return np.zeros(len(rows.dataset), np.bool_)
+    digests = rows.digests()
+    bound = int(share * 2**64)
+    out = np.array([_lot(digest) < bound for digest in digests], np.bool_)
+    return out if not out.all() else np.zeros(len(digests), np.bool_)
+
+
+def _lot(digest: bytes) -> int:
+    """Return a number below 2**64 that a row draws once and for all."""
+    return int.from_bytes(hashlib.sha256(b"fedgraft-validation/1 " + digest).digest()[:8], "big")

@@ -9,20 +9,21 @@ with K = 1.
 
 import copy
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fedgraft.client.model.batched_modules import Stacked, stacked_module, trained_tensor
 from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.quantization import quantized_layers
 from fedgraft.client.model.randomness import Randomness, SiteDropout
 from fedgraft.client.objectives import OBJECTIVES, Objective
-from fedgraft.common.adapters.model import Workbench, close_workbenches, open_workbench, shaping_of
+from fedgraft.common.adapters.model import Workbench, close_workbenches, made_of
 from fedgraft.common.backbones.load import body_names
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
@@ -108,18 +109,16 @@ def open_stack(job: Job, *, device: str = "cpu") -> Stack:
     Raises:
         FedgraftError: as ``open_workbench``.
     """
-    return _open(shaping_of(job), job.training.precision, device)
-
-
-@lru_cache(maxsize=3)  # a federation, its head-only baseline, and one between the two
-def _open(shaping: str, precision: str, device: str) -> Stack:
-    job = Job.model_validate_json(shaping)
-    return _build(open_workbench(job), torch.device(device), precision, job.backbone.bits)
+    precision, bits = job.training.precision, job.backbone.bits
+    return made_of(
+        job,
+        f"stack {precision} {device}",
+        lambda bench: _build(bench, torch.device(device), precision, bits),
+    )
 
 
 def close_stacks() -> None:
     """Release all stacks and workbenches, because another backbone needs their memory."""
-    _open.cache_clear()
     close_workbenches()
 
 
@@ -164,11 +163,27 @@ def _twin(model: Any, device: torch.device, dtype: torch.dtype, bits: int) -> An
         if id(parameter) in replaced:
             continue
         wanted = torch.float32 if id(parameter) in exact else dtype
-        values = parameter.detach().to(device, wanted)
-        memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+        memo[id(parameter)] = _copied(parameter, device, wanted)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to(device)
     return copy.deepcopy(model, memo)
+
+
+Copies = WeakValueDictionary[tuple[torch.device, torch.dtype], nn.Parameter]
+_COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Copies of frozen tensors on another device or in another dtype, which stacks share."""
+
+
+def _copied(parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    """Return the frozen tensor on ``device`` in ``dtype``; workbenches of a backbone share it."""
+    copies: Copies = _COPIES[parameter] if parameter in _COPIES else WeakValueDictionary()
+    made = copies.get((device, dtype))
+    if made is None:
+        made = nn.Parameter(parameter.detach().to(device, dtype), requires_grad=False)
+        if not parameter.requires_grad:
+            copies[device, dtype] = made
+            _COPIES[parameter] = copies
+    return made
 
 
 def _replace_adapters(

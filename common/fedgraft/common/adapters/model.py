@@ -5,11 +5,10 @@ runs in a ``Stack`` (``client/model/batched_model.py``) on the same frozen tenso
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from peft import PeftModel
 from fedgraft.common.adapters.attach import adapter_layout, attach, read, write
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size
 from fedgraft.common.adapters.fisher import consolidation_tensors
+from fedgraft.common.adapters.resident import Resident, release, resident
 from fedgraft.common.backbones.load import (
     Backbone,
     LoadedBackbone,
-    find_backbone,
     head_names,
     load,
     read_config,
@@ -30,7 +29,6 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
 from fedgraft.common.layout import Layout, Vector, is_head
 from fedgraft.common.messages.codec import array_hash
-from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.tasks import Task
 
 __all__ = [
@@ -38,10 +36,13 @@ __all__ = [
     "cache_folder",
     "choose_device",
     "close_workbenches",
+    "made_of",
     "open_processor",
     "open_workbench",
-    "shaping_of",
 ]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,33 +117,56 @@ def _own(layout: Layout, job: Job) -> tuple[str, ...]:
 def open_workbench(job: Job) -> Workbench:
     """Return the workbench for ``job``, on the CPU.
 
-    It is the same object for the same backbone and method.
+    It is the same object for the same backbone and method, while the backbone's files are the same.
 
     Raises:
         BackboneError: the backbone cannot be found or loaded.
         AdapterError: the method's targets match nothing.
     """
+    held = resident(job.backbone.source, job.backbone.weights)
     # Only these sections decide the model: other rounds or training settings must not reload it.
-    return _open(shaping_of(job))
+    shaping = _shaping_of(job)
+    if shaping in held.benches:
+        held.benches.move_to_end(shaping)
+        return held.benches[shaping]
+    return held.keep(shaping, _made(job, held))
 
 
-def shaping_of(job: Job) -> str:
+def made_of(job: Job, key: str, make: Callable[[Workbench], T]) -> T:
+    """Return what ``make`` made of the job's workbench; it is kept under ``key`` with it.
+
+    Raises:
+        FedgraftError: as ``open_workbench``.
+    """
+    bench = open_workbench(job)
+    held = resident(job.backbone.source, job.backbone.weights)
+    made = held.made.setdefault(_shaping_of(job), {})
+    if key not in made:
+        made[key] = make(bench)
+    found: T = made[key]
+    return found
+
+
+def _shaping_of(job: Job) -> str:
     """Return the sections of a job, as JSON, that decide its model and its layout."""
-    shaping: dict[str, Any] = dict.fromkeys(("job", "backbone", "method"), True)
+    shaping: dict[str, Any] = {
+        "job": set(type(job.job).model_fields) - {"name"},
+        **dict.fromkeys(("backbone", "method"), True),
+    }
     if job.rule.keeps_own:  # otherwise the rule does not decide which tensors stay
         shaping["aggregation"] = {"rule"}
     return job.model_dump_json(include={**shaping, "training": {"domain", "consolidation"}})
 
 
-@lru_cache(maxsize=3)  # a federation, its head-only baseline, and one more
-def _open(shaping: str) -> Workbench:
-    job = Job.model_validate_json(shaping)
+def _made(job: Job, held: Resident) -> Workbench:
     backbone, processor = open_processor(job)
     loaded = load(backbone, job)
     drawn = _drawn_hash(loaded, head_trains=job.method.head != "frozen")
     processor.configure(loaded.model.config)
     size = feature_size(loaded.model) if job.training.domain is not None else 0
+    fixed = dict(loaded.model.named_parameters())
     model = attach(loaded.model, job)
+    held.share(model, {id(fixed[name]): name for name in fixed.keys() - set(loaded.drawn)})
     layout = adapter_layout(model)
     own = _own(layout, job)
     initial = read(model, layout)
@@ -170,9 +194,8 @@ def _open(shaping: str) -> Workbench:
 
 
 def close_workbenches() -> None:
-    """Drop all cached workbenches and processors; code that still uses one keeps it."""
-    _open.cache_clear()
-    _open_processor.cache_clear()
+    """Drop the backbone, its workbenches and processors; code that still uses one keeps it."""
+    release()
 
 
 def open_processor(job: Job) -> tuple[Backbone, Any]:
@@ -181,13 +204,11 @@ def open_processor(job: Job) -> tuple[Backbone, Any]:
     Raises:
         BackboneError: the backbone cannot be found, or has no tokenizer or image settings.
     """
-    return _open_processor(job.backbone.source, job.backbone.weights, job.task.modality.name)
-
-
-@lru_cache(maxsize=2)
-def _open_processor(source: str, weights: str, modality: str) -> tuple[Backbone, Any]:
-    backbone = find_backbone(source, weights=weights)
-    return backbone, MODALITIES[modality].load(backbone.folder, read_config(backbone))
+    held, modality = resident(job.backbone.source, job.backbone.weights), job.task.modality
+    if modality.name not in held.processors:
+        loaded = modality.load(held.backbone.folder, read_config(held.backbone))
+        held.processors[modality.name] = loaded
+    return held.backbone, held.processors[modality.name]
 
 
 def _drawn_hash(loaded: LoadedBackbone, *, head_trains: bool) -> str:

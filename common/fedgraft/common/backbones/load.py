@@ -28,6 +28,7 @@ __all__ = [
     "find_backbone",
     "head_names",
     "load",
+    "locate",
     "own_labels",
     "public_source",
     "read_config",
@@ -77,11 +78,20 @@ def find_backbone(source: str, *, weights: str = "pretrained") -> Backbone:
     Raises:
         BackboneError: absent, damaged, not a Hugging Face folder, pickle weights or remote code.
     """
-    kind, _, name = source.partition(":")
-    places = {"hf": _download, "path": Path, "builtin": _builtin, "manifest": _stored}
-    folder = places[kind](name)
+    folder = locate(source)
     refuse_unsafe(folder, source, weights)
     return Backbone(source, folder, fingerprint(folder, weights), weights)
+
+
+def locate(source: str) -> Path:
+    """Return the local folder of a job's ``backbone.source``, unchecked.
+
+    Raises:
+        BackboneError: there is no such backbone here.
+    """
+    kind, _, name = source.partition(":")
+    places = {"hf": _download, "path": Path, "builtin": _builtin, "manifest": _stored}
+    return places[kind](name)
 
 
 def load(backbone: Backbone, job: Job) -> LoadedBackbone:

@@ -19,7 +19,6 @@ import numpy as np
 from fedgraft.client.data.files import read_tables
 from fedgraft.client.data.groups import read_groups
 from fedgraft.client.data.rows import read_split
-from fedgraft.client.data.splits import split_validation
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.simulation import Simulation
 from fedgraft.common.errors import JobError
@@ -195,8 +194,35 @@ def _ranges(parts: list[datasets.Dataset]) -> Iterator[Indices]:
 
 def hold_out(rows: Indices, labels: Indices, generator: np.random.Generator) -> Share:
     """Split ``rows`` (indices into ``labels``) into train rows and a stratified fifth as test."""
-    train, test = split_validation(labels[rows], TEST_SHARE, generator)
+    train, test = stratified_split(labels[rows], TEST_SHARE, generator)
     return Share(rows[train], rows[test])
+
+
+def stratified_split(
+    labels: Indices, share: float, generator: np.random.Generator
+) -> tuple[Indices, Indices]:
+    """Split the indices of ``labels`` [n] into (train, held out), each sorted, int64.
+
+    The second part has about ``share`` of all examples and of every class (largest remainders,
+    ties in random order). But every class keeps at least one training example, so the second part
+    may be empty for a tiny set.
+    """
+    classes, of_class = np.unique(labels, return_inverse=True)
+    counts = np.bincount(of_class, minlength=len(classes))
+    wanted = counts * share
+    taken = np.minimum(np.floor(wanted).astype(np.int64), np.maximum(counts - 1, 0))
+    missing = round(len(labels) * share) - int(taken.sum())
+    lot = generator.permutation(len(classes))
+    by_remainder = lot[np.argsort(-(wanted - np.floor(wanted))[lot], kind="stable")]
+    able = [c for c in by_remainder if taken[c] < counts[c] - 1 and wanted[c] > taken[c]]
+    taken[able[: max(0, missing)]] += 1
+    chosen = [
+        generator.permutation(np.flatnonzero(of_class == c))[: taken[c]]
+        for c in range(len(classes))
+    ]
+    validation = np.sort(np.concatenate([np.zeros(0, dtype=np.int64), *chosen])).astype(np.int64)
+    train = np.setdiff1d(np.arange(len(labels), dtype=np.int64), validation)
+    return train, validation
 
 
 def labels_of(rows: datasets.Dataset) -> Indices:
