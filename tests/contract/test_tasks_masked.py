@@ -38,4 +38,5 @@ def test_masked_is_clear_and_counts_are_exactly_equal(
     assert not ours.traffic.dropped and not theirs.traffic.dropped
     assert ours.tally.examples == theirs.tally.examples > 0
     assert np.array_equal(ours.tally.counts, theirs.tally.counts)
-    assert ours.tally.loss == pytest.approx(theirs.tally.loss, rel=1e-3)
+    # Each site's loss is rounded to a level of the masked sum, whatever its size is.
+    assert ours.tally.loss == pytest.approx(theirs.tally.loss, rel=1e-3, abs=0.05)

@@ -51,13 +51,26 @@ def test_neither_the_job_nor_its_seed_moves_one(tmp_path: Path) -> None:
     assert out_of(tmp_path, TEXTS, job=job) == out_of(tmp_path, TEXTS)
 
 
-@given(shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+@given(
+    shares=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    texts=st.lists(st.integers(0, 30), max_size=8).map(lambda found: [f"x {n}" for n in found]),
+)
 def test_a_larger_share_holds_out_all_that_a_smaller_one_does(
-    tmp_path_factory: pytest.TempPathFactory, shares: tuple[float, float]
+    tmp_path_factory: pytest.TempPathFactory, shares: tuple[float, float], texts: list[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("rows")
-    less, more = (out_of(folder, TEXTS, share) for share in sorted(shares))
-    assert less <= more or not more  # nothing is held out if nothing else were left
+    if texts:
+        less, more = (out_of(folder, texts, share) for share in sorted(shares))
+        assert less <= more
+
+
+@given(numbers=st.sets(st.integers(0, 10**6), min_size=2, max_size=9), share=st.floats(0.01, 1))
+def test_few_rows_are_on_both_sides(
+    tmp_path_factory: pytest.TempPathFactory, numbers: set[int], share: float
+) -> None:
+    texts = [f"x {n}" for n in numbers]
+    held = out_of(tmp_path_factory.mktemp("rows"), texts, share)
+    assert 0 < len(held) < len(texts)
 
 
 def test_equal_rows_are_on_one_side(tmp_path: Path) -> None:

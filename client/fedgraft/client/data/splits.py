@@ -89,9 +89,12 @@ class Splits:
         if data.validation:
             held = self._rows(data.validation, seen)
             return _Encoded((self._taught(rows), self._encoded(held)), seen)
-        out = held_out(rows, self.job.data.validation if data.labelled else 0.0)
+        out = self._held_out(rows) if data.labelled else np.zeros(len(rows.dataset), np.bool_)
         parts = (np.flatnonzero(~out), np.flatnonzero(out))
         return _Encoded((self._taught(rows.only(part)) for part in parts), seen)
+
+    def _held_out(self, rows: SplitRows) -> NDArray[np.bool_]:
+        return held_out(rows, self.job.data.validation)
 
     def _read_test(self) -> "_Encoded":
         path = self.config.data.test
@@ -171,17 +174,19 @@ class _Encoded(tuple[Examples, ...]):
 def held_out(rows: SplitRows, share: float) -> NDArray[np.bool_]:
     """Return the mask, bool [n], of the rows that are held out of training for validation.
 
-    The hash of its content decides for each row, and nothing else does: not the seed, the job's
-    name, the order or the other rows. So a row stays on its side while data grow, and in the next
-    job; a larger share holds out all that a smaller one does; and equal rows are on one side. About
-    ``share`` of the rows are held out. If that would leave nothing to train on, none are.
+    The hash of a row's content is its lot. About ``share`` of the rows, those with the lowest lots,
+    are held out. Neither the seed, the job's name, the order nor other rows decide. So a row stays
+    on its side while data grow, and in the next job; a larger share holds out all that a smaller
+    one does; and equal rows are on one side. The lowest lot is always held out and the highest
+    never, so that a site of few rows has both; only there can a row change its side.
     """
-    if not share:
+    if not share or not len(rows.dataset):
         return np.zeros(len(rows.dataset), np.bool_)
-    digests = rows.digests()
-    bound = int(share * 2**64)
-    out = np.array([_lot(digest) < bound for digest in digests], np.bool_)
-    return out if not out.all() else np.zeros(len(digests), np.bool_)
+    lots = np.array([_lot(digest) for digest in rows.digests()], np.uint64)
+    out: NDArray[np.bool_] = lots < np.uint64(min(int(share * 2**64), 2**64 - 1))
+    out |= lots == lots.min()
+    out &= lots != lots.max()
+    return out
 
 
 def _lot(digest: bytes) -> int:
