@@ -19,7 +19,8 @@ settings.register_profile("quick", deadline=None, max_examples=25)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis tries fewer examples where slow tests are left out."""
-    settings.load_profile("quick" if config.option.markexpr else "whole")
+    if settings.get_current_profile_name() != "mutation":  # which is tests/secagg/mutation.py's
+        settings.load_profile("quick" if config.option.markexpr else "whole")
 
 
 @pytest.fixture(autouse=True)

@@ -327,8 +327,9 @@ def _child(order: list[Any] | None, folder: Path, answer: int) -> None:
     for stream in (0, 1, 2):
         os.dup2(quiet, stream)
     settings.register_profile(
-        "mutation", database=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
-    )
+        "mutation", deadline=None, database=None, derandomize=True, max_examples=100,
+        phases=(Phase.explicit, Phase.generate),
+    )  # fmt: skip
     settings.load_profile("mutation")
     path = Path(order[0]) if order else None
     if path and order:
