@@ -291,6 +291,7 @@ def test_the_result_is_listed_shown_and_of_use(
 # --- sites whose keys are all here
 
 
+@pytest.mark.usefixtures("old_split")
 def test_no_site_adds_what_it_added_before_to_another_sum(tmp_path: Path) -> None:
     run = Run(copy_run("masked", tmp_path))
     plan = make_plan(run.job, open_workbench(run.job), run.session)

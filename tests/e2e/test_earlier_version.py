@@ -10,20 +10,15 @@ import numpy as np
 import pytest
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
-from numpy.typing import NDArray
 from support.commands import command
 from support.earlier import BEFORE, copy_of, copy_run, open_sites, recorded
 from support.payload_samples import SAMPLES, assert_equal
 
-from fedgraft.client.data.rows import SplitRows
-from fedgraft.client.data.splits import Splits
 from fedgraft.common.config.jobfile import dump_job, load_job, parse_job
 from fedgraft.common.layout import Vector
 from fedgraft.common.messages.codec import RecordDict, decode, encode
-from fedgraft.common.seeds import numpy_generator
 from fedgraft.server.app import coordinate
 from fedgraft.server.runs.run_folder import Run
-from fedgraft.simulations.data.sources import labels_of, stratified_split
 
 # On one machine the bits are equal; kernels of other processors round differently in the last.
 CLOSE = 1e-5
@@ -51,20 +46,7 @@ def assert_final(adapter: Vector, name: str, tolerance: float) -> None:
     np.testing.assert_allclose(adapter[::stride], final["values"], rtol=0, atol=tolerance)
 
 
-@pytest.fixture
-def _old_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hold out the rows that the earlier version held out: a share of every label, by seed."""
-
-    def held_out(splits: Splits, rows: SplitRows) -> NDArray[np.bool_]:
-        draw = numpy_generator(splits.job.job.seed, "validation", splits.config.name)
-        labels = labels_of(rows.dataset)
-        _, held = stratified_split(labels, splits.job.data.validation, draw)
-        return np.isin(np.arange(len(labels)), held)
-
-    monkeypatch.setattr(Splits, "_held_out", held_out)
-
-
-@pytest.mark.usefixtures("_old_split")
+@pytest.mark.usefixtures("old_split")
 def test_a_run_goes_on_from_momentum_and_heads_to_the_same_adapter(tmp_path: Path) -> None:
     folder = copy_run("interrupted", tmp_path)
     before = Run(folder).history()
@@ -78,7 +60,7 @@ def test_a_run_goes_on_from_momentum_and_heads_to_the_same_adapter(tmp_path: Pat
         assert kept == [f"00000{number}.safetensors" for number in (1, 2, 3)]
 
 
-@pytest.mark.usefixtures("_old_split")
+@pytest.mark.usefixtures("old_split")
 def test_a_masked_run_goes_on_in_rounds_that_no_site_has_answered(tmp_path: Path) -> None:
     folder = copy_run("masked", tmp_path)
     sites = sorted(path.parent for path in (folder / "sites").glob("*/identity.pem"))
