@@ -15,7 +15,7 @@ EQUIVALENT = {
     "self._round is None`, without self._round is None": (
         "no state but IDLE is without a round; mypy cannot know"
     ),
-    "common/secagg/graph.py: Plan.fewest_survivors: threshold without self.colluders + 2": (
+    "common/secagg/graph.py: GraphPlan.fewest_survivors: threshold without self.colluders + 2": (
         "plan_graph wants two honest parties, and then the signers are at least T + 2"
     ),
     "common/secagg/graph.py: plan_graph: in `parties < FEWEST or colluders < 1 or colluders + 2 > "
