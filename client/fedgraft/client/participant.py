@@ -6,7 +6,6 @@ local heads are on the site's own disk, one file per round.
 
 from collections.abc import Generator, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from safetensors.numpy import load_file, save_file
@@ -286,8 +285,7 @@ def open_participant(node_config: Mapping[str, object]) -> Participant:
     ``rank`` and ``cache`` (JSON) may override the values in that file. ``unlabelled`` says that
     labels are not read.
     """
-    path = Path(str(node_config["site"]))
-    config = _load_site(path, path.read_bytes() if path.is_file() else b"")
+    config = load_site(Path(str(node_config["site"])))
     if node_config.get("unlabelled"):
         data = config.data.model_copy(update={"labelled": False})
         config = config.model_copy(update={"data": data})
@@ -299,9 +297,3 @@ def open_participant(node_config: Mapping[str, object]) -> Participant:
     if cache := node_config.get("cache"):
         config = config.model_copy(update={"cache": Cache.model_validate_json(str(cache))})
     return Participant(config, Path(str(node_config.get("state") or config.state)))
-
-
-@lru_cache(maxsize=256)
-def _load_site(path: Path, content: bytes) -> SiteConfig:
-    """Load a site's file; with other ``content`` it is read again."""
-    return load_site(path)

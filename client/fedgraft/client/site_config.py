@@ -6,6 +6,7 @@ one, so a job cannot point a site at other data.
 
 import os
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,18 +69,22 @@ def load_site(path: Path) -> SiteConfig:
             f"no file {path}",
             hint="it holds the site's name and [data] with the path of its training data",
         )
+    return _anchored(_parsed(path, read_text(path)), path.parent.resolve())
+
+
+@lru_cache(maxsize=256)
+def _parsed(path: Path, text: str) -> SiteConfig:
     try:
-        raw = tomllib.loads(read_text(path))
+        raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise JobError(f"{path} is not valid TOML: {error}", hint="mend that line") from None
     try:
-        config = SiteConfig.model_validate(raw)
+        return SiteConfig.model_validate(raw)
     except ValidationError as error:
         problems = [_explain(dict(item)) for item in error.errors()]
         lines = "\n".join(f"{path}: {what}" for what, _ in problems)
         hints = dict.fromkeys(hint for _, hint in problems if hint)
         raise JobError(lines, hint="; ".join(hints)) from None
-    return _anchored(config, path.parent.resolve())
 
 
 def dump_site(config: SiteConfig) -> str:

@@ -6,11 +6,12 @@ two writes within a few milliseconds can leave the same times and the same size.
 that changed shortly before it was looked at is compared by its content, until it is older.
 """
 
-import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from fedgraft.common.files import hash_file
 
 __all__ = ["Witness"]
 
@@ -19,10 +20,10 @@ FRESH = 2.0  # seconds; FAT notes times by two seconds, other file systems more 
 
 @dataclass(frozen=True)
 class _Look:
-    """A file at one moment; ``content`` is its SHA-256 if it was fresh then."""
+    """A file at one moment; ``content`` is its SHA-256, or a folder's names, if fresh then."""
 
     signature: tuple[int, ...] | None
-    content: bytes | None = None
+    content: str | None = None
 
 
 class Witness:
@@ -60,12 +61,8 @@ def _look(path: Path, *, digest: bool = False) -> _Look:
         return _Look(signature)
     try:
         if path.is_dir():
-            names = "\0".join(sorted(entry.name for entry in path.iterdir()))
-            return _Look(
-                signature, hashlib.sha256(names.encode("utf-8", "surrogateescape")).digest()
-            )
-        with path.open("rb") as file:
-            return _Look(signature, hashlib.file_digest(file, "sha256").digest())
+            return _Look(signature, "\0".join(sorted(entry.name for entry in path.iterdir())))
+        return _Look(signature, hash_file(path))
     except OSError:
         return _Look(None)
 

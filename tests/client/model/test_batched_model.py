@@ -31,9 +31,10 @@ from torch import nn
 
 from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model import quantization
-from fedgraft.client.model.batched_model import Stack, check_stacking, close_stacks, open_stack
+from fedgraft.client.model.batched_model import Stack, check_stacking, open_stack
 from fedgraft.client.model.batched_modules import TWINS, Stacked, stacked_module, trained_tensor
 from fedgraft.client.model.randomness import Randomness
+from fedgraft.common.adapters.resident import close_backbone
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import AdapterError, InputError
 from fedgraft.common.layout import Vector, is_factor_a
@@ -244,7 +245,7 @@ def test_a_row_of_twins_is_all_that_a_new_kind_of_layer_needs(
 
     monkeypatch.setattr(LoraMethod, "peft_config", ia3)
     monkeypatch.setitem(TWINS, Ia3Linear, lambda layer, trains, random: Scaled(layer.base_layer))
-    close_stacks()
+    close_backbone()
     try:
         inputs = as_tensors(digits(9).batch(np.arange(9)))
         stack = open_stack(make_job("vit"))
@@ -256,7 +257,7 @@ def test_a_row_of_twins_is_all_that_a_new_kind_of_layer_needs(
             ours = stack.logits({key: torch.cat([value] * 2) for key, value in inputs.items()})
         torch.testing.assert_close(ours, torch.cat(wanted), rtol=0, atol=1e-5)
     finally:
-        close_stacks()
+        close_backbone()
 
 
 # What cannot be stacked

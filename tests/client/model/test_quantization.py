@@ -14,10 +14,11 @@ from support.trainings import digits, make_job, noisy, open_small, settings, tra
 from torch import nn
 
 from fedgraft.client.data.batches import as_tensors
-from fedgraft.client.model.batched_model import Stack, check_stacking, close_stacks, open_stack
+from fedgraft.client.model.batched_model import Stack, check_stacking, open_stack
 from fedgraft.client.model.forward import open_feed
 from fedgraft.client.model.frozen_prefix import identity_of
 from fedgraft.common.adapters.model import cache_folder
+from fedgraft.common.adapters.resident import close_backbone
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError, InputError, JobError
@@ -72,7 +73,7 @@ def layers_in(module: nn.Module) -> list[nn.Module]:
 def test_four_bits_are_what_bitsandbytes_makes_whole_again() -> None:
     from bitsandbytes.functional import dequantize_4bit
 
-    close_stacks()
+    close_backbone()
     stack = open_stack(wide_job("4bit"))
     whole = {}
     for name, made in stack.model.named_modules():
@@ -89,7 +90,7 @@ def test_four_bits_are_what_bitsandbytes_makes_whole_again() -> None:
         parent, _, leaf = name.rpartition(".")
         setattr(stack.model.get_submodule(parent), leaf, plain)
     torch.testing.assert_close(logits(stack), found, rtol=0, atol=1e-4)
-    close_stacks()  # nobody else gets this one
+    close_backbone()  # nobody else gets this one
 
 
 @pytest.mark.parametrize(("quantize", "share"), [("8bit", 0.30), ("4bit", 0.20)])
@@ -154,7 +155,7 @@ def test_what_cannot_be_quantised_is_refused() -> None:
 
 def test_without_bitsandbytes_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    close_stacks()
+    close_backbone()
     with pytest.raises(InputError, match="needs bitsandbytes") as caught:
         open_stack(wide_job("4bit"))
     assert "fedgraft[quantize]" in caught.value.hint

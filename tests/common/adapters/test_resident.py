@@ -14,7 +14,9 @@ from support.trainings import make_job
 from torch import nn
 
 from fedgraft.client.model.batched_model import open_stack
-from fedgraft.common.adapters.model import close_workbenches, open_processor, open_workbench
+from fedgraft.client.participant import open_participant
+from fedgraft.common.adapters.model import open_processor, open_workbench
+from fedgraft.common.adapters.resident import close_backbone
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError
 
@@ -63,6 +65,27 @@ def test_a_tokenizer_that_was_replaced_is_read(folder: Path) -> None:
     file.write_text(file.read_text().replace("[UNK]", "[unk]"))
     again, _ = open_processor(job_of(folder))
     assert again.fingerprint != backbone.fingerprint
+
+
+def test_texts_are_read_with_the_tokenizer_that_is_there(tmp_path: Path) -> None:
+    """Also where the weights are random, whose fingerprint is of the config alone."""
+    job = make_job("bert")
+    source = Path(job.backbone.source.removeprefix("path:"))
+    shutil.copytree(source, tmp_path / "backbone")
+    backbone = job.backbone.model_copy(update={"source": f"path:{tmp_path / 'backbone'}"})
+    job = job.model_copy(update={"backbone": backbone})
+    (tmp_path / "train.jsonl").write_text('{"text": "word", "label": "1"}\n' * 9)
+    (tmp_path / "site.toml").write_text('name = "a"\n[data]\ntrain = "train.jsonl"\n')
+    node = {"site": str(tmp_path / "site.toml"), "state": str(tmp_path / "s"), "device": "cpu"}
+
+    def first() -> int:
+        batch = open_participant(node).splits(job).train.batch(np.array([0]))
+        return int(batch["input_ids"][0, 0])
+
+    assert first() == 1  # unknown
+    file = tmp_path / "backbone" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"[UNK]": 1', '"[UNK]": 1, "word": 2'))
+    assert first() == 2
 
 
 def test_a_file_that_appears_counts(folder: Path) -> None:
@@ -131,4 +154,4 @@ def test_another_backbone_takes_its_place(folder: Path, tmp_path: Path) -> None:
     open_processor(job_of(tmp_path / "other"))
     gc.collect()
     assert alive() is None
-    close_workbenches()
+    close_backbone()

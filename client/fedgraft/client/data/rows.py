@@ -53,7 +53,7 @@ DIGESTED = 256  # files read at once
 class SplitRows:
     """The rows of one split, checked by ``read_split``; ``skipped`` bad rows were left out.
 
-    ``files`` are the files that the cells name; ``content`` is the column of texts or files.
+    ``files`` are those that the cells of tables name; ``content`` is the column of texts or files.
     """
 
     dataset: datasets.Dataset
@@ -158,9 +158,8 @@ def read_split(
     dataset = _made(
         {task.content: contents, **chosen}, {task.content: KINDS[task.content_kind], **kinds}
     )
-    cells = (cell for table in tables for cell in table.contents)
-    files = (cell["path"] for cell in cells if isinstance(cell, dict) and cell["path"])
-    named = tuple(map(Path, files)) if modality.files else ()
+    cells = [cell for table in tables if table.numbers for cell in table.contents]
+    named = tuple(Path(one["path"]) for one in cells if isinstance(one, dict) and one["path"])
     return SplitRows(dataset, len(places) - len(kept), named, task.content)
 
 

@@ -15,6 +15,7 @@ from fedgraft.client.data.rows import SplitRows, encode, read_split
 from fedgraft.client.data.teacher import teacher_logits
 from fedgraft.client.site_config import SiteConfig
 from fedgraft.common.adapters.model import choose_device, open_processor
+from fedgraft.common.backbones.folder import model_files
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import DataError, SiteFailure
 from fedgraft.common.examples import Examples
@@ -70,21 +71,23 @@ class Splits:
             }
         )
         reading = shaping.model_dump_json(include={"job", "backbone", "data", "method"})
-        where = f"{file}\n{self.config.data.model_dump_json()}\n{open_processor(self.job)[0]}"
+        backbone, _ = open_processor(self.job)
+        where = f"{file}\n{self.config.data.model_dump_json()}\n{backbone.fingerprint}"
         if self.job.training.distillation is not None:
             where += f"\n{self.config.teacher}"
         key = f"{where}\n{reading}"
         held = self.store.examples.get(key)
         if isinstance(held, _Encoded) and held.seen.holds():
             return held
-        found = self._read_train() if file == "train" else self._read_test()
+        seen = Seen()
+        seen.add(model_files(backbone.folder))  # a fingerprint may be of the config alone
+        found = self._read_train(seen) if file == "train" else self._read_test(seen)
         if found.seen.holds():  # otherwise somebody wrote while it was read
             self.store.examples.add(key, found)
         return found
 
-    def _read_train(self) -> "_Encoded":
+    def _read_train(self, seen: "Seen") -> "_Encoded":
         data = self.config.data
-        seen = Seen(data.train, *([data.validation] if data.validation else []))
         rows = self._rows(data.train, seen, labelled=data.labelled)
         if data.validation:
             held = self._rows(data.validation, seen)
@@ -96,11 +99,10 @@ class Splits:
     def _held_out(self, rows: SplitRows) -> NDArray[np.bool_]:
         return held_out(rows, self.job.data.validation)
 
-    def _read_test(self) -> "_Encoded":
+    def _read_test(self, seen: "Seen") -> "_Encoded":
         path = self.config.data.test
         if path is None:
-            return _Encoded((self.train.subset(NOTHING),), Seen())
-        seen = Seen(path)
+            return _Encoded((self.train.subset(NOTHING),), seen)
         return _Encoded((self._encoded(self._rows(path, seen)),), seen)
 
     def _taught(self, rows: SplitRows) -> Examples:
@@ -118,6 +120,7 @@ class Splits:
 
     def _rows(self, path: str, seen: "Seen", *, labelled: bool = True) -> SplitRows:
         data = self.config.data
+        seen.watch(path)
         rows = read_split(
             path, self.job, columns=data.columns, labels=data.labels, labelled=labelled
         )
@@ -133,12 +136,21 @@ class Splits:
 class Seen:
     """The files that some examples came from, as they were when they were read."""
 
-    def __init__(self, *paths: str) -> None:
-        self._paths = {path: watched(path) for path in paths}
-        self._witnesses = [Witness(one for found in self._paths.values() for one in found)]
+    def __init__(self) -> None:
+        self._paths: dict[str, list[Path]] = {}
+        self._witnesses: list[Witness] = []
+
+    def watch(self, path: str) -> None:
+        """Add what is at ``path`` of ``site.toml``: a file, a folder or a pattern.
+
+        Raises:
+            DataError: nothing is there.
+        """
+        self._paths[path] = watched(path)
+        self.add(self._paths[path])
 
     def add(self, files: Iterable[Path]) -> None:
-        """Add files that a table names."""
+        """Add files that something else names, such as a table."""
         self._witnesses.append(Witness(files))
 
     def holds(self) -> bool:

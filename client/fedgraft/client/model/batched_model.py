@@ -23,13 +23,13 @@ from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.quantization import quantized_layers
 from fedgraft.client.model.randomness import Randomness, SiteDropout
 from fedgraft.client.objectives import OBJECTIVES, Objective
-from fedgraft.common.adapters.model import Workbench, close_workbenches, made_of
+from fedgraft.common.adapters.model import Workbench, made_of
 from fedgraft.common.backbones.load import body_names
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
 from fedgraft.common.layout import Layout, Vector, is_head
 
-__all__ = ["Stack", "check_stacking", "close_stacks", "open_stack"]
+__all__ = ["Stack", "check_stacking", "open_stack"]
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Attention that is faster than the model's own choice (docs/results.md): on a CPU, the backward
@@ -115,11 +115,6 @@ def open_stack(job: Job, *, device: str = "cpu") -> Stack:
         f"stack {precision} {device}",
         lambda bench: _build(bench, torch.device(device), precision, bits),
     )
-
-
-def close_stacks() -> None:
-    """Release all stacks and workbenches, because another backbone needs their memory."""
-    close_workbenches()
 
 
 def _build(bench: Workbench, device: torch.device, precision: str, bits: int) -> Stack:

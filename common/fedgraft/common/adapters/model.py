@@ -17,7 +17,7 @@ from peft import PeftModel
 from fedgraft.common.adapters.attach import adapter_layout, attach, read, write
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size
 from fedgraft.common.adapters.fisher import consolidation_tensors
-from fedgraft.common.adapters.resident import Resident, release, resident
+from fedgraft.common.adapters.resident import Resident, resident
 from fedgraft.common.backbones.load import (
     Backbone,
     LoadedBackbone,
@@ -35,7 +35,6 @@ __all__ = [
     "Workbench",
     "cache_folder",
     "choose_device",
-    "close_workbenches",
     "made_of",
     "open_processor",
     "open_workbench",
@@ -126,10 +125,11 @@ def open_workbench(job: Job) -> Workbench:
     held = resident(job.backbone.source, job.backbone.weights)
     # Only these sections decide the model: other rounds or training settings must not reload it.
     shaping = _shaping_of(job)
-    if shaping in held.benches:
-        held.benches.move_to_end(shaping)
-        return held.benches[shaping]
-    return held.keep(shaping, _made(job, held))
+    if shaping not in held.benches:
+        held.keep(shaping, _made(job, held))
+    held.benches.move_to_end(shaping)
+    bench: Workbench = held.benches[shaping]
+    return bench
 
 
 def made_of(job: Job, key: str, make: Callable[[Workbench], T]) -> T:
@@ -191,11 +191,6 @@ def _made(job: Job, held: Resident) -> Workbench:
         drawn=drawn,
         backbone_parameters=loaded.parameters,
     )
-
-
-def close_workbenches() -> None:
-    """Drop the backbone, its workbenches and processors; code that still uses one keeps it."""
-    release()
 
 
 def open_processor(job: Job) -> tuple[Backbone, Any]:

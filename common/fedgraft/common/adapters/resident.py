@@ -8,7 +8,7 @@ tensors. A backbone counts as the same while its files are the same, not while i
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -17,10 +17,7 @@ from fedgraft.common.backbones.folder import model_files
 from fedgraft.common.backbones.load import Backbone, find_backbone, locate
 from fedgraft.common.witness import Witness
 
-if TYPE_CHECKING:
-    from fedgraft.common.adapters.model import Workbench
-
-__all__ = ["Resident", "release", "resident"]
+__all__ = ["Resident", "close_backbone", "resident"]
 
 KEPT = 3  # workbenches: a federation, its head-only baseline, and one more
 
@@ -36,17 +33,16 @@ class Resident:
     backbone: Backbone
     witness: Witness
     processors: dict[str, Any] = field(default_factory=dict)
-    benches: "OrderedDict[str, Workbench]" = field(default_factory=OrderedDict)
+    benches: OrderedDict[str, Any] = field(default_factory=OrderedDict)
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
-    frozen: "WeakValueDictionary[str, nn.Parameter]" = field(default_factory=WeakValueDictionary)
+    frozen: WeakValueDictionary[str, nn.Parameter] = field(default_factory=WeakValueDictionary)
 
-    def keep(self, shaping: str, bench: "Workbench") -> "Workbench":
+    def keep(self, shaping: str, bench: Any) -> None:
         """Keep ``bench`` under ``shaping``, and drop the one used longest ago if there are many."""
         self.benches[shaping] = bench
         while len(self.benches) > KEPT:
             oldest, _ = self.benches.popitem(last=False)
             self.made.pop(oldest, None)
-        return bench
 
     def share(self, model: nn.Module, names: dict[int, str]) -> None:
         """Put the tensors of an earlier workbench in the place of equal ones in ``model``.
@@ -75,7 +71,7 @@ def resident(source: str, weights: str) -> Resident:
     """
     held = _held.get((source, weights))
     if held is None or not held.witness.holds():
-        release()
+        close_backbone()
         # The files are looked at before they are read: whatever changes later is noticed.
         folder = locate(source)
         witness = Witness(_watched(folder))
@@ -83,7 +79,7 @@ def resident(source: str, weights: str) -> Resident:
     return held
 
 
-def release() -> None:
+def close_backbone() -> None:
     """Drop the backbone and all that was made of it; code that still uses a part keeps that."""
     _held.clear()
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import datasets
 
 from fedgraft.client.data.rows import encode
-from fedgraft.client.model.batched_model import Stack, close_stacks, open_stack
+from fedgraft.client.model.batched_model import Stack, open_stack
 from fedgraft.client.participant import open_participant
 from fedgraft.client.selection.features import blocks_of, features_of
 from fedgraft.client.selection.transferability import (
@@ -34,6 +34,7 @@ from fedgraft.client.selection.zero_shot import (
     open_dual_encoder,
 )
 from fedgraft.common.adapters.model import cache_folder, choose_device, open_processor
+from fedgraft.common.adapters.resident import close_backbone
 from fedgraft.common.backbones.load import find_backbone, own_labels, read_config
 from fedgraft.common.config.compatibility import refusal_of
 from fedgraft.common.config.job import Job
@@ -149,7 +150,7 @@ def select(
 
 def _let_go() -> None:
     """Free the memory of the last backbone, so that only one is loaded at a time."""
-    close_stacks()
+    close_backbone()
     gc.unfreeze()  # objects were frozen so that workers share them
     gc.collect()
 
