@@ -133,14 +133,19 @@ def test_stacks_share_them_too(folder: Path, precision: str) -> None:
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_what_trains_is_not_shared(folder: Path) -> None:
-    partly = open_workbench(job_of(folder, kind="partial", head="shared"))
-    whole = open_workbench(job_of(folder))
+@pytest.mark.parametrize("first", [True, False])
+def test_what_trains_is_not_shared(folder: Path, first: bool) -> None:
+    """Biases train in the place where they are; of a whole block peft trains a copy."""
+    plain = job_of(folder)
+    if not first:
+        open_workbench(plain)
+    partly = open_workbench(job_of(folder, kind="partial", blocks=1, biases=True, head="shared"))
+    whole = open_workbench(plain)
     trained = {p.data_ptr() for p in partly.model.parameters() if p.requires_grad}
     assert trained and trained.isdisjoint(p.data_ptr() for p in whole.model.parameters())
-    before = words_of(whole.model).clone()
+    before = {name: p.clone() for name, p in whole.model.named_parameters()}
     partly.put((partly.layout, partly.initial + np.float32(1)))
-    assert torch.equal(words_of(whole.model), before)
+    assert all(torch.equal(p, before[name]) for name, p in whole.model.named_parameters())
 
 
 def test_another_backbone_takes_its_place(folder: Path, tmp_path: Path) -> None:
