@@ -170,6 +170,7 @@ finally:
 """
 
 
+@pytest.mark.slow
 def test_without_simulations_check_is_the_coordinators_own_and_knows_no_sites() -> None:
     """The job has a simulation; everything else of it is checked."""
     job = str(ROOT / "simulations/fedgraft/simulations/demo/digits.toml")

@@ -280,6 +280,7 @@ def test_flowers_error_codes_mean_what_we_say() -> None:
         }
 
 
+@pytest.mark.slow
 def test_a_job_is_done_by_the_installed_code_until_it_is_stopped(
     link: Link, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from support.federations import adapter_of, digits_job, run_digits, write_digits
-from support.matrix import thinned
 
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
@@ -69,7 +68,8 @@ def test_faults_are_the_same_for_any_number_of_workers(
     assert first["faults"]["waited"] > 0
 
 
-@pytest.mark.parametrize("masked", thinned([True, False], 2), ids=["masked", "clear"])
+@pytest.mark.slow
+@pytest.mark.parametrize("masked", [True, False], ids=["masked", "clear"])
 def test_a_run_with_faults_resumes_to_the_same_bytes(
     tmp_path: Path, data: tuple[str, ...], masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

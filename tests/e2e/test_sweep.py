@@ -54,6 +54,7 @@ def stable(results: dict[str, Any]) -> dict[str, Any]:
     return rest | {"cells": cells, "rows": rows}
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_a_run_for_each_cell_and_a_table_over_them(
     place: Path, capsys: pytest.CaptureFixture[str], data: tuple[str, ...]
 ) -> None:

@@ -80,6 +80,7 @@ def test_the_head_may_start_anew(earlier: tuple[Path, Vector]) -> None:
         np.testing.assert_array_equal(start[where], wanted[where])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_there(earlier: tuple[Path, Vector], tmp_path: Path) -> None:
     folder, adapter = earlier
     one_step = (

@@ -230,7 +230,7 @@ WHOLE = (
 def run(folder: Path, data: tuple[str, ...], workers: int, together: int) -> tuple[Vector, object]:
     options = (f"simulation.workers={workers}", f"simulation.sites_per_pass={together}")
     done, summary = run_digits(folder, *data, *WHOLE, *options)
-    return adapter_of(done), (summary["final"], summary["sites"])
+    return adapter_of(done), [summary[key] for key in ("final", "sites", "site_map", "moved")]
 
 
 @pytest.mark.parametrize(("together", "workers"), thinned([(3, 2), (3, 3), (1, 2), (1, 3)], 4))
