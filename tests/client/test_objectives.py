@@ -34,17 +34,20 @@ def test_each_token_is_to_predict_the_next(left: bool) -> None:
     assert targets.tolist() == [[2, 3, 4, IGNORED], last]
 
 
-def test_the_loss_of_a_sequence_is_the_mean_over_its_targets() -> None:
+def test_the_loss_of_a_sequence_is_the_sum_over_its_targets() -> None:
     logits = torch.randn(2, 4, 9, generator=torch.Generator().manual_seed(0))
     targets = torch.from_numpy(texts(4, 2).targets(np.arange(2)))
-    first = functional.cross_entropy(logits[0, :3], targets[0, :3])
+    first = functional.cross_entropy(logits[0, :3], targets[0, :3], reduction="sum")
     second = functional.cross_entropy(logits[1, :1], targets[1, :1])
-    torch.testing.assert_close(TOKENS.losses(logits, targets), torch.stack([first, second]))
+    found = TOKENS.losses(logits, targets)
+    torch.testing.assert_close(found.summed, torch.stack([first, second]))
+    assert found.targets.tolist() == [3, 1]
 
 
 def test_a_text_of_one_token_has_no_target_and_no_loss() -> None:
     targets = torch.from_numpy(texts(1).targets(np.arange(1)))
-    assert TOKENS.losses(torch.randn(1, 1, 9), targets).tolist() == [0.0]
+    found = TOKENS.losses(torch.randn(1, 1, 9), targets)
+    assert (found.summed.tolist(), found.targets.tolist()) == ([0.0], [0])
     counts = TOKENS.counts(torch.randn(1, 1, 9), targets)
     assert {name: part.tolist() for name, part in counts.items()} == {
         "losses": [0.0],
@@ -70,7 +73,7 @@ def test_labels_are_counted_as_they_are() -> None:
     logits = torch.tensor([[3.0, 0.0], [3.0, 0.0]])
     counts = LABELS.counts(logits, torch.tensor([0, 1]))
     assert (counts["true"].tolist(), counts["predicted"].tolist()) == ([0, 1], [0, 0])
-    wanted = float(LABELS.losses(logits, torch.tensor([0, 1])).sum())
+    wanted = float(LABELS.losses(logits, torch.tensor([0, 1])).summed.sum())
     assert counts["loss"] == pytest.approx(wanted)
     assert counts["logits"].tolist() == logits.tolist()
 
@@ -85,9 +88,11 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_smoothing_is_that_of_pytorch() -> None:
     logits, targets = drawn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
     wanted = functional.cross_entropy(logits, targets, reduction="none", label_smoothing=0.3)
-    torch.testing.assert_close(LABELS.losses(logits, targets, smoothing=0.3), wanted)
+    found = LABELS.losses(logits, targets, smoothing=0.3)
+    torch.testing.assert_close(found.summed, wanted)
+    assert found.targets.tolist() == [1] * 6
     plain = LABELS.losses(logits, targets, smoothing=0.0)
-    assert torch.equal(LABELS.losses(logits, targets), plain)
+    assert torch.equal(LABELS.losses(logits, targets).summed, plain.summed)
 
 
 def test_tokens_that_do_not_count_are_not_smoothed() -> None:
@@ -95,9 +100,9 @@ def test_tokens_that_do_not_count_are_not_smoothed() -> None:
     first = functional.cross_entropy(logits[0, :3], targets[0, :3], label_smoothing=0.2)
     second = functional.cross_entropy(logits[1, :1], targets[1, :1], label_smoothing=0.2)
     found = TOKENS.losses(logits, targets, smoothing=0.2)
-    torch.testing.assert_close(found, torch.stack([first, second]))
+    torch.testing.assert_close(found.summed, torch.stack([3 * first, second]))
     unlabelled = torch.tensor([IGNORED, 1])
-    assert LABELS.losses(drawn(2, 3), unlabelled, smoothing=0.2)[0] == 0
+    assert LABELS.losses(drawn(2, 3), unlabelled, smoothing=0.2).summed[0] == 0
 
 
 def test_a_row_of_several_heads_sees_only_its_own() -> None:
@@ -110,7 +115,7 @@ def test_a_row_of_several_heads_sees_only_its_own() -> None:
         wanted = functional.cross_entropy(
             own, torch.tensor([0, 2]), reduction="none", label_smoothing=smoothing
         )
-        told = LABELS.losses(found, targets, smoothing=smoothing)[1:]
+        told = LABELS.losses(found, targets, smoothing=smoothing).summed[1:]
         torch.testing.assert_close(told, wanted)
     assert restrict(logits, targets, ()) is logits
     unlabelled = torch.tensor([IGNORED, 1, IGNORED])
@@ -123,7 +128,8 @@ def test_gradients_stay_within_a_rows_head() -> None:
     heads = (0, 0, 1, 1)
     taught = restrict(drawn(2, 4, seed=1), targets, heads)
     own = restrict(logits, targets, heads)
-    total = LABELS.losses(own, targets, smoothing=0.1).sum() + distances(own, taught, 3.0).sum()
+    total = LABELS.losses(own, targets, smoothing=0.1).summed.sum()
+    total = total + distances(own, taught, 3.0).sum()
     (gradient,) = torch.autograd.grad(total, [logits])
     assert torch.isfinite(gradient).all()
     assert gradient[0, 2:].tolist() == gradient[1, :2].tolist() == [0, 0]

@@ -154,6 +154,20 @@ def test_models_are_held_against_each_other(case: TaskCase) -> None:
                 assert judged["outcome"] == "unclear" and judged["difference"] == 0
 
 
+def test_a_site_weighs_the_targets_of_its_examples(case: TaskCase) -> None:
+    """Its weight is the divisor of its loss, also in a part of its examples."""
+    objective, stack = OBJECTIVES[case.task.target], open_stack(case.job)
+    whole = examples_of(case)
+    stack.put_one(stack.bench.layout, stack.bench.initial)
+    for examples in (whole, whole.subset(np.array([2, 0])), whole.joined([whole])):
+        index = np.arange(len(examples))
+        inputs = {k: torch.from_numpy(v) for k, v in examples.batch(index).items()}
+        with torch.inference_mode():
+            predicted = stack.logits(inputs)
+        losses = objective.losses(predicted, torch.from_numpy(examples.targets(index)))
+        assert examples.target_count == losses.targets.sum() > 0
+
+
 def test_the_objective_trains_on_what_it_counts(case: TaskCase) -> None:
     objective, stack = OBJECTIVES[case.task.target], open_stack(case.job)
     examples = examples_of(case)
@@ -166,6 +180,10 @@ def test_the_objective_trains_on_what_it_counts(case: TaskCase) -> None:
         losses = objective.losses(predicted, targets)
         collector = case.job.measures.collect(examples.subset(index))
         collector.add(index, objective.counts(predicted, targets))
-    assert losses.shape == (4,) and bool(losses.isfinite().all()) and float(losses.min()) >= 0
-    assert np.isfinite(collector.evaluation().tally.loss)
+    summed, counted = losses
+    assert summed.shape == counted.shape == (4,)
+    assert bool(summed.isfinite().all()) and float(summed.min()) >= 0
+    # A batch has the loss that is reported of it, in the same unit: training minimises that.
+    tally = collector.evaluation().tally
+    assert float(summed.sum() / counted.sum()) == pytest.approx(tally.mean_loss, rel=1e-4)
     assert objective.at_once(case.task.outputs(stack.model.config), examples.longest) >= 1

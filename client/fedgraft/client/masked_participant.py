@@ -100,13 +100,15 @@ class MaskedParticipant:
             return party.share(ask.request)
 
     def train(self, request: MaskedTrain) -> Generator[Wanted, Trained, MaskedInput]:
-        """Train, and mask the update, the number of examples and the loss."""
+        """Train, and mask the update, the site's weight and the loss."""
         with self._abstaining(), self._resumed(request.session) as party:
             party.accept(request.delivery, _hash(request.train))
             trained = yield from self.participant.train(request.train)
             job = Job.model_validate_json(request.train.job)
             coding = party.parameters.coding
-            weight = trained.examples if job.aggregation.weights == "examples" else 1
+            unit = job.privacy.secure_aggregation.weights(job.measures.most_parts)[1]
+            by_examples = job.aggregation.weights == "examples"
+            weight = -(-trained.examples // unit) if by_examples else 1
             clipped = float(np.mean(np.abs(trained.update) > coding.clip))
             metrics = (trained.loss * weight / coding.max_weight, clipped)
             draw = numpy_generator(

@@ -3,21 +3,35 @@
 A task names its target (``common.tasks``). An objective defines three things: the part of a model's
 output that is compared with the targets, the loss of each example, and the numbers that the task's
 measures add up.
+
+The loss of a batch is its summed loss divided by the number of its targets. An example has one
+target if it has one label; a text has one target for each token that counts. So a long text counts
+more than a short one, as in the losses of transformers, and training minimises what is reported.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
 from fedgraft.common.examples import IGNORED
 
-__all__ = ["OBJECTIVES", "Objective", "distances", "restrict"]
+__all__ = ["OBJECTIVES", "Losses", "Objective", "distances", "restrict"]
 
 AT_ONCE = 64  # examples that are evaluated in one pass
 LOGITS = 1 << 25  # in memory at once, 128 MB, because a vocabulary is large
 CLOSE = 0.1  # mean absolute error below which a patch is right, in pixels as the model reads them
+
+
+class Losses(NamedTuple):
+    """The losses of a batch: ``summed`` over the targets of each example, float32 [b].
+
+    ``targets`` are the numbers of targets of each example, float32 [b].
+    """
+
+    summed: torch.Tensor
+    targets: torch.Tensor
 
 
 class Objective(Protocol):
@@ -28,8 +42,8 @@ class Objective(Protocol):
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
-    ) -> torch.Tensor:
-        """Return the loss of each example, float32 [b].
+    ) -> Losses:
+        """Return the losses of a batch.
 
         If targets are classes, ``smoothing`` is the share of each target that is spread over all
         possible classes (Szegedy et al. 2016, "Rethinking the Inception Architecture for Computer
@@ -56,10 +70,11 @@ class Labels:
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
-    ) -> torch.Tensor:
-        """Return the cross entropy; an example without a label has loss 0."""
+    ) -> Losses:
+        """Return the cross entropy; an example without a label has loss 0, and counts."""
         each = functional.cross_entropy(predicted, targets, reduction="none")
-        return _smoothed(each, predicted, targets != IGNORED, smoothing)
+        each = _smoothed(each, predicted, targets != IGNORED, smoothing)
+        return Losses(each, torch.ones_like(each))
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
         """Return the summed ``loss``, ``true`` and ``predicted`` labels int64 [b], ``logits``."""
@@ -88,10 +103,10 @@ class Tokens:
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
-    ) -> torch.Tensor:
-        """Return the mean cross entropy over an example's targets, in nats."""
+    ) -> Losses:
+        """Return the cross entropy summed over an example's targets, in nats."""
         each, counted = self._by_position(predicted, targets, smoothing)
-        return each.sum(1) / counted.sum(1).clamp(min=1)
+        return Losses(each.sum(1), counted.sum(1).to(each.dtype))
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
         """Return counts of each example, and classes of each position.
@@ -135,7 +150,8 @@ class Tokens:
 class Patches:
     """Hidden patches of images: predictions and targets are pixels float32 [b, patches, values].
 
-    NaN marks the targets of patches that are not hidden. The loss is the mean absolute error.
+    NaN marks the targets of patches that are not hidden. The loss of a patch is its mean absolute
+    error.
     """
 
     def predicted(self, output: Any, model: Any) -> torch.Tensor:
@@ -146,10 +162,10 @@ class Patches:
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
-    ) -> torch.Tensor:
-        """Return the mean absolute error over an image's hidden patches."""
+    ) -> Losses:
+        """Return the mean absolute error of a patch, summed over an image's hidden patches."""
         each, counted = self._by_patch(predicted, targets)
-        return each.sum(1) / counted.sum(1).clamp(min=1)
+        return Losses(each.sum(1), counted.sum(1).to(each.dtype))
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
         """Return counts of each image, [b]: summed ``losses``, ``right`` (close) and ``counted``.
@@ -187,16 +203,17 @@ class Numbers:
 
     def losses(
         self, predicted: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0
-    ) -> torch.Tensor:
+    ) -> Losses:
         """Return the squared error."""
-        return (predicted - targets) ** 2
+        each = (predicted - targets) ** 2
+        return Losses(each, torch.ones_like(each))
 
     def counts(self, predicted: torch.Tensor, targets: torch.Tensor) -> Mapping[str, Any]:
         """Return for each example, [b]: the ``true`` and the ``predicted`` number, ``losses``."""
         found = {
             "true": targets,
             "predicted": predicted,
-            "losses": self.losses(predicted, targets),
+            "losses": self.losses(predicted, targets).summed,
         }
         return {name: value.cpu().numpy() for name, value in found.items()}
 

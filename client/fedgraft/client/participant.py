@@ -78,17 +78,18 @@ class Participant:
         if bench.fixed_hash({*request.names, *bench.local.names}) != request.fixed:
             raise SiteFailure("fixed-differs")
         splits, masked = self.splits(job), job.privacy.secure_aggregation
-        examples = len(splits.train)
+        targets = splits.train.target_count
         len(splits.test)  # reading it now shows errors in the file now
-        by_examples = job.aggregation.weights == "examples"
-        if masked.enabled and (not examples or (by_examples and examples > masked.max_weight)):
+        most, unit = masked.weights(job.measures.most_parts)
+        too_many = job.aggregation.weights == "examples" and targets > most * unit
+        if masked.enabled and (not targets or too_many):
             raise SiteFailure("not-eligible")  # the code hides which of the two
-        if not examples:
+        if not targets:
             raise SiteFailure("no-examples")
         if self.guard is not None:
             sites = len(self.federation().sites) if masked.enabled else 1
             leaving = estimate_disclosure(job, bench.layout.only(request.names), sites)
-            self.guard.consent(request, job, leaving, examples)
+            self.guard.consent(request, job, leaving, len(splits.train))
         return PlanReply(request.session, self.config.name)
 
     def check_privacy(self, job: Job) -> None:
@@ -165,7 +166,7 @@ class Participant:
             session=request.session,
             round=request.round,
             layout=exchanged.fingerprint,
-            examples=len(examples),
+            examples=examples.target_count,
             loss=result.loss,
             update=update,
         )

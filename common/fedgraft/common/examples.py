@@ -20,8 +20,8 @@ __all__ = [
     "ImageExamples",
     "Indices",
     "Inputs",
+    "Teachable",
     "TextExamples",
-    "Wrapped",
     "concatenate",
     "has_labels",
 ]
@@ -70,6 +70,14 @@ class Examples(Protocol):
     def nbytes(self) -> int:
         """Return the bytes in memory; parts shared with other examples count fully."""
 
+    @property
+    def target_count(self) -> int:
+        """Return the number of targets of all examples: their loss is a mean over targets.
+
+        It is the number of examples if each has one label, else for example of tokens to predict.
+        It is the site's weight in the mean of updates.
+        """
+
     def __len__(self) -> int:
         """Return the number of examples."""
 
@@ -102,10 +110,18 @@ E = TypeVar("E", bound=Examples)
 
 
 @dataclass(frozen=True)
-class _Teachable:
+class Teachable:
     """A base for examples that can have a teacher's logits for each example."""
 
     teacher_logits: NDArray[np.float32] | None = field(default=None, kw_only=True)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def target_count(self) -> int:
+        """Return the number of examples: each has one target."""
+        return len(self)
 
     def with_teacher(self, logits: NDArray[np.float32]) -> Self:
         """Return the same examples with these ``teacher_logits``."""
@@ -117,7 +133,7 @@ class _Teachable:
 
 
 @dataclass(frozen=True)
-class TextExamples(_Teachable):
+class TextExamples(Teachable):
     """Token ids without padding: example i is ``ids[starts[i]:starts[i] + lengths[i]]``.
 
     ``labels``, ``starts`` and ``lengths`` are int64 [n], ``ids`` int32 [tokens], ``types`` int8
@@ -205,49 +221,7 @@ class TextExamples(_Teachable):
 
 
 @dataclass(frozen=True)
-class Wrapped(_Teachable):
-    """Examples made from ``source``, with targets of another kind than one label per example.
-
-    The targets follow from the source, or they are stored beside it.
-    """
-
-    source: "TextExamples | ImageExamples"
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def labels(self) -> Indices:
-        """Return zeros: there are no labels."""
-        return self.source.labels
-
-    @property
-    def groups(self) -> None:
-        """Return None: only labelled examples have groups."""
-        return None
-
-    @property
-    def lengths(self) -> Indices:
-        """Return the lengths of ``source``."""
-        return self.source.lengths
-
-    @property
-    def longest(self) -> int:
-        """Return the most tokens of an example in ``source``."""
-        return self.source.longest
-
-    @property
-    def pad_left(self) -> bool:
-        """Return whether padding of ``source`` is before the tokens."""
-        return self.source.pad_left
-
-    def width(self, index: Indices) -> int:
-        """Return the length of the longest example at ``index``."""
-        return int(self.lengths[index].max(initial=0))
-
-
-@dataclass(frozen=True)
-class ArrayExamples(_Teachable):
+class ArrayExamples(Teachable):
     """Examples of one shape: ``labels`` int64 [n]; example i is ``values[rows[i]]``.
 
     ``values`` is float32 [m, ...], in memory or mapped from a file.

@@ -136,6 +136,22 @@ def test_a_uniform_mean_gives_every_site_the_weight_one() -> None:
     assert settings.coding(by_examples=False).max_weight == 1
 
 
+@given(st.integers(3, 65535), st.integers(1, 65537), st.integers(1, 5000))
+@settings(deadline=None)
+def test_weights_in_tokens_neither_overflow_nor_refuse_a_job(
+    sites: int, examples: int, parts: int
+) -> None:
+    """A language job asks for nothing that a job for labels of the same size would not."""
+    section = accepted(max_sites=sites, max_weight=examples)
+    most, unit = section.weights(parts)
+    assert most == section.coding(by_examples=True, most_parts=parts).max_weight
+    assert sites * most < 2**32
+    targets = examples * min(parts, 64)
+    assert targets <= most * unit < targets + unit
+    if parts == 1 or sites * targets < 2**32:
+        assert (most, unit) == (targets, 1)
+
+
 def test_the_coding_clips_where_the_job_says() -> None:
     assert accepted(clip=0.25).coding(by_examples=True).clip == 0.25
 

@@ -1,5 +1,6 @@
 """A reply that is not exactly what was asked for is refused with its reason, and nothing else."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedgraft.common.errors import MessageError
 from fedgraft.common.layout import Layout
 from fedgraft.common.messages.payloads import EvaluateReply, TrainReply
 from fedgraft.common.metrics.measures import LabelMeasures
+from fedgraft.common.metrics.part_evaluation import TOKENS, PartMeasures
 from fedgraft.common.metrics.tally import Tally
 from fedgraft.server.protocol.validation import (
     Expected,
@@ -23,6 +25,7 @@ from fedgraft.server.protocol.validation import (
 
 LAYOUT = Layout(("w",), ((4,),))
 EXPECTED = Expected("session", 3, LAYOUT)
+MEASURES = LabelMeasures(2)
 LIMITS = Aggregation(max_update_norm=5.0, max_examples=100)
 # Its norm is the limit exactly.
 GOOD = TrainReply(
@@ -33,7 +36,7 @@ GOOD = TrainReply(
 def refused(**changes: Any) -> str:
     """The reason why a good reply with these changes is refused; empty if it is accepted."""
     try:
-        check_update(replace(GOOD, **changes), EXPECTED, LIMITS)
+        check_update(replace(GOOD, **changes), EXPECTED, LIMITS, MEASURES)
     except InvalidReply as error:
         return str(error)
     return ""
@@ -86,9 +89,17 @@ def test_counts_at_the_limits_are_accepted(count: int) -> None:
     assert refused(examples=count) == ""
 
 
+def test_an_example_with_many_tokens_counts_for_as_many() -> None:
+    blocks = PartMeasures(32, TOKENS)
+    for count, code in ((3200, ""), (3201, "bad-count")):
+        reply = replace(GOOD, examples=count)
+        with nullcontext() if not code else pytest.raises(InvalidReply, match=code):
+            check_update(reply, EXPECTED, LIMITS, blocks)
+
+
 def test_large_finite_updates_pass_where_the_job_allows_them() -> None:
     reply = replace(GOOD, update=np.full(4, 3e38, np.float32))
-    check_update(reply, EXPECTED, Aggregation(max_update_norm=1e39))
+    check_update(reply, EXPECTED, Aggregation(max_update_norm=1e39), MEASURES)
 
 
 @given(st.integers(0, 3), st.sampled_from([np.nan, np.inf, -np.inf]))
@@ -114,9 +125,7 @@ TALLY = Tally(2.5, np.array([[3, 1], [0, 4]]))
 
 
 def evaluated(tally: Any, *, session: str = "session", number: int = 3) -> Tally:
-    return check_evaluation(
-        EvaluateReply(session, number, tally), EXPECTED, LIMITS, LabelMeasures(2)
-    )
+    return check_evaluation(EvaluateReply(session, number, tally), EXPECTED, LIMITS, MEASURES)
 
 
 def test_a_good_tally_is_read_back() -> None:

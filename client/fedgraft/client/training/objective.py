@@ -14,7 +14,7 @@ from fedgraft.client.model.forward import (
     teacher_logits_of,
 )
 from fedgraft.client.model.randomness import SiteRows
-from fedgraft.client.objectives import distances, restrict
+from fedgraft.client.objectives import Losses, distances, restrict
 from fedgraft.client.training.augmentation import Vary, open_augmentation
 from fedgraft.client.training.domain_adaptation import Alignment, Statistics, watch_features
 from fedgraft.client.training.ewc import Consolidation
@@ -24,7 +24,7 @@ from fedgraft.common.examples import Examples, Indices
 from fedgraft.common.layout import Layout, Vector
 from fedgraft.common.tasks.base import Corrupt
 
-__all__ = ["Batch", "PassLoss", "Value"]
+__all__ = ["Batch", "PassLoss", "Value", "per_target"]
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,15 @@ class Batch:
 class Value:
     """The objective's value for one micro-batch.
 
-    ``summed`` [sites] is the summed loss of the real rows. Gradients are taken of ``minimised``.
-    ``statistics`` go to ``PassLoss.take`` after the gradients are computed.
+    ``summed`` [sites] is the summed loss of the real rows, and ``targets`` [sites] is the number
+    of their targets. Gradients are taken of ``minimised``: sums divided by the rows of the whole
+    batches. How many targets a whole batch has is known only after its last micro-batch, because
+    some tasks draw them anew (``per_target``). ``statistics`` go to ``PassLoss.take`` after the
+    gradients are computed.
     """
 
     summed: torch.Tensor
+    targets: torch.Tensor
     minimised: torch.Tensor
     statistics: Sequence[Statistics] = ()
 
@@ -95,7 +99,7 @@ class PassLoss:
         total = value.minimised
         for term, real, size in zip(terms, batch.real, batch.sizes, strict=True):
             total = total + term * (len(real) / size)
-        return Value(value.summed, total, statistics)
+        return Value(value.summed, value.targets, total, statistics)
 
     def take(self, value: Value, batch: Batch) -> None:
         """Add the statistics of ``batch``; call it only after memory sufficed for its gradients."""
@@ -122,12 +126,15 @@ class PassLoss:
             self.consolidation.write(number, vector)
 
     def _labelled(self, batch: Batch) -> Value:
-        each = self._each(batch)
+        each, targets = self._each(batch)
         rows = len(batch.padded[0])
         weights = torch.tensor([[float(n < len(i)) for n in range(rows)] for i in batch.real])
-        summed = (each.view(len(batch.feeds), rows) * weights.to(each.device)).sum(1)
+        weights = weights.to(each.device)
+        summed, counted = (
+            (one.view(len(batch.feeds), rows) * weights).sum(1) for one in (each, targets)
+        )
         share = torch.tensor([1 / size for size in batch.sizes], device=each.device)
-        return Value(summed, (summed * share).sum())
+        return Value(summed, counted, (summed * share).sum())
 
     def _varied(self) -> VaryFeed | None:
         """Return the function that changes each site's batch; the stack knows the real rows."""
@@ -137,8 +144,8 @@ class PassLoss:
         rows = self.stack.randomness.rows
         return lambda number, inputs, targets: vary(inputs, targets, rows[number])
 
-    def _each(self, batch: Batch) -> torch.Tensor:
-        """Return the loss of every row, float32 [sites x rows]."""
+    def _each(self, batch: Batch) -> Losses:
+        """Return the loss and the targets of every row, both float32 [sites x rows]."""
         logits, targets = predict(batch.feeds, batch.padded, batch.width, self._varied())
         each = self.stack.objective.losses(logits, targets, smoothing=self.settings.label_smoothing)
         distillation = self.settings.distillation
@@ -149,7 +156,18 @@ class PassLoss:
             raise SiteFailure("no-teacher")
         teacher = restrict(teacher.to(logits.device), targets, self.stack.bench.heads)
         far = distances(logits, teacher, distillation.temperature)
-        return (1 - distillation.weight) * each + distillation.weight * far
+        mixed = (1 - distillation.weight) * each.summed + distillation.weight * far
+        return each._replace(summed=mixed)
+
+
+def per_target(sizes: Sequence[int], targets: torch.Tensor) -> torch.Tensor:
+    """Return the factor [sites] that turns gradients per row into gradients per target.
+
+    ``sizes`` are the rows of the sites' batches, ``targets`` [sites] the targets in these rows. A
+    row with one target gives exactly 1.0. A batch without any target has no gradient.
+    """
+    rows = torch.tensor(sizes, dtype=targets.dtype, device=targets.device)
+    return rows / targets.clamp(min=1.0)
 
 
 def _on_tensors(corrupt: Corrupt) -> Vary:

@@ -23,7 +23,7 @@ from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import open_feed
 from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.training.layer_rates import open_pace
-from fedgraft.client.training.objective import Batch, PassLoss
+from fedgraft.client.training.objective import Batch, PassLoss, per_target
 from fedgraft.client.training.sampler import shuffled
 from fedgraft.common.config.training import Schedule, Training
 from fedgraft.common.errors import SiteFailure
@@ -71,7 +71,7 @@ class TrainingTask:
 @dataclass(frozen=True)
 class Trained:
     """The result of training: ``vector``, float32 [trained size]; ``loss``, the mean over all
-    examples seen, in the objective's unit; ``steps``, the number of optimiser steps."""
+    targets seen, in the objective's unit; ``steps``, the number of optimiser steps."""
 
     vector: Vector
     loss: float
@@ -201,7 +201,7 @@ class _Site:
     settings: Training
     epochs: int
     vector: Vector | None = None
-    total: float = 0.0
+    loss: float = 0.0  # the mean over all targets seen
     batches: Iterator[Indices] = field(init=False)
     steps: int = field(init=False)
 
@@ -214,10 +214,9 @@ class _Site:
     def result(self) -> Trained | SiteFailure:
         if self.vector is None:
             return SiteFailure("no-examples")
-        mean = self.total / (self.epochs * len(self.task.examples))
-        if not math.isfinite(mean) or not np.isfinite(self.vector).all():
+        if not math.isfinite(self.loss) or not np.isfinite(self.vector).all():
             return SiteFailure("loss-not-finite")
-        return Trained(self.vector, mean, self.steps)
+        return Trained(self.vector, self.loss, self.steps)
 
 
 class _Pass:
@@ -252,7 +251,9 @@ class _Pass:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.total = torch.zeros(len(sites), device=stack.device)
+        self.total = torch.zeros(len(sites), device=stack.device)  # of the losses
+        self.targets = torch.zeros_like(self.total)  # seen so far
+        self.batch_targets = torch.zeros_like(self.total)  # of the batches of this step
         self.progress: list[float] = []  # of each site: 0 to 1 of the whole federation
         self.views: list[torch.Tensor] = []  # of the flat tensor; the stack computes with them
         self.micro = settings.batch_size // settings.accumulation  # rows of a site in a micro-batch
@@ -276,6 +277,7 @@ class _Pass:
 
     def _step(self, step: int, active: int) -> None:
         self.gradient.zero_()
+        self.batch_targets.zero_()
         batches = [next(site.batches) for site in self.sites[:active]]
         length = self.span.end - self.span.start
         within = [step / site.steps for site in self.sites[:active]]
@@ -285,8 +287,10 @@ class _Pass:
             rows = self.micro
             if self._fits(batches, slice(done, done + rows)):
                 done += rows
-        gradient = self.gradient[:active]
-        self.objective.pull(gradient, self.flat[:active], [len(batch) for batch in batches])
+        gradient, sizes = self.gradient[:active], [len(batch) for batch in batches]
+        gradient.mul_(per_target(sizes, self.batch_targets[:active])[:, None])
+        self.targets += self.batch_targets
+        self.objective.pull(gradient, self.flat[:active], sizes)
         rates = None if self.pace is None else self.pace.at(self.progress).to(self.flat.device)
         if self.settings.clip_norm:
             moving = gradient if rates is None else gradient * (rates > 0)
@@ -365,6 +369,7 @@ class _Pass:
             if gradient is not None:
                 self.gradient[: len(batches), where].add_(gradient)
         self.total[: len(batches)] += value.summed.detach()
+        self.batch_targets[: len(batches)] += value.targets
         self.objective.take(value, batch)
 
     def _finish(self, still: int, active: int) -> None:
@@ -373,8 +378,8 @@ class _Pass:
         Their rows stay in the optimiser without a gradient, so it skips them.
         """
         for number in range(still, active):
-            vector = self.flat[number].cpu().numpy().copy()
+            site, vector = self.sites[number], self.flat[number].cpu().numpy().copy()
             self.objective.finish(number, vector)
-            self.sites[number].vector = vector
-            self.sites[number].total = float(self.total[number])
+            site.vector = vector
+            site.loss = float(self.total[number]) / max(float(self.targets[number]), 1.0)
             self.rows[number].grad = None

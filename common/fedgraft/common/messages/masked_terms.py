@@ -40,7 +40,8 @@ def training_terms(
         ParameterError: the cohort is too small, too large or malformed.
     """
     by_examples = job.aggregation.weights == "examples"
-    coding = job.privacy.secure_aggregation.coding(by_examples=by_examples)
+    masked, parts = job.privacy.secure_aggregation, job.measures.most_parts
+    coding = masked.coding(by_examples=by_examples, most_parts=parts)
     layout = bytes.fromhex(exchanged.fingerprint)
     return _terms(job, session, cohort, layout, exchanged.size, coding)
 

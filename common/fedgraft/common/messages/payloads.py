@@ -87,7 +87,11 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class TrainReply:
-    """``update`` is the trained minus the received adapter, float32; ``loss`` is the mean loss."""
+    """``update`` is the trained minus the received adapter, float32; ``loss`` is the mean loss.
+
+    ``examples`` is the number of training targets that ``loss`` is the mean of, and the site's
+    weight: its examples, or if they are made of parts, the parts (``Examples.target_count``).
+    """
 
     session: str
     round: int

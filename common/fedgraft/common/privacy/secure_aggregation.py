@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["FEWEST", "SecureAggregation"]
 
 FINEST = 20  # bits of a quantised value: more would be lost in float32 anyway
+# An example of a task made of parts, such as a block of text, is taken to have so many tokens at
+# most on average. With the most that a block can have, small sites would drown in rounding.
+USUAL_PARTS = 64
 LOSS_LIMIT = 64.0  # nats times weight / max_weight: with a full weight, a loss that has diverged
 
 
@@ -47,10 +50,26 @@ class SecureAggregation(Section):
             ) from None
         return self
 
-    def coding(self, *, by_examples: bool) -> "Coding":
+    def weights(self, most_parts: int = 1) -> tuple[int, int]:
+        """Return the largest weight of a site, and the number of training targets for weight 1.
+
+        A site's weight is the number of its training targets: of its examples, or of tokens if an
+        example has up to ``most_parts`` tokens. ``max_weight`` counts examples. Only if a sum of
+        ``max_sites`` weights could overflow, several targets make up the weight 1.
+        """
+        from fedgraft.common.secagg.quantize import WORD
+
+        targets = self.max_weight * min(most_parts, USUAL_PARTS)
+        if most_parts == 1:
+            return targets, 1  # jobs with too many examples are refused
+        unit = max(-(-targets // (WORD // self.max_sites)), 1)
+        return -(-targets // unit), unit
+
+    def coding(self, *, by_examples: bool, most_parts: int = 1) -> "Coding":
         """Return the coding of updates as ring elements.
 
-        If not ``by_examples``, the mean is uniform: every site has the weight 1.
+        If not ``by_examples``, the mean is uniform: every site has the weight 1. ``most_parts`` is
+        the largest number of training targets of an example.
         """
         from fedgraft.common.secagg.quantize import Coding
 
@@ -61,7 +80,7 @@ class SecureAggregation(Section):
             clip=self.clip,
             ring_bits=ring,
             value_bits=self.value_bits or max(min((room + 1).bit_length(), FINEST), 2),
-            max_weight=self.max_weight if by_examples else 1,
+            max_weight=self.weights(most_parts)[0] if by_examples else 1,
             metric_limit=LOSS_LIMIT,
         )
 

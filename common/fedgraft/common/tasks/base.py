@@ -12,14 +12,24 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedgraft.common.encoding import Draws, Keep, Rows, Settings
-from fedgraft.common.examples import Examples, Inputs
+from fedgraft.common.examples import (
+    Examples,
+    ImageExamples,
+    Indices,
+    Inputs,
+    Teachable,
+    TextExamples,
+)
 from fedgraft.common.metrics.evaluation import Measures
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.modalities import Modality, Processor
 from fedgraft.common.section import IllegalJob, Refuses
 
-__all__ = ["Cell", "Corrupt", "Differences", "Reading", "Task"]
+__all__ = ["Cell", "Corrupt", "Differences", "Reading", "Task", "Wrapped", "count_marked"]
 
 Corrupt = Callable[[Inputs, Any, Draws], tuple[Inputs, Any]]
 """A function that gives the inputs and targets of a batch for this training step.
@@ -71,6 +81,57 @@ class Differences:
     caption: str
     heads: tuple[str, ...]
     points: bool
+
+
+@dataclass(frozen=True)
+class Wrapped(Teachable):
+    """Examples made from ``source``, with targets of another kind than one label per example.
+
+    The targets follow from the source, or they are stored beside it.
+    """
+
+    source: TextExamples | ImageExamples
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def labels(self) -> Indices:
+        """Return zeros: there are no labels."""
+        return self.source.labels
+
+    @property
+    def groups(self) -> None:
+        """Return None: only labelled examples have groups."""
+        return None
+
+    @property
+    def lengths(self) -> Indices:
+        """Return the lengths of ``source``."""
+        return self.source.lengths
+
+    @property
+    def longest(self) -> int:
+        """Return the most tokens of an example in ``source``."""
+        return self.source.longest
+
+    @property
+    def pad_left(self) -> bool:
+        """Return whether padding of ``source`` is before the tokens."""
+        return self.source.pad_left
+
+    def width(self, index: Indices) -> int:
+        """Return the length of the longest example at ``index``."""
+        return int(self.lengths[index].max(initial=0))
+
+
+def count_marked(marked: NDArray[np.bool_], source: TextExamples) -> int:
+    """Return how many tokens of ``source``'s examples are ``marked``, bool [tokens of source].
+
+    A token that stands in two examples counts twice.
+    """
+    before = np.concatenate([[0], np.cumsum(marked)])
+    return int((before[source.starts + source.lengths] - before[source.starts]).sum())
 
 
 class Task(ABC):

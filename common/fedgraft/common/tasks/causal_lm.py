@@ -23,10 +23,10 @@ from fedgraft.common.examples import (
     Indices,
     Inputs,
     TextExamples,
-    Wrapped,
     concatenate,
 )
 from fedgraft.common.modalities.text import TextProcessor, check_length, find_tokens
+from fedgraft.common.tasks.base import Wrapped
 from fedgraft.common.tasks.language import TokenTask
 
 __all__ = ["Blocks", "CausalLm", "cut_blocks", "encode_blocks"]
@@ -47,6 +47,11 @@ class Blocks(Wrapped):
     def nbytes(self) -> int:
         """Return the bytes in memory."""
         return self.source.nbytes
+
+    @property
+    def target_count(self) -> int:
+        """Return the number of tokens that follow another token of their block."""
+        return int(np.maximum(self.source.lengths - 1, 0).sum())
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
         """Return the blocks at ``index`` in the form of ``TextExamples``."""

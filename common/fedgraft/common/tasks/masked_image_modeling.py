@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from fedgraft.common.encoding import Draws, Keep, Rows, Settings
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.examples import Examples, ImageExamples, Indices, Inputs, Wrapped, concatenate
+from fedgraft.common.examples import Examples, ImageExamples, Indices, Inputs, concatenate
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.part_evaluation import PATCHES, PartMeasures
 from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.tasks.base import Cell, Corrupt, Differences, Reading, Task
+from fedgraft.common.tasks.base import Cell, Corrupt, Differences, Reading, Task, Wrapped
 from fedgraft.common.tasks.refusals import without_classes
 
 __all__ = ["MaskedImageModeling", "MaskedPatches", "cut_patches", "hide_patches"]
@@ -48,6 +48,11 @@ class MaskedPatches(Wrapped):
     def nbytes(self) -> int:
         """Return the bytes in memory."""
         return self.source.nbytes + self.hidden.nbytes
+
+    @property
+    def target_count(self) -> int:
+        """Return the number of hidden patches: every draw hides the same number of an image."""
+        return int(self.hidden.sum())
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
         """Return ``pixel_values`` and ``bool_masked_pos``, bool [b, patches]."""

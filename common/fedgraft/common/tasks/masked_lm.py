@@ -21,7 +21,6 @@ from fedgraft.common.examples import (
     Indices,
     Inputs,
     TextExamples,
-    Wrapped,
     concatenate,
 )
 from fedgraft.common.modalities.text import (
@@ -30,7 +29,7 @@ from fedgraft.common.modalities.text import (
     find_tokens,
 )
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.tasks.base import Corrupt
+from fedgraft.common.tasks.base import Corrupt, Wrapped, count_marked
 from fedgraft.common.tasks.language import PERPLEXITY, TokenTask
 
 __all__ = ["Hiding", "MaskedLm", "MaskedTokens"]
@@ -79,6 +78,11 @@ class MaskedTokens(Wrapped):
     def nbytes(self) -> int:
         """Return the bytes in memory."""
         return self.source.nbytes + self.source.ids.nbytes + self.hidden.nbytes
+
+    @property
+    def target_count(self) -> int:
+        """Return the number of hidden tokens: every draw hides the same number of a block."""
+        return count_marked(self.hidden, self.source)
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
         """Return the blocks at ``index``, int64 [b, width], in the form of ``TextExamples``."""

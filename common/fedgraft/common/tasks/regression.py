@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fedgraft.common.encoding import Keep, Rows, Settings
 from fedgraft.common.errors import DataError
-from fedgraft.common.examples import Examples, Indices, Inputs, Wrapped, concatenate
+from fedgraft.common.examples import Examples, Indices, Inputs, concatenate
 from fedgraft.common.metrics.evaluation import TALLY_LIMIT
 from fedgraft.common.metrics.intervals import percentile_interval, permutation_test, redrawn_sums
 from fedgraft.common.metrics.metric import Metric
@@ -32,7 +32,7 @@ from fedgraft.common.metrics.tally import Counts, Tally
 from fedgraft.common.metrics.verdict import Rival, Verdict, judge, not_known, numbered, tell
 from fedgraft.common.modalities import Modality, Processor
 from fedgraft.common.section import IllegalJob
-from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
+from fedgraft.common.tasks.base import Cell, Differences, Reading, Task, Wrapped
 from fedgraft.common.tasks.labels import head_usage
 from fedgraft.common.tasks.refusals import without_classes
 

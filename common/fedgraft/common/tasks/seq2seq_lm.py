@@ -21,7 +21,6 @@ from fedgraft.common.examples import (
     Indices,
     Inputs,
     TextExamples,
-    Wrapped,
     concatenate,
 )
 from fedgraft.common.modalities import Processor
@@ -31,7 +30,7 @@ from fedgraft.common.modalities.text import (
     check_string,
     find_tokens,
 )
-from fedgraft.common.tasks.base import Cell, Reading
+from fedgraft.common.tasks.base import Cell, Reading, Wrapped
 from fedgraft.common.tasks.language import TokenTask
 
 __all__ = ["PairedTexts", "Seq2SeqLm"]
@@ -64,6 +63,11 @@ class PairedTexts(Wrapped):
     def nbytes(self) -> int:
         """Return the bytes in memory."""
         return self.source.nbytes + self.target.nbytes
+
+    @property
+    def target_count(self) -> int:
+        """Return the number of tokens to write."""
+        return int(self.target.lengths.sum())
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
         """Return ``input_ids``, ``attention_mask`` and ``decoder_input_ids``, int64 [b, width].

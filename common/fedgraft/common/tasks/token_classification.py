@@ -19,7 +19,6 @@ from fedgraft.common.examples import (
     Indices,
     Inputs,
     TextExamples,
-    Wrapped,
     concatenate,
 )
 from fedgraft.common.metrics.metric import Metric
@@ -27,7 +26,7 @@ from fedgraft.common.metrics.tag_evaluation import OUTSIDE, TagMeasures, entitie
 from fedgraft.common.modalities import MODALITIES
 from fedgraft.common.modalities.text import as_examples, check_length, check_string, find_tokens
 from fedgraft.common.section import IllegalJob
-from fedgraft.common.tasks.base import Cell, Differences, Reading, Task
+from fedgraft.common.tasks.base import Cell, Differences, Reading, Task, Wrapped, count_marked
 from fedgraft.common.tasks.labels import head_usage, label_index, label_options
 from fedgraft.common.tasks.refusals import without_classes
 
@@ -84,6 +83,11 @@ class TaggedTexts(Wrapped):
     def nbytes(self) -> int:
         """Return the bytes in memory."""
         return self.source.nbytes + self.tags.nbytes + self.cut.nbytes
+
+    @property
+    def target_count(self) -> int:
+        """Return the number of words that have a tag and stand in an example."""
+        return count_marked(self.tags != IGNORED, self.source)
 
     def batch(self, index: Indices, width: int = 0) -> Inputs:
         """Return the sentences at ``index`` in the form of ``TextExamples``."""

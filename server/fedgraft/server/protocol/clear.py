@@ -135,7 +135,7 @@ class Gathering:
             self.traffic.drop(reply.site, reply.failure)
             return
         try:
-            check_update(update, self._expected, self._job.aggregation)
+            check_update(update, self._expected, self._job.aggregation, self._job.measures)
         except InvalidReply as error:
             self.traffic.drop(reply.site, str(error))
             return

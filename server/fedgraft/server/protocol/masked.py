@@ -94,10 +94,11 @@ def gather_masked(
         )
     loss, clipped = total.metrics
     by_examples = job.aggregation.weights == "examples"
+    unit = job.privacy.secure_aggregation.weights(job.measures.most_parts)[1]
     return Gathered(
         update=update,
         count=count,
-        examples=total.weight if by_examples else None,
+        examples=total.weight * unit if by_examples else None,
         loss=loss * coding.max_weight / total.weight,
         traffic=talk.traffic,
         masked={

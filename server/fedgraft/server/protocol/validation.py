@@ -33,7 +33,9 @@ class Expected:
     layout: Layout
 
 
-def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> None:
+def check_update(
+    reply: TrainReply, expected: Expected, limits: Aggregation, measures: Measures
+) -> None:
     """Check a site's update.
 
     Raises:
@@ -46,7 +48,7 @@ def check_update(reply: TrainReply, expected: Expected, limits: Aggregation) -> 
         "wrong-layout": reply.layout != expected.layout.fingerprint,
         "wrong-dtype": update.dtype != np.float32,
         "wrong-shape": update.shape != (expected.layout.size,),
-        "bad-count": not 1 <= reply.examples <= limits.max_examples,
+        "bad-count": not 1 <= reply.examples <= limits.max_examples * measures.most_parts,
         "bad-loss": not 0.0 <= reply.loss <= LARGEST_LOSS,
     }
     _raise_first(problems)

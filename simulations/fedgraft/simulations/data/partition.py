@@ -126,7 +126,8 @@ def _check_weights(job: Job, sites: tuple[SimulatedSite, ...]) -> None:
     largest = max(sites, key=lambda site: site.examples)
     if not masked.enabled or job.aggregation.weights != "examples":
         return
-    if largest.examples > masked.max_weight:
+    most, unit = masked.weights(job.measures.most_parts)
+    if largest.examples > most * unit:  # of texts the sites count tokens, which are more
         raise JobError(
             f"{largest.name} has {largest.examples:,} training examples, more than "
             f"privacy.secure_aggregation.max_weight = {masked.max_weight:,}",
