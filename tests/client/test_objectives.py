@@ -24,7 +24,7 @@ def texts(*lengths: int, left: bool = False) -> Blocks:
         pad_left=left,
         longest=8,
     )
-    return Blocks(documents)
+    return Blocks(documents, np.arange(len(count)))
 
 
 @pytest.mark.parametrize("left", [False, True])

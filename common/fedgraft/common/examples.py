@@ -78,6 +78,14 @@ class Examples(Protocol):
         It is the site's weight in the mean of updates.
         """
 
+    @property
+    def documents(self) -> Indices:
+        """Return the number of the document of each example, int64 [n].
+
+        Blocks of one text are of one document, and depend on one another. Other examples are
+        documents of their own.
+        """
+
     def __len__(self) -> int:
         """Return the number of examples."""
 
@@ -122,6 +130,11 @@ class Teachable:
     def target_count(self) -> int:
         """Return the number of examples: each has one target."""
         return len(self)
+
+    @property
+    def documents(self) -> Indices:
+        """Return 0 to n - 1: each example is a document of its own."""
+        return np.arange(len(self))
 
     def with_teacher(self, logits: NDArray[np.float32]) -> Self:
         """Return the same examples with these ``teacher_logits``."""

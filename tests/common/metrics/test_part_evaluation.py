@@ -1,4 +1,4 @@
-"""Verdicts on blocks of text: against scipy, by hand, and at their edges."""
+"""Verdicts on texts: against scipy, by hand, and at their edges."""
 
 import math
 from typing import Any
@@ -9,14 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedgraft.common.metrics.part_evaluation import block_verdict, part_intervals
+from fedgraft.common.metrics.part_evaluation import (
+    TOKENS,
+    PartMeasures,
+    part_intervals,
+    text_verdict,
+)
 from fedgraft.common.metrics.verdict import Verdict
 
 RNG = np.random.default_rng
 
 
 def losses(blocks: int, seed: int, gap: float = 0.0) -> tuple[Any, Any, Any]:
-    """Federated and other losses of blocks, the federated ``gap`` nats a token more."""
+    """Federated and other losses of texts, the federated ``gap`` nats a token more."""
     draw = RNG(seed)
     counted = draw.integers(5, 60, blocks)
     other = counted * draw.normal(2.0, 0.3, blocks)
@@ -24,7 +29,7 @@ def losses(blocks: int, seed: int, gap: float = 0.0) -> tuple[Any, Any, Any]:
 
 
 def judged(federated: Any, other: Any, counted: Any, seed: int = 0, **more: Any) -> Verdict:
-    return block_verdict(federated, other, counted, name="north", generator=RNG(seed), **more)
+    return text_verdict(federated, other, counted, name="north", generator=RNG(seed), **more)
 
 
 @pytest.mark.parametrize("gap", [-0.1, 0.0, 0.05])
@@ -92,7 +97,7 @@ def test_without_tokens_nothing_is_known() -> None:
 def test_one_block_has_no_interval() -> None:
     found = judged(np.array([10.0, 0.0]), np.array([30.0, 0.0]), np.array([10, 0]))
     assert (found.outcome, found.interval) == ("unclear", None)
-    assert "1 block of text" in found.sentence
+    assert "1 text" in found.sentence
     assert part_intervals(np.array([1.0]), np.array([1]), np.array([2]), RNG(0)) == {}
 
 
@@ -138,3 +143,40 @@ def test_a_loss_beyond_all_floats_is_still_a_number() -> None:
     ends = part_intervals(high, np.array([0, 0]), np.array([1, 1]), RNG(0))["perplexity_interval"]
     assert all(math.isfinite(end) for end in ends)
     assert len(judged(high, high / 2, np.array([1, 1])).sentence) < 250
+
+
+class Documents:
+    """Examples of which nothing but their documents matters: ``per`` blocks of each."""
+
+    def __init__(self, texts: int, per: int) -> None:
+        self.documents = np.repeat(np.arange(texts), per)
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+
+@pytest.mark.parametrize(("texts", "per", "alike"), [(20, 10, 0.2), (10, 40, 0.2), (5, 80, 0.3)])
+def test_equal_models_on_few_long_texts_are_rarely_told_apart(
+    texts: int, per: int, alike: float
+) -> None:
+    """Blocks of a text share a part of their difference: as draws of their own, they mislead."""
+    measures, examples, told = PartMeasures(128, TOKENS), Documents(texts, per), 0
+    for seed in range(100):
+        draw = RNG(seed)
+        shared = np.repeat(draw.normal(0, alike**0.5, texts), per)
+        gaps = shared + draw.normal(0, (1 - alike) ** 0.5, texts * per)
+        ours, theirs = (measures.collect(examples) for _ in range(2))  # type: ignore[arg-type]
+        index, counted = np.arange(texts * per), np.full(texts * per, 128)
+        for collector, losses_of in ((ours, 300 + gaps), (theirs, np.full(texts * per, 300.0))):
+            for part in np.array_split(draw.permutation(index), 3):  # batches mix the texts
+                found = {
+                    "losses": losses_of[part],
+                    "right": counted[part],
+                    "counted": counted[part],
+                }
+                collector.add(part, found)
+        verdict = ours.evaluation().compare(
+            theirs.evaluation(), RNG(seed), name="north", rival="local_only"
+        )
+        told += verdict["outcome"] != "unclear"
+    assert told <= 11  # of 100 at a level of 5 %: P(more) < 1 %

@@ -56,12 +56,13 @@ def test_every_token_but_the_first_of_a_document_is_predicted_once(
     documents: list[int], most: int, left: bool
 ) -> None:
     lengths = np.array(documents, np.int64)
-    starts, sizes = cut_blocks(lengths, most)
+    starts, sizes, of = cut_blocks(lengths, most)
     assert sizes.max() <= most and sizes.min() >= 1
+    ends = np.cumsum(lengths)
+    assert np.array_equal(of, np.searchsorted(ends, starts, side="right"))
     ids = np.arange(1, lengths.sum() + 1, dtype=np.int32)  # each token names its place
-    blocks = Blocks(
-        TextExamples(np.zeros(len(starts), np.int64), ids, starts, sizes, None, 0, left, most)
-    )
+    source = TextExamples(np.zeros(len(starts), np.int64), ids, starts, sizes, None, 0, left, most)
+    blocks = Blocks(source, of)
     every = np.arange(len(blocks))
     targets = torch.from_numpy(blocks.targets(every))
     inputs = as_tensors(blocks.batch(every))["input_ids"]
@@ -120,8 +121,18 @@ def test_blocks_of_any_order_come_to_the_same(backbone: Path) -> None:
     plain = measured_parts(stack, layout, vector, blocks, job.measures)
     order = np.random.default_rng(2).permutation(len(blocks))
     other = measured_parts(stack, layout, vector, blocks.subset(order), job.measures)
-    np.testing.assert_allclose(other.losses, plain.losses[order], rtol=1e-5)
-    assert np.array_equal(other.counted, plain.counted[order])
+    np.testing.assert_allclose(other.losses, plain.losses, rtol=1e-5)
+    assert np.array_equal(other.counted, plain.counted)
+    # A text is one draw, in however many blocks it was read.
+    assert plain.counted.tolist() == [len(text) for text in TEXTS] and len(blocks) > len(TEXTS)
+
+
+def test_texts_of_two_sites_stay_different_texts(backbone: Path) -> None:
+    one, other = encoded(backbone, ["a" * 9, "b"], 5), encoded(backbone, ["c" * 9, "dd"], 5)
+    picked = other.subset(np.array([3, 0]))  # the short text and a part of the long one
+    together = one.joined([picked, one])
+    assert one.documents.tolist() == [0, 0, 0, 1]
+    assert together.documents.tolist() == [0, 0, 0, 1, 3, 2, 4, 4, 4, 5]
 
 
 def test_no_text_is_an_empty_tally(backbone: Path) -> None:

@@ -198,3 +198,12 @@ def test_company_makes_no_difference(backbone: Path) -> None:
     stack = open_stack(make_job(backbone))
     sites = [encoded(backbone, TEXTS * 3, masked=0.3), encoded(backbone, TEXTS[:1] * 2, masked=0.3)]
     Company(stack, sites, settings(batch_size=3, epochs=2, accumulation=1)).check()
+
+
+def test_stretches_of_a_text_are_of_one_document(backbone: Path) -> None:
+    """Also beyond the first thousand texts, which are tokenised at once."""
+    texts = ["ab", "the quick brown fox jumps over it"] * 501
+    examples = encoded(backbone, texts)
+    assert len(examples) > len(texts) == len(set(examples.documents.tolist()))
+    tokens = np.bincount(examples.documents, examples.source.lengths - 2)
+    assert tokens.tolist() == [len(text) for text in texts]

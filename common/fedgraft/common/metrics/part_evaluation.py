@@ -1,13 +1,11 @@
-"""The results of a model on examples made of parts: blocks of tokens, images of patches.
+"""The results of a model on examples made of parts: texts of tokens, images of patches.
 
-The tokens of a block depend on one another: one unknown word affects several tokens. If each token
-counted as an independent draw, every interval would be far too narrow. So whole blocks are
-resampled, each with all its tokens. Both models read the same blocks. The comparison uses the loss
-in nats per token; perplexity is e to the power of this loss. An image counts as a block of hidden
-patches, and its loss is the mean absolute error.
-
-Blocks are treated as independent draws. For neighbouring blocks of one document this is not fully
-true.
+The tokens of a text depend on one another: one unknown word affects several tokens, and blocks of
+one text have one author and one subject. If each token or each block counted as an independent
+draw, every interval would be far too narrow. So whole texts (``Examples.documents``) are resampled,
+each with the tokens of all its blocks. Both models read the same texts. The comparison uses the
+loss in nats per token; perplexity is e to the power of this loss. An image counts as a text of
+hidden patches, and its loss is the mean absolute error.
 """
 
 import math
@@ -31,13 +29,13 @@ __all__ = [
     "PartEvaluation",
     "PartMeasures",
     "PartWords",
-    "block_verdict",
     "part_intervals",
+    "text_verdict",
 ]
 
 LARGEST_EXPONENT = 700.0  # of e: a larger one overflows, and JSON has no infinity
 
-Blocks = npt.NDArray[Any]
+Texts = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ TOKENS = PartWords(
     metric=Metric("perplexity", "perplexity", percent=False, higher=False),
     exponential=True,
     difference="loss {:+.3f} nats a token",
-    one="1 block of text",
-    many="blocks of text",
+    one="1 text",
+    many="texts",
 )
 PATCHES = PartWords(
     parts="patches",
@@ -82,10 +80,10 @@ WORDS = {words.parts: words for words in (TOKENS, PATCHES)}
 
 @dataclass(frozen=True)
 class PartEvaluation:
-    """The summed loss and the number of correct parts of each block or image, in order.
+    """The summed loss and the number of correct parts of each text or image, in order.
 
-    ``losses`` are float64 (nats), ``right`` and ``counted`` are int64, all [blocks]. Tokens of a
-    block, and patches of an image, depend on one another, so only whole blocks can be resampled.
+    ``losses`` are float64 (nats), ``right`` and ``counted`` are int64, all [texts]. Tokens of a
+    text, and patches of an image, depend on one another, so only whole texts can be resampled.
     """
 
     losses: npt.NDArray[np.float64]
@@ -110,11 +108,11 @@ class PartEvaluation:
     def compare(
         self, other: "PartEvaluation", generator: np.random.Generator, *, name: str, rival: Rival
     ) -> dict[str, Any]:
-        """Compare this model, the federated one, with ``other`` on the same blocks.
+        """Compare this model, the federated one, with ``other`` on the same texts.
 
         ``name`` is the site.
         """
-        return block_verdict(
+        return text_verdict(
             self.losses,
             other.losses,
             self.counted,
@@ -125,7 +123,7 @@ class PartEvaluation:
         ).to_json()
 
     def joined(self, others: "Sequence[PartEvaluation]") -> "PartEvaluation":
-        """Return one evaluation of the blocks of this one and of ``others``, in order."""
+        """Return one evaluation of the texts of this one and of ``others``, in order."""
         columns = zip(
             *((one.losses, one.right, one.counted) for one in (self, *others)), strict=True
         )
@@ -133,7 +131,7 @@ class PartEvaluation:
         return PartEvaluation(losses, right, counted, self.words)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the evaluation as plain JSON values: three sums per block."""
+        """Return the evaluation as plain JSON values: three sums per text."""
         arrays = {key: getattr(self, key).tolist() for key in ("losses", "right", "counted")}
         return {**arrays, "target": self.words.parts}
 
@@ -184,20 +182,23 @@ class PartMeasures:
 
 
 class _Collector:
-    """A collector of sums per example; it restores the order of the examples."""
+    """A collector of sums per document; documents are in the order of their numbers."""
 
     def __init__(self, measures: PartMeasures, examples: Examples) -> None:
         self._words = measures.words
-        self._losses = np.zeros(len(examples))
-        self._right, self._counted = np.zeros((2, len(examples)), np.int64)
+        numbers, self._of = np.unique(examples.documents, return_inverse=True)
+        self._losses = np.zeros(len(numbers))
+        self._right, self._counted = np.zeros((2, len(numbers)), np.int64)
 
     def add(self, index: Indices, found: Mapping[str, Any]) -> None:
         """Add a batch: ``losses``, ``right`` and ``counted`` parts, summed for each example.
 
         ``index``, int64 [b], are the examples; each of the others is [b].
         """
-        self._losses[index] = found["losses"]
-        self._right[index], self._counted[index] = found["right"], found["counted"]
+        at = self._of[index]
+        np.add.at(self._losses, at, found["losses"])
+        np.add.at(self._right, at, found["right"])
+        np.add.at(self._counted, at, found["counted"])
 
     def evaluation(self) -> PartEvaluation:
         """Return the evaluation of all added examples."""
@@ -205,23 +206,23 @@ class _Collector:
 
 
 def part_intervals(
-    losses: Blocks,
-    right: Blocks,
-    counted: Blocks,
+    losses: Texts,
+    right: Texts,
+    counted: Texts,
     generator: np.random.Generator,
     words: PartWords = TOKENS,
 ) -> dict[str, list[float]]:
     """Return 95 % intervals of the headline metric and ``accuracy``, as ``KEY_interval``.
 
     Args:
-        losses: float [blocks], summed over a block's tokens, nats.
-        right: int [blocks], correctly predicted tokens.
-        counted: int [blocks], tokens.
+        losses: float [texts], summed over a text's tokens, nats.
+        right: int [texts], correctly predicted tokens.
+        counted: int [texts], tokens.
         generator: the source of the random draws.
-        words: the words for blocks and their parts.
+        words: the words for texts and their parts.
 
     Returns:
-        {} for fewer than two blocks, because they cannot be resampled.
+        {} for fewer than two texts, because they cannot be resampled.
     """
     if np.count_nonzero(counted) < 2:
         return {}
@@ -231,26 +232,26 @@ def part_intervals(
     return {f"{words.metric.key}_interval": shown, "accuracy_interval": list(accuracy)}
 
 
-def block_verdict(
-    federated: Blocks,
-    other: Blocks,
-    counted: Blocks,
+def text_verdict(
+    federated: Texts,
+    other: Texts,
+    counted: Texts,
     *,
     name: str,
     generator: np.random.Generator,
     rival: Rival = "local_only",
     words: PartWords = TOKENS,
 ) -> Verdict:
-    """Compare the losses of two models on the same blocks of the site ``name``.
+    """Compare the losses of two models on the same texts of the site ``name``.
 
     Args:
-        federated: float [blocks], the federated model's loss summed over a block, nats.
-        other: float [blocks], the other model's loss on the same blocks.
-        counted: int [blocks], tokens of a block.
+        federated: float [texts], the federated model's loss summed over a text, nats.
+        other: float [texts], the other model's loss on the same texts.
+        counted: int [texts], tokens of a text.
         name: the site's name in the sentence; it is not escaped.
         generator: the source of the random draws.
         rival: the other model: the site's own model, or the backbone without training.
-        words: the words for blocks and their parts.
+        words: the words for texts and their parts.
 
     Raises:
         ValueError: the three are not vectors of one length.

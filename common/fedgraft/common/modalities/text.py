@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 BATCH = 1000  # texts tokenised at once
-KINDS = {"input_ids": np.int32, "token_type_ids": np.int8, "words": np.int32}
+KINDS = {"input_ids": np.int32, "token_type_ids": np.int8, "words": np.int32, "first": np.int8}
 
 Tokenize = Callable[[Sequence[Any]], Mapping[str, list[list[int]]]]
 
@@ -85,11 +85,25 @@ class TextProcessor:
     def tokenize_stretches(
         self, texts: Sequence[str], max_length: int
     ) -> dict[str, list[list[int]]]:
-        """Return all tokens of each text in blocks of ``max_length``, with special tokens each."""
+        """Return all tokens of each text in blocks of ``max_length``, with special tokens each.
+
+        ``first`` has one number for each block: 1 if a text begins with it, else 0.
+
+        Raises:
+            BackboneError: the tokenizer cannot cut texts into blocks.
+        """
         encoded = self.tokenizer(
             list(texts), truncation=True, max_length=max_length, return_overflowing_tokens=True
         )
-        return {name: encoded[name] for name in encoded}
+        if "overflow_to_sample_mapping" not in encoded:
+            raise BackboneError(
+                "the tokenizer returns only the first tokens of a long text",
+                hint="save it with a tokenizer.json: AutoTokenizer.from_pretrained(...), then "
+                "save_pretrained(...)",
+            )
+        of = encoded["overflow_to_sample_mapping"]
+        first = [[int(one != other)] for one, other in zip(of, [-1, *of], strict=False)]
+        return {**{name: encoded[name] for name in encoded}, "first": first}
 
     def tokenize_words(
         self, sentences: Sequence[Sequence[str]], max_length: int

@@ -29,7 +29,16 @@ from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.modalities import Modality, Processor
 from fedgraft.common.section import IllegalJob, Refuses
 
-__all__ = ["Cell", "Corrupt", "Differences", "Reading", "Task", "Wrapped", "count_marked"]
+__all__ = [
+    "Cell",
+    "Corrupt",
+    "Differences",
+    "Reading",
+    "Task",
+    "TextBlocks",
+    "Wrapped",
+    "count_marked",
+]
 
 Corrupt = Callable[[Inputs, Any, Draws], tuple[Inputs, Any]]
 """A function that gives the inputs and targets of a batch for this training step.
@@ -123,6 +132,26 @@ class Wrapped(Teachable):
     def width(self, index: Indices) -> int:
         """Return the length of the longest example at ``index``."""
         return int(self.lengths[index].max(initial=0))
+
+
+@dataclass(frozen=True)
+class TextBlocks(Wrapped):
+    """Blocks of texts; ``of``, int64 [n], is the number of the text of each block."""
+
+    source: TextExamples
+    of: Indices
+
+    @property
+    def documents(self) -> Indices:
+        """Return ``of``."""
+        return self.of
+
+    def joined_documents(self, others: "Sequence[TextBlocks]") -> Indices:
+        """Return the documents of these blocks and of ``others``, int64, with other numbers."""
+        every = [np.unique(one.of, return_inverse=True)[1] for one in (self, *others)]
+        sizes = [int(one.max(initial=-1)) + 1 for one in every]
+        before = np.cumsum([0, *sizes[:-1]])
+        return np.concatenate([one + first for one, first in zip(every, before, strict=True)])
 
 
 def count_marked(marked: NDArray[np.bool_], source: TextExamples) -> int:

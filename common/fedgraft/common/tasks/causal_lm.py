@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgraft.common.encoding import Arrays, Keep, Rows, Settings
+from fedgraft.common.encoding import Keep, Rows, Settings
 from fedgraft.common.examples import (
     IGNORED,
     Indices,
@@ -26,17 +26,15 @@ from fedgraft.common.examples import (
     concatenate,
 )
 from fedgraft.common.modalities.text import TextProcessor, check_length, find_tokens
-from fedgraft.common.tasks.base import Wrapped
+from fedgraft.common.tasks.base import TextBlocks
 from fedgraft.common.tasks.language import TokenTask
 
 __all__ = ["Blocks", "CausalLm", "cut_blocks", "encode_blocks"]
 
 
 @dataclass(frozen=True)
-class Blocks(Wrapped):
+class Blocks(TextBlocks):
     """Blocks of documents (``source``); the earlier tokens of a block predict each next token."""
-
-    source: TextExamples
 
     @property
     def digest(self) -> str:
@@ -67,11 +65,12 @@ class Blocks(Wrapped):
 
     def subset(self, index: Indices) -> "Blocks":
         """Return the blocks at ``index``, in that order; the token ids are shared."""
-        return replace(self, source=self.source.subset(index))
+        return replace(self, source=self.source.subset(index), of=self.of[index])
 
     def joined(self, others: "Sequence[Blocks]") -> "Blocks":
         """Return these blocks and the blocks of ``others``, in order."""
-        return replace(self, source=concatenate([one.source for one in (self, *others)]))
+        source = concatenate([one.source for one in (self, *others)])
+        return replace(self, source=source, of=self.joined_documents(others))
 
 
 class CausalLm(TokenTask):
@@ -103,12 +102,8 @@ def encode_blocks(rows: Rows, processor: TextProcessor, max_length: int, keep: K
 
     name = (processor.identity, "documents", rows.digest("text"))
     tokens = find_tokens(rows.column("text"), tokenize, keep, name)
-    return Blocks(_cut(tokens, max_length, processor))
-
-
-def _cut(tokens: Arrays, max_length: int, processor: TextProcessor) -> TextExamples:
-    starts, lengths = cut_blocks(tokens["lengths"], max_length)
-    return TextExamples(
+    starts, lengths, of = cut_blocks(tokens["lengths"], max_length)
+    source = TextExamples(
         labels=np.zeros(len(starts), np.int64),
         ids=tokens["input_ids"],
         starts=starts,
@@ -119,10 +114,11 @@ def _cut(tokens: Arrays, max_length: int, processor: TextProcessor) -> TextExamp
         pad_left=False,
         longest=max_length,
     )
+    return Blocks(source, of)
 
 
-def cut_blocks(documents: Indices, most: int) -> tuple[Indices, Indices]:
-    """Return the start and the length of each block, both int64 [blocks].
+def cut_blocks(documents: Indices, most: int) -> tuple[Indices, Indices, Indices]:
+    """Return the start, the length and the document of each block, all int64 [blocks].
 
     ``documents``, int64 [n], are the numbers of tokens of documents that are stored one after the
     other.
@@ -132,4 +128,4 @@ def cut_blocks(documents: Indices, most: int) -> tuple[Indices, Indices]:
     first = np.repeat(np.cumsum(documents) - documents, counts)
     within = step * (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts))
     lengths: Indices = np.minimum(np.repeat(documents, counts) - within, most)
-    return first + within, lengths
+    return first + within, lengths, np.repeat(np.arange(len(documents)), counts)

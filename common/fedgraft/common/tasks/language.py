@@ -25,21 +25,21 @@ class TokenTask(Task):
     metrics = (TOKENS.metric, Metric("accuracy", "token accuracy", short="right"))
     card_metrics = (TOKENS.metric, Metric("accuracy", "accuracy"))
     card_note = f"Accuracy is of the next token. {PERPLEXITY}"
-    examples = "blocks of text"
+    examples = "texts"
     blocks: bool = True
     """True if a text is cut into blocks; otherwise what is beyond the cut is lost."""
     intervals = (
-        "Perplexity and token accuracy have bootstrap intervals over blocks of text, each redrawn "
+        "Perplexity and token accuracy have bootstrap intervals over texts, each redrawn "
         "with all of its tokens."
     )
     verdicts = (
-        '"Helped" and "hurt" need both a paired permutation test over blocks of text below 5 % and '
+        '"Helped" and "hurt" need both a paired permutation test over texts below 5 % and '
         "a 95 % bootstrap interval of the difference in loss a token that excludes zero. Both "
-        "models read the same blocks of text."
+        "models read the same texts."
     )
     differences = Differences(
         "loss in nats a token, on the site's own test texts: below 0 the federated model is "
-        "better. Below it its 95 % interval, by bootstrap over blocks",
+        "better. Below it its 95 % interval, by bootstrap over texts",
         ("Loss", "Permutation p"),
         points=False,
     )

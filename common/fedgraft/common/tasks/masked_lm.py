@@ -29,7 +29,7 @@ from fedgraft.common.modalities.text import (
     find_tokens,
 )
 from fedgraft.common.seeds import numpy_generator
-from fedgraft.common.tasks.base import Corrupt, Wrapped, count_marked
+from fedgraft.common.tasks.base import Corrupt, TextBlocks, count_marked
 from fedgraft.common.tasks.language import PERPLEXITY, TokenTask
 
 __all__ = ["Hiding", "MaskedLm", "MaskedTokens"]
@@ -56,10 +56,9 @@ class Hiding:
 
 
 @dataclass(frozen=True)
-class MaskedTokens(Wrapped):
+class MaskedTokens(TextBlocks):
     """Blocks of text; ``hidden``, bool [tokens], marks the hidden tokens in ``source.ids``."""
 
-    source: TextExamples
     hidden: NDArray[np.bool_]
     hiding: Hiding
 
@@ -97,13 +96,14 @@ class MaskedTokens(Wrapped):
 
     def subset(self, index: Indices) -> "MaskedTokens":
         """Return the blocks at ``index``, in that order; the token ids are shared."""
-        return replace(self, source=self.source.subset(index))
+        return replace(self, source=self.source.subset(index), of=self.of[index])
 
     def joined(self, others: Sequence["MaskedTokens"]) -> "MaskedTokens":
         """Return these examples and the examples of ``others``, in order."""
         every = (self, *others)
         source = concatenate([one.source for one in every])
-        return replace(self, source=source, hidden=np.concatenate([one.hidden for one in every]))
+        hidden, of = np.concatenate([one.hidden for one in every]), self.joined_documents(others)
+        return replace(self, source=source, of=of, hidden=hidden)
 
     def corrupt(
         self, inputs: Inputs, targets: NDArray[np.int64], draws: Draws
@@ -168,11 +168,12 @@ class MaskedLm(TokenTask):
             stretches: dict[str, list[list[int]]] = processor.tokenize_stretches(some, most)
             return stretches
 
-        name = (processor.identity, "stretches", most, rows.digest("text"))
+        name = (processor.identity, "stretches of texts", most, rows.digest("text"))
         tokens = find_tokens(rows.column("text"), tokenize, keep, name)
         labels = np.zeros(len(tokens["lengths"]), np.int64)
         source = as_examples(tokens, labels, processor, most)
-        return MaskedTokens(source, _hidden(source, hiding, settings.seed), hiding)
+        of = np.cumsum(tokens["first"]) - 1
+        return MaskedTokens(source, of, _hidden(source, hiding, settings.seed), hiding)
 
     def corruption(self, examples: Examples) -> Corrupt:
         """Return a function that hides other tokens in each training step."""
