@@ -77,8 +77,8 @@ def test_a_sweep_makes_a_run_for_each_cell_and_a_table_over_them(
     assert [cell["seed"] for cell in results["cells"]] == [0, 0, 1, 1]
     assert [row["cells"] for row in results["rows"]] == [[1, 3], [2, 4]]
     for row in results["rows"]:
-        both = [results["cells"][at - 1]["metrics"]["test_accuracy"] for at in row["cells"]]
-        assert row["test_accuracy"]["mean"] == pytest.approx(sum(both) / 2)
+        both = [results["cells"][at - 1]["metrics"]["test"] for at in row["cells"]]
+        assert row["test"]["mean"] == pytest.approx(sum(both) / 2)
     code, out, _ = command(capsys, "runs", str(folder / "runs"), "--json")
     assert [run["status"] for run in json.loads(out)["runs"]] == ["finished"] * 4
     # a cell is the run that simulate would have made of it
@@ -86,7 +86,7 @@ def test_a_sweep_makes_a_run_for_each_cell_and_a_table_over_them(
                                 "training.learning_rate=1e-2", "job.seed=1")  # fmt: skip
     last = results["cells"][3]
     assert np.array_equal(adapter_of(Run(folder / "runs" / last["run"])), adapter_of(alone))
-    assert last["metrics"]["test_accuracy"] == summary["final"]["federated"]["accuracy"]
+    assert last["metrics"]["test"] == summary["final"]["federated"]["accuracy"]
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_a_cell_that_fails_is_written_down_and_the_others_run(
     assert (failed["status"], finished["status"]) == ("failed", "finished")
     assert "usable updates" in failed["error"]
     assert "cell 1/2  failed: round 1: 0 usable updates" in err
-    assert results["rows"][0]["test_accuracy"] is None and results["best"] == 1
+    assert results["rows"][0]["test"] is None and results["best"] == 1
     (folder,) = (place / "sweeps").iterdir()
     assert (
         "- failed: learning_rate=1e30 seed=0: round 1: 0 usable"

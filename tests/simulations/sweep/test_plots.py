@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.tasks import TASKS
 from fedgraft.simulations.sweep import plots as sweep_plots
 from fedgraft.simulations.sweep.grid import Axis
 from fedgraft.simulations.sweep.results import METRICS, CellResult, Results, gather
@@ -18,7 +20,16 @@ RULE = Axis("aggregation.rule", ("fedavg", "ffa"))
 RANK = Axis("method.rank", ("2", "8"))
 
 
-def swept(*axes: Axis, seeds: int = 2, failed: Sequence[int] = (), least: int = 30) -> Results:
+ACCURACY, PERPLEXITY = (TASKS[n].metrics[0] for n in ("text-classification", "causal-lm"))
+
+
+def swept(
+    *axes: Axis,
+    seeds: int = 2,
+    failed: Sequence[int] = (),
+    least: int = 30,
+    metric: Metric = ACCURACY,
+) -> Results:
     """Cell n has a share of n + ``least`` % on the test set, and 10 points more in validation."""
     cells: list[CellResult] = []
     for seed, values in itertools.product(
@@ -27,12 +38,12 @@ def swept(*axes: Axis, seeds: int = 2, failed: Sequence[int] = (), least: int = 
         number = len(cells) + 1
         share = None if number in failed else (number + least) / 100
         metrics = dict.fromkeys(METRICS) | {
-            "test_accuracy": share, "validation_accuracy": share and share + 0.1,
+            "test": share, "validation": share and share + 0.1,
         }  # fmt: skip
         settings = dict(zip([axis.key for axis in axes], values, strict=True))
         status: Literal["finished", "failed"] = "finished" if share else "failed"
         cells.append(CellResult(number, "", settings, seed, status, None, None, metrics))
-    return gather(Path(), "job", axes, cells)
+    return gather(Path(), "job", axes, cells, metric)
 
 
 @pytest.fixture
@@ -114,6 +125,17 @@ def test_a_share_below_0_is_on_the_axis(
     panel = painted(swept(*axes, least=-50)).axes[0]
     low, high = panel.get_ylim() if len(axes) < 3 else panel.get_xlim()
     assert low < -49 and high > -30
+
+
+@pytest.mark.parametrize("axes", [(RATE,), (RATE, RULE, RANK)], ids=["over a key", "rows"])
+def test_what_is_no_share_has_an_axis_of_its_own(
+    painted: Callable[[Results], Figure], axes: tuple[Axis, ...]
+) -> None:
+    panel = painted(swept(*axes, least=900, metric=PERPLEXITY)).axes[0]
+    over = len(axes) < 3
+    low, high = panel.get_ylim() if over else panel.get_xlim()
+    assert 8 < low < 9.02 < high < 11  # the values themselves, not in percent and not cut
+    assert (panel.get_ylabel() if over else panel.get_xlabel()) == "perplexity"
 
 
 def test_the_picture_is_a_png_whatever_values_are_called() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.federations import SMALL, digits_job
 
 from fedgraft.common.errors import InputError
+from fedgraft.common.tasks import TASKS
 from fedgraft.simulations.baselines.over_seeds import spread
 from fedgraft.simulations.cli import simulate as cli
 from fedgraft.simulations.sweep import page as sweep_page
@@ -202,6 +203,7 @@ def cell(number: int, settings: dict[str, str], seed: int, **metrics: float | No
     )  # fmt: skip
 
 
+ACCURACY = TASKS["text-classification"].metrics[0]
 AXES = (Axis("training.rate", ("1", "3")), Axis("rounds.count", ("3",)))
 
 
@@ -212,15 +214,15 @@ def two_rows(
     test = (0.5, 0.6, 0.9, 0.8)
     cells = [
         cell(at + 1, {"training.rate": ("1", "3")[at // 2]}, at % 2,
-             validation_accuracy=validation[at], test_accuracy=test[at])
+             validation=validation[at], test=test[at])
         for at in range(4)
     ]  # fmt: skip
-    return gather(folder, "job", AXES, cells)
+    return gather(folder, "job", AXES, cells, ACCURACY)
 
 
 def test_the_best_is_chosen_on_validation_where_there_is_one(tmp_path: Path) -> None:
     results = two_rows(tmp_path)
-    assert (results.chosen_by, results.best) == ("validation_accuracy", 0)
+    assert (results.chosen_by, results.best) == ("validation", 0)
     said = " ".join([sweep_page.headline(results), *sweep_page.footnotes(results)])
     assert "Best by federated validation accuracy: rate=1, 80.0 ± 127.1 %" in said
     assert "the next, rate=3, is 20.0 ± 254.1 points behind, which 2 seeds cannot tell" in said
@@ -228,9 +230,28 @@ def test_the_best_is_chosen_on_validation_where_there_is_one(tmp_path: Path) -> 
     assert "picked on the test set" not in said
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "text-regression", "masked-image-modeling"])
+def test_where_less_is_better_the_best_has_the_least(task: str, tmp_path: Path) -> None:
+    """Token accuracy can be larger where perplexity, which is reported, is far worse."""
+    metric = TASKS[task].metrics[0]
+    assert not metric.higher
+    cells = [cell(at + 1, {"training.rate": ("1", "3")[at]}, 0, validation=value, test=value)
+             for at, value in enumerate((8.17, 13.4))]  # fmt: skip
+    results = gather(tmp_path, "job", AXES, cells, metric)
+    assert results.best == 0 and results.to_json()["metric"] == metric.key
+    said = sweep_page.headline(results)
+    assert said.startswith(f"Best by federated validation {metric.name}: rate=1, 8.17; the next,")
+    assert "rate=3, is 5.23 behind" in said and "%" not in said
+    columns, (first, second) = sweep_page.table(results)
+    assert first[1:3] == ["8.17", "8.17"] and second[1] == metric.text(13.4)
+    assert metric.name in columns[1] or metric.short in columns[1]
+    sweep_page.write_page(results)
+    assert "8.17" in (tmp_path / "sweep.html").read_text()
+
+
 def test_without_validation_the_best_is_of_the_test_set_and_says_so(tmp_path: Path) -> None:
     results = two_rows(tmp_path, validation=(0.7, 0.9, 0.7, None))
-    assert (results.chosen_by, results.best) == ("test_accuracy", 1)
+    assert (results.chosen_by, results.best) == ("test", 1)
     assert any("the best of 2 there is optimistic" in n for n in sweep_page.footnotes(results))
 
 
@@ -239,7 +260,7 @@ def test_a_row_with_a_failed_seed_is_not_the_best(tmp_path: Path) -> None:
     broken = replace(
         good.cells[0], status="failed", error="too | few\nsites", metrics=dict.fromkeys(METRICS)
     )
-    results = gather(tmp_path, "job", AXES, (broken, *good.cells[1:]))
+    results = gather(tmp_path, "job", AXES, (broken, *good.cells[1:]), ACCURACY)
     assert results.best == 1
     columns, (first, second) = sweep_page.table(results)
     assert first[0] == "1" and first[-1] == "1 of 2 failed" and second[-1] == "best"
@@ -252,10 +273,10 @@ def test_a_row_with_a_failed_seed_is_not_the_best(tmp_path: Path) -> None:
 
 
 def test_nothing_is_best_of_one_or_of_none(tmp_path: Path) -> None:
-    one = gather(tmp_path, "job", (), [cell(1, {}, 0)])
+    one = gather(tmp_path, "job", (), [cell(1, {}, 0)], ACCURACY)
     assert one.best is None and one.rows[0].label == "job"
     lost = replace(cell(1, {}, 0), status="failed", metrics=dict.fromkeys(METRICS))
-    none = gather(tmp_path, "job", (), [lost])
+    none = gather(tmp_path, "job", (), [lost], ACCURACY)
     assert none.chosen_by is None
     sweep_page.write_page(none)
     assert not (tmp_path / "sweep.png").exists()
@@ -275,15 +296,15 @@ def test_the_json_has_rows_cells_and_the_grid(tmp_path: Path) -> None:
     assert value["fixed"] == {"rounds.count": "3"}
     assert value["seeds"] == [0, 1] and value["best"] == 0
     assert value["rows"][1]["cells"] == [3, 4]
-    assert value["rows"][1]["test_accuracy"]["mean"] == pytest.approx(0.85)
-    assert value["cells"][2]["metrics"]["test_accuracy"] == 0.9
+    assert value["rows"][1]["test"]["mean"] == pytest.approx(0.85)
+    assert value["cells"][2]["metrics"]["test"] == 0.9
     write_results(results)
     assert (tmp_path / "results.json").read_text().startswith("{")
 
 
 def test_the_page_shows_values_as_text(tmp_path: Path) -> None:
     cells = [cell(at, {"a.b": value}, 0) for at, value in enumerate(("<b>x</b>", "y"), 1)]
-    results = gather(tmp_path, "job", (Axis("a.b", ("<b>x</b>", "y")),), cells)
+    results = gather(tmp_path, "job", (Axis("a.b", ("<b>x</b>", "y")),), cells, ACCURACY)
     sweep_page.write_page(results)
     page = (tmp_path / "sweep.html").read_text()
     assert ">&lt;b&gt;x&lt;/b&gt;<" in page and "<b>x" not in page

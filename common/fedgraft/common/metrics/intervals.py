@@ -12,10 +12,10 @@ interval, in which both models predict the same resampled examples (Efron and Ti
 Introduction to the Bootstrap", chapter 13).
 
 Sums over the parts of an example (the tokens of a text) are resampled by clusters: one text
-is one cluster, however many blocks it is cut into. Source: Cameron, Gelbach and Miller 2008, "Bootstrap-Based Improvements for
-Inference with Clustered Errors", Review of Economics and Statistics 90. The paired permutation test
-swaps the losses of the two models in randomly chosen clusters (Good 2005, "Permutation, Parametric,
-and Bootstrap Tests of Hypotheses").
+is one cluster, however many blocks it is cut into. Source: Cameron, Gelbach and Miller 2008,
+"Bootstrap-Based Improvements for Inference with Clustered Errors", Review of Economics and
+Statistics 90. The paired permutation test swaps the losses of the two models in randomly chosen
+clusters (Good 2005, "Permutation, Parametric, and Bootstrap Tests of Hypotheses").
 """
 
 import math

@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from fedgraft.common.console import Console
 from fedgraft.common.files import write_atomically, write_text
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.simulations.baselines.over_seeds import Spread, spread
 from fedgraft.simulations.sweep.grid import short_names
 from fedgraft.simulations.sweep.results import Results, Row
@@ -17,9 +18,8 @@ __all__ = ["show", "table", "write_page", "write_table"]
 
 NONE = "-"
 # heading, metric, function that formats its mean and interval
-COLUMNS: tuple[tuple[str, str, Callable[[Spread], str]], ...] = (
-    ("valid. %", "validation_accuracy", lambda found: found.text(scale=100)),
-    ("test %", "test_accuracy", lambda found: found.text(scale=100)),
+Column = tuple[str, str, Callable[[Spread], str]]
+COLUMNS: tuple[Column, ...] = (
     ("macro F1 %", "macro_f1", lambda found: found.text(scale=100)),
     ("loss", "loss", lambda found: found.text(digits=3)),
     ("rounds", "rounds", lambda found: f"{found.mean:.1f}".removesuffix(".0")),
@@ -28,7 +28,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Spread], str]], ...] = (
     ("MB", "peak_memory_mb", lambda found: f"{found.mean:.0f}"),
 )
 ROOMY = {"macro_f1", "loss"}
-_NAMES = {"validation_accuracy": "federated validation", "test_accuracy": "pooled test"}
+_NAMES = {"validation": "federated validation", "test": "pooled test"}
 
 
 def table(results: Results, *, narrow: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -38,7 +38,7 @@ def table(results: Results, *, narrow: bool = False) -> tuple[list[str], list[li
     """
     columns = [
         column
-        for column in COLUMNS
+        for column in (*_judged(results.metric), *COLUMNS)
         if any(row.values(column[1]) for row in results.rows)
         and not (narrow and column[1] in ROOMY)
     ]
@@ -52,6 +52,21 @@ def table(results: Results, *, narrow: bool = False) -> tuple[list[str], list[li
     return [*(names.values() or ["job"]), *(name for name, _, _ in columns), ""], lines
 
 
+def _judged(metric: Metric) -> tuple[Column, ...]:
+    """Return the columns of the metric that settings are compared by."""
+    sign, name = (" %", "") if metric.percent else ("", f" {metric.short or metric.name}")
+    return (
+        (f"valid.{name}{sign}", "validation", lambda found: _written(found, metric)),
+        (f"test{name}{sign}", "test", lambda found: _written(found, metric)),
+    )
+
+
+def _written(found: Spread, metric: Metric) -> str:
+    """Return text such as ``88.7 ± 2.7``, as the metric is written, without a percent sign."""
+    mean = metric.text(found.mean, unit="")
+    return mean if found.half is None else f"{mean} ± {metric.text(found.half, unit='')}"
+
+
 def _state(row: Row) -> str:
     states = [cell.status for cell in row.cells]
     counts = {state: states.count(state) for state in ("failed", "not finished")}
@@ -62,27 +77,29 @@ def headline(results: Results) -> str:
     """Return a sentence: the best setting, and its difference to the next on the same seeds."""
     if results.best is None or results.chosen_by is None:
         return "No best setting: there is nothing to choose between."
-    metric, best = results.chosen_by, results.rows[results.best]
-    mean = spread(best.values(metric)).text(scale=100)
-    text = f"Best by {_NAMES[metric]} {results.share}: {best.label}, {mean} %"
-    gaps = [
-        (_gap(best, row, metric), row) for row in results.rows if row.complete and row is not best
-    ]
+    metric, best = results.metric, results.rows[results.best]
+    mean = _written(spread(best.values(results.chosen_by)), metric)
+    sign, points = (" %", " points") if metric.percent else ("", "")
+    text = f"Best by {_NAMES[results.chosen_by]} {metric.name}: {best.label}, {mean}{sign}"
+    gaps = [(_gap(best, row, results), row) for row in results.rows
+            if row.complete and row is not best]  # fmt: skip
     if not gaps:
         return f"{text}."
     gap, row = min(gaps, key=lambda found: found[0].mean)
-    text += f"; the next, {row.label}, is {gap.text(scale=100)} points behind"
+    text += f"; the next, {row.label}, is {_written(gap, metric)}{points} behind"
     unsure = gap.half is not None and gap.half >= gap.mean
     return text + (f", which {len(results.seeds)} seeds cannot tell from 0." if unsure else ".")
 
 
-def _gap(best: Row, row: Row, metric: str) -> Spread:
-    """Return the difference of two rows, paired by seed.
+def _gap(best: Row, row: Row, results: Results) -> Spread:
+    """Return by how much the best row is better than another, paired by seed.
 
     A seed gives both rows the same split, so the chance in the split cancels out.
     """
-    pairs = zip(best.values(metric), row.values(metric), strict=True)
-    return spread([ours - theirs for ours, theirs in pairs])
+    assert results.chosen_by is not None  # noqa: S101  # there is a best row
+    pairs = zip(best.values(results.chosen_by), row.values(results.chosen_by), strict=True)
+    sign = 1 if results.metric.higher else -1
+    return spread([sign * (ours - theirs) for ours, theirs in pairs])
 
 
 def footnotes(results: Results) -> list[str]:
@@ -94,7 +111,7 @@ def footnotes(results: Results) -> list[str]:
         if seeds > 1
         else "One seed: no interval, and a difference may be chance. --seeds 3 tells more."
     ]
-    if results.chosen_by == "validation_accuracy":
+    if results.chosen_by == "validation":
         notes.append(
             "Choose by the validation column: federated validation, on examples that the sites "
             "held out of training. The best of many cells by the test column would look better "
@@ -156,7 +173,7 @@ def write_page(results: Results) -> None:
     """Write ``sweep.png``, if there are values to draw, and ``sweep.html``, which contains it."""
     from fedgraft.simulations.sweep.plots import draw  # imports matplotlib only when needed
 
-    drawn = any(row.values("test_accuracy") or row.values("validation_accuracy")
+    drawn = any(row.values("test") or row.values("validation")
                 for row in results.rows)  # fmt: skip
     picture = draw(results) if drawn else None
     if picture is not None:
@@ -167,6 +184,7 @@ def write_page(results: Results) -> None:
         results=results,
         headline=headline(results),
         columns=columns,
+        judged=[name for name, _, _ in _judged(results.metric)],
         lines=lines,
         footnotes=footnotes(results),
         failures=failures(results),

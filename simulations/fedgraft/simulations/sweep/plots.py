@@ -1,4 +1,4 @@
-"""The figure of a sweep: the task's share over one or two swept keys, or a row per combination.
+"""The figure of a sweep: the headline metric over one or two swept keys, or a row per combination.
 
 A key with numbers becomes a line with the interval over seeds; a key with names becomes dots. A
 second key gives several lines or series of dots. All other sweeps have one row per combination.
@@ -7,11 +7,13 @@ set.
 """
 
 import io
+import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fedgraft.server.report.plots import within_percent
+from fedgraft.simulations.baselines.over_seeds import spread
 from fedgraft.simulations.sweep.grid import Axis, as_number, short_names
 from fedgraft.simulations.sweep.results import Results, Row
 
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["draw"]
 
 PANELS = {
-    "validation_accuracy": "Federated validation",
-    "test_accuracy": "Pooled test set",
+    "validation": "Federated validation",
+    "test": "Pooled test set",
 }
 # The hues of Okabe and Ito can be distinguished with any common colour blindness; markers differ,
 # too.
@@ -63,13 +65,15 @@ def _over_key(figure: "Figure", results: Results, panels: Sequence[str]) -> None
             )
             label = f"{names[second.key]}={_short(value)}" if second else ""
             aside = 7 * (at - (len(series) - 1) / 2)  # otherwise intervals would hide each other
-            _series(axes, points, metric, look=LOOKS[at], aside=aside, label=label)
+            drawn = [(x, _scaled(row, metric, results)) for x, row in points]
+            _series(axes, drawn, look=LOOKS[at], aside=aside, label=label)
             if _numeric(first):
-                _join(axes, points, metric, colour=LOOKS[at][0], aside=aside)
+                _join(axes, drawn, colour=LOOKS[at][0], aside=aside)
         _scale(axes, first, spots)
-        _frame(axes, PANELS[metric], x=names[first.key], y=f"{results.share}, %")
+        _frame(axes, PANELS[metric], x=names[first.key], y=_named(results))
         axes.grid(axis="y", color=LINE, linewidth=0.8)
-    within_percent(every[0], "y", _lowest(results, panels))
+    if results.metric.percent:
+        within_percent(every[0], "y", _lowest(results, panels))
     if second:
         handles, labels = every[0].get_legend_handles_labels()
         figure.legend(
@@ -90,38 +94,51 @@ def _spots(axis: Axis) -> dict[str, float]:
     return dict(zip(axis.values, places, strict=True))
 
 
+def _named(results: Results) -> str:
+    """Return the metric's name with its unit, for an axis."""
+    metric = results.metric
+    return f"{metric.name}, %" if metric.percent else metric.name
+
+
+def _scaled(row: Row, metric: str, results: Results) -> list[float]:
+    """Return the values of a row's seeds as they are drawn: shares in percent."""
+    return [(100 if results.metric.percent else 1) * value for value in row.values(metric)]
+
+
 def _series(
     axes: "Axes",
-    points: Sequence[tuple[float, Row]],
-    metric: str,
+    points: Sequence[tuple[float, Sequence[float]]],
     *,
     look: tuple[str, str],
     aside: float,
     label: str,
 ) -> None:
-    """Draw means with their intervals and single seeds, all moved by ``aside`` points."""
+    """Draw means with their intervals and single seeds, all moved by ``aside`` points.
+
+    ``points`` are places on the x axis with the values of the seeds.
+    """
     colour, marker = look
     beside = _moved(axes, aside)
-    for x, row in points:
-        if (found := row.spread(metric)) is None:
+    for x, values in points:
+        if not values:
             continue
+        found = spread(values)
         half = found.half or 0.0
-        ends = [100 * (found.mean - half), 100 * (found.mean + half)]
+        ends = [found.mean - half, found.mean + half]
         axes.update_datalim([(x, end) for end in ends])  # moved lines do not do this themselves
         if half:
-            values = [100 * value for value in row.values(metric)]
             axes.plot([x, x], ends, color=colour, linewidth=1.4, alpha=0.7, transform=beside)
             axes.plot([x] * len(values), values, marker, color=colour, alpha=0.5, markersize=3.5,
                       markeredgewidth=0, transform=beside)  # fmt: skip
-        axes.plot([x], [100 * found.mean], marker, color=colour, markersize=7, zorder=4,
+        axes.plot([x], [found.mean], marker, color=colour, markersize=7, zorder=4,
                   markeredgecolor="white", transform=beside, label=label)  # fmt: skip
         label = ""  # one entry in the legend
 
 
 def _join(
-    axes: "Axes", points: Sequence[tuple[float, Row]], metric: str, *, colour: str, aside: float
+    axes: "Axes", points: Sequence[tuple[float, Sequence[float]]], *, colour: str, aside: float
 ) -> None:
-    means = [(x, 100 * found.mean) for x, row in points if (found := row.spread(metric))]
+    means = [(x, statistics.fmean(values)) for x, values in points if values]
     xs, ys = [x for x, _ in means], [y for _, y in means]
     axes.plot(xs, ys, color=colour, linewidth=1.6, transform=_moved(axes, aside))
 
@@ -156,22 +173,23 @@ def _rows(figure: "Figure", results: Results, panels: Sequence[str]) -> None:
     every = figure.subplots(1, len(panels), sharex=True, squeeze=False)[0]
     for axes, metric in zip(every, panels, strict=True):
         for at, row in enumerate(results.rows):
-            if (found := row.spread(metric)) is None:
+            if not (values := _scaled(row, metric, results)):
                 continue
+            found = spread(values)
             if found.half is not None:
-                values = [100 * value for value in row.values(metric)]
-                ends = [100 * (found.mean - found.half), 100 * (found.mean + found.half)]
+                ends = [found.mean - found.half, found.mean + found.half]
                 axes.plot(ends, [at, at], color=colour, linewidth=1.4, alpha=0.7)
                 axes.plot(values, [at] * len(values), marker, color=colour, alpha=0.5,
                           markersize=3.5, markeredgewidth=0)  # fmt: skip
-            axes.plot([100 * found.mean], [at], marker, color=colour, markersize=7, zorder=4,
+            axes.plot([found.mean], [at], marker, color=colour, markersize=7, zorder=4,
                       markeredgecolor="white")  # fmt: skip
         labels = [_short(row.label) if axes is every[0] else "" for row in results.rows]
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        _frame(axes, PANELS[metric], x=f"{results.share}, %", y="")
+        _frame(axes, PANELS[metric], x=_named(results), y="")
         axes.grid(axis="x", color=LINE, linewidth=0.8)
-    within_percent(every[0], "x", _lowest(results, panels))
+    if results.metric.percent:
+        within_percent(every[0], "x", _lowest(results, panels))
 
 
 def _frame(axes: "Axes", title: str, *, x: str, y: str) -> None:

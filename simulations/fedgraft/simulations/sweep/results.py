@@ -1,9 +1,9 @@
 """The results of a sweep: one row per combination, means over seeds, and the best row.
 
-The best row has the highest mean share (``Task.share``, such as accuracy) in federated validation,
-on examples that sites held out of training. Only if a job holds out no examples, the best row is
-chosen by the test set. Then the results say so, because the best of many rows looks better on that
-test set than it is.
+The best row has the best mean of the task's headline metric (the first of ``Task.metrics``, such as
+accuracy or perplexity) in federated validation, on examples that sites held out of training. Only
+if a job holds out no examples, the best row is chosen by the test set. Then the results say so,
+because the best of many rows looks better on that test set than it is.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedgraft.common.files import write_text
+from fedgraft.common.metrics.metric import Metric
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import kept_validation
 from fedgraft.simulations.baselines.over_seeds import Spread, spread
@@ -29,18 +30,19 @@ __all__ = [
 ]
 
 METRICS = (
-    "validation_accuracy", "test_accuracy", "macro_f1", "loss", "rounds",
+    "validation", "test", "macro_f1", "loss", "rounds",
     "bytes_up_per_site_round", "seconds", "peak_memory_mb",
 )  # fmt: skip
-ChosenBy = Literal["validation_accuracy", "test_accuracy"]
+ChosenBy = Literal["validation", "test"]
 
 
 @dataclass(frozen=True)
 class CellResult:
     """One cell: its run's folder below ``runs/``, and ``metrics`` by the names of ``METRICS``.
 
-    Accuracies (for other tasks, their ``Task.share``) and macro F1 are fractions, measured with the
-    final federated adapter; None if not measured. ``error`` is the error of a failed cell.
+    ``validation`` and ``test`` are the task's headline metric, and like macro F1 measured with the
+    final federated adapter; shares are fractions. None if not measured. ``error`` is the error of
+    a failed cell.
     """
 
     cell: int
@@ -81,8 +83,8 @@ class Row:
 class Results:
     """The results of a sweep so far.
 
-    ``best`` is the index of the best row, ``chosen_by`` the metric that it was chosen by. ``share``
-    is the task's name for its share, by which settings are compared.
+    ``best`` is the index of the best row. It was chosen by ``metric``, the task's headline metric,
+    on the examples that ``chosen_by`` names.
     """
 
     folder: Path
@@ -92,7 +94,7 @@ class Results:
     rows: tuple[Row, ...]
     chosen_by: ChosenBy | None
     best: int | None
-    share: str = "accuracy"
+    metric: Metric
 
     @property
     def swept(self) -> tuple[Axis, ...]:
@@ -119,6 +121,7 @@ class Results:
             "swept": {axis.key: list(axis.values) for axis in self.swept},
             "fixed": {a.key: a.values[0] for a in self.axes if len(a.values) == 1},
             "seeds": list(self.seeds),
+            "metric": self.metric.key,
             "chosen_by": self.chosen_by,
             "best": self.best,
             "rows": [self._row_json(row) for row in self.rows],
@@ -141,11 +144,11 @@ def cell_result(cell: Cell, run: Run | None, error: str | None = None) -> CellRe
     summary = run.summary() if run else None
     metrics: dict[str, float | None] = {}
     if run and summary:
-        final = summary["final"].get("federated") or {}
+        final, headline = summary["final"].get("federated") or {}, run.job.task.metrics[0].key
         kept = kept_validation(run.history(), run.job.rounds.early_stopping)
         metrics = {
-            "validation_accuracy": kept[run.job.task.share.key] if kept else None,
-            "test_accuracy": final.get(run.job.task.share.key),
+            "validation": kept.get(headline) if kept else None,
+            "test": final.get(headline),
             **{metric: final.get(metric) for metric in ("macro_f1", "loss")},
             **{metric: summary[metric] for metric in METRICS[4:]},
         }
@@ -167,10 +170,12 @@ def gather(
     job: str,
     axes: tuple[Axis, ...],
     cells: Sequence[CellResult],
-    *,
-    share: str = "accuracy",
+    metric: Metric,
 ) -> Results:
-    """Return the results: rows in the order of the grid, and the best of the complete rows."""
+    """Return the results: rows in the order of the grid, and the best of the complete rows.
+
+    ``metric`` is the task's headline metric.
+    """
     names = short_names(list(cells[0].settings))
     together: dict[tuple[str, ...], list[CellResult]] = {}
     for cell in cells:
@@ -180,8 +185,8 @@ def gather(
         for group in together.values()
     )
     chosen_by = _chosen_by(rows)
-    best = _best(rows, chosen_by) if chosen_by and len(rows) > 1 else None
-    return Results(folder, job, axes, tuple(cells), rows, chosen_by, best, share)
+    best = _best(rows, chosen_by, metric) if chosen_by and len(rows) > 1 else None
+    return Results(folder, job, axes, tuple(cells), rows, chosen_by, best, metric)
 
 
 def _row_label(names: Mapping[str, str], settings: Mapping[str, str], job: str) -> str:
@@ -193,7 +198,7 @@ def _chosen_by(rows: Sequence[Row]) -> ChosenBy | None:
 
     One ranking with both metrics would be unfair. It is None if neither is there for all cells.
     """
-    metrics: tuple[ChosenBy, ...] = ("validation_accuracy", "test_accuracy")
+    metrics: tuple[ChosenBy, ...] = ("validation", "test")
     done = [cell for row in rows for cell in row.cells if cell.status == "finished"]
     for metric in metrics:
         if done and all(cell.metrics[metric] is not None for cell in done):
@@ -201,13 +206,14 @@ def _chosen_by(rows: Sequence[Row]) -> ChosenBy | None:
     return None
 
 
-def _best(rows: Sequence[Row], metric: ChosenBy) -> int | None:
+def _best(rows: Sequence[Row], chosen_by: ChosenBy, metric: Metric) -> int | None:
     means = {
         at: found.mean
         for at, row in enumerate(rows)
-        if row.complete and (found := row.spread(metric))
+        if row.complete and (found := row.spread(chosen_by))
     }
-    return max(means, key=lambda at: means[at]) if means else None
+    pick = max if metric.higher else min
+    return pick(means, key=lambda at: means[at]) if means else None
 
 
 def write_results(results: Results) -> None:

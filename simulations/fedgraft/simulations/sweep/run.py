@@ -189,7 +189,7 @@ def run_sweep(sweep: Sweep, console: Console) -> Results:
             run = sweep.runs().get(cell.number)
         found[cell.number] = cell_result(cell, run, failure)
         results = _written(sweep, found)
-        console.note(_cell_line(found[cell.number], len(sweep.cells), left, results.cells))
+        console.note(_cell_line(found[cell.number], results, len(sweep.cells), left))
     write_page(results)
     return results
 
@@ -206,21 +206,23 @@ def _run_cell(sweep: Sweep, cell: Cell, run: Run | None, console: Console) -> Ru
 
 def _written(sweep: Sweep, found: Mapping[int, CellResult]) -> Results:
     """Write and return the results so far, so that they can be read while the sweep runs."""
-    share = sweep.cells[0].job.task.share.name
-    results = gather(sweep.folder, sweep.job, sweep.axes, tuple(found.values()), share=share)
+    metric = sweep.cells[0].job.task.metrics[0]
+    results = gather(sweep.folder, sweep.job, sweep.axes, tuple(found.values()), metric)
     write_results(results)
     write_table(results)
     return results
 
 
-def _cell_line(done: CellResult, count: int, left: int, cells: Sequence[CellResult]) -> str:
+def _cell_line(done: CellResult, results: Results, count: int, left: int) -> str:
     """Return a line with a cell's result and the time left, by the mean of finished cells."""
+    metric, cells = results.metric, results.cells
     if done.status == "failed":
         said = f"failed: {done.error}"
     else:
-        shown = (("valid.", "validation_accuracy"), ("test", "test_accuracy"))
-        parts = [f"{name} {100 * value:.1f} %" for name, metric in shown
-                 if (value := done.metrics[metric]) is not None]  # fmt: skip
+        name = "" if metric.percent else f" {metric.short or metric.name}"
+        parts = [f"{kind}{name} {metric.text(value)}"
+                 for kind, key in (("valid.", "validation"), ("test", "test"))
+                 if (value := done.metrics[key]) is not None]  # fmt: skip
         said = "  ".join(["done", *parts])
     took = [seconds for cell in cells if (seconds := cell.metrics["seconds"]) is not None]
     if left and took:
