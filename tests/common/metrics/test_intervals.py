@@ -89,7 +89,7 @@ def test_macro_f1_agrees_with_resampling_one_by_one(confusion: NDArray[np.int64]
 
 
 def slow_interval(confusion: NDArray[np.int64], seed: int) -> tuple[float, float]:
-    """All draws at once, sums over whole columns of classes: what every earlier run was given."""
+    """All draws at once, sums over whole columns of classes."""
     true, predicted = np.nonzero(confusion)
     total = int(confusion.sum())
     shares = confusion[true, predicted] / total
@@ -98,7 +98,7 @@ def slow_interval(confusion: NDArray[np.int64], seed: int) -> tuple[float, float
     dense[:, true, predicted] = samples
     support, guesses = dense.sum(2), dense.sum(1)
     f1 = 2 * np.diagonal(dense, axis1=1, axis2=2) / np.maximum(support + guesses, 1)
-    scores = f1.sum(axis=1, where=support > 0) / (support > 0).sum(axis=1)
+    scores = f1.sum(axis=1) / (support + guesses > 0).sum(axis=1)
     low, high = np.quantile(scores, [0.025, 0.975])
     return float(low), float(high)
 
@@ -202,18 +202,18 @@ def test_a_paired_interval_is_narrower_than_two_that_know_nothing_of_each_other(
 
 
 def macro_f1(true: NDArray[np.int64], predicted: NDArray[np.int64]) -> float:
-    """Macro F1 over the true labels, in a twentieth of the time that scikit-learn takes."""
+    """Macro F1 in a twentieth of the time that scikit-learn takes."""
     there = np.bincount(true, minlength=3)
     said = np.bincount(predicted, minlength=3)
     right = np.bincount(true[true == predicted], minlength=3)
-    return float(np.mean((2 * right / np.maximum(there + said, 1))[there > 0]))
+    return float(np.mean((2 * right / np.maximum(there + said, 1))[there + said > 0]))
 
 
 def test_macro_f1_is_scikit_learns() -> None:
     rng = np.random.default_rng(9)
     for labels in (2, 3):
         true, predicted = rng.integers(0, labels, 40), rng.integers(0, 3, 40)
-        known = f1_score(true, predicted, labels=np.unique(true), average="macro")
+        known = f1_score(true, predicted, average="macro")
         assert macro_f1(true, predicted) == pytest.approx(known, abs=1e-12)
 
 

@@ -42,10 +42,9 @@ def test_scores_are_those_of_scikit_learn(pair: tuple[Labels, Labels]) -> None:
     if not len(true):
         assert set(tally.summary().values()) == {0.0, 2.0} and tally.mean_loss == 2.0
         return
-    present = np.unique(true)
-    expected = f1_score(true, predicted, labels=present, average="macro", zero_division=0)
+    expected = f1_score(true, predicted, average="macro", zero_division=0)
     assert math.isclose(tally.macro_f1, expected)
-    weighted = f1_score(true, predicted, labels=present, average="weighted", zero_division=0)
+    weighted = f1_score(true, predicted, average="weighted", zero_division=0)
     assert math.isclose(tally.weighted_f1, weighted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a predicted class is never true
@@ -62,12 +61,17 @@ def test_rows_are_true_classes_and_columns_predicted_ones() -> None:
     assert tally.confusion.tolist() == [[0, 2], [0, 1]]
 
 
-def test_a_class_nobody_has_does_not_lower_macro_f1() -> None:
+def test_a_class_that_is_neither_true_nor_predicted_does_not_lower_macro_f1() -> None:
     true = np.array([0, 0, 1, 1])
     assert Tally.of(0.0, true, true, 10).macro_f1 == 1.0
-    # class 2 is only ever predicted: it counts as a mistake of class 1, not as a class of its own
-    tally = Tally.of(0.0, true, np.array([0, 0, 1, 2]), 3)
-    assert math.isclose(tally.macro_f1, (1 + 2 / 3) / 2)
+
+
+def test_a_class_that_is_predicted_and_never_true_has_f1_0() -> None:
+    tally = Tally.of(0.0, np.array([0, 0, 1, 1]), np.array([0, 0, 1, 2]), 4)
+    assert math.isclose(tally.macro_f1, (1 + 2 / 3 + 0) / 3)
+    true = np.array([0] * 90 + [1] * 10)
+    predicted = np.array([0] * 60 + [2] * 30 + [1] * 10)
+    assert math.isclose(Tally.of(0.0, true, predicted, 3).macro_f1, 0.6)
 
 
 def test_summary_names_what_the_reports_show() -> None:

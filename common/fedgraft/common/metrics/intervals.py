@@ -74,7 +74,7 @@ def macro_f1_interval(
 
     Each resample distributes the same number of examples over the cells of the confusion matrix, in
     proportion to their counts. This is equal to resampling the test examples with replacement.
-    Macro F1 is the mean over the classes that occur among the true labels of that resample. The
+    Macro F1 is the mean over the classes that are true or predicted in that resample. The
     interval does not cover mistakes that did not occur: a perfect matrix gives (1, 1).
 
     Args:
@@ -160,7 +160,7 @@ def _macro_f1(
     samples: npt.NDArray[np.int64], true: npt.NDArray[np.intp], predicted: npt.NDArray[np.intp]
 ) -> npt.NDArray[np.float64]:
     """Return macro F1 [draws] of counts [draws, cells]; cell k is (true[k], predicted[k])."""
-    labels = np.unique(true)  # a class without true examples does not count
+    labels = np.unique(np.concatenate([true, predicted]))  # classes of nobody do not count
     row_of = {label: row for row, label in enumerate(labels.tolist())}
     hits, support, guesses = np.zeros((3, len(labels), len(samples)), np.int64)
     # Cell by cell: a site's matrix has few cells, and a large matrix is not copied.
@@ -169,14 +169,11 @@ def _macro_f1(
         support[row_of[row]] += counts
         if row == column:
             hits[row_of[row]] += counts
-        if column in row_of:
-            guesses[row_of[column]] += counts
-    # F1 = 2 hits / (support + guesses); support > 0 for every class that counts.
+        guesses[row_of[column]] += counts
+    # F1 = 2 hits / (support + guesses); a class of the resample has one of the two.
     f1 = np.zeros((len(samples), int(labels[-1]) + 1))
     f1[:, labels] = (2 * hits / np.maximum(support + guesses, 1)).T
-    occurs = np.zeros(f1.shape, np.bool_)
-    occurs[:, labels] = (support > 0).T
-    scores: npt.NDArray[np.float64] = f1.sum(axis=1, where=occurs) / (support > 0).sum(axis=0)
+    scores: npt.NDArray[np.float64] = f1.sum(axis=1) / (support + guesses > 0).sum(axis=0)
     return scores
 
 

@@ -88,7 +88,10 @@ class Tally:
 
     @property
     def macro_f1(self) -> float:
-        """Return the mean F1 over the classes among the true labels; 0 without examples."""
+        """Return the mean F1 over the classes that are true or predicted; 0 without examples.
+
+        A class that is predicted and never true has F1 0, as in scikit-learn's ``f1_score``.
+        """
         return float(self._f1()[0].mean()) if self.examples else 0.0
 
     @property
@@ -106,10 +109,10 @@ class Tally:
         return float(recall.mean()) if self.examples else 0.0
 
     def _f1(self) -> tuple[NDArray[np.float64], Counts]:
-        """Return F1 and examples of the classes among the true labels, both [present]."""
+        """Return F1 and true examples of the classes that are true or predicted, both [present]."""
         right = np.diag(self.confusion).astype(np.float64)
         true, predicted = self.confusion.sum(1), self.confusion.sum(0)
-        present = true > 0
+        present = true + predicted > 0
         return 2 * right[present] / (true + predicted)[present], true[present]
 
     def summary(self) -> dict[str, float]:

@@ -36,8 +36,8 @@ class Classification(Task):
         Metric("calibration_error", "calibration error", hub="expected_calibration_error"),
     )
     intervals = (
-        "Accuracy has Wilson intervals; macro F1, the mean F1 over the labels that occur, has "
-        "bootstrap intervals."
+        "Accuracy has Wilson intervals; macro F1 has bootstrap intervals. Macro F1 is the mean F1 "
+        "over the labels that are true or predicted, as in scikit-learn."
     )
     verdicts = (
         '"Helped" and "hurt" need both an exact McNemar test below 5 % and a 95 % interval of the '
