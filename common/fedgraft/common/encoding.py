@@ -27,8 +27,8 @@ class Settings:
 
     ``masked`` is the share of hidden tokens or patches; it is None if the job does not set it.
     ``seconds`` is the length of a recording, and ``max_length`` is in tokens. ``score_bins``,
-    ``groups`` and ``min_group`` decide the additional counts (``metrics.measures``). ``keys`` are
-    the keys of ``[data]`` that only the job's task has, with defaults filled in.
+    ``groups``, ``min_group`` and ``heads`` decide the additional counts (``metrics.measures``).
+    ``keys`` are the keys of ``[data]`` that only the job's task has, with defaults filled in.
     """
 
     labels: tuple[str, ...] = ()
@@ -40,6 +40,7 @@ class Settings:
     score_bins: int = 0
     groups: tuple[str, ...] = ()
     min_group: int = 1
+    heads: tuple[int, ...] = ()
     keys: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -92,6 +92,33 @@ def test_with_all_classes_it_is_the_macro_average_of_one_against_the_rest() -> N
     assert errors[1] < 0.02 and errors[2] < 0.004
 
 
+HEADS = [(0, 0, 1, 1, 1), (1, 0, 1, 0), (0, 1, 1, 0, 2, 2)]
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("signal", [0.0, 1.5])
+def test_with_several_heads_auroc_is_within_each_head(
+    heads: tuple[int, ...], signal: float
+) -> None:
+    """A row of another head says nothing of a class: noise has 0.5, as scikit-learn says."""
+    rng, of = np.random.default_rng(3), np.array(heads)
+    true = rng.integers(0, len(heads), 6000)
+    logits = rng.normal(size=(6000, len(heads))).astype(np.float32)
+    logits[np.arange(6000), true] += signal
+    mine = of[true][:, None] == of
+    logits = np.where(mine, logits, -np.inf)
+    areas = []
+    for head in set(heads):
+        rows, classes = of[true] == head, np.flatnonzero(of == head)
+        areas += [roc_auc_score(true[rows] == c, shares(logits)[rows, c]) for c in classes]
+    measures = LabelMeasures(len(heads), 500, heads=heads)
+    tally = counted(measures, logits, true)
+    found = measures.summary(tally)
+    assert abs(found["auroc"] - np.mean(areas)) <= found["auroc_error"] + 1e-9
+    assert abs(found["auroc"] - 0.5) < 0.02 if not signal else found["auroc"] > 0.8
+    assert measures.fits(tally) and not LabelMeasures(len(heads), 500).fits(tally)
+
+
 def test_ranks_among_rare_probabilities_are_told_apart() -> None:
     """Of 150 classes every score is near 0: bins of equal width would see one value."""
     rng = np.random.default_rng(1)

@@ -81,6 +81,7 @@ class Job(Section):
             score_bins=self.evaluation.score_bins,
             groups=self.data.groups,
             min_group=self.evaluation.min_group,
+            heads=self.job.head_of,
             keys=self.data.own_keys(self.task.own_keys),
         )
 

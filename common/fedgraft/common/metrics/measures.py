@@ -5,11 +5,14 @@ sends the number of scores in each of a fixed number of bins, and the number of 
 each group. The length of this vector depends only on the job, so the vector can go through a secure
 sum.
 
-    scores[c, s, b]   examples of class c (s = 0) or of another (s = 1) whose log-odds of class c
-                      are in bin b; log-odds, because ranks need resolution near 0 and 1
+    scores[c, s, b]   examples of class c (s = 0) or of another of its head (s = 1) whose log-odds
+                      of class c are in bin b; log-odds, because ranks need resolution near 0 and 1
     sure[s, b]        predictions that were correct (s = 0) or wrong (s = 1), by the probability of
                       the predicted class, in bins of equal width over 0..1
     groups[g, s]      examples of group g with a correct (s = 0) or a wrong (s = 1) prediction
+
+If a job has several heads, only the classes of an example's own head are possible answers. An
+example says nothing about the ranking of other classes, so it is not counted there.
 
 AUROC is exact except for pairs whose scores are in one bin. Each such pair counts 1/2, and the true
 value is between 0 and 1. So the error of AUROC is at most half the share of such pairs
@@ -41,13 +44,15 @@ LOG_ODDS = 16.0  # all log-odds beyond it (1 in 9 million) are in the last bin
 class LabelMeasures:
     """The counts of a job with ``classes`` labels: scores in ``bins`` (0: none), and ``groups``.
 
-    A group with fewer than ``fewest`` examples is not shown.
+    A group with fewer than ``fewest`` examples is not shown. ``heads`` are the numbers of the head
+    of each class; it is empty if all classes have one head.
     """
 
     classes: int
     bins: int = 0
     groups: tuple[str, ...] = ()
     fewest: int = 1
+    heads: tuple[int, ...] = ()
 
     most_parts = 1  # an example is counted once
     loss_limit = TALLY_LIMIT
@@ -78,7 +83,7 @@ class LabelMeasures:
         """Return the counts of a batch of predictions: [size], zero where ``count_groups`` counts.
 
         Args:
-            logits: float [examples, classes].
+            logits: float [examples, classes]; minus infinity for classes of another head.
             true: int64 [examples].
         """
         counts = np.zeros(self.size, np.int64)
@@ -93,7 +98,8 @@ class LabelMeasures:
         other = np.ones(at.shape, np.int64)
         other[rows, true] = 0
         classes = np.broadcast_to(np.arange(self.classes), at.shape)
-        np.add.at(scores, (classes, other, at), 1)
+        possible = np.asarray(logits) > -np.inf
+        np.add.at(scores, (classes[possible], other[possible], at[possible]), 1)
         predicted = np.asarray(logits).argmax(1)
         confidence = _binned(shares[rows, predicted], self.bins)
         np.add.at(sure, ((predicted != true).astype(np.int64), confidence), 1)
@@ -123,7 +129,7 @@ class LabelMeasures:
             return False
         scores, sure, groups = self._parts(tally.more)
         support, right = tally.confusion.sum(1), tally.correct
-        of_class = np.stack([support, tally.examples - support], axis=1)
+        of_class = np.stack([support, self._of_head(support) - support], axis=1)
         by_outcome = np.array([right, tally.examples - right])
         return bool(
             (not self.bins or np.array_equal(scores.sum(2), of_class))
@@ -141,9 +147,9 @@ class LabelMeasures:
     def summary(self, tally: Tally) -> dict[str, Any]:
         """Return the metrics from the additional counts of ``tally``; {} if the job asks for none.
 
-        ``auroc`` (one class against the others, the mean over the classes with both kinds of
-        examples) with ``auroc_error``; ``calibration_error`` with ``calibration_error_bound``;
-        ``groups`` with the ``examples`` and ``accuracy`` of each group (None for a group with too
+        ``auroc`` (one class against the others of its head, the mean over the classes with both
+        kinds of examples) with ``auroc_error``; ``calibration_error`` with
+        ``calibration_error_bound``; ``groups`` with the ``examples`` and ``accuracy`` of each group (None for a group with too
         few examples); and ``accuracy_gap``, the largest difference between two shown groups. A
         metric is None if it cannot be computed.
         """
@@ -160,6 +166,12 @@ class LabelMeasures:
         if self.groups:
             found |= self._by_group(groups)
         return found
+
+    def _of_head(self, support: Counts) -> Counts:
+        """Return the examples of the head of each class, [classes]."""
+        heads = np.array(self.heads or [0] * self.classes)
+        totals: Counts = np.bincount(heads, weights=support).astype(np.int64)[heads]
+        return totals
 
     def _by_group(self, groups: Counts) -> dict[str, Any]:
         shown = {

@@ -79,7 +79,11 @@ class Classification(Task):
     def measures(self, settings: Settings) -> LabelMeasures:
         """Return the confusion matrix and the other counts that the job asks for."""
         return LabelMeasures(
-            len(settings.labels), settings.score_bins, settings.groups, settings.min_group
+            len(settings.labels),
+            settings.score_bins,
+            settings.groups,
+            settings.min_group,
+            settings.heads,
         )
 
     def model_options(
