@@ -173,8 +173,8 @@ WINGS = {
         "server/report server/runs server/export server/app"
     ),
     "simulations/sweep": (
-        "baselines preparation simulate common/console common/config server/state server/report "
-        "server/runs"
+        "baselines preparation simulate common/console common/metrics common/config server/state "
+        "server/report server/runs"
     ),
     "simulations/cli": (
         "selection preparation simulate sweep common/console common/metrics common/tasks "

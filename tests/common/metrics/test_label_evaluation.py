@@ -68,15 +68,15 @@ def test_a_clear_gain_is_told_in_numbers() -> None:
     found = verdict(*paired(380, 70, 12, 38), name="site-03")
     assert found.outcome == "helped"
     assert found.sentence == (
-        "Federating helped site-03: 90.0 % right instead of 78.4 % on its own "
-        "(difference +11.6 points, 95 % interval +8.2 to +15.1)."
+        "At site-03 the federated model is better than the site's own: 90.0 % right instead of "
+        "78.4 % (difference +11.6 points, 95 % interval +8.2 to +15.1)."
     )
 
 
 def test_a_clear_loss_is_told_as_plainly() -> None:
     found = verdict(*paired(380, 12, 70, 38), name="site-03")
     assert found.outcome == "hurt"
-    assert found.sentence.startswith("Federating hurt site-03: 78.4 % right instead of 90.0 %")
+    assert found.sentence.startswith("At site-03 the federated model is worse than the site's own")
     assert "difference -11.6 points, 95 % interval -15.1 to -8.2" in found.sentence
 
 

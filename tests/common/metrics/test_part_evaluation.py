@@ -62,8 +62,8 @@ def test_who_is_better_is_told_by_perplexity() -> None:
     better, worse = judged(federated, other, counted), judged(other, federated, counted)
     assert (better.outcome, worse.outcome) == ("helped", "hurt")
     assert better.difference < 0 < worse.difference
-    assert f"perplexity {ours:.2f} instead of {theirs:.2f} on its own" in better.sentence
-    assert better.sentence.startswith("Federating helped north")
+    assert f"perplexity {ours:.2f} instead of {theirs:.2f} (" in better.sentence
+    assert better.sentence.startswith("At north the federated model is better than the site's own")
     untouched = judged(other, federated, counted, rival="zero_shot")
     assert "worse than the backbone untouched" in untouched.sentence
     assert untouched.sentence.endswith("This is negative transfer.")

@@ -18,9 +18,15 @@ def sentence(outcome: Outcome, rival: Rival, **more: str) -> str:
         (
             "helped",
             "local_only",
-            "Federating helped ash: score 3 instead of 2 on its own (1 block).",
+            "At ash the federated model is better than the site's own: score 3 instead of 2 "
+            "(1 block).",
         ),
-        ("hurt", "local_only", "Federating hurt ash: score 3 instead of 2 on its own (1 block)."),
+        (
+            "hurt",
+            "local_only",
+            "At ash the federated model is worse than the site's own: score 3 instead of 2 "
+            "(1 block).",
+        ),
         (
             "helped",
             "zero_shot",

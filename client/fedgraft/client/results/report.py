@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from fedgraft.common.files import write_text
 from fedgraft.common.metrics.metric import Metric
-from fedgraft.common.metrics.verdict import as_points
+from fedgraft.common.metrics.verdict import COVERS, as_points
 from fedgraft.common.tasks import TASKS
 
 __all__ = ["read_report", "write_report"]
@@ -39,6 +39,7 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         "names": NAMES,
         "points": _curve(rounds, task.share.key),
         "task": task,
+        "covers": COVERS,
         "metrics": task.metrics,
         "share": task.share,  # the metric of the bars and of the curve
     }

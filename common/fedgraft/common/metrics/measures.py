@@ -149,9 +149,9 @@ class LabelMeasures:
 
         ``auroc`` (one class against the others of its head, the mean over the classes with both
         kinds of examples) with ``auroc_error``; ``calibration_error`` with
-        ``calibration_error_bound``; ``groups`` with the ``examples`` and ``accuracy`` of each group (None for a group with too
-        few examples); and ``accuracy_gap``, the largest difference between two shown groups. A
-        metric is None if it cannot be computed.
+        ``calibration_error_bound``; ``groups`` with the ``examples`` and ``accuracy`` of each group
+        (None for a group with too few examples); and ``accuracy_gap``, the largest difference
+        between two shown groups. A metric is None if it cannot be computed.
         """
         scores, sure, groups = self._parts(tally.more)
         found: dict[str, Any] = {}

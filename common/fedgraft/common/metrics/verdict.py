@@ -6,6 +6,7 @@ from typing import Any, Literal
 from fedgraft.common.metrics.intervals import LEVEL
 
 __all__ = [
+    "COVERS",
     "Outcome",
     "Rival",
     "Verdict",
@@ -20,6 +21,11 @@ Outcome = Literal["helped", "hurt", "unclear", "unknown"]
 Rival = Literal["local_only", "zero_shot"]
 
 NEGATIVE = " This is negative transfer."
+COVERS = (
+    "A verdict compares two trained models. Its test and its interval say how far the choice of "
+    "test examples could mislead. They do not cover chance in training: the same training with "
+    "another seed is another model, and its verdict can differ. Several seeds show how much."
+)
 
 
 @dataclass(frozen=True)
@@ -90,12 +96,13 @@ def tell(
             f"Unclear for {name}: {ours} federated, {theirs} {beside}, and {witness} cannot tell "
             f"which is better ({facts}, p = {p_value:.2f})."
         )
-    if alone:
-        return f"Federating {outcome} {name}: {ours} instead of {theirs} on its own ({facts})."
-    better, moral = ("better", "") if outcome == "helped" else ("worse", NEGATIVE)
+    # The models are compared, not the ways of training: ``COVERS`` says so beside the sentences.
+    better = "better" if outcome == "helped" else "worse"
+    than = "the site's own" if alone else "the backbone untouched"
+    moral = NEGATIVE if outcome == "hurt" and not alone else ""
     return (
-        f"At {name} the federated model is {better} than the backbone untouched: {ours} instead of "
-        f"{theirs} ({facts}).{moral}"
+        f"At {name} the federated model is {better} than {than}: {ours} instead of {theirs} "
+        f"({facts}).{moral}"
     )
 
 

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from fedgraft.common.errors import RunError
 from fedgraft.common.files import write_atomically
 from fedgraft.common.metrics.metric import Metric
+from fedgraft.common.metrics.verdict import COVERS
 from fedgraft.server.report.figures import POOLED, curve_pictures, pooled_picture, site_picture
 from fedgraft.server.report.insights import map_facts, movement_facts
 from fedgraft.server.report.measures import measure_facts
@@ -107,6 +108,7 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         models=MODELS,
         final={model: read_record(final, model) for model in POOLED},
         task=task,
+        covers=COVERS,
         metrics=metrics,
         headline=_partners_headline(summary, metrics[0]) or headline(sites),
         pooled_sentence=_pooled_sentence(final, metrics[0]),

@@ -111,6 +111,8 @@ def _show(console: Console, summary: dict[str, Any]) -> None:
 
 
 def _show_sites(console: Console, summary: dict[str, Any]) -> None:
+    from fedgraft.common.metrics.verdict import COVERS  # scipy takes its time
+
     metric = _headline_metric(summary)
 
     def shown(models: dict[str, Any]) -> list[str]:
@@ -129,6 +131,7 @@ def _show_sites(console: Console, summary: dict[str, Any]) -> None:
     console.table(title, ["site", "train", *MODELS.values(), "federating"], rows)
     for site in summary["sites"]:
         console.text(site["verdict"])
+    console.text(COVERS)
 
 
 def _show_spread(console: Console, summary: dict[str, Any]) -> None:
