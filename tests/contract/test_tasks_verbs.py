@@ -47,7 +47,8 @@ def test_a_job_file_says_what_the_job_costs(case: TaskCase, tmp_path: Path) -> N
     assert [site["name"] for site in told["sites"]] == list(case.rows)
     assert told["estimated_memory_mb"] >= 350
     summary = case.federation.simulated.summary() or {}
-    assert told["bytes_up_per_site_round"] == summary["bytes_up_per_site_round"]
+    # A site's weight is written in as many bytes as it needs; beforehand nobody knows it.
+    assert 0 <= summary["bytes_up_per_site_round"] - told["bytes_up_per_site_round"] <= 8
 
 
 def test_runs_are_listed_with_the_share(federation: Federation) -> None:
