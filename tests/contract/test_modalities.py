@@ -51,6 +51,11 @@ class Reader:
         """Another of them."""
         return self.modality.load(self.folder, self.config)
 
+    @property
+    def config_of_pixels(self) -> Any:
+        """The part of the configuration that is about pixels."""
+        return getattr(self.config, "vision_config", self.config)
+
     @cached_property
     def contents(self) -> list[Any]:
         """A few cells."""
@@ -115,6 +120,20 @@ def test_a_cell_becomes_the_same_whatever_its_company(reader: Reader) -> None:
             np.testing.assert_array_equal(values, alone[name], err_msg=name)
 
 
+def test_all_of_a_cell_is_read(reader: Reader) -> None:
+    """Every colour of a picture reaches the model, as itself; every value is a number."""
+    examples = reader.encode(reader.contents)
+    for name, values in examples.batch(np.arange(len(examples)), examples.longest).items():
+        assert np.isfinite(values).all(), name
+        assert name.endswith("mask") or np.ptp(values) > 0 or "type_ids" in name, name
+        if name == "pixel_values":
+            colours = np.moveaxis(values, -3, 0)  # [colours, ...] of images and of clips
+            assert len(colours) == reader.config_of_pixels.num_channels
+            for at, one in enumerate(colours):
+                assert one.std() > 0.1, f"colour {at} is blank"
+                assert not any(np.array_equal(one, other) for other in colours[:at])
+
+
 def test_a_blank_example_is_as_large_as_a_real_one(
     request: pytest.FixtureRequest, reader: Reader
 ) -> None:
@@ -167,7 +186,7 @@ def test_samples_are_what_a_model_accepts_or_are_refused(reader: Reader) -> None
     for shape in ((2, 12), (1, 7), (5, 16)):
         samples = reader.modality.samples(reader.processor, config, SETTINGS, draw, shape)
         assert {len(values) for values in samples.values()} == {shape[0]}
-        model = hf.AutoModel.from_config(getattr(config, "vision_config", config)).eval()
+        model = hf.AutoModel.from_config(reader.config_of_pixels).eval()
         with torch.inference_mode():
             found = model(**{name: torch.from_numpy(values) for name, values in samples.items()})
         assert bool(found[0].isfinite().all())

@@ -168,6 +168,17 @@ def test_a_site_weighs_the_targets_of_its_examples(case: TaskCase) -> None:
         assert examples.target_count == losses.targets.sum() > 0
 
 
+def test_a_task_that_takes_a_teacher_can_be_taught(case: TaskCase) -> None:
+    """A teacher gives one row of logits an example; who cannot use it refuses distillation."""
+    stack, examples = open_stack(case.job), examples_of(case)
+    inputs = {k: torch.from_numpy(v) for k, v in examples.batch(np.arange(4)).items()}
+    stack.put_one(stack.bench.layout, stack.bench.initial)
+    with torch.inference_mode():
+        predicted = stack.logits(inputs)
+    fits = case.task.labelled and predicted.shape == (4, len(case.job.job.labels))
+    assert fits == ("distillation" not in case.task.refuses)
+
+
 def test_the_objective_trains_on_what_it_counts(case: TaskCase) -> None:
     objective, stack = OBJECTIVES[case.task.target], open_stack(case.job)
     examples = examples_of(case)

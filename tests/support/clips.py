@@ -25,7 +25,7 @@ def write_clip(path: Path, *, right: bool, seed: int, frames: int = FRAMES) -> N
             pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
             at = min(speed * number, SIDE - 8)
             at = at if right else SIDE - 8 - at
-            pixels[row : row + 8, at : at + 8] = 255
+            pixels[row : row + 8, at : at + 8] = (255, 170, 85)
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

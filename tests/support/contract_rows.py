@@ -77,7 +77,7 @@ def _stored(kind: str, job: Job, content: Any, draw: np.random.Generator) -> Any
 
 
 def _write_image(path: Path, draw: np.random.Generator) -> None:
-    Image.fromarray(draw.integers(0, 256, (8, 8), np.uint8)).save(path)
+    Image.fromarray(draw.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
 
 
 def _write_recording(path: Path, draw: np.random.Generator) -> None:
