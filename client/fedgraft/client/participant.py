@@ -23,6 +23,7 @@ from fedgraft.client.training.trainer import Span, Trained, TrainingTask, Wanted
 from fedgraft.common.adapters.model import Workbench, cache_folder, choose_device, open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import SiteFailure
+from fedgraft.common.examples import count_documents
 from fedgraft.common.federation.federation_file import Federation, load_federation
 from fedgraft.common.files import write_atomically
 from fedgraft.common.layout import Layout, Vector, cut_rank
@@ -89,7 +90,8 @@ class Participant:
         if self.guard is not None:
             sites = len(self.federation().sites) if masked.enabled else 1
             leaving = estimate_disclosure(job, bench.layout.only(request.names), sites)
-            self.guard.consent(request, job, leaving, len(splits.train))
+            counts = len(splits.train), count_documents(splits.train)
+            self.guard.consent(request, job, leaving, *counts)
         return PlanReply(request.session, self.config.name)
 
     def check_privacy(self, job: Job) -> None:

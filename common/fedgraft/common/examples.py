@@ -23,6 +23,7 @@ __all__ = [
     "Teachable",
     "TextExamples",
     "concatenate",
+    "count_documents",
     "has_labels",
 ]
 
@@ -349,6 +350,11 @@ class AudioExamples(ArrayExamples):
 def concatenate(parts: Sequence[E]) -> E:
     """Return the examples of all parts (of one processor), in order, without groups."""
     return parts[0].joined(parts[1:])
+
+
+def count_documents(examples: Examples) -> int:
+    """Return the number of documents: a text counts once, in however many blocks it is read."""
+    return len(np.unique(examples.documents))
 
 
 def has_labels(examples: Examples) -> bool:

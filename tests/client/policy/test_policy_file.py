@@ -83,7 +83,7 @@ INSIDE_AND_OUTSIDE = [
     ("colluding", {"privacy": {"max_colluding": 2}}, {"job": masked(0.4), "cohort": 5},
      {"job": masked(0.2), "cohort": 5}),
     ("epsilon", {}, {"epsilon": 8.0}, {"epsilon": 8.01}),
-    ("examples", {}, {"examples": 10}, {"examples": 9}),
+    ("examples", {}, {"documents": 10}, {"documents": 9}),
     ("steps", {}, {"examples": 10}, {"examples": 16, "job": make_job().model_copy(
         update={"training": make_job().training.model_copy(update={"batch_size": 16})})}),
     ("rounds", {}, {"job": make_job(count=5)}, {"job": make_job(count=6)}),
@@ -171,14 +171,15 @@ def test_hours_and_their_complement_make_a_day(start: time, end: time, now: time
 
 @given(
     rank=st.integers(1, 64), count=st.integers(1, 60), sent=st.integers(0, 2000),
-    examples=st.integers(0, 40),
+    texts=st.integers(0, 40),
 )  # fmt: skip
 def test_a_job_passes_exactly_when_all_bounds_hold(
-    rank: int, count: int, sent: int, examples: int
+    rank: int, count: int, sent: int, texts: int
 ) -> None:
     job = make_job(method={"rank": rank}, count=count)
-    said = code(policy(), facts(job=job, bytes_out=sent, examples=examples))
-    holds = rank <= 16 and count <= 5 and sent <= 1000 and examples >= 10
+    # Texts are read in many blocks, and the policy counts texts.
+    said = code(policy(), facts(job=job, bytes_out=sent, examples=900, documents=texts))
+    holds = rank <= 16 and count <= 5 and sent <= 1000 and texts >= 10
     assert (said == "") == holds
 
 

@@ -127,8 +127,12 @@ class Guard:
             raise SiteFailure("not-agreed")
         return agreement
 
-    def consent(self, request: PlanRequest, job: Job, leaving: Disclosure, examples: int) -> None:
+    def consent(
+        self, request: PlanRequest, job: Job, leaving: Disclosure, examples: int, documents: int
+    ) -> None:
         """Agree to a job that this site can do, or let a person decide.
+
+        The job would train on ``examples``, which are of ``documents``.
 
         Raises:
             SiteFailure: ``approval-pending``, ``approval-denied``, or a code of ``check_plan``. If
@@ -137,7 +141,7 @@ class Guard:
         facts = RoundFacts(job, self._now(), bytes_out=leaving.bytes_per_round)
         check_plan(self.policy, facts)
         try:
-            check_plan(self.policy, replace(facts, examples=examples))
+            check_plan(self.policy, replace(facts, examples=examples, documents=documents))
         except SiteFailure:
             if job.privacy.secure_aggregation.enabled:
                 raise SiteFailure("not-eligible") from None

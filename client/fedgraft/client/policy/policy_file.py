@@ -179,8 +179,9 @@ class RoundFacts:
     ``digests`` identify the backbone that the coordinator claims. ``now`` is local time. ``round``
     is 0 at PLAN. ``works`` is False if the request only asks to keep a result. ``cohort`` is the
     number of sites that begin a masked round, ``survivors`` the number of sites in its sum,
-    ``bytes_out`` the number of bytes that a round would send, and ``examples`` the number that this
-    site would train on. A number that is not known yet is None.
+    ``bytes_out`` the number of bytes that a round would send. ``examples`` is the number that this
+    site would train on, and ``documents`` the number of texts or files that they are of: a long
+    text is many blocks of one person. A number that is not known yet is None.
     """
 
     job: Job
@@ -192,6 +193,7 @@ class RoundFacts:
     survivors: int | None = None
     bytes_out: int | None = None
     examples: int | None = None
+    documents: int | None = None
     epsilon: float = 0.0
 
 
@@ -224,7 +226,7 @@ def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:
         ("cohort", min(cohort, facts.survivors or cohort) >= privacy.min_cohort),
         ("colluding", not _masks(job) or _withstands(job, cohort) >= privacy.max_colluding),
         ("epsilon", facts.epsilon <= privacy.max_epsilon_total),
-        ("examples", facts.examples is None or facts.examples >= privacy.min_examples),
+        ("examples", facts.documents is None or facts.documents >= privacy.min_examples),
         ("steps", steps is None or steps >= privacy.min_local_steps),
         ("rounds", facts.round <= job.rounds.count <= limits.max_rounds),
         ("bytes", (facts.bytes_out or 0) <= limits.max_bytes_out_per_round),

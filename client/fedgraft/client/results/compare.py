@@ -24,7 +24,7 @@ from fedgraft.common.adapters.model import Workbench, open_workbench
 from fedgraft.common.adapters.peft_folder import read_adapter
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError
-from fedgraft.common.examples import Examples, has_labels
+from fedgraft.common.examples import Examples, count_documents, has_labels
 from fedgraft.common.layout import Vector
 from fedgraft.common.metrics.evaluation import Evaluation
 from fedgraft.common.seeds import torch_generator
@@ -81,9 +81,9 @@ def compare(at: Participant, result: Result) -> dict[str, Any]:
             {"round": one.round, "sites": one.sites, share: one.accuracy, "loss": one.loss}
             for one in result.rounds
         ],
-        "examples": len(splits.train),
+        "examples": count_documents(splits.train),
         "tested_on": split,
-        "test_examples": len(tested),
+        "test_examples": count_documents(tested),
         "models": {"federated": None, "local_only": None, "zero_shot": None, **metrics},
         "comparisons": judged,
         "verdict": alone["sentence"]
