@@ -86,8 +86,8 @@ WINGS = {
     ),
     "client/selection": "data model common/examples common/metrics common/backbones",
     "client/participant": (
-        "site_config membership data policy model training common/layout common/metrics "
-        "common/config common/federation common/messages common/adapters"
+        "site_config membership data policy model training common/examples common/layout "
+        "common/metrics common/config common/federation common/messages common/adapters"
     ),
     "client/masked_participant": (
         "secagg membership training participant common/secagg common/config common/messages"
