@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedgraft.client.data.batches import as_tensors, by_length, in_order
 from fedgraft.client.data.cache import Store
+from fedgraft.client.data.padding import Padding
 from fedgraft.client.data.rows import encode
 from fedgraft.common.backbones.load import find_backbone, load, read_config
 from fedgraft.common.config.job import Job
@@ -50,7 +51,8 @@ def teacher_logits(
             )
         model: Any = loaded.model
         processor.configure(model.config)
-        return {"logits": _logits(model.to(device), examples, device)}
+        model.to(device)
+        return {"logits": _logits(model, Padding(model).settle(examples), device)}
 
     facts = ("teacher", backbone.fingerprint, examples.digest, device.type, torch.__version__,
              *job.job.labels)  # fmt: skip

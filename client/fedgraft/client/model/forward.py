@@ -35,7 +35,7 @@ VaryFeed = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
 
 
 class Feed:
-    """One site's examples as inputs of a stack.
+    """One site's examples as inputs of a stack, padded on the side that fits its model.
 
     ``kept`` are the cached activations of all examples: the inputs of the first trained layer, as
     ``compute`` gives them. If ``kept`` is None, they are computed when they are needed.
@@ -44,7 +44,8 @@ class Feed:
     def __init__(
         self, stack: Stack, examples: Examples, prefix: Prefix | None, kept: torch.Tensor | None
     ) -> None:
-        self.stack, self.examples, self.prefix, self.kept = stack, examples, prefix, kept
+        self.stack, self.prefix, self.kept = stack, prefix, kept
+        self.examples = stack.settle(examples)
         self._starts = _starts(np.asarray(examples.lengths))
 
     @property
@@ -153,6 +154,7 @@ def open_feed(
 
     Activations of ``varied`` examples cannot be cached.
     """
+    examples = stack.settle(examples)
     prefix = None if varied else _prefix(stack, trained, examples)
     if prefix is None:
         return Feed(stack, examples, None, None)
@@ -192,10 +194,14 @@ def _prefix(stack: Stack, trained: Layout, examples: Examples) -> Prefix | None:
         if not len(examples):
             return None
         some = np.resize(np.arange(len(examples)), FEWEST)
-        inputs = as_tensors(examples.batch(some, int(_widths(examples)[some].max())))
+        width = int(_widths(examples)[some].max())
+        inputs = as_tensors(examples.batch(some, width))
+        wider = as_tensors(examples.batch(some, min(width + WHOLE, examples.longest)))
         # With encoder and decoder, two sequences of different lengths would have to be cached.
         paired = "decoder_input_ids" in inputs
-        stack.prefixes[trained.names] = None if paired else find_prefix(stack, trained, inputs)
+        stack.prefixes[trained.names] = (
+            None if paired else find_prefix(stack, trained, inputs, wider=wider)
+        )
     return stack.prefixes[trained.names]
 
 

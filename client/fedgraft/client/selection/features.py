@@ -68,6 +68,7 @@ def features_of(stack: Stack, examples: Examples) -> Features:
         BackboneError: as ``blocks_of``.
     """
     stack.put_one(stack.bench.layout, stack.bench.initial)
+    examples = stack.settle(examples)
     batches = by_length(examples, BATCH)
     values: list[torch.Tensor] = []
     predicted: list[torch.Tensor] = []
