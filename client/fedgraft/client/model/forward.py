@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.data.batches import Inputs, as_tensors
+from fedgraft.client.data.batches import Inputs, Passes, as_tensors
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.cut import Prefix
@@ -211,20 +211,27 @@ def compute(prefix: Prefix, examples: Examples, index: Indices, out: torch.Tenso
     ``out`` is [tokens, ...], example after example, or [examples, ...], on the CPU. The computation
     is always the same, whether its result is cached or not: the width of an example depends on that
     example only.
+
+    Raises:
+        SiteFailure: ``out-of-memory``: memory does not suffice for ``FEWEST`` examples.
     """
     lengths = np.asarray(examples.lengths)[index]
     starts, widths = _starts(lengths), _widths(examples)[index]
+    passes = Passes(COMPUTED, fewest=FEWEST)
     for width in np.unique(widths):
-        places = np.flatnonzero(widths == width)
-        for some in np.split(places, range(COMPUTED, len(places), COMPUTED)):
+
+        def stopped(some: Indices, width: int = int(width)) -> tuple[torch.Tensor, torch.Tensor]:
             rows = np.resize(some, max(len(some), FEWEST))
-            inputs = as_tensors(examples.batch(index[rows], int(width)))
+            inputs = as_tensors(examples.batch(index[rows], width))
             hidden = prefix.stop(inputs)[: len(some)].cpu()
             if not prefix.by_token:
-                out[torch.from_numpy(some)] = hidden
-                continue
+                return torch.from_numpy(some), hidden
             into = np.concatenate([np.arange(starts[at], starts[at] + lengths[at]) for at in some])
-            out[torch.from_numpy(into)] = hidden[inputs["attention_mask"][: len(some)].bool()]
+            real = inputs["attention_mask"][: len(some)].bool()
+            return torch.from_numpy(into), hidden[real]
+
+        for _, (into, hidden) in passes.over(np.flatnonzero(widths == width), stopped):
+            out[into] = hidden
 
 
 def _widths(examples: Examples) -> Indices:

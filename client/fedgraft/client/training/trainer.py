@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedgraft.client.data.batches import is_out_of_memory
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import open_feed
@@ -286,7 +287,7 @@ class _Pass:
             if self._fits(batches, slice(done, done + rows)):
                 done += rows
         gradient = self.gradient[:active]
-        self.objective.pull(gradient, self.flat[:active], [len(batch) for batch in batches])
+        self.objective.pull(gradient, self.flat[:active])
         rates = None if self.pace is None else self.pace.at(self.progress).to(self.flat.device)
         if self.settings.clip_norm:
             moving = gradient if rates is None else gradient * (rates > 0)
@@ -323,8 +324,10 @@ class _Pass:
         drawn = [generator.get_state() for generator in generators]
         try:
             self._backward(batches, part)
-        except torch.OutOfMemoryError:
-            pass  # the error holds tensors: they are freed only after this block
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # the error holds tensors: they are freed only after this block
         else:
             return True
         for generator, state in zip(generators, drawn, strict=True):
@@ -374,7 +377,8 @@ class _Pass:
         """
         for number in range(still, active):
             vector = self.flat[number].cpu().numpy().copy()
-            self.objective.finish(number, vector)
+            generator = self.sites[number].task.generator
+            self.objective.finish(number, vector, self.feeds[number], generator)
             self.sites[number].vector = vector
             self.sites[number].total = float(self.total[number])
             self.rows[number].grad = None
