@@ -98,6 +98,27 @@ def test_a_tally_that_cannot_be_masked_is_not_sent_either(
     assert talk.nodes["ash"].memory is None
 
 
+@pytest.mark.parametrize(("max_sites", "count"), [(65535, 48_000), (2048, 2**20), (128, 2**24)])
+def test_the_sites_own_log_says_that_a_count_had_no_room(
+    tmp_path: Path,
+    max_sites: int,
+    count: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wide = Consortium(
+        tmp_path, make_job(validation=0.25, privacy={"max_sites": max_sites}), sites=4
+    )
+    confusion = np.zeros((10, 10), np.int64)
+    confusion[3, 3] = count
+    monkeypatch.setattr(Participant, "tally", lambda at, request: Tally(1.0, confusion))
+    talk = Talk(wide, wide.evaluating())
+    ask = talk.until("evaluate")["ash"]
+    assert talk.nodes["ash"].ask(ask, "evaluate") == Refusal(SESSION, "abstained")
+    assert "lower privacy.secure_aggregation.max_sites" in caplog.text
+    assert f"{count:,}" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "error",
     [ValueError(SECRET), MemoryError(SECRET), SiteFailure("no-examples", SECRET[:0])],

@@ -13,7 +13,6 @@ from support.federations import adapter_of, digits_job, run_digits
 from support.language_models import job_settings, save_language_model
 from support.trainings import book, digits, make_job, noisy, settings, task
 
-from fedgraft.client.data.batches import as_tensors
 from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.participant import open_participant
 from fedgraft.client.training.ewc import Consolidation
@@ -164,33 +163,6 @@ def small(weight: float = 0.0) -> Any:
     return open_stack(make_job("vit", training={"consolidation": {"weight": weight}}))
 
 
-def test_the_measure_is_the_mean_of_squared_gradients() -> None:
-    """With batches of one example it is the empirical Fisher information to the letter."""
-    stack, rows = small(), digits(12)
-    layout, start = stack.bench.layout, stack.bench.initial
-    wanted = settings(consolidation={}, batch_size=1, learning_rate=1e-12)
-    (came,) = train(stack, layout, [task(rows, start)], settings=wanted)
-    assert isinstance(came, Trained)
-    bench, carried = stack.bench, stack.bench.carried
-    bench.put()
-    model = bench.model.eval()
-    pairs = dict(model.named_parameters())
-    for name in carried.names:
-        pairs[name].requires_grad_(True)
-    squares = np.zeros(carried.size)
-    for n in range(12):
-        model.zero_grad()
-        index = np.array([n])
-        logits = model(**as_tensors(rows.batch(index))).logits
-        torch.autograd.backward(
-            torch.nn.functional.cross_entropy(logits, torch.from_numpy(rows.labels[index]))
-        )
-        flat = [pairs[name].grad.double().flatten().numpy() for name in carried.names]
-        squares += np.concatenate(flat) ** 2 / 12
-    found = came.vector[layout.slices[NEW]] / SCALE
-    np.testing.assert_allclose(found, np.minimum(squares, 1), rtol=2e-3, atol=1e-7)
-
-
 def test_the_export_has_the_mean_over_sites(earlier: tuple[Path, Vector]) -> None:
     folder, adapter = earlier
     arrays = load_file(folder / "fisher.safetensors")
@@ -210,7 +182,7 @@ def test_the_pull_is_that_of_the_paper() -> None:
     stack = small(5.0)
     layout = stack.bench.layout
     flat = torch.from_numpy(noisy(stack.bench))[None].clone()
-    pass_ = Consolidation(settings(consolidation={"weight": 5.0}).consolidation, layout, [9], flat)  # type: ignore[arg-type]
+    pass_ = Consolidation(settings(consolidation={"weight": 5.0}).consolidation, layout, flat)  # type: ignore[arg-type]
     size = stack.bench.carried.size
     places = (slice(0, size), layout.slices[OLD], layout.slices[ANCHOR])
     x, old, anchor = (flat[0, place].clone() for place in places)

@@ -122,8 +122,14 @@ class MaskedParticipant:
             party.accept(request.delivery, _hash(request.evaluate))
             tally = self.participant.tally(request.evaluate)
             counts = tally.counts.astype(np.float64)
-            if counts.max(initial=0.0) > party.parameters.coding.clip:
-                raise SiteFailure("too-many-examples")
+            limit = party.parameters.coding.clip
+            if counts.max(initial=0.0) > limit:
+                raise SiteFailure(
+                    "too-many-examples",
+                    f"a count is above {limit:,.0f}, the most that a masked sum of "
+                    f"{party.parameters.coding.parties:,} sites has room for: the job should lower "
+                    "privacy.secure_aggregation.max_sites",
+                )
             return party.mask(counts, 1, (tally.loss,), None)  # whole numbers: nothing to round
 
     def confirm(self, ask: ConfirmAsk) -> Confirmation:

@@ -111,6 +111,9 @@ class Examples(Protocol):
     def with_groups(self, groups: Indices) -> Self:
         """Return the same examples with these ``groups``, int64 [n]."""
 
+    def padded_right(self) -> Self:
+        """Return the same examples with padding after the tokens."""
+
     def joined(self, others: "Sequence[Self]") -> Self:
         """Return these and ``others`` (of one processor), in order, without groups."""
 
@@ -206,6 +209,10 @@ class TextExamples(Teachable):
         """Return the labels, int64 [b]."""
         return self.labels[index]
 
+    def padded_right(self) -> "TextExamples":
+        """Return the same examples with padding after the tokens; the token ids are shared."""
+        return replace(self, pad_left=False)
+
     def subset(self, index: Indices) -> "TextExamples":
         """Return the examples at ``index``, in that order; the token ids are shared."""
         return replace(
@@ -263,6 +270,10 @@ class ArrayExamples(Teachable):
         for row in self.rows:
             digest.update(np.ascontiguousarray(self.values[row]).data)
         return digest.hexdigest()
+
+    def padded_right(self) -> Self:
+        """Return these examples: all have the same padding."""
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,7 @@ from fedgraft.common.messages.masked_terms import (
 )
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest, Work
 from fedgraft.common.metrics.evaluation import TALLY_LIMIT
-from fedgraft.common.secagg.errors import ParameterError
+from fedgraft.common.secagg.errors import InputRefused, ParameterError
 from fedgraft.common.secagg.quantize import LANES, encode_update
 from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, context_hash
 
@@ -236,6 +236,21 @@ def test_a_count_is_summed_as_it_is_up_to_the_limit(max_sites: int, data: st.Dat
     numbers = st.integers(0, limit) | st.sampled_from([0, 1, limit - 1, limit])
     counts = data.draw(st.lists(numbers, max_size=30))
     assert counted(counts, max_sites) == counts
+
+
+@pytest.mark.parametrize(
+    ("max_sites", "count"), [(3, 2**29), (128, 2**24), (2048, 2**20), (65535, 32_768)]
+)
+@pytest.mark.parametrize("where", [0, 5])
+def test_a_larger_count_is_refused_and_never_clipped(
+    max_sites: int, count: int, where: int
+) -> None:
+    counts = [0, 1, 2, 3, 4, 5]
+    counts[where] = count - 1
+    assert counted(counts, max_sites) == counts
+    counts[where] = count
+    with pytest.raises(InputRefused, match="a count is larger"):
+        counted(counts, max_sites)
 
 
 def test_every_cell_of_a_large_confusion_matrix_is_exact() -> None:

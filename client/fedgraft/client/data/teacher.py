@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.data.batches import as_tensors, by_length, in_order
+from fedgraft.client.data.batches import Passes, as_tensors, by_length, in_order
 from fedgraft.client.data.cache import Store
+from fedgraft.client.data.padding import Padding
 from fedgraft.client.data.rows import encode
 from fedgraft.common.backbones.load import find_backbone, load, read_config
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.sections import Backbone
 from fedgraft.common.errors import BackboneError
+from fedgraft.common.examples import Indices
 
 __all__ = ["teacher_logits"]
 
@@ -50,7 +52,8 @@ def teacher_logits(
             )
         model: Any = loaded.model
         processor.configure(model.config)
-        return {"logits": _logits(model.to(device), examples, device)}
+        model.to(device)
+        return {"logits": _logits(model, Padding(model).settle(examples), device)}
 
     facts = ("teacher", backbone.fingerprint, examples.digest, device.type, torch.__version__,
              *job.job.labels)  # fmt: skip
@@ -59,11 +62,14 @@ def teacher_logits(
 
 @torch.inference_mode()
 def _logits(model: Any, examples: Any, device: torch.device) -> NDArray[np.float32]:
-    batches = by_length(examples, BATCH)
-    found: list[torch.Tensor] = []
-    for index in batches:
+    def answers(index: Indices) -> torch.Tensor:
         inputs = as_tensors(examples.batch(index))
         moved = {key: value.to(device) for key, value in inputs.items()}
-        found.append(model(**moved).logits.float().cpu())
-    logits: NDArray[np.float32] = in_order(batches, found).numpy()
+        found: torch.Tensor = model(**moved).logits.float().cpu()
+        return found
+
+    passes = Passes(BATCH)
+    found = [part for batch in by_length(examples, BATCH) for part in passes.over(batch, answers)]
+    indices, answered = zip(*found, strict=True)
+    logits: NDArray[np.float32] = in_order(indices, answered).numpy()
     return logits

@@ -9,7 +9,7 @@ with K = 1.
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fedgraft.client.data.padding import Padding
 from fedgraft.client.model.batched_modules import Stacked, stacked_module, trained_tensor
 from fedgraft.client.model.cut import Prefix
 from fedgraft.client.model.quantization import quantized_layers
@@ -27,9 +28,12 @@ from fedgraft.common.adapters.model import Workbench, made_of
 from fedgraft.common.backbones.load import body_names
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
+from fedgraft.common.examples import Examples
 from fedgraft.common.layout import Layout, Vector, is_head
 
 __all__ = ["Stack", "check_stacking", "open_stack"]
+
+E = TypeVar("E", bound=Examples)
 
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Attention that is faster than the model's own choice (docs/results.md): on a CPU, the backward
@@ -54,11 +58,19 @@ class Stack:
     fixed: dict[str, torch.Tensor]
     bits: int = 0
     prefixes: dict[tuple[str, ...], Prefix | None] = field(default_factory=dict)
+    padding: Padding = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.padding = Padding(self.model)
 
     @property
     def objective(self) -> Objective:
         """The objective of the job's task, which compares predictions with targets."""
         return OBJECTIVES[self.bench.task.target]
+
+    def settle(self, examples: E) -> E:
+        """Return ``examples``, padded on the side on which padding changes no answer."""
+        return self.padding.settle(examples, self.randomness.sites)
 
     def put(self, trained: Layout, flat: torch.Tensor) -> list[torch.Tensor]:
         """Compute with ``flat``, float32 [sites, trained.size]; other tensors get initial values.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedgraft.client.data.batches import Inputs, as_tensors
+from fedgraft.client.data.batches import Inputs, Passes, as_tensors
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.cut import Prefix
@@ -35,7 +35,7 @@ VaryFeed = Callable[[int, Inputs, torch.Tensor], tuple[Inputs, torch.Tensor]]
 
 
 class Feed:
-    """One site's examples as inputs of a stack.
+    """One site's examples as inputs of a stack, padded on the side that fits its model.
 
     ``kept`` are the cached activations of all examples: the inputs of the first trained layer, as
     ``compute`` gives them. If ``kept`` is None, they are computed when they are needed.
@@ -44,7 +44,8 @@ class Feed:
     def __init__(
         self, stack: Stack, examples: Examples, prefix: Prefix | None, kept: torch.Tensor | None
     ) -> None:
-        self.stack, self.examples, self.prefix, self.kept = stack, examples, prefix, kept
+        self.stack, self.prefix, self.kept = stack, prefix, kept
+        self.examples = stack.settle(examples)
         self._starts = _starts(np.asarray(examples.lengths))
 
     @property
@@ -153,6 +154,7 @@ def open_feed(
 
     Activations of ``varied`` examples cannot be cached.
     """
+    examples = stack.settle(examples)
     prefix = None if varied else _prefix(stack, trained, examples)
     if prefix is None:
         return Feed(stack, examples, None, None)
@@ -192,10 +194,14 @@ def _prefix(stack: Stack, trained: Layout, examples: Examples) -> Prefix | None:
         if not len(examples):
             return None
         some = np.resize(np.arange(len(examples)), FEWEST)
-        inputs = as_tensors(examples.batch(some, int(_widths(examples)[some].max())))
+        width = int(_widths(examples)[some].max())
+        inputs = as_tensors(examples.batch(some, width))
+        wider = as_tensors(examples.batch(some, min(width + WHOLE, examples.longest)))
         # With encoder and decoder, two sequences of different lengths would have to be cached.
         paired = "decoder_input_ids" in inputs
-        stack.prefixes[trained.names] = None if paired else find_prefix(stack, trained, inputs)
+        stack.prefixes[trained.names] = (
+            None if paired else find_prefix(stack, trained, inputs, wider=wider)
+        )
     return stack.prefixes[trained.names]
 
 
@@ -205,20 +211,27 @@ def compute(prefix: Prefix, examples: Examples, index: Indices, out: torch.Tenso
     ``out`` is [tokens, ...], example after example, or [examples, ...], on the CPU. The computation
     is always the same, whether its result is cached or not: the width of an example depends on that
     example only.
+
+    Raises:
+        SiteFailure: ``out-of-memory``: memory does not suffice for ``FEWEST`` examples.
     """
     lengths = np.asarray(examples.lengths)[index]
     starts, widths = _starts(lengths), _widths(examples)[index]
+    passes = Passes(COMPUTED, fewest=FEWEST)
     for width in np.unique(widths):
-        places = np.flatnonzero(widths == width)
-        for some in np.split(places, range(COMPUTED, len(places), COMPUTED)):
+
+        def stopped(some: Indices, width: int = int(width)) -> tuple[torch.Tensor, torch.Tensor]:
             rows = np.resize(some, max(len(some), FEWEST))
-            inputs = as_tensors(examples.batch(index[rows], int(width)))
+            inputs = as_tensors(examples.batch(index[rows], width))
             hidden = prefix.stop(inputs)[: len(some)].cpu()
             if not prefix.by_token:
-                out[torch.from_numpy(some)] = hidden
-                continue
+                return torch.from_numpy(some), hidden
             into = np.concatenate([np.arange(starts[at], starts[at] + lengths[at]) for at in some])
-            out[torch.from_numpy(into)] = hidden[inputs["attention_mask"][: len(some)].bool()]
+            real = inputs["attention_mask"][: len(some)].bool()
+            return torch.from_numpy(into), hidden[real]
+
+        for _, (into, hidden) in passes.over(np.flatnonzero(widths == width), stopped):
+            out[into] = hidden
 
 
 def _widths(examples: Examples) -> Indices:

@@ -8,9 +8,9 @@ skipped.
 Nothing here depends on an architecture. There are two ways to cut: a container of repeated layers
 (``nn.ModuleList``, ``Sequential``) at its first trained layer; or the chain of modules from the
 body's output to the model's, which is found by following tensors through one forward pass. Then the
-cut is checked: resuming from it must give the same bits as the whole model, and an example's
-activations must be the same bits whichever other examples are in the batch. Otherwise there is no
-prefix.
+cut is checked: resuming from it must give the same bits as the whole model, an example's
+activations must be the same bits whichever other examples are in the batch, and about the same
+numbers in a wider batch. Otherwise there is no prefix.
 """
 
 import hashlib
@@ -32,6 +32,8 @@ from fedgraft.common.layout import Layout
 
 __all__ = ["FEWEST", "find_prefix", "identity_of"]
 
+AGREEMENT = 1e-3  # of activations in batches of two widths, relative to the largest
+ROUGH = 0.1  # the same in half precision
 FEWEST = 8  # rows in a pass: kernels for fewer rows may add in another order
 
 
@@ -43,10 +45,10 @@ class _Reached(Exception):  # not an error: it ends a forward pass early
         self.hidden = hidden
 
 
-def find_prefix(stack: Stack, trained: Layout, inputs: Inputs) -> Prefix | None:
+def find_prefix(stack: Stack, trained: Layout, inputs: Inputs, *, wider: Inputs) -> Prefix | None:
     """Return the longest prefix below the tensors of ``trained``; None if none passes the check.
 
-    ``inputs`` have ``FEWEST`` rows or more.
+    ``inputs`` have ``FEWEST`` rows or more; ``wider`` are the same rows with more padding.
     """
     stack.put_one(stack.bench.layout, stack.bench.initial)
     modules = {id(stack.modules[name][0]) for name in trained.of_model.names}
@@ -57,7 +59,7 @@ def find_prefix(stack: Stack, trained: Layout, inputs: Inputs) -> Prefix | None:
     if cut := _widest_cut(stack, modules, order):
         found.append((f"{cut[0]}.{cut[2]}", *_cut_in_container(stack, cut[1], cut[2])))
     for place, stop, resume in found:
-        proved = _proved(stack, stop, resume, inputs)
+        proved = _proved(stack, stop, resume, inputs, wider)
         if proved is not None:
             whole = place != "head"
             return Prefix(identity_of(stack, place), whole, *proved, stop, resume)
@@ -222,7 +224,7 @@ def _passing_over(
 
 
 def _proved(
-    stack: Stack, stop: _Stop, resume: _Resume, inputs: Inputs
+    stack: Stack, stop: _Stop, resume: _Resume, inputs: Inputs, wider: Inputs
 ) -> tuple[bool, torch.Tensor] | None:
     """Return ``Prefix.by_token`` and ``Prefix.unit``; None unless resuming gives the same bits."""
     with torch.no_grad():
@@ -230,7 +232,7 @@ def _proved(
             hidden = stop(inputs)
             same = _same(resume(inputs, hidden), stack.logits(inputs))
             again = {key: torch.cat([value, value.flip(0)]) for key, value in inputs.items()}
-            others = stop(again)
+            others, spread = stop(again), stop(wider)
         except Exception:  # the model has another structure: then nothing is cached
             return None
     mask = inputs.get("attention_mask")
@@ -240,10 +242,24 @@ def _proved(
         real = mask.to(hidden)[(...,) + (None,) * (hidden.ndim - 2)]
     same = same and _same(hidden * real, others[: len(hidden)] * real)
     same = same and _same(hidden * real, others[len(hidden) :].flip(0) * real)
+    if by_token and mask is not None:
+        same = same and _close(hidden[mask.bool()], spread[wider["attention_mask"].bool()])
+    else:
+        same = same and _close(hidden, spread)
     with torch.no_grad():  # padding is not cached: nothing may depend on it
         same = same and _same(resume(inputs, hidden * real), stack.logits(inputs))
     unit = hidden.new_empty(0, *hidden.shape[2 if by_token else 1 :])
     return (by_token, unit.cpu()) if same else None
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether the values are equal but for the order of sums, which a width decides."""
+    if one.shape != other.shape:
+        return False
+    limit = ROUGH if one.dtype.itemsize < 4 else AGREEMENT
+    kept = one.isfinite() & other.isfinite()
+    far = torch.where(kept, one - other, 0.0).abs()
+    return bool((far <= limit * (1 + one.nan_to_num(0, 0, 0).abs().max())).all())
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

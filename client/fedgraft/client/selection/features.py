@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedgraft.client.data.batches import Inputs, as_tensors, by_length, in_order
+from fedgraft.client.data.batches import Inputs, Passes, as_tensors, by_length, in_order
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.frozen_prefix import identity_of
@@ -68,14 +68,17 @@ def features_of(stack: Stack, examples: Examples) -> Features:
         BackboneError: as ``blocks_of``.
     """
     stack.put_one(stack.bench.layout, stack.bench.initial)
-    batches = by_length(examples, BATCH)
-    values: list[torch.Tensor] = []
-    predicted: list[torch.Tensor] = []
-    for index in batches:
-        one, logits = _forward(stack, as_tensors(examples.batch(index, examples.width(index))))
-        values.append(one)
-        predicted.append(logits.softmax(-1)[:, : 0 if stack.bench.fresh_head else None])
-    found = in_order(batches, values).numpy()
+    examples = stack.settle(examples)
+    kept = 0 if stack.bench.fresh_head else None
+
+    def forward(index: Indices) -> tuple[torch.Tensor, torch.Tensor]:
+        return _forward(stack, as_tensors(examples.batch(index, examples.width(index))))
+
+    passes = Passes(BATCH)
+    parts = [part for batch in by_length(examples, BATCH) for part in passes.over(batch, forward)]
+    batches = [index for index, _ in parts]
+    found = in_order(batches, [values for _, (values, _) in parts]).numpy()
+    predicted = [logits.softmax(-1)[:, :kept] for _, (_, logits) in parts]
     if not np.isfinite(found).all():
         raise BackboneError(
             f"{stack.bench.backbone.source}: some of its features are not finite",

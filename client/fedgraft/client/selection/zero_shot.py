@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedgraft.client.data.batches import as_tensors
+from fedgraft.client.data.batches import Passes, as_tensors
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.examples import Examples, Indices
 
@@ -40,12 +40,16 @@ class DualEncoder:
     @torch.inference_mode()
     def answers(self, examples: Examples) -> Indices:
         """Return for each example the label whose sentence is nearest, int64 [n]."""
-        found = [np.empty(0, np.int64)]
-        every = np.arange(len(examples))
-        for index in np.split(every, range(BATCH, len(every), BATCH)):
-            inputs = as_tensors(examples.batch(index))
-            embedded = _embedding(self.model.get_image_features(**inputs))
-            found.append((embedded @ self.prompts.T).argmax(1).numpy())
+
+        def nearest(index: Indices) -> Indices:
+            embedded = _embedding(
+                self.model.get_image_features(**as_tensors(examples.batch(index)))
+            )
+            found: Indices = (embedded @ self.prompts.T).argmax(1).numpy()
+            return found
+
+        every = Passes(BATCH).over(np.arange(len(examples)), nearest)
+        found = [np.empty(0, np.int64), *(labels for _, labels in every)]
         answers: Indices = np.concatenate(found)
         return answers
 

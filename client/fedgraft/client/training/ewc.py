@@ -4,53 +4,38 @@ The measurement says which values the loss on the site's data depends on. The pu
 to its anchor as strongly as the old data's loss depends on it (``common.adapters.fisher``).
 """
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 
+from fedgraft.client.data.batches import Passes, by_length
+from fedgraft.client.model.batched_model import Stack
+from fedgraft.client.model.forward import Feed, VaryFeed, predict
 from fedgraft.common.adapters.fisher import ANCHOR, NEW, OLD
 from fedgraft.common.config.compatibility import SCALE
 from fedgraft.common.config.training import Consolidation as Settings
+from fedgraft.common.examples import Indices
 from fedgraft.common.layout import Layout, Vector
 
-__all__ = ["Consolidation"]
+__all__ = ["Consolidation", "fisher_information"]
+
+AT_ONCE = 64  # examples whose gradients are computed in one pass
+VALUES = 1 << 24  # of adapters, in the copies of one pass
 
 
 class Consolidation:
-    """The consolidation of one pass, whose sites start from ``flat``.
+    """The consolidation of one pass, whose sites start from ``flat``, [sites, trained.size]."""
 
-    ``flat`` is float32 [sites, trained.size]; ``epochs`` are the rows of each site's epoch. The
-    diagonal of the empirical Fisher information is the mean of squared gradients of single
-    examples. If the gradients in a batch of b examples are independent with mean zero, as near an
-    optimum, this diagonal is b times the mean of squared batch gradients. Each step computes a
-    batch gradient in any case.
-    """
-
-    def __init__(
-        self, settings: Settings, trained: Layout, epochs: Sequence[int], flat: torch.Tensor
-    ) -> None:
-        self.settings, self.trained, self.epochs = settings, trained, epochs
+    def __init__(self, settings: Settings, trained: Layout, flat: torch.Tensor) -> None:
+        self.settings, self.trained = settings, trained
         start = trained.slices[NEW].start
         # The exchanged tensors stand first in the layout. Only local heads may stand between them
         # and the tensors that travel beside the adapter.
-        size = trained.slices[NEW].stop - start
-        self.carried = slice(0, size)
+        self.carried = slice(0, trained.slices[NEW].stop - start)
         self.start = flat[:, start:].clone()
-        self.squares = torch.zeros(len(flat), size, device=flat.device)
-        self.rows = [0] * len(flat)
         self.held: tuple[torch.Tensor, torch.Tensor] | None = None
         if settings.weight:
             old, anchor = (flat[:, trained.slices[name]].clone() for name in (OLD, ANCHOR))
             self.held = old, anchor
-
-    def take(self, gradient: torch.Tensor, sizes: Sequence[int]) -> None:
-        """Add the gradients [active, values] of batch losses; ``sizes`` are the batches' rows."""
-        squares = gradient[:, self.carried] ** 2
-        for number, size in enumerate(sizes):
-            seen = self.rows[number]
-            rate = size / max(min(seen + size, self.epochs[number]), size)
-            self.squares[number].lerp_(squares[number] * size, rate)
-            self.rows[number] = seen + size
 
     def pull(self, gradient: torch.Tensor, flat: torch.Tensor) -> None:
         """Add weight x F x (value - anchor) to the gradients [active, values]."""
@@ -60,8 +45,50 @@ class Consolidation:
         away = flat[:, self.carried] - anchor
         gradient[:, self.carried].add_(old * away, alpha=self.settings.weight)
 
-    def write(self, number: int, vector: Vector) -> None:
-        """Put a site's measurement into its ``vector``; the old information and anchor stay."""
+    def write(self, number: int, vector: Vector, measured: Vector) -> None:
+        """Put what a site ``measured`` into its ``vector``; old information and anchor stay."""
         vector[self.trained.slices[NEW].start :] = self.start[number].cpu().numpy()
-        measured = self.squares[number].clamp(max=1.0) * SCALE
-        vector[self.trained.slices[NEW]] = measured.cpu().numpy()
+        vector[self.trained.slices[NEW]] = measured[self.carried].clip(max=1.0) * np.float32(SCALE)
+
+
+def fisher_information(
+    stack: Stack, trained: Layout, feed: Feed, vector: Vector, vary: VaryFeed | None = None
+) -> Vector:
+    """Return the diagonal of the empirical Fisher information, float32 [trained.size].
+
+    It is the sum over the examples of ``feed`` of the squared gradient of a single example's summed
+    loss, divided by the number of targets: the loss is a mean over targets. Under the model the
+    gradients of an example's tokens are uncorrelated, so the square of their sum stands for the sum
+    of their squares. It is taken at ``vector`` (float32 [trained.size]) without any randomness of
+    training. The stack computes it for many examples in one pass: each has a copy of the adapter of
+    its own. If memory does not suffice for a pass, it is halved. ``vary`` is for tasks that hide
+    parts of an example.
+
+    Raises:
+        SiteFailure: ``out-of-memory``: memory does not suffice for one example.
+    """
+    one = torch.from_numpy(vector).to(stack.device)
+    summed = torch.zeros(trained.size, dtype=torch.float64, device=stack.device)
+
+    def squares(index: Indices) -> torch.Tensor:
+        views = stack.put(trained, one.expand(len(index), -1).clone())
+        for view in views:
+            view.requires_grad_(True)
+        predicted, targets = predict([feed], [index], feed.width(index), vary)
+        total = stack.objective.losses(predicted, targets).summed.sum()
+        gradients = torch.autograd.grad(total, views, allow_unused=True)
+        parts = [
+            torch.zeros(view[0].numel(), device=stack.device)
+            if gradient is None
+            else gradient.reshape(len(index), -1).square().sum(0)
+            for view, gradient in zip(views, gradients, strict=True)
+        ]
+        return torch.cat(parts)
+
+    size = max(1, min(AT_ONCE, VALUES // trained.size))
+    passes = Passes(size)
+    for batch in by_length(feed.examples, size):
+        for _, found in passes.over(batch, squares):
+            summed += found
+    mean: Vector = (summed / max(feed.examples.target_count, 1)).float().cpu().numpy()
+    return mean

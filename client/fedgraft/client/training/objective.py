@@ -17,7 +17,7 @@ from fedgraft.client.model.randomness import SiteRows
 from fedgraft.client.objectives import Losses, distances, restrict
 from fedgraft.client.training.augmentation import Vary, open_augmentation
 from fedgraft.client.training.domain_adaptation import Alignment, Statistics, watch_features
-from fedgraft.client.training.ewc import Consolidation
+from fedgraft.client.training.ewc import Consolidation, fisher_information
 from fedgraft.common.config.training import Training
 from fedgraft.common.errors import SiteFailure
 from fedgraft.common.examples import Examples, Indices
@@ -72,15 +72,15 @@ class PassLoss:
         examples: Sequence[Examples],
         flat: torch.Tensor,
     ) -> None:
-        self.stack, self.settings = stack, settings
+        self.stack, self.trained, self.settings = stack, trained, settings
         self.alignment: Alignment | None = None
         self.consolidation: Consolidation | None = None
         if settings.consolidation is not None:
-            epochs = [len(one) for one in examples]
-            self.consolidation = Consolidation(settings.consolidation, trained, epochs, flat)
+            self.consolidation = Consolidation(settings.consolidation, trained, flat)
+        self.hide: Vary | None = None  # hides parts of each example, which are to be predicted
         self.vary: Vary | None = None  # changes a batch each time it is used
         if corrupt := stack.bench.task.corruption(examples[0]):  # the settings of all are equal
-            self.vary = _on_tensors(corrupt)
+            self.vary = self.hide = _on_tensors(corrupt)
         elif settings.augmentation is not None:
             self.vary = open_augmentation(settings.augmentation)
         self.anchor = flat.clone() if settings.proximal else None
@@ -106,24 +106,30 @@ class PassLoss:
         if self.alignment is not None:
             self.alignment.take(value.statistics, [len(real) for real in batch.real])
 
-    def pull(self, gradient: torch.Tensor, flat: torch.Tensor, sizes: Sequence[int]) -> None:
+    def pull(self, gradient: torch.Tensor, flat: torch.Tensor) -> None:
         """Add the terms that hold values back to the ``gradient`` of whole batches.
 
         ``gradient`` and ``flat`` are [active, values]. The terms are consolidation and FedProx (Li
         et al. 2020): mu/2 |x - x0|^2, where x0 is the vector that training started from.
         """
         if self.consolidation is not None:
-            self.consolidation.take(gradient, sizes)
             self.consolidation.pull(gradient, flat)
         if self.anchor is not None:
             gradient.add_(flat - self.anchor[: len(flat)], alpha=self.settings.proximal)
 
-    def finish(self, number: int, vector: Vector) -> None:
-        """Put the statistics that a site sends beside its adapter into its ``vector``."""
+    def finish(self, number: int, vector: Vector, feed: Feed, generator: torch.Generator) -> None:
+        """Put the statistics that a site sends beside its adapter into its trained ``vector``.
+
+        ``feed`` and ``generator`` are the site's own. The stack computes with other adapters
+        afterwards.
+        """
         if self.alignment is not None:
             self.alignment.write(number, vector)
         if self.consolidation is not None:
-            self.consolidation.write(number, vector)
+            self.stack.randomness.rows = ()  # no dropout
+            hidden = None if self.hide is None else _hiding(self.hide, feed, generator)
+            measured = fisher_information(self.stack, self.trained, feed, vector, hidden)
+            self.consolidation.write(number, vector, measured)
 
     def _labelled(self, batch: Batch) -> Value:
         each, targets = self._each(batch)
@@ -168,6 +174,16 @@ def per_target(sizes: Sequence[int], targets: torch.Tensor) -> torch.Tensor:
     """
     rows = torch.tensor(sizes, dtype=targets.dtype, device=targets.device)
     return rows / targets.clamp(min=1.0)
+
+
+def _hiding(hide: Vary, feed: Feed, generator: torch.Generator) -> VaryFeed:
+    """Return the function that hides parts of the examples of ``feed``, as a site draws them."""
+
+    def vary(number: int, inputs: Inputs, targets: torch.Tensor) -> tuple[Inputs, torch.Tensor]:
+        width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        return hide(inputs, targets, SiteRows(len(targets), width, feed.left, generator))
+
+    return vary
 
 
 def _on_tensors(corrupt: Corrupt) -> Vary:

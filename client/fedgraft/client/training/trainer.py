@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedgraft.client.data.batches import is_out_of_memory
 from fedgraft.client.data.cache import Store
 from fedgraft.client.model.batched_model import Stack
 from fedgraft.client.model.forward import open_feed
@@ -290,7 +291,7 @@ class _Pass:
         gradient, sizes = self.gradient[:active], [len(batch) for batch in batches]
         gradient.mul_(per_target(sizes, self.batch_targets[:active])[:, None])
         self.targets += self.batch_targets
-        self.objective.pull(gradient, self.flat[:active], sizes)
+        self.objective.pull(gradient, self.flat[:active])
         rates = None if self.pace is None else self.pace.at(self.progress).to(self.flat.device)
         if self.settings.clip_norm:
             moving = gradient if rates is None else gradient * (rates > 0)
@@ -327,8 +328,10 @@ class _Pass:
         drawn = [generator.get_state() for generator in generators]
         try:
             self._backward(batches, part)
-        except torch.OutOfMemoryError:
-            pass  # the error holds tensors: they are freed only after this block
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # the error holds tensors: they are freed only after this block
         else:
             return True
         for generator, state in zip(generators, drawn, strict=True):
@@ -379,7 +382,7 @@ class _Pass:
         """
         for number in range(still, active):
             site, vector = self.sites[number], self.flat[number].cpu().numpy().copy()
-            self.objective.finish(number, vector)
+            self.objective.finish(number, vector, self.feeds[number], site.task.generator)
             site.vector = vector
             site.loss = float(self.total[number]) / max(float(self.targets[number]), 1.0)
             self.rows[number].grad = None

@@ -50,7 +50,7 @@ def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Paramet
     """Return the terms of a round that evaluates: a vector of ``Tally.counts``, summed exactly.
 
     With ``clip`` equal to the number of levels, weight 1 and no random rounding, quantisation does
-    not change an integer.
+    not change an integer. A site with a larger count than ``clip`` abstains: no count is clipped.
 
     Raises:
         ParameterError: as ``training_terms``.

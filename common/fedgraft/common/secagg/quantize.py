@@ -109,12 +109,12 @@ def encode_update(
 ) -> Words:
     """Return lanes and quantised ``update`` (float [d]) as uint32 [8 + d], before any mask.
 
-    ``generator`` decides only the rounding; sites must not share it. None rounds down: values that
-    are already whole levels then stay unchanged.
+    ``generator`` decides only the rounding; sites must not share it. None is for counts, which are
+    whole levels already: they stay as they are, and none is clipped.
 
     Raises:
-        InputRefused: a value or metric that is not finite, a metric beyond its limit, or a weight
-            outside 1..max_weight. Only the update is clipped; no other value is.
+        InputRefused: a value or metric that is not finite, a metric or a count beyond its limit, or
+            a weight outside 1..max_weight. Only an update is clipped; no other value is.
     """
     if type(weight) is not int or not 0 < weight <= coding.max_weight:
         raise InputRefused("the weight is not in 1..max_weight")
@@ -141,6 +141,10 @@ def _round(
     exact = values.astype(np.float64)  # before the clip, because float32(0.1) > 0.1
     if not np.isfinite(exact).all():
         raise InputRefused("the update is not finite")
+    if generator is None and (np.abs(exact) > coding.clip).any():
+        raise InputRefused(
+            "a count is larger than the largest that sums of all sites have room for"
+        )
     np.clip(exact, -coding.clip, coding.clip, out=exact)
     exact *= weight / coding.max_weight * coding.levels / coding.clip
     if generator is not None:

@@ -7,10 +7,10 @@ lists the settings that the task does not support, by the names in ``config/comp
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,10 @@ class Wrapped(Teachable):
     def pad_left(self) -> bool:
         """Return whether padding of ``source`` is before the tokens."""
         return self.source.pad_left
+
+    def padded_right(self) -> Self:
+        """Return the same examples with padding after the tokens of ``source``."""
+        return replace(self, source=self.source.padded_right())
 
     def width(self, index: Indices) -> int:
         """Return the length of the longest example at ``index``."""

@@ -105,12 +105,12 @@ def choose_sites_per_pass(job: Job, nodes: Sequence[NodeConfig]) -> int:
         power = round(math.log2(enough / max(counter.get_total_flops(), 1)))
         wanted = min(wanted, -(-cohort // SHARES), 1 << max(power, 0))
     try:
-        if examples.pad_left:  # positions count from the left: a row would depend on other rows
+        if stack.settle(examples).pad_left:  # a row would depend on other rows
             raise InputError(
                 "texts are padded on the left here, by as much as the longest in the pass needs",
                 hint="simulation.sites_per_pass = 1",
             )
-        check_stacking(stack, as_tensors(examples.batch(some[:PROBED])))
+        check_stacking(stack, as_tensors(stack.settle(examples).batch(some[:PROBED])))
     except InputError:
         if asked == "auto":
             return 1
