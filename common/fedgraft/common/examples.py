@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "AT_ONCE",
     "IGNORED",
+    "OUTPUTS",
     "ArrayExamples",
     "AudioExamples",
     "Examples",
@@ -26,6 +28,8 @@ __all__ = [
     "has_labels",
 ]
 
+AT_ONCE = 64  # examples that are evaluated in one pass, if outputs do not say otherwise
+OUTPUTS = 1 << 25  # values that a model predicts in one pass of an evaluation, 128 MB
 IGNORED = -100  # no target: padding, or a position without a next token
 Indices = NDArray[np.int64]
 Inputs = dict[str, NDArray[Any]]
@@ -93,9 +97,6 @@ class Examples(Protocol):
 
     def with_groups(self, groups: Indices) -> Self:
         """Return the same examples with these ``groups``, int64 [n]."""
-
-    def padded_right(self) -> Self:
-        """Return the same examples with padding after the tokens."""
 
     def joined(self, others: "Sequence[Self]") -> Self:
         """Return these and ``others`` (of one processor), in order, without groups."""
@@ -179,10 +180,6 @@ class TextExamples(_Teachable):
         """Return the labels, int64 [b]."""
         return self.labels[index]
 
-    def padded_right(self) -> "TextExamples":
-        """Return the same examples with padding after the tokens; the token ids are shared."""
-        return replace(self, pad_left=False)
-
     def subset(self, index: Indices) -> "TextExamples":
         """Return the examples at ``index``, in that order; the token ids are shared."""
         return replace(
@@ -248,10 +245,6 @@ class Wrapped(_Teachable):
         """Return whether padding of ``source`` is before the tokens."""
         return self.source.pad_left
 
-    def padded_right(self) -> Self:
-        """Return the same examples with padding after the tokens of ``source``."""
-        return replace(self, source=self.source.padded_right())
-
     def width(self, index: Indices) -> int:
         """Return the length of the longest example at ``index``."""
         return int(self.lengths[index].max(initial=0))
@@ -286,10 +279,6 @@ class ArrayExamples(_Teachable):
         for row in self.rows:
             digest.update(np.ascontiguousarray(self.values[row]).data)
         return digest.hexdigest()
-
-    def padded_right(self) -> Self:
-        """Return these examples: all have the same padding."""
-        return self
 
     @property
     def nbytes(self) -> int:

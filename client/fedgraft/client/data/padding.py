@@ -6,13 +6,14 @@ changes nothing for it: its mask hides what comes later. A few models read the l
 only they need padding on the left. Which side is right follows from the model, so it is tried.
 """
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fedgraft.client.data.batches import Inputs, as_tensors
-from fedgraft.common.examples import Examples
+from fedgraft.common.examples import Examples, Wrapped
 
 __all__ = ["Padding"]
 
@@ -39,7 +40,8 @@ class Padding:
             return examples
         if self.right is None:
             self.right = self._tried(examples, sites)
-        return examples if self.right is False else examples.padded_right()
+        settled: E = examples if self.right is False else _padded_right(examples)
+        return settled
 
     @torch.no_grad()
     def _tried(self, examples: Examples, sites: int) -> bool | None:
@@ -51,7 +53,7 @@ class Padding:
             return None
         alone = self._output(as_tensors(examples.batch(shortest, length)))
         left = self._output(as_tensors(examples.batch(shortest, width)))
-        right = self._output(as_tensors(examples.padded_right().batch(shortest, width)))
+        right = self._output(as_tensors(_padded_right(examples).batch(shortest, width)))
         if right.shape != alone.shape:  # an output for each token
             left, right = left[:, -length:], right[:, :length]
         allowed = AGREEMENT * (1 + float(alone.abs().max()))
@@ -63,3 +65,10 @@ class Padding:
         moved = {name: value.to(device) for name, value in inputs.items()}
         output: torch.Tensor = self.model(**moved).logits
         return output.float()
+
+
+def _padded_right(examples: Any) -> Any:
+    """Return the same examples with padding after the tokens."""
+    if isinstance(examples, Wrapped):
+        return replace(examples, source=_padded_right(examples.source))
+    return replace(examples, pad_left=False)
