@@ -126,8 +126,8 @@ WINGS = {
     "server/jobs": "paths enrollment common/config common/backbones",
     "server/monitoring": "report",
     "server/runs": (
-        "state plan common/secagg common/layout common/privacy common/config common/backbones "
-        "common/messages common/adapters"
+        "state plan common/examples common/secagg common/layout common/privacy common/config "
+        "common/backbones common/messages common/adapters"
     ),
     "server/delivery": "protocol plan runs common/layout common/messages",
     "server/export": (

@@ -79,6 +79,45 @@ def test_the_head_may_start_anew(earlier: tuple[Path, Vector]) -> None:
         np.testing.assert_array_equal(start[where], wanted[where])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (("method.head=frozen",), "has a trained head, and method.head is frozen"),
+        (("job.labels=['1', '0', '2', '3', '4', '5', '6', '7', '8', '9']",), "in another order"),
+        (("job.labels=['0', '1', '2', '3', '4', '5', '6', '7', '8', 'x']",), "is for other labels"),
+    ],
+    ids=["frozen", "reordered", "renamed"],
+)
+def test_a_head_that_would_be_lost_or_mistaken_is_refused(
+    overrides: tuple[str, ...], why: str, earlier: tuple[Path, Vector]
+) -> None:
+    start = f"start.adapter={earlier[0]}"
+    with pytest.raises(InputError, match=why) as caught:
+        start_of(digits_job(start, *overrides))
+    assert "start.head = false" in caught.value.hint
+    exchanged, begins = start_of(digits_job(start, "start.head=false", *overrides))
+    paths = exchanged.only(name for name in exchanged.names if ".lora_" in name)
+    assert paths.size
+    every, learnt = start_of(digits_job(start))
+    np.testing.assert_array_equal(exchanged.part(begins, paths), every.part(learnt, paths))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"kind": "partial", "blocks": 1}, {"dora": True}],
+    ids=["lora", "partial", "dora"],
+)
+def test_local_heads_cannot_begin_with_an_earlier_one(method: dict[str, Any]) -> None:
+    change = [f"method.{key}={value}".replace("True", "true") for key, value in method.items()]
+    local = ("start.adapter=/somewhere", "method.head=local", *change)
+    with pytest.raises(JobError, match="it would be lost") as caught:
+        digits_job(*local)
+    assert "start.head = false" in caught.value.hint
+    assert digits_job(*local, "start.head=false").start is not None
+    if not method:
+        digits_job("start.adapter=/somewhere")  # shared heads go on
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_from_there(earlier: tuple[Path, Vector], tmp_path: Path) -> None:
     folder, adapter = earlier

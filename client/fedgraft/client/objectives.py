@@ -15,12 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.nn import functional
 
-from fedgraft.common.examples import IGNORED
+from fedgraft.common.examples import AT_ONCE, IGNORED, OUTPUTS
 
 __all__ = ["OBJECTIVES", "Losses", "Objective", "distances", "restrict"]
 
-AT_ONCE = 64  # examples that are evaluated in one pass
-LOGITS = 1 << 25  # in memory at once, 128 MB, because a vocabulary is large
 CLOSE = 0.1  # mean absolute error below which a patch is right, in pixels as the model reads them
 
 
@@ -130,7 +128,7 @@ class Tokens:
 
     def at_once(self, outputs: int, longest: int) -> int:
         """Return a smaller number if examples are long and the vocabulary is large."""
-        return max(1, min(AT_ONCE, LOGITS // (outputs * max(longest, 1))))
+        return max(1, min(AT_ONCE, OUTPUTS // (outputs * max(longest, 1))))
 
     def _by_position(
         self, logits: torch.Tensor, targets: torch.Tensor, smoothing: float

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "AT_ONCE",
     "IGNORED",
+    "OUTPUTS",
     "ArrayExamples",
     "AudioExamples",
     "Examples",
@@ -27,6 +29,8 @@ __all__ = [
     "has_labels",
 ]
 
+AT_ONCE = 64  # examples that are evaluated in one pass, if outputs do not say otherwise
+OUTPUTS = 1 << 25  # values that a model predicts in one pass of an evaluation, 128 MB
 IGNORED = -100  # no target: padding, or a position without a next token
 Indices = NDArray[np.int64]
 Inputs = dict[str, NDArray[Any]]
@@ -140,6 +144,10 @@ class Teachable:
         """Return 0 to n - 1: each example is a document of its own."""
         return np.arange(len(self))
 
+    def padded_right(self) -> Self:
+        """Return the same examples with padding after the tokens."""
+        return replace(self, pad_left=False)  # type: ignore[call-arg]  # children have it
+
     def with_teacher(self, logits: NDArray[np.float32]) -> Self:
         """Return the same examples with these ``teacher_logits``."""
         return replace(self, teacher_logits=logits)
@@ -209,10 +217,6 @@ class TextExamples(Teachable):
         """Return the labels, int64 [b]."""
         return self.labels[index]
 
-    def padded_right(self) -> "TextExamples":
-        """Return the same examples with padding after the tokens; the token ids are shared."""
-        return replace(self, pad_left=False)
-
     def subset(self, index: Indices) -> "TextExamples":
         """Return the examples at ``index``, in that order; the token ids are shared."""
         return replace(
@@ -270,10 +274,6 @@ class ArrayExamples(Teachable):
         for row in self.rows:
             digest.update(np.ascontiguousarray(self.values[row]).data)
         return digest.hexdigest()
-
-    def padded_right(self) -> Self:
-        """Return these examples: all have the same padding."""
-        return self
 
     @property
     def nbytes(self) -> int:

@@ -1,19 +1,31 @@
 """What `fedgraft check` promises of a job is what a real round then costs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from support.families import family_job
+from support.language_models import job_settings, save_language_model
+from support.peaks import Peak
+from support.trainings import MAX_LENGTH, rows_for
+from support.trainings import make_job as small_job
 
+from fedgraft.client.data.cache import Store
+from fedgraft.client.data.rows import encode, read_split
+from fedgraft.client.model.batched_model import open_stack
+from fedgraft.client.training.evaluate import measure
+from fedgraft.client.training.trainer import TrainingTask, train_alone
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.examples import Examples, TextExamples
 from fedgraft.server.plan import Plan, make_plan
 from fedgraft.server.protocol.transport import Transport
 from fedgraft.server.rounds import run_round
-from fedgraft.server.runs.costs import Costs, estimate_costs
+from fedgraft.server.runs.costs import OVERHEAD_MB, Costs, estimate_costs
 from fedgraft.server.state import RoundRecord, State
 from fedgraft.simulations.demo import digits
 from fedgraft.simulations.grid.local_grid import LocalGrid
@@ -142,3 +154,66 @@ def test_a_backbone_that_could_also_write_is_given_what_the_task_reads(
     bench = open_workbench(job)
     costs = estimate_costs(make_plan(job, bench, session=""), bench)
     assert 0 < costs.activations_mb < 100
+
+
+# What a site takes
+
+
+def taken(job: Job, rows: Examples) -> int:
+    """The most bytes of tensors while a site trains and evaluates."""
+    stack = open_stack(job)
+    start, generator = stack.bench.initial, torch.Generator().manual_seed(0)
+    with Peak() as peak:
+        train_alone(
+            stack, stack.bench.layout, TrainingTask(rows, start, generator), settings=job.training
+        )
+        measure(stack, stack.bench.layout, start, rows, measures=job.measures)
+    return int(peak.bytes)
+
+
+def promised(job: Job) -> float:
+    bench = open_workbench(job)
+    costs = estimate_costs(make_plan(job, bench, session=""), bench)
+    return costs.memory_mb - OVERHEAD_MB - costs.weights_mb
+
+
+def full_texts(count: int) -> TextExamples:
+    """Texts of as many tokens as a job allows."""
+    every = np.arange(count)
+    ids = np.full(count * MAX_LENGTH, 5, np.int32)
+    lengths = np.full(count, MAX_LENGTH)
+    return TextExamples(every % 10, ids, every * MAX_LENGTH, lengths, None, 0, False, MAX_LENGTH)
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+@pytest.mark.parametrize("kind", ["vit", "bert", "gpt2"])
+def test_memory_is_within_a_factor_of_two(kind: str, batch: int) -> None:
+    job = small_job(kind, training={"batch_size": batch})
+    rows = rows_for(kind, 64) if kind == "vit" else full_texts(64)
+    assert 0.5 < promised(job) * 2**20 / taken(job, rows) < 2
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "causal-lm"), ("bert", "masked-lm")])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_memory_is_so_too_where_a_vocabulary_is_large(
+    kind: str, task: str, batch: int, tmp_path: Path
+) -> None:
+    folder = save_language_model(kind, tmp_path / "backbone")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 5000}))
+    lines = [json.dumps({"text": "a bc def " * 40}) for _ in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    raw = job_settings(kind, folder, str(tmp_path / "rows.jsonl"))
+    raw["backbone"]["weights"] = "random"
+    raw["training"] = {**raw.get("training", {}), "batch_size": batch}
+    job = parse_job(raw, where="test")
+    assert job.job.task == task
+    rows = encode(
+        read_split(str(tmp_path / "rows.jsonl"), job).dataset,
+        open_workbench(job).processor,
+        job,
+        store=Store(tmp_path / "store", memory=10**8, disk=0),
+        key="k",
+    )
+    assert len(rows) >= batch
+    assert 0.5 < promised(job) * 2**20 / taken(job, rows) < 2

@@ -24,7 +24,14 @@ from fedgraft.common.errors import InputError
 from fedgraft.common.files import sync_folder
 from fedgraft.common.layout import OUTER, Layout, Vector, is_head
 
-__all__ = ["folder_facts", "read_adapter", "replace_folder", "save_adapter"]
+__all__ = [
+    "folder_facts",
+    "has_head",
+    "labels_of",
+    "read_adapter",
+    "replace_folder",
+    "save_adapter",
+]
 
 MARK = "fedgraft.json"
 BASE = "backbone"
@@ -107,6 +114,23 @@ def _other_head(folder: Path) -> tuple[str, ...]:
     modules = config.get("modules_to_save") or ()
     names = [f"{OUTER}{name}." for name in modules]
     return tuple(name for name in names if is_head(f"{name}modules_to_save."))
+
+
+def has_head(folder: Path) -> bool:
+    """Return whether the adapter in ``folder`` has a trained head; false if it cannot be read."""
+    try:
+        return bool(_other_head(folder))
+    except (OSError, ValueError):  # ``read_adapter`` says what is wrong
+        return False
+
+
+def labels_of(folder: Path) -> tuple[str, ...] | None:
+    """Return the labels of the job that wrote ``folder``; None if they are not known."""
+    try:
+        facts = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        return tuple(facts["labels"])
+    except (OSError, ValueError, KeyError, TypeError):  # an adapter from elsewhere
+        return None
 
 
 def folder_facts(bench: Workbench, job: Job, origin: Origin) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def check_compatible(job: "Job") -> None:
         if has(job) and (refused := refusal_of(job, feature)):
             raise IllegalJob(*refused)
     _check_statistics(job)
+    _check_start(job)
     _check_early_stopping(job)
     _check_simulation(job)
 
@@ -114,6 +115,17 @@ def _check_statistics(job: "Job") -> None:
                 f"statistics of training.{kind} are up to {SCALE}, and clip is {masked.clip}",
                 f"privacy.secure_aggregation.clip = {SCALE}",
             )
+
+
+def _check_start(job: "Job") -> None:
+    """Check that the earlier head, if the job wants it, can get to where a head trains."""
+    if job.start is not None and job.start.head and job.method.head == "local":
+        raise IllegalJob(
+            "start.head = true brings an earlier head, and local heads never travel: it would be "
+            "lost",
+            "start.head = false: a new head at each site; or method.head = "
+            '"shared", which goes on from it',
+        )
 
 
 def _check_early_stopping(job: "Job") -> None:

@@ -7,6 +7,7 @@ import torch
 
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.config.job import Job
+from fedgraft.common.examples import AT_ONCE, OUTPUTS
 from fedgraft.common.messages.codec import encode, wire_bytes
 from fedgraft.common.messages.dry_run import blank_replies
 from fedgraft.common.messages.masked_terms import describe
@@ -38,14 +39,17 @@ __all__ = ["Costs", "estimate_costs"]
 
 VECTORS = 6  # adapter, gradient, two moments, received adapter, update
 OVERHEAD_MB = 350  # Python with torch and transformers loaded, measured
+COPIES = 2  # at the peak, of the outputs that have a target: their log-softmax, and its gradient
 
 
 @dataclass(frozen=True)
 class Costs:
     """One site's costs; bytes are of one round with its evaluation, memory is an estimate in MB.
 
-    ``activations_mb`` is the memory of the tensors that autograd keeps for one micro-batch. It is
-    counted on one example of full length.
+    ``activations_mb`` is the memory that a training step takes beside weights and adapter: the
+    tensors that autograd keeps for one micro-batch, its outputs, and what the loss makes of these.
+    ``evaluation_mb`` is that of a pass of the evaluation. Both are counted on one example of full
+    length in float32. They are within a factor of two of what a site takes.
     """
 
     trained_parameters: int
@@ -55,18 +59,26 @@ class Costs:
     bytes_down: int
     weights_mb: float
     activations_mb: float
+    evaluation_mb: float
 
     @property
     def memory_mb(self) -> float:
         """The estimated memory of a site's process, MB."""
         values = max(self.trained_parameters, self.exchanged_parameters)
         vectors = VECTORS * 4 * values / 2**20
-        return OVERHEAD_MB + self.weights_mb + vectors + self.activations_mb
+        passes = max(self.activations_mb, self.evaluation_mb)
+        return OVERHEAD_MB + self.weights_mb + vectors + passes
 
 
 def estimate_costs(plan: Plan, bench: Workbench) -> Costs:
     """Return the costs of the plan at one site, from real messages and a pass of one example."""
     job, size = plan.job, plan.exchanged.size
+    kept, outputs, widest = _measured(job, bench)
+    hidden = job.task.hidden_share and (job.settings.masked or job.task.hidden_share)
+    compared = hidden or 1.0  # the share of outputs that have a target
+    around_loss = outputs * (1 + COPIES * compared)
+    micro = job.training.batch_size // job.training.accumulation
+    at_once = max(1, min(AT_ONCE, 4 * OUTPUTS // outputs))
     up = blank_replies(job, plan.exchanged, _cohort(job))
     return Costs(
         trained_parameters=plan.exchanged.of_model.size + bench.local.size,
@@ -75,7 +87,8 @@ def estimate_costs(plan: Plan, bench: Workbench) -> Costs:
         bytes_up=sum(wire_bytes(encode(message)) for message in up),
         bytes_down=sum(wire_bytes(encode(message)) for message in _messages_down(plan)),
         weights_mb=4 * bench.backbone_parameters / 2**20,
-        activations_mb=_activations_mb(job, bench),
+        activations_mb=micro * (kept + around_loss) / 2**20,
+        evaluation_mb=at_once * (widest + around_loss) / 2**20,
     )
 
 
@@ -130,8 +143,12 @@ def _cohort(job: Job) -> int:
     return max(job.rounds.min_sites, FEWEST)
 
 
-def _activations_mb(job: Job, bench: Workbench) -> float:
-    """Return the MB that autograd keeps for one example, times the size of the micro-batch."""
+def _measured(job: Job, bench: Workbench) -> tuple[int, int, int]:
+    """Return bytes of one example: what autograd keeps, the outputs, and the widest layer.
+
+    Without autograd only a layer's tensors are in memory at a time. They are taken to be the four
+    largest of those that autograd would keep.
+    """
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -146,6 +163,7 @@ def _activations_mb(job: Job, bench: Workbench) -> float:
     for name, parameter in bench.model.named_parameters():
         parameter.requires_grad_(name in bench.layout.slices)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        bench.model(**inputs)
-    size = sum(count for pointer, count in kept.items() if pointer not in parameters)
-    return size * (job.training.batch_size // job.training.accumulation) / 2**20
+        output = bench.model(**inputs)
+    sizes = [count for pointer, count in kept.items() if pointer not in parameters]
+    outputs = max(value.nbytes for value in output.values() if isinstance(value, torch.Tensor))
+    return sum(sizes), outputs, sum(sorted(sizes)[-4:])
