@@ -28,6 +28,10 @@ WATCHED: dict[str, Metric] = {
 }
 """The metrics that early stopping can watch; each task has some of them."""
 
+FEW_ROUNDS = 0.5  # beta1: an average over two rounds
+USUAL_STEP = 0.01  # of a value of an adapter in a round, as sites train adapters
+LARGEST_STEP = 3  # of a server optimiser, in steps of the sites; 1 would be slow to start
+
 if TYPE_CHECKING:
     MetricName = str
 else:
@@ -172,7 +176,15 @@ class Rounds(Section):
 class ServerOptimizer(Section):
     """The optimiser of the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.").
 
-    It computes the adapter's step from the aggregate.
+    It computes the adapter's step from the aggregate. A job that names no ``learning_rate`` gets
+    one that cannot ruin a run, whatever the size of an update is:
+
+    - ``momentum``: 1 - beta1, because m adds up to 1 / (1 - beta1) steps of the sites;
+    - ``adam``, ``yogi``: LARGEST_STEP x tau, because a step is at most learning_rate / tau times m;
+    - ``reptile``: 2, because its factor 1 - t/T is one half in the mean.
+
+    Such a job has by default also a ``beta1`` for the few rounds of fine-tuning (0.9 averages over
+    ten rounds), and a ``tau`` as large as a usual step. With a named rate they are the paper's.
     """
 
     kind: Literal["none", "momentum", "adam", "yogi", "reptile"] = "none"
@@ -180,6 +192,22 @@ class ServerOptimizer(Section):
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.99, ge=0, lt=1)
     tau: float = Field(default=1e-3, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rates_by_kind(cls, raw: Any) -> Any:
+        """Fill in the rate (and tau) that a job does not name; wrong values are refused later."""
+        if not isinstance(raw, Mapping) or "learning_rate" in raw:
+            return raw
+        kind = raw.get("kind")
+        if kind == "reptile":
+            return {**raw, "learning_rate": 2.0}
+        beta1, tau = raw.get("beta1", FEW_ROUNDS), raw.get("tau", USUAL_STEP)
+        if kind == "momentum" and isinstance(beta1, int | float) and 0 <= beta1 < 1:
+            return {**raw, "learning_rate": 1 - beta1, "beta1": beta1}
+        if kind in ("adam", "yogi") and isinstance(tau, int | float) and tau > 0:
+            return {**raw, "learning_rate": LARGEST_STEP * tau, "beta1": beta1, "tau": tau}
+        return raw
 
 
 class Aggregation(Section):
