@@ -194,7 +194,7 @@ def job(folder: Path, lines: list[Any], *, labels: tuple[str, ...] = TAGS, **dat
 
 
 def test_rows_are_read_by_the_columns_that_the_job_names(tmp_path: Path) -> None:
-    lines = [{"words": ["Ada", "lives"], "ner": ["B-per", 0]}]
+    lines = [{"words": ["Ada", "lives"], "ner": [1, 0]}]
     made = job(tmp_path, lines, tokens="words", tags="ner")
     rows = read_split(str(tmp_path / "rows.jsonl"), made).dataset
     assert rows[:]["tokens"] == [["Ada", "lives"]] and rows[:]["tags"] == [[1, 0]]

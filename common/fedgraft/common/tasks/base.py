@@ -5,17 +5,19 @@ object without state; ``TASKS`` in this package maps names to tasks. Only the ta
 lists the settings that the task does not support, by the names in ``config/compatibility.py``.
 """
 
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedgraft.common.encoding import Draws, Keep, Rows, Settings
+from fedgraft.common.errors import DataError
 from fedgraft.common.examples import (
     Examples,
     ImageExamples,
@@ -37,6 +39,7 @@ __all__ = [
     "Task",
     "TextBlocks",
     "Wrapped",
+    "composed",
     "count_marked",
 ]
 
@@ -45,6 +48,11 @@ Corrupt = Callable[[Inputs, Any, Draws], tuple[Inputs, Any]]
 
 The random draws are the site's own.
 """
+
+
+def composed(value: Any) -> str:
+    """Return a value as text in composed form (NFC), in which equal words are equal."""
+    return unicodedata.normalize("NFC", str(value))
 
 
 @dataclass(frozen=True)
@@ -71,11 +79,37 @@ class Reading:
     labels: tuple[str, ...]
     mapping: Mapping[str, str]
     labelled: bool = True
+    taken: list[str] = field(default_factory=list)
+    """How labels were read so far, ``names`` or ``indices``; empty before the first label."""
 
     @cached_property
     def indices(self) -> dict[str, int]:
-        """Return the index of each label."""
-        return {name: index for index, name in enumerate(self.labels)}
+        """Return the index of each label, by its composed name."""
+        return {composed(name): index for index, name in enumerate(self.labels)}
+
+    @cached_property
+    def mapped(self) -> dict[str, str]:
+        """Return ``mapping`` with composed names."""
+        return {composed(value): composed(name) for value, name in self.mapping.items()}
+
+    @cached_property
+    def numbered(self) -> bool:
+        """Return whether a label of the job is a number; a number is then a name."""
+        return any(name.strip().isdecimal() for name in self.labels)
+
+    def take(self, how: Literal["names", "indices"]) -> None:
+        """Note how a label was read.
+
+        Raises:
+            DataError: an earlier label was read in the other way.
+        """
+        if self.taken and self.taken[0] != how:
+            raise DataError(
+                f"a label here is one of the job's {how}, and labels before it are {self.taken[0]}",
+                hint="write the names of the job's labels in every row, or map them in "
+                "[data.labels] of site.toml",
+            )
+        self.taken[:] = [how]
 
 
 @dataclass(frozen=True)

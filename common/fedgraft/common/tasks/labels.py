@@ -1,12 +1,14 @@
 """Label cells to indices of the job's labels, without guesses."""
 
 import difflib
+import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from fedgraft.common.errors import DataError
-from fedgraft.common.tasks.base import Reading
+from fedgraft.common.tasks.base import Reading, composed
 
 __all__ = ["head_usage", "label_index", "label_options", "nearest_label"]
 
@@ -14,25 +16,36 @@ __all__ = ["head_usage", "label_index", "label_options", "nearest_label"]
 def label_index(value: Any, reading: Reading, *, typed: bool) -> int:
     """Return the index of the job's label for ``value``: a name, a mapped name, or an index.
 
-    In a source that is not ``typed``, digits can also be an index.
+    A number is an index only if no label of the job is a number and all labels of the site are
+    indices: "1" can otherwise mean the second label or the label "1". In a source that is not
+    ``typed``, digits can also be an index. Names are compared in Unicode's composed form (NFC).
 
     Raises:
-        DataError: there is no value, or the job does not know it.
+        DataError: there is no value, the job does not know it, or names and indices are mixed.
     """
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise DataError("no label", hint="fill it in or remove the row")
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        name = reading.mapping.get(str(value), str(value))
-        if name in reading.indices:
-            return reading.indices[name]
-        number = _number(value, typed=typed)
-        if number is not None and number < len(reading.labels):
-            return number
+    plain = isinstance(value, str | int) and not isinstance(value, bool)
+    mapped = next((reading.mapped[key] for key in _keys(value) if key in reading.mapped), None)
+    name = mapped if mapped is not None else composed(value) if plain else None
+    if name in reading.indices:
+        reading.take("names")
+        return reading.indices[name]
+    number = _number(value, typed=typed) if plain else None
+    if number is not None and number < len(reading.labels) and not reading.numbered:
+        reading.take("indices")
+        return number
+    known = "; the job's labels are numbers, so a number is a name" if reading.numbered else ""
     raise DataError(
-        f"label {_shown(value)} is not in the job's list",
+        f"label {_shown(value)} is not in the job's list{known}",
         hint=nearest_label(str(value), reading.labels)
         + f'; or map it in site.toml: [data.labels] {_shown(str(value))} = "..."',
     )
+
+
+def _keys(value: Any) -> tuple[str, ...]:
+    """Return how ``[data.labels]`` of a site may write ``value``: true is written in two ways."""
+    return (str(value), str(value).lower()) if isinstance(value, bool) else (composed(value),)
 
 
 def _number(value: str | int, *, typed: bool) -> int | None:
@@ -44,11 +57,20 @@ def _number(value: str | int, *, typed: bool) -> int | None:
 
 def nearest_label(name: str, known: Sequence[str]) -> str:
     """Return a hint for an unknown label: the most similar label, or the list of labels."""
+    same = [one for one in known if _visible(one) == _visible(name)]
+    if same:
+        return f"it differs from {same[0]!r} only in signs that are hard to see: {name!a}"
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"did you mean {near[0]!r}?"
     more = f" and {len(known) - 10} more" if len(known) > 10 else ""
     return f"labels are {', '.join(known[:10])}{more}, or 0 to {len(known) - 1}"
+
+
+def _visible(name: str) -> str:
+    """Return a name without what a reader may not see: space, case, joiners, width of letters."""
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return "".join(one for one in folded if not one.isspace() and unicodedata.category(one) != "Cf")
 
 
 def _shown(value: object) -> str:
