@@ -130,7 +130,8 @@ class _Simulation:
         console.note(_headline(self.job, self.prepared.sites, plan))
         if skipped := self.prepared.skipped:
             self.run.event("skipped-files", count=skipped)
-            console.note(f"left out {skipped} files that do not decode")
+        for note in self.prepared.notes:
+            console.note(note)
         if self.settings.faults.any:
             self.run.event("faults", **self.fates.facts())
             console.note(self.fates.describe())
@@ -141,6 +142,7 @@ class _Simulation:
         names, states = [one.name for one in sites], [Path(one["state"]) for one in self.nodes]
         return {
             "skipped_files": self.prepared.skipped,
+            "data_notes": list(self.prepared.notes),
             "faults": self.fates.summary(self.run.events()) if self.settings.faults.any else None,
             "final": final_metrics(measured, job.job.seed, job.measures, job.task),
             "site_map": map_sites(job, states, names),

@@ -231,7 +231,7 @@ def test_tables_of_image_paths_are_relative_to_the_table(tmp_path: Path) -> None
     rows = read_split(path, make_job("image"))
     assert rows.dataset[0]["image"].getpixel((0, 0)) == 7
     write(tmp_path / "a.csv", "image,label\nimages/b.png,yes\n")
-    with pytest.raises(DataError, match=r"line 2: no image .*b\.png"):
+    with pytest.raises(DataError, match="line 2: its cell names no file that is here"):
         read_split(path, make_job("image"))
     write(tmp_path / "a.csv", "image,label\n,yes\n")
     with pytest.raises(DataError, match=r"a\.csv, line 2: no image"):

@@ -10,20 +10,21 @@ import difflib
 import glob
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedgraft.client.data.folders import label_files, walk
 from fedgraft.common.errors import DataError
+from fedgraft.common.tasks.base import composed
 
 __all__ = [
     "READERS",
     "Table",
     "column_names",
-    "files_below",
     "find_sources",
-    "images_in",
     "is_text",
     "read_tables",
 ]
@@ -31,7 +32,7 @@ __all__ = [
 Row = tuple[int, Any, Any]  # line or row number, content, label
 
 TEXT = ".txt"
-LITTER = frozenset({"Thumbs.db", "desktop.ini"})
+LONGEST_CELL = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Table:
     """The raw contents and labels of one source, in its order.
 
     A content is a text, or an image as ``{"bytes", "path"}``. ``typed`` says that the source
-    distinguishes the number 3 from the text "3"; CSV cells and folder names do not.
+    distinguishes the number 3 from the text "3"; CSV cells and folder names do not. ``left_out``
+    counts what a folder has beside its data, by the reason.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Table:
     numbers: Sequence[int]
     unit: str
     typed: bool
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def place(self, index: int) -> str:
         """Return the place of row ``index`` for a person: the image file, or data file and line."""
@@ -88,16 +91,18 @@ def watched(path: str) -> list[Path]:
     for source in find_sources(path):
         found.append(source)
         if source.is_dir():
-            found += sorted(source.rglob("*"))
+            found += sorted({*source.rglob("*"), *walk(source).files})  # behind links, too
     return found
 
 
-def read_tables(path: str, *, content: str, label: str | None, images: bool) -> list[Table]:
+def read_tables(
+    path: str, *, content: str, label: str | None, images: bool, labels: Collection[str] = ()
+) -> list[Table]:
     """Read the columns ``content`` and ``label`` of all sources at ``path`` (file, folder, glob).
 
-    With ``images`` (or recordings), a folder holds one folder per label. The label of a single
-    image file is the name of its folder. The ``content`` of a table is an embedded image, or the
-    path of one, relative to the table.
+    With ``images`` (or recordings), a folder holds one folder per label of ``labels``. The label of
+    a single image file is the name of its folder. The ``content`` of a table is an embedded image,
+    or the path of one, relative to the table.
 
     Without a ``label``, all labels are None. Each ``.txt`` file is one text, also in a folder. With
     ``images``, a folder gives all files in it, at any depth.
@@ -108,11 +113,11 @@ def read_tables(path: str, *, content: str, label: str | None, images: bool) -> 
     tables, loose = [], []
     for source in find_sources(path):
         if source.is_dir() and label is None and images:
-            tables.append(_image_table(source, _anywhere(source)))
+            tables.append(_anywhere(source))
         elif source.is_dir() and label is None:
             tables.extend(_read_texts(source))
         elif source.is_dir():
-            tables.append(_read_folder(source, images=images))
+            tables.append(_read_folder(source, labels, images=images))
         elif source.suffix.lower() in READERS or (label is None and is_text(source)):
             tables.append(_read_file(source, content, label, images=images))
         elif images:
@@ -132,7 +137,7 @@ def is_text(path: Path) -> bool:
 
 def _read_texts(path: Path) -> list[Table]:
     """Read every ``.txt`` file in the folder ``path`` and below it, in sorted order."""
-    files = [file for file in files_below(path) if is_text(file)]
+    files = [file for file in walk(path).files if is_text(file)]
     if not files:
         raise DataError(
             f"{path} has no {TEXT} files",
@@ -141,16 +146,11 @@ def _read_texts(path: Path) -> list[Table]:
     return [_read_file(file, "", None, images=False) for file in files]
 
 
-def _anywhere(path: Path) -> list[tuple[Path, str]]:
-    files = files_below(path)
-    if not files:
+def _anywhere(path: Path) -> Table:
+    found = walk(path)
+    if not found.files:
         raise DataError(f"{path} has no files", hint="put the site's files there")
-    return [(file, "") for file in files]
-
-
-def files_below(path: Path) -> list[Path]:
-    """Return all files in the folder ``path`` and below it, sorted, except litter."""
-    return sorted(file for file in path.rglob("*") if file.is_file() and _kept(file))
+    return _image_table(path, [(file, "") for file in found.files], found.left_out)
 
 
 def _read_file(path: Path, content: str, label: str | None, *, images: bool) -> Table:
@@ -168,44 +168,28 @@ def _read_file(path: Path, content: str, label: str | None, *, images: bool) -> 
     return Table(path, contents, labels, numbers, unit, typed=suffix != ".csv")
 
 
-def _read_folder(path: Path, *, images: bool) -> Table:
+def _read_folder(path: Path, labels: Collection[str], *, images: bool) -> Table:
     if not images:
         raise DataError(
             f"{path} is a folder, and this job reads text",
             hint=f"name a file, or a pattern such as {path}/*.jsonl",
         )
-    files = [(file, file.relative_to(path).parts[0]) for file in images_in(path)]
-    if not files:
+    found = label_files(path, labels)
+    if not found.files:
         raise DataError(
             f"{path} has no files in label folders",
             hint=f"put them into {path}/<label>/, one folder per label of the job",
         )
-    return _image_table(path, files)
+    files = [(file, file.relative_to(path).parts[0]) for file in found.files]
+    return _image_table(path, files, found.left_out)
 
 
-def images_in(path: Path) -> list[Path]:
-    """Return all files in the label folders of ``path``, folder by folder, except litter."""
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and _kept(entry))
-    return [
-        file
-        for folder in folders
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and _kept(file)
-    ]
-
-
-def _image_table(path: Path, files: Iterable[tuple[Path, str]]) -> Table:
-    pairs = [({"bytes": None, "path": str(file.resolve())}, label) for file, label in files]
+def _image_table(
+    path: Path, files: Iterable[tuple[Path, str]], left_out: Mapping[str, int] | None = None
+) -> Table:
+    pairs = [({"bytes": None, "path": os.path.abspath(file)}, label) for file, label in files]
     contents, labels = [one for one, _ in pairs], [label for _, label in pairs]
-    return Table(path, contents, labels, (), "file", typed=False)
-
-
-def _kept(path: Path) -> bool:
-    """Return False for files that file managers leave behind.
-
-    Any other file that is no image needs a person, so it is not skipped.
-    """
-    return not path.name.startswith((".", "__")) and path.name not in LITTER
+    return Table(path, contents, labels, (), "file", typed=False, left_out=left_out or {})
 
 
 def _image_source(value: Any, folder: Path) -> dict[str, Any] | None:
@@ -213,7 +197,7 @@ def _image_source(value: Any, folder: Path) -> dict[str, Any] | None:
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
     if isinstance(value, str) and value:
-        return {"bytes": None, "path": str((folder / value).resolve())}
+        return {"bytes": None, "path": os.path.abspath(folder / value)}
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return {"bytes": value["bytes"], "path": None}
     if isinstance(value, dict) and value.get("path"):
@@ -242,11 +226,13 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _read_csv(path: Path, content: str, label: str | None) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(_lines(path), strict=True)
     try:
-        header = next(reader, None)
+        header = [composed(name) for name in next(reader, [])]
         if not header:
             raise DataError(f"{path} is empty", hint="its first line must name the columns")
+        content, label = composed(content), label and composed(label)
         _check_columns(path, header, content, label)
         at, named = header.index(content), header.index(label) if label else None
         start = reader.line_num + 1  # a quoted cell may span lines: its row is at the first
@@ -284,7 +270,9 @@ def _read_jsonl(path: Path, content: str, label: str | None) -> Iterator[Row]:
                 f"{path}, line {number} is not a JSON object",
                 hint="JSONL has one object per line, without a list around them",
             )
+        row = {composed(name): value for name, value in row.items()}
         if not checked:
+            content, label = composed(content), label and composed(label)
             _check_columns(path, list(row), content, label)
             checked = True
         yield number, row.get(content), row.get(label) if label else None
@@ -297,31 +285,59 @@ def _read_parquet(path: Path, content: str, label: str | None) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            _check_columns(path, schema.names, content, label)
-            names = _class_names(schema, label) if label else []
+            spelt = {composed(name): name for name in schema.names}
+            _check_columns(path, [composed(name) for name in schema.names], composed(content),
+                           label and composed(label))  # fmt: skip
+            content, label = spelt[composed(content)], label and spelt[composed(label)]
+            names = _class_names(path, schema, label) if label else []
             rows = itertools.count(1)
             wanted = [content, label] if label else [content]
             for batch in file.iter_batches(batch_size=1024, columns=wanted):
                 values = batch[label].to_pylist() if label else [None] * len(batch)
                 for one, value in zip(batch[content].to_pylist(), values, strict=True):
-                    yield next(rows), one, names[value] if names and value is not None else value
-    except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError):
+                    row = next(rows)
+                    yield row, one, _class_name(path, row, names, value) if names else value
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
         raise DataError(
             f"{path} is not a readable Parquet file", hint="write it again, with UTF-8 text columns"
         ) from None
 
 
-def _class_names(schema: Any, label: str) -> list[str]:
+def _class_names(path: Path, schema: Any, label: str) -> list[str]:
     """Return the names behind the integers of a ``datasets.ClassLabel`` column.
 
-    The column has an order of its own.
-    """
-    import datasets
+    The column has an order of its own. Only its own entry in the metadata is read: other columns
+    may be of kinds that this version does not know.
 
-    if not schema.metadata or b"huggingface" not in schema.metadata:
+    Raises:
+        DataError: the column holds integers, and the metadata that may name them is damaged.
+    """
+    import pyarrow as pa
+
+    text = (schema.metadata or {}).get(b"huggingface")
+    if text is None or not pa.types.is_integer(schema.field(label).type):
         return []
-    feature = datasets.Features.from_arrow_schema(schema)[label]
-    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else []
+    try:
+        feature = json.loads(text)["info"]["features"].get(label) or {}
+        names = feature.get("names") if feature.get("_type") == "ClassLabel" else []
+        return [str(name) for name in names or ()]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(
+            f"{path} has damaged metadata of Hugging Face: what its integers mean is not known",
+            hint="write the labels' names as text, or the file again",
+        ) from None
+
+
+def _class_name(path: Path, row: int, names: list[str], value: int | None) -> str | None:
+    """Return the name of a class; -1 and an empty cell are rows without a label."""
+    if value is None or value == -1:
+        return None
+    if not 0 <= value < len(names):
+        raise DataError(
+            f"{path}, row {row}: its label is {value}, and the file names {len(names)} classes",
+            hint="write the file again with the names of all classes",
+        )
+    return names[value]
 
 
 READERS: dict[str, Callable[[Path, str, str | None], Iterator[Row]]] = {
@@ -346,6 +362,7 @@ def column_names(path: Path) -> list[str]:
             with parquet.ParquetFile(path) as file:
                 return list(file.schema_arrow.names)
         if path.suffix.lower() == ".csv":
+            csv.field_size_limit(LONGEST_CELL)
             return next(csv.reader(_lines(path), strict=True), [])
         return list(json.loads(next(filter(str.strip, _lines(path)), "{}")))
     except (ValueError, TypeError, OSError, csv.Error, RecursionError):

@@ -7,10 +7,12 @@ the content of rows, so it belongs to the site.
 """
 
 import hashlib
+import os
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from fedgraft.common.config.job import Job
 from fedgraft.common.errors import DataError
 from fedgraft.common.examples import Examples
 from fedgraft.common.tasks import TASKS
-from fedgraft.common.tasks.base import Cell, Reading, Task
+from fedgraft.common.tasks.base import Cell, Reading, Task, composed
 from fedgraft.common.tasks.labels import nearest_label
 
 __all__ = ["KINDS", "Columns", "SplitRows", "encode", "read_split"]
@@ -45,21 +47,30 @@ KINDS: dict[str, Any] = {
     "file": _FILE,
 }
 """The storage types of columns, by the names that modalities and tasks use."""
+UNREADABLE = "files that do not decode"
 AT_ONCE = 64  # cells that a thread checks in one task
 DIGESTED = 256  # files read at once
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one split, checked by ``read_split``; ``skipped`` bad rows were left out.
+    """The rows of one split, checked by ``read_split``.
 
     ``files`` are those that the cells of tables name; ``content`` is the column of texts or files.
+    ``left_out`` counts what was not read, by the reason. ``labels_read`` is how labels were read:
+    as ``names`` or as ``indices``; empty without labels.
     """
 
     dataset: datasets.Dataset
-    skipped: int
     files: tuple[Path, ...]
     content: str
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    labels_read: str = ""
+
+    @property
+    def skipped(self) -> int:
+        """Return the number of files that do not decode and were left out, as the job allows."""
+        return self.left_out.get(UNREADABLE, 0)
 
     def only(self, index: NDArray[np.int64]) -> "SplitRows":
         """Return the rows at ``index``; ``files`` stays as it is."""
@@ -141,6 +152,7 @@ def read_split(
         content=columns.get(content, content),
         label=columns.get(beside, beside) if beside is not None and read_beside else None,
         images=modality.files,
+        labels=[*job.job.labels, *labels],
     )
     places = [(table, row) for table in tables for row in range(len(table.contents))]
     reading = Reading(job.job.labels, labels, labelled)
@@ -160,7 +172,10 @@ def read_split(
     )
     cells = [cell for table in tables if table.numbers for cell in table.contents]
     named = tuple(Path(one["path"]) for one in cells if isinstance(one, dict) and one["path"])
-    return SplitRows(dataset, len(places) - len(kept), named, task.content)
+    left_out = sum((Counter(table.left_out) for table in tables), Counter[str]())
+    left_out[UNREADABLE] += len(places) - len(kept)
+    read = reading.taken[0] if reading.taken else ""
+    return SplitRows(dataset, named, task.content, dict(+left_out), read)
 
 
 def encode(
@@ -223,8 +238,9 @@ def _check_mappings(job: Job, columns: Mapping[str, str], labels: Mapping[str, s
                 f"data.columns maps {name!r}, which no job asks for",
                 hint=f"this job asks for {' and '.join(repr(one) for one in asked if one)}",
             )
+    known = {composed(name) for name in job.job.labels}
     for value, name in labels.items() if job.task.wants_labels else ():
-        if name not in job.job.labels:
+        if composed(name) not in known:
             raise DataError(
                 f"data.labels maps {value!r} to {name!r}, which is not a label of the job",
                 hint=nearest_label(name, job.job.labels),
@@ -252,6 +268,8 @@ def _problems(task: Task, places: Sequence[Place]) -> list[DataError | None]:
     found: list[DataError | None] = []
     for table, row in places:
         try:
+            if table.numbers and task.modality.files:
+                _check_named(table.contents[row])
             task.check_cell(table.contents[row])
             found.append(None)
         except DataError as error:
@@ -271,3 +289,24 @@ def _content_bytes(value: Any) -> bytes:
         return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     data = value["bytes"]
     return bytes(data) if data is not None else Path(value["path"]).read_bytes()
+
+
+def _check_named(cell: Any) -> None:
+    """Check that a cell of a table with a path names a file; its text is never repeated.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    path = cell["path"] if isinstance(cell, dict) and cell["bytes"] is None else None
+    if path is None or os.path.isfile(path):
+        return
+    if os.path.islink(path):
+        raise DataError(
+            "its cell names a link that points to nothing",
+            hint="fetch what it points to (such as `git annex get` or `datalad get`)",
+        )
+    raise DataError(
+        "its cell names no file that is here",
+        hint="write a path relative to the data file; base64 text is no path: save it as a file, "
+        "or as bytes in Parquet",
+    )

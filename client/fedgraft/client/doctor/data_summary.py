@@ -14,11 +14,10 @@ from pathlib import Path
 from fedgraft.client.data.files import (
     READERS,
     column_names,
-    files_below,
     find_sources,
-    images_in,
     is_text,
 )
+from fedgraft.client.data.folders import label_files, walk
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks import TASKS
 
@@ -106,11 +105,11 @@ def _look(source: Path, columns: Mapping[str, str]) -> _Seen:
 
 def _examples_in(folder: Path) -> list[Path]:
     """Return the files that are examples: texts, else those in label folders, else all files."""
-    files = files_below(folder)
+    files = walk(folder).files
     texts = [file for file in files if is_text(file)]
     if len(texts) > len(files) / 2:  # a few beside images only describe them
         return texts
-    return images_in(folder) or files
+    return label_files(folder).files or files
 
 
 def _files(paths: Sequence[Path]) -> _Seen:

@@ -7,6 +7,8 @@ their torchvision variants resize differently and not every site has torchvision
 
 import hashlib
 import io
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +33,9 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 PIL knows more formats; one of them is EPS, which starts an interpreter.
 """
 HALF = np.float32(0.5)
+FAINT = 0xFFF  # 16-bit pixels up to this are of 12 bits or fewer: as 16 bits they would be black
+# PIL refuses images of twice this number of pixels; below it warns with a line of its source.
+warnings.filterwarnings("ignore", category=Pil.DecompressionBombWarning)
 DEFAULT_SIZE = 224  # for backbones whose config has no image_size, such as ResNet
 BATCH = 32  # images decoded at once
 
@@ -176,9 +181,19 @@ def open_image(source: Mapping[str, Any]) -> Pil.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError:
+        if os.path.islink(path):
+            raise DataError(
+                f"{path} is a link that points to nothing",
+                hint="fetch what it points to (such as `git annex get` or `datalad get`)",
+            ) from None
         raise DataError(f"no image {path}", hint="check the path in the data file") from None
-    # For a broken file PIL's decoders raise many errors: SyntaxError, ValueError, struct.error,
-    # DecompressionBombError and more.
+    except Pil.DecompressionBombError:
+        what = path if path and data is None else "an embedded image"
+        raise DataError(
+            f"{what} has more than {2 * (Pil.MAX_IMAGE_PIXELS or 0) // 10**6} megapixels",
+            hint="save it smaller, or cut it into parts: a model reads a few hundred pixels a side",
+        ) from None
+    # For a broken file PIL's decoders raise many errors: SyntaxError, ValueError, struct.error...
     except Exception:
         what = path if path and data is None else "an embedded image"
         raise DataError(
@@ -194,13 +209,20 @@ def to_channels(image: Pil.Image, channels: int) -> Pil.Image:
     PIL's own conversion cuts 16-bit values at 255; an X-ray would become white.
 
     Raises:
-        DataError: the pixels are float or 32-bit, so their range is not defined.
+        DataError: the range of the pixels is not defined: they are float or 32-bit, or 16-bit with
+            values of 12 bits or fewer, of which nearly nothing would be left.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise DataError(
                 "an image has 32-bit pixels", hint="save it with 8 or 16 bits per pixel"
+            )
+        if 0 < values.max() <= FAINT:
+            raise DataError(
+                f"an image has 16-bit pixels, and its values are {values.min()} to {values.max()}: "
+                "scaled to 8 bits it would be black",
+                hint="save it with 8 bits, or multiply its values to 16 bits (12-bit values by 16)",
             )
         image = Pil.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":

@@ -81,6 +81,7 @@ def check_job(job: "Job") -> dict[str, Any]:
         "protection": protection_facts(job, []),
         "sites": [],
         "skipped_files": 0,
+        "data_notes": [],
     }
 
 
@@ -101,9 +102,8 @@ def show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
     if facts["sites"]:
         counts = sorted(site["examples"] for site in facts["sites"])
         text = f"{len(counts)} sites with {counts[0]:,} to {counts[-1]:,} training examples"
-        if facts["skipped_files"]:
-            text += f"; {facts['skipped_files']:,} files do not decode and are left out"
         rows.append(["simulation", text])
+    rows += [["data", note] for note in facts["data_notes"]]
     console.table(f"{facts['job']}: valid", ["what", "how much"], rows)
 
 

@@ -109,6 +109,7 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         final={model: read_record(final, model) for model in POOLED},
         task=task,
         covers=COVERS,
+        data_notes=_notes(summary),
         metrics=metrics,
         headline=_partners_headline(summary, metrics[0]) or headline(sites),
         pooled_sentence=_pooled_sentence(final, metrics[0]),
@@ -124,6 +125,12 @@ def _render(summary: Record, history: Sequence[Record]) -> str:
         **movement_facts(summary),
         **map_facts(summary),
     )
+
+
+def _notes(summary: Record) -> list[str]:
+    """Return the sentences about the data of a simulation; a run of before has none."""
+    notes = summary.get("data_notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _partners_headline(summary: Record, metric: Metric) -> str:

@@ -35,4 +35,5 @@ def _simulated_sites(job: "Job") -> dict[str, Any]:
         {"name": site.name, "examples": site.examples, "test_examples": site.test_examples}
         for site in prepared.sites
     ]
-    return {"sites": sites, "skipped_files": prepared.skipped}
+    notes = list(prepared.notes)
+    return {"sites": sites, "skipped_files": prepared.skipped, "data_notes": notes}

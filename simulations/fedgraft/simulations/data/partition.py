@@ -72,13 +72,14 @@ class PreparedSites:
     """The sites of a simulation, its settings, and the folder with a folder for each site.
 
     The folder's name is a hash over the rows of the sites. ``skipped`` is the number of files that
-    did not decode; they are at no site.
+    did not decode; they are at no site. ``notes`` are sentences about the rows.
     """
 
     settings: Simulation
     folder: Path
     sites: tuple[SimulatedSite, ...]
     skipped: int
+    notes: tuple[str, ...]
 
 
 def prepare_sites(job: Job, cache: Path) -> PreparedSites:
@@ -117,7 +118,8 @@ def prepare_sites(job: Job, cache: Path) -> PreparedSites:
     except IllegalJob as error:
         raise JobError(f"rounds: {error}", hint=error.hint) from None
     _check_weights(job, sites)
-    return PreparedSites(simulation, folder, sites, index["skipped"])
+    notes = tuple(index.get("notes", ()))  # a folder of an earlier version has none
+    return PreparedSites(simulation, folder, sites, index["skipped"], notes)
 
 
 def _check_weights(job: Job, sites: tuple[SimulatedSite, ...]) -> None:
@@ -249,7 +251,7 @@ def _write_sites(job: Job, simulation: Simulation, folder: Path) -> None:
                 "shift": shift.describe() if shift else "none",
             }
         )
-    facts = {"sites": index, "skipped": pool.skipped}
+    facts = {"sites": index, "skipped": pool.skipped, "notes": list(pool.notes)}
     (folder / "sites.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ import glob
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import datasets
 import numpy as np
 
 from fedgraft.client.data.files import read_tables
+from fedgraft.client.data.findings import examine
 from fedgraft.client.data.groups import read_groups
-from fedgraft.client.data.rows import read_split
+from fedgraft.client.data.rows import SplitRows, read_split
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.simulation import Simulation
 from fedgraft.common.errors import JobError
@@ -62,12 +63,14 @@ class Pool:
     """All rows, as ``read_split`` returns them, and the ``natural`` shares if the data has sites.
 
     ``skipped`` is the number of files that did not decode and were left out, as the job allows.
+    ``notes`` are sentences about the rows that a person should know.
     """
 
     train: datasets.Dataset
     test: datasets.Dataset | None
     natural: Mapping[str, Share] | None = None
     skipped: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def load_pool(job: Job, simulation: Simulation) -> Pool:
@@ -86,7 +89,13 @@ def load_pool(job: Job, simulation: Simulation) -> Pool:
         return Pool(train, test if own else read_split(str(simulation.test), job).dataset)
     read = [read_split(path, job) for path in (simulation.train, simulation.test) if path]
     rest = read[1].dataset if simulation.test else None
-    return Pool(read[0].dataset, rest, skipped=sum(rows.skipped for rows in read))
+    return Pool(read[0].dataset, rest, None, *_found(read[:1], read[1:]))
+
+
+def _found(train: Sequence[SplitRows], test: Sequence[SplitRows]) -> tuple[int, tuple[str, ...]]:
+    """Return the number of files that were skipped, and the notes about all rows."""
+    skipped = sum(rows.skipped for rows in (*train, *test))
+    return skipped, tuple(examine(train, test).notes())
 
 
 def _as_split(rows: datasets.Dataset, job: Job) -> datasets.Dataset:
@@ -132,8 +141,8 @@ def _load_natural(job: Job, simulation: Simulation) -> Pool:
                 f"{trains[name]} leaves site {name} {len(share.train)} examples to train on",
                 hint="lower simulation.partition.min_examples, or take it out of the pattern",
             )
-    skipped = sum(rows.skipped for rows in read)
-    return Pool(whole, datasets.concatenate_datasets(test) if test else None, shares, skipped)
+    found = _found(read[: len(trains)], read[len(trains) :])
+    return Pool(whole, datasets.concatenate_datasets(test) if test else None, shares, *found)
 
 
 def _natural_sources(simulation: Simulation) -> tuple[dict[str, str], dict[str, str]]:
