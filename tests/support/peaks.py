@@ -10,12 +10,13 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["Peak"]
 
 
-class Peak(TorchDispatchMode):
+class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the tensors that operations inside make; ``bytes`` is the most there were."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.bytes = self.now = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes: int = 0
+        self.now: int = 0
         self.seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

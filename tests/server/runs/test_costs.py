@@ -168,7 +168,7 @@ def taken(job: Job, rows: Examples) -> int:
             stack, stack.bench.layout, TrainingTask(rows, start, generator), settings=job.training
         )
         measure(stack, stack.bench.layout, start, rows, measures=job.measures)
-    return peak.bytes
+    return int(peak.bytes)
 
 
 def promised(job: Job) -> float:
