@@ -15,9 +15,10 @@ from flwr.clientapp import ClientApp
 
 from fedgraft.client.masked_participant import Kept, MaskedParticipant
 from fedgraft.client.participant import Participant, open_participant
+from fedgraft.client.policy.reasons import explain, keep_reason
 from fedgraft.client.results.store import keep_result
 from fedgraft.client.training.trainer import Trained, Wanted, train_together
-from fedgraft.common.errors import DataError, FedgraftError, SiteFailure
+from fedgraft.common.errors import FedgraftError, SiteFailure
 from fedgraft.common.messages.codec import decode, encode, recall, remember
 from fedgraft.common.messages.payloads import (
     ConfirmAsk,
@@ -167,7 +168,10 @@ def _answering(
         came = handle(at, request)
         reply = (yield from came) if isinstance(came, Generator) else came
     except Exception as error:
-        reply = _refusal(what, "" if request is None else request.session, error)
+        session = "" if request is None else request.session
+        reply = _refusal(what, session, error)
+        if at is not None and at.guard is not None:
+            keep_reason(at.state, what, session, reply.code, error)
     if at is None or at.guard is None:
         return Message(encode(reply), reply_to=message)
     leaving, content = at.guard.release(what, request, reply, under_way)
@@ -177,15 +181,12 @@ def _answering(
 
 
 def _refusal(what: str, session: str, error: Exception) -> Refusal:
-    """Return the refusal that the coordinator gets for an error; the site's log says more."""
-    if isinstance(error, SiteFailure):
-        log.warning("%s refused: %s", what, error.code)
-        return Refusal(session, error.code)
-    kind = type(error).__name__
+    """Return the refusal that the coordinator gets for an error; the site's log says why."""
+    kind = error.code if isinstance(error, SiteFailure) else type(error).__name__
+    why, hint = explain(error)
     if isinstance(error, FedgraftError):
-        # Our own error texts are logged, except those about data, which name labels.
-        why = "" if isinstance(error, DataError) else f": {error}"
-        log.warning("%s refused: %s%s", what, kind, why)
+        told = [kind, *filter(None, (why, hint and f"hint: {hint}"))]
+        log.warning("%s refused: %s", what, "; ".join(told))
     else:
         where = "".join(traceback.format_tb(error.__traceback__))
         log.error("%s failed: %s\n%s", what, kind, where)

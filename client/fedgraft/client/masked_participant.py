@@ -194,7 +194,7 @@ class MaskedParticipant:
             self.kept = None
             what = f": {error}" if isinstance(error, SecAggError | SiteFailure) else ""
             log.warning("abstained from a masked round: %s%s", type(error).__name__, what)
-            raise SiteFailure(_code(error)) from None
+            raise SiteFailure(_code(error)) from error  # this site's own people read the cause
 
 
 def _code(error: Exception) -> str:

@@ -51,6 +51,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "site join": ("fedgraft.client.cli.site:join", "Join a federation with a kit."),
     "site doctor": ("fedgraft.client.cli.doctor:doctor", "Try what taking part needs."),
     "site run": ("fedgraft.client.cli.site:run", "Take part until stopped."),
+    "site status": ("fedgraft.client.cli.status:status", "Why this site refused what it did."),
     "site admit": ("fedgraft.client.cli.site:admit", "Agree to a site that came later."),
     "site approve": ("fedgraft.client.cli.approve:approve", "Approve jobs that wait for you."),
     "site audit": ("fedgraft.client.cli.audit:audit", "What came and went; verify it; export it."),

@@ -15,6 +15,9 @@ def doctor(
     site: Annotated[Path, typer.Option("--site", help="The site's own configuration.")] = Path(
         "site.toml"
     ),
+    job: Annotated[
+        str, typer.Option(help="Try this site's data with a job: its file, or the id of its run.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check everything that taking part needs; change nothing. Exit code 1 if a check failed."""
@@ -24,7 +27,7 @@ def doctor(
     console = Console(as_json=as_json)
     width = max(len(check.name) for check in CHECKS)
     found = []
-    for one in examine(site):  # print each line at once: some checks take seconds
+    for one in examine(site, job=job):  # print each line at once: some checks take seconds
         found.append(one)
         console.text(f"{one.state:<8}{one.name:<{width + 2}}{one.what}")
     healthy = not any(one.state == FAIL for one in found)

@@ -37,8 +37,8 @@ class Findings:
             )
         if self.overlap:
             said.append(
-                f"Test rows that stand in the training rows, too: {self.overlap:,}. Results on them "
-                "look better than they are: remove them from one of the two."
+                f"Test rows that stand in the training rows, too: {self.overlap:,}. Results on "
+                "them look better than they are: remove them from one of the two."
             )
         return said
 

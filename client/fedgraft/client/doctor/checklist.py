@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedgraft.client.doctor import bandwidth, device, local, network
+from fedgraft.client.doctor import bandwidth, device, job_data, local, network
 from fedgraft.client.doctor.local import FAIL, SKIPPED, Finding, Patient
 from fedgraft.common.errors import FedgraftError
 
@@ -42,15 +42,20 @@ CHECKS = (
     Check("device", device.device, ("site.toml",)),
     Check("training", device.training, ("device",)),
     Check("data", local.data, ("site.toml",)),
+    Check("job", job_data.job_data, ("site.toml",)),
+    Check("refusals", job_data.refusals, ("site.toml",)),
     Check("roster", local.roster, ("membership",)),
     Check("rules", local.rules, ("policy",)),
     Check("audit", local.audit, ("site.toml",)),
 )
 
 
-def examine(path: Path, checks: tuple[Check, ...] = CHECKS) -> Iterator[Finding]:
-    """Yield the findings about the site whose ``site.toml`` is at ``path``, as they are made."""
-    patient, missing = Patient(path), set[str]()
+def examine(path: Path, checks: tuple[Check, ...] = CHECKS, *, job: str = "") -> Iterator[Finding]:
+    """Yield the findings about the site whose ``site.toml`` is at ``path``, as they are made.
+
+    ``job`` names a job to try the site's data with: its file, or the id of its run.
+    """
+    patient, missing = Patient(path, job), set[str]()
     for check in checks:
         lacking = [need for need in check.needs if need in missing]
         if lacking:

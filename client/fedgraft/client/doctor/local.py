@@ -72,10 +72,14 @@ class Finding:
 
 
 class Patient:
-    """The site whose ``site.toml`` is at ``path``; values for several checks are read once."""
+    """The site whose ``site.toml`` is at ``path``; values for several checks are read once.
 
-    def __init__(self, path: Path) -> None:
+    ``job`` is a job's file or the id of its run; empty if none is to be tried.
+    """
+
+    def __init__(self, path: Path, job: str = "") -> None:
         self.path = path
+        self.job = job
 
     @cached_property
     def config(self) -> SiteConfig:

@@ -10,6 +10,8 @@ from typing import Any
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import Reading, composed
 
+LONGEST = 26  # characters of a label that is repeated in a message, with its quotes
+
 __all__ = ["head_usage", "label_index", "label_options", "nearest_label"]
 
 
@@ -74,9 +76,14 @@ def _visible(name: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """Return a label for an error message, shortened: the column may in fact be the text column."""
+    """Return a label for an error message; a long one is not repeated.
+
+    The column may in fact be the column of texts, and a log must hold none of them.
+    """
     text = repr(value)
-    return text if len(text) <= 42 else text[:40] + "..."
+    if len(text) > LONGEST or str(value).count(" ") > 1:
+        return f"of {len(str(value))} characters"
+    return text
 
 
 def label_options(labels: Sequence[str]) -> dict[str, Any]:
