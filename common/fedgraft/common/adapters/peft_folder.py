@@ -18,7 +18,7 @@ from fedgraft.common.adapters.attach import read
 from fedgraft.common.adapters.fisher import fisher_of, save_fisher
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.adapters.model_card import Origin, backbone_name, model_card
-from fedgraft.common.backbones.load import head_names, load
+from fedgraft.common.backbones.load import head_names, load, public_source
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import sync_folder
@@ -50,7 +50,7 @@ def save_adapter(
     """
     bench.put(*parts)
     config = bench.model.peft_config["default"]
-    config.base_model_name_or_path = backbone_name(bench)
+    config.base_model_name_or_path = _base(bench)
     card = model_card(bench, job, origin, form="peft")
 
     def write(target: Path) -> None:
@@ -64,6 +64,18 @@ def save_adapter(
             save_fisher(target, bench.carried, fisher_of(bench.layout, whole))
 
     replace_folder(folder, folder_facts(bench, job, origin), write)
+
+
+def _base(bench: Workbench) -> str:
+    """Return the name of the backbone for ``adapter_config.json``.
+
+    Only a backbone of the hub has its name there. Any other name could be that of a stranger's
+    model: peft and transformers ask the hub for it. A colon is in no name of the hub.
+    """
+    source = public_source(bench.backbone.source)
+    if source.startswith("hf:"):
+        return backbone_name(bench)
+    return f"{source} sha256:{bench.backbone.fingerprint}"
 
 
 def read_adapter(bench: Workbench, folder: Path, *, head: bool = True) -> Vector:

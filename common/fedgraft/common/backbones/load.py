@@ -116,6 +116,7 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
         if fresh:
             for name in head_names(model):
                 _reset(model.get_submodule(name), model)
+    _check_finite(model, backbone)
     model.requires_grad_(False)
     heads = tuple(f"{name}." for name in head_names(model)) if fresh else ()
     every = [name for name, _ in model.named_parameters()]
@@ -124,6 +125,21 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
     drawn = tuple(name for name in every if name in missing or (heads and name.startswith(heads)))
     count = sum(parameter.numel() for parameter in model.parameters())
     return LoadedBackbone(model.eval(), fresh, drawn, count)
+
+
+def _check_finite(model: nn.Module, backbone: Backbone) -> None:
+    """Check that every weight is a number: one NaN makes every answer NaN, at every site.
+
+    Raises:
+        BackboneError: some are not.
+    """
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise BackboneError(
+                f"{backbone.source}: the weights {name} hold NaN or infinity",
+                hint="fetch the backbone again; if they are the same, it was saved after a "
+                "training that had failed",
+            )
 
 
 def read_config(backbone: Backbone) -> Any:
@@ -212,7 +228,12 @@ def _last(path: str) -> str:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     repository, _, revision = name.partition("@")
     try:
@@ -220,6 +241,16 @@ def _download(name: str) -> Path:
         patterns = [*(f"*{suffix}" for suffix in FINGERPRINTED), "README.md"]  # has the licence
         revised = revision or None
         return Path(snapshot_download(repository, revision=revised, allow_patterns=patterns))
+    except GatedRepoError:
+        raise BackboneError(
+            f"hf:{repository} is gated: its owner lets in who asks",
+            hint=f"ask at https://huggingface.co/{repository}, then: hf auth login",
+        ) from None
+    except RepositoryNotFoundError:
+        raise BackboneError(
+            f"there is no hf:{repository}, or it is private",
+            hint="check the name; if it is private: hf auth login",
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise BackboneError(
             f"cannot fetch hf:{name} ({type(error).__name__})",

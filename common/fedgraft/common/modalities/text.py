@@ -30,6 +30,15 @@ __all__ = [
 BATCH = 1000  # texts tokenised at once
 KINDS = {"input_ids": np.int32, "token_type_ids": np.int8, "words": np.int32, "first": np.int8}
 
+PIECES = ("spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+AFTER_PADDING = frozenset(
+    {
+        "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
+        "longformer", "data2vec-text", "ibert", "xmod", "luke", "mluke", "esm", "layoutlmv3",
+    }
+)  # fmt: skip
+"""Kinds of models whose positions begin after the number of the padding token."""
+
 Tokenize = Callable[[Sequence[Any]], Mapping[str, list[list[int]]]]
 
 TOKENIZER_FILES = (
@@ -243,6 +252,14 @@ def load_text(folder: Path, config: Any) -> TextProcessor:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers raises a bare Exception for a broken tokenizer.json
+        pieces = [name for name in PIECES if (folder / name).is_file()]
+        if pieces and not (folder / "tokenizer.json").is_file():
+            raise BackboneError(
+                f"the tokenizer in {folder} is a SentencePiece model alone ({pieces[0]}), which "
+                "does not load here",
+                hint="make tokenizer.json once, where the package sentencepiece is: "
+                "AutoTokenizer.from_pretrained(...), then save_pretrained(...)",
+            ) from None
         raise BackboneError(
             f"the tokenizer in {folder} does not load: {first_line(error)}",
             hint="a tokenizer that needs its own code cannot be used; fetch the backbone again",
@@ -253,12 +270,46 @@ def load_text(folder: Path, config: Any) -> TextProcessor:
             f"the tokenizer in {folder} has neither a padding nor an end-of-text token",
             hint="set pad_token in its tokenizer_config.json",
         )
+    _check_embedding(folder, tokenizer, pad, config)
     # transformers writes "no limit" as a huge number.
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+    limits = [tokenizer.model_max_length, _positions(config)]
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
     start = getattr(config, "decoder_start_token_id", None)
     left, limit = tokenizer.padding_side == "left", min(known, default=None)
     return TextProcessor(tokenizer, int(pad), left, limit, start)
+
+
+def _check_embedding(folder: Path, tokenizer: Any, pad: int, config: Any) -> None:
+    """Check that the model has an embedding for every token that the tokenizer can give.
+
+    An embedding may have more rows: they are often rounded up.
+
+    Raises:
+        BackboneError: it has fewer.
+    """
+    reads = config.get_text_config() if hasattr(config, "get_text_config") else config
+    rows = getattr(reads, "vocab_size", None)
+    highest = max([pad, *tokenizer.get_vocab().values()])
+    if isinstance(rows, int) and highest >= rows:
+        raise BackboneError(
+            f"the tokenizer in {folder} has tokens up to number {highest}, and the model's "
+            f"embedding has {rows} rows",
+            hint="were tokens added? model.resize_token_embeddings(len(tokenizer)), then save both "
+            "again; or it is the tokenizer of another model",
+        )
+
+
+def _positions(config: Any) -> int | None:
+    """Return the most tokens for which the model has positions; None if it has no such limit.
+
+    RoBERTa and its kin count positions from the padding token's number + 1. So two or so of their
+    ``max_position_embeddings`` are never used.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or config.model_type not in AFTER_PADDING:
+        return most
+    pad = getattr(config, "pad_token_id", None)
+    return most - (pad if isinstance(pad, int) else 1) - 1
 
 
 def check_length(processor: TextProcessor, max_length: int) -> None:

@@ -1,0 +1,126 @@
+"""A backbone that cannot work is refused by its true cause, before anybody trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import transformers as hf
+from huggingface_hub import errors as hub
+from safetensors.torch import load_file, save_file
+from support.language_models import CHARACTERS, job_settings, save_language_model, save_tokenizer
+from support.trainings import make_job
+
+from fedgraft.common.adapters.model import open_workbench
+from fedgraft.common.backbones import load
+from fedgraft.common.config.jobfile import parse_job
+from fedgraft.common.errors import BackboneError
+from fedgraft.common.modalities.text import check_length, load_text
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "vocab_size": len(CHARACTERS),
+}  # fmt: skip
+LENGTHS: list[tuple[Any, int | None]] = [
+    (hf.RobertaConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
+    (hf.XLMRobertaConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
+    (hf.CamembertConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
+    (hf.MPNetConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
+    (hf.RobertaConfig(**SMALL, max_position_embeddings=34, pad_token_id=0), 33),
+    (hf.BertConfig(**SMALL, max_position_embeddings=34), 34),
+    (hf.T5Config(vocab_size=len(CHARACTERS), d_model=16, num_layers=1, num_heads=2, d_ff=8), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "most"), LENGTHS, ids=lambda one: getattr(one, "model_type", "")
+)
+def test_the_limit_is_what_the_model_can_read(
+    config: Any, most: int | None, tmp_path: Path
+) -> None:
+    save_tokenizer(tmp_path)
+    processor = load_text(tmp_path, config)
+    assert processor.limit == most
+    if most is None:
+        return
+    model = hf.AutoModel.from_config(config).eval()
+    with torch.inference_mode():
+        model(input_ids=torch.full((1, most), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, most + 1), 5))
+    with pytest.raises(BackboneError, match=f"the backbone reads {most} tokens"):
+        check_length(processor, most + 1)
+
+
+@pytest.mark.parametrize("rows", [len(CHARACTERS) - 1, 3])
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(
+    rows: int, tmp_path: Path
+) -> None:
+    save_tokenizer(tmp_path)
+    config = hf.BertConfig(**{**SMALL, "vocab_size": rows})
+    with pytest.raises(BackboneError, match=f"embedding has {rows} rows") as caught:
+        load_text(tmp_path, config)
+    assert "resize_token_embeddings" in caught.value.hint
+    load_text(tmp_path, hf.BertConfig(**{**SMALL, "vocab_size": len(CHARACTERS) + 64}))
+
+
+def test_a_padding_token_that_was_added_is_refused_whatever_the_texts(tmp_path: Path) -> None:
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(BackboneError, match="the model's embedding has"):
+        open_workbench(parse_job(job_settings("gpt2", folder, "-"), where="test"))
+
+
+@pytest.mark.parametrize("name", ["spm.model", "spiece.model", "sentencepiece.bpe.model"])
+def test_a_sentencepiece_model_alone_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x0a\x05pieces")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"vocab_type": "spm"}))
+    with pytest.raises(BackboneError, match=rf"SentencePiece model alone \({name}\)") as caught:
+        load_text(tmp_path, hf.DebertaV2Config(vocab_size=200))
+    assert "tokenizer.json" in caught.value.hint and "tiktoken" not in caught.value.hint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -> None:
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("mlp.c_fc.weight"))
+    tensors[name][0, 0] = value
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(BackboneError, match=r"mlp\.c_fc\.weight hold NaN or infinity"):
+        open_workbench(parse_job(job_settings("gpt2", folder, "-"), where="test"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(hub.GatedRepoError, "is gated"), (hub.RepositoryNotFoundError, "or it is private")],
+)
+def test_a_closed_repository_is_told_so(
+    error: type[Exception], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: Any, **__: Any) -> None:
+        request = httpx.Request("GET", "https://huggingface.co/x?token=hf_secret")
+        raise error("401 hf_secret", response=httpx.Response(401, request=request))  # type: ignore[call-arg]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", closed)
+    with pytest.raises(BackboneError, match=told) as caught:
+        load.locate("hf:someone/model")
+    assert "hf_secret" not in str(caught.value) + caught.value.hint
+    assert "hf auth login" in caught.value.hint
+
+
+def test_an_exported_adapter_names_no_stranger(tmp_path: Path) -> None:
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    from fedgraft.common.adapters.peft_folder import _base
+
+    for kind in ("bert", "vit"):
+        name = _base(open_workbench(make_job(kind)))
+        with pytest.raises(hub.HFValidationError):
+            validate_repo_id(name)
+        assert "sha256:" in name and str(Path.home()) not in name
