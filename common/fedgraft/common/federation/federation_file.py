@@ -5,13 +5,14 @@ taken from a message. A site's id in secure aggregation is the position of its n
 list of names.
 """
 
+import re
 import tomllib
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
 import tomli_w
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fedgraft.common.errors import JobError
 from fedgraft.common.secagg.errors import ParameterError
@@ -28,7 +29,17 @@ __all__ = [
     "parse_federation",
 ]
 
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+def _check_site_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", value):
+        raise ValueError(
+            "a site's name is of letters without accents, digits, _ . and -, without spaces, and "
+            "begins with a letter or digit (64 at most)"
+        )
+    return value
+
+
+SiteName = Annotated[str, AfterValidator(_check_site_name)]
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

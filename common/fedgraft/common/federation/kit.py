@@ -10,22 +10,22 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import AwareDatetime, Field, ValidationError, model_validator
 
 from fedgraft.common.errors import InputError
 from fedgraft.common.federation.certificates import fingerprint, sign, verify
+from fedgraft.common.federation.endpoint import Endpoint
 from fedgraft.common.federation.federation_file import Floor, SiteName
 from fedgraft.common.files import write_private
 from fedgraft.common.section import IllegalJob, Section
 
-__all__ = ["Endpoint", "Kit", "enrolment_statement", "open_kit", "sign_kit", "write_kit"]
+__all__ = ["Kit", "enrolment_statement", "open_kit", "sign_kit", "write_kit"]
 
 FEWEST_DIGITS = 32  # of a fingerprint: no trial can hit the same 128 bits
 LARGEST = 1_000_000
-Endpoint = Annotated[str, Field(pattern=r"^[A-Za-z0-9.\[\]:-]+:[0-9]{1,5}$")]
 
 
 class Kit(Section):

@@ -40,7 +40,7 @@ def run(
     from fedgraft.common.federation.audit_log import Audit
     from fedgraft.common.files import lock_folder
     from fedgraft.server.coordinator.grpc_services import serve_operators, serve_sites
-    from fedgraft.server.coordinator.nginx import check_listen
+    from fedgraft.server.coordinator.nginx import addresses_for, check_listen
     from fedgraft.server.coordinator.process import Coordinator
     from fedgraft.server.enrollment.provision import load_federation_spec
     from fedgraft.server.enrollment.registry import Registry
@@ -48,8 +48,10 @@ def run(
 
     console, stopping = Console(), threading.Event()
     Registry(home).sites()
-    listen = listen or f"0.0.0.0:{load_federation_spec(home / 'federation.toml').port}"
-    check_listen(listen)
+    spec = load_federation_spec(home / "federation.toml")
+    listen = listen or addresses_for(spec.host, spec.port)
+    if used := check_listen(listen):
+        console.note(f"{used}; waiting for it to end")
     with lock_folder(home):
         events = _Events(Audit(home / "audit.jsonl"), console)
         coordinator = Coordinator(Home(home.resolve()), listen=listen, event=events.report)

@@ -8,6 +8,7 @@ requests to a log that the coordinator reads.
 """
 
 import errno
+import ipaddress
 import os
 import socket
 from collections.abc import Mapping
@@ -17,7 +18,15 @@ from pathlib import Path
 from fedgraft.common.errors import InputError
 from fedgraft.common.files import write_text
 
-__all__ = ["ERRORS", "LOG", "NginxConfig", "check_listen", "nginx_command", "write_nginx_config"]
+__all__ = [
+    "ERRORS",
+    "LOG",
+    "NginxConfig",
+    "addresses_for",
+    "check_listen",
+    "nginx_command",
+    "write_nginx_config",
+]
 
 LOG, ERRORS = "refused.log", "error.log"
 BODY = "16m"  # Flower's chunks are 5 MiB
@@ -26,7 +35,10 @@ RATE, BURST = 50, 200  # requests per second of one site; the stages of a round 
 
 @dataclass(frozen=True)
 class NginxConfig:
-    """The settings of nginx; ``members`` maps a site's name to its node key (base64 of PEM)."""
+    """The settings of nginx; ``members`` maps a site's name to its node key (base64 of PEM).
+
+    ``listen`` is ADDRESS:PORT, or several with spaces between.
+    """
 
     home: Path
     listen: str
@@ -39,26 +51,75 @@ class NginxConfig:
         return self.home / "nginx"
 
 
-def check_listen(address: str) -> None:
-    """Check that nginx could listen on ``address``, ADDRESS:PORT.
+def addresses_for(host: str, port: int) -> str:
+    """Return where to listen so that sites can dial ``host``: ADDRESS:PORT, two if it has both.
+
+    That is IPv6 if ``host`` is an IPv6 address, and IPv4 and IPv6 if it is a name with both.
+    """
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        try:
+            found = {one[0] for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        except OSError:  # the name may be known to sites alone
+            found = {socket.AF_INET}
+        six = socket.AF_INET6 in found and _has_ipv6()
+        return f"0.0.0.0:{port} [::]:{port}" if six else f"0.0.0.0:{port}"
+    return f"[::]:{port}" if version == 6 else f"0.0.0.0:{port}"
+
+
+def _has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def check_listen(listen: str) -> str:
+    """Check that nginx could listen on ``listen``: ADDRESS:PORT, or several with spaces between.
 
     A port in use is accepted: the process that uses it may be the nginx of a killed coordinator,
     which is about to end.
 
+    Returns:
+        Who uses the port, in words; empty if nobody does.
+
     Raises:
-        InputError: ``address`` has another form, or is not an address of this machine.
+        InputError: an address has another form, or is not an address of this machine.
     """
+    users = [used for address in listen.split() if (used := _user_of(address))]
+    if not listen.split():
+        raise InputError("nothing to listen on", hint="for example --listen 0.0.0.0:8443")
+    return users[0] if users else ""
+
+
+def _user_of(address: str) -> str:
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
         socket.create_server((host.strip("[]"), int(port)), family=family).close()
+        return ""
     except (OSError, OverflowError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            return
+            return f"port {port} is in use by {_holder(int(port))}"
         why = getattr(error, "strerror", None) or "no ADDRESS:PORT"
         raise InputError(
             f"nothing can listen on {address}: {why}", hint="for example --listen 0.0.0.0:8443"
         ) from None
+
+
+def _holder(port: int) -> str:
+    """Return the process that listens on ``port``, by name and number, as far as it is shown."""
+    import psutil
+
+    try:
+        for one in psutil.net_connections("tcp"):
+            if one.status == psutil.CONN_LISTEN and one.laddr.port == port and one.pid:
+                return f"{psutil.Process(one.pid).name()} (process {one.pid})"
+    except (psutil.Error, OSError):
+        pass
+    return "a process that this user may not see"
 
 
 def nginx_command(front: NginxConfig, nginx: str) -> list[str]:
@@ -77,6 +138,7 @@ def _configuration(front: NginxConfig) -> str:
     names = sorted(front.members)
     keys = "\n".join(f'    "CN={name} {front.members[name]}" {name};' for name in names)
     known = "\n".join(f'    "CN={name}" {name};' for name in names)
+    listens = "\n".join(f"    listen {one} ssl http2;" for one in front.listen.split())
     user = "user root;\n" if os.geteuid() == 0 else ""  # only this user can open the sockets
     return f"""\
 # Written by fedgraft; changes are lost.
@@ -113,7 +175,7 @@ http {{
   limit_conn_zone $ssl_client_s_dn zone=open:1m;
 
   server {{
-    listen {front.listen} ssl http2;
+{listens}
     ssl_certificate {front.home}/server.pem;
     ssl_certificate_key {front.home}/server.key;
     ssl_protocols TLSv1.2 TLSv1.3;

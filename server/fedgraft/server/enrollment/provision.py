@@ -23,8 +23,9 @@ from fedgraft.common.federation.certificates import (
     make_ca,
     make_key,
 )
+from fedgraft.common.federation.endpoint import Endpoint, split_endpoint
 from fedgraft.common.federation.federation_file import Floor, SiteName
-from fedgraft.common.federation.kit import Endpoint, Kit, write_kit
+from fedgraft.common.federation.kit import Kit, write_kit
 from fedgraft.common.files import write_private, write_text
 from fedgraft.common.section import Duration, Section
 from fedgraft.common.toml import read_text
@@ -81,12 +82,12 @@ class FederationSpec(Section):
     @property
     def host(self) -> str:
         """The host that sites connect to."""
-        return self.federation.endpoint.rpartition(":")[0].strip("[]")
+        return split_endpoint(self.federation.endpoint)[0]
 
     @property
     def port(self) -> int:
         """The port that sites connect to."""
-        return int(self.federation.endpoint.rpartition(":")[2])
+        return int(split_endpoint(self.federation.endpoint)[1])
 
 
 def load_federation_spec(path: Path) -> FederationSpec:
@@ -107,8 +108,6 @@ def load_federation_spec(path: Path) -> FederationSpec:
         message = first["msg"].removeprefix("Value error, ")
         raise InputError(f"{path}: {where}: {message}", hint=f"mend {where}") from None
     _check_names(spec.federation.sites, str(path))
-    if not 0 < spec.port < 65536:
-        raise InputError(f"{path}: the endpoint's port is none", hint='for example "host:8443"')
     return spec
 
 
