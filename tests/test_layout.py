@@ -131,7 +131,8 @@ WINGS = {
     ),
     "server/delivery": "protocol plan runs common/layout common/messages",
     "server/export": (
-        "state runs common/encoding common/layout common/modalities common/config common/adapters"
+        "state runs common/encoding common/layout common/modalities common/config "
+        "common/backbones common/adapters"
     ),
     "server/coordinator": "paths enrollment jobs runs common/rpc common/backbones common/messages",
     "server/app": (

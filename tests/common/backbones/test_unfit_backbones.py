@@ -124,3 +124,39 @@ def test_an_exported_adapter_names_no_stranger(tmp_path: Path) -> None:
         with pytest.raises(hub.HFValidationError):
             validate_repo_id(name)
         assert "sha256:" in name and str(Path.home()) not in name
+
+
+def test_what_has_no_rule_of_its_own_fails_in_one_pass_and_in_words(tmp_path: Path) -> None:
+    """An architecture whose limit nobody knows: check tries one example of full length."""
+    from fedgraft.server.plan import make_plan
+    from fedgraft.server.runs.costs import estimate_costs
+
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    job = parse_job(job_settings("gpt2", folder, "-"), where="test")
+    bench = open_workbench(job)
+    plan = make_plan(job, bench, "")
+    estimate_costs(plan, bench)
+    head = bench.model.get_base_model().lm_head
+
+    def broken(*_: Any) -> None:
+        raise IndexError("index out of range in self")
+
+    handle = head.register_forward_hook(broken)
+    with pytest.raises(BackboneError, match=r"cannot compute one example of this job \(IndexError"):
+        estimate_costs(plan, bench)
+    handle.remove()
+    handle = head.register_forward_hook(lambda *given: given[2] * float("nan"))
+    with pytest.raises(BackboneError, match="answers with NaN or infinity"):
+        estimate_costs(plan, bench)
+    handle.remove()
+
+
+def test_statistics_that_are_no_numbers_are_refused() -> None:
+    job = make_job("resnet")
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(num_channels=3))
+    for name, value in model.named_buffers():
+        if name.endswith("running_var"):
+            value.fill_(float("nan"))
+            break
+    with pytest.raises(BackboneError, match="running_var hold NaN"):
+        load._check_finite(model, open_workbench(job).backbone)

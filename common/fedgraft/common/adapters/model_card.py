@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fedgraft.common.adapters.model import Workbench
-from fedgraft.common.backbones.load import public_source
+from fedgraft.common.backbones.load import public_source, read_config
 from fedgraft.common.backbones.manifest import licence_of
 from fedgraft.common.config.job import Job
 from fedgraft.common.metrics.metric import Metric
@@ -71,7 +71,7 @@ def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str
         base_code=_base_code(source),
         task=job.task,
         form=form,
-        usage=job.task.usage(job.job.labels),
+        usage=_usage(bench, job),
         prepared=job.task.describe_input(bench.processor, job.settings),
         kept_note=job.rule.card_note(
             own_parts=origin.own_parts, shared_head=job.method.head == "shared"
@@ -80,6 +80,19 @@ def model_card(bench: Workbench, job: Job, origin: Origin, *, form: Form) -> str
         groups=federated.get("groups") or {},
         gap=federated.get("accuracy_gap"),
     )
+
+
+def _usage(bench: Workbench, job: Job) -> dict[str, Any]:
+    """Return the options with which the backbone is loaded for the adapter.
+
+    A classifier such as GPT-2's finds the last word of each text by the padding token, and the
+    backbone's folder may name none.
+    """
+    usage = dict(job.task.usage(job.job.labels))
+    pad = getattr(bench.model.config, "pad_token_id", None)
+    if usage and pad is not None and read_config(bench.backbone).pad_token_id != pad:
+        usage["pad_token_id"] = pad
+    return usage
 
 
 def backbone_name(bench: Workbench) -> str:

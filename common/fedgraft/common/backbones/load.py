@@ -133,7 +133,9 @@ def _check_finite(model: nn.Module, backbone: Backbone) -> None:
     Raises:
         BackboneError: some are not.
     """
-    for name, value in model.named_parameters():
+    # Of the other buffers, masks may hold infinity.
+    statistics = ((name, one) for name, one in model.named_buffers() if "running_" in name)
+    for name, value in (*model.named_parameters(), *statistics):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise BackboneError(
                 f"{backbone.source}: the weights {name} hold NaN or infinity",

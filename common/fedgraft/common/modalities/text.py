@@ -147,7 +147,7 @@ class TextProcessor:
     def blank(self, settings: Settings) -> Inputs:
         """Return ``input_ids`` and ``attention_mask`` of one full text, int64 [1, tokens]."""
         length = min(settings.max_length, self.limit or settings.max_length)
-        ids = np.full((1, length), self.pad_id)
+        ids = np.full((1, length), int(self.pad_id == 0))  # no padding: that has no positions
         return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 
     def describe(self, settings: Settings, *, blocks: bool = False) -> str:

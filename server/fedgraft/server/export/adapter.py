@@ -8,9 +8,13 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.adapters.model_card import Origin, model_card
 from fedgraft.common.adapters.peft_folder import folder_facts, replace_folder, save_adapter
+from fedgraft.common.backbones.load import Backbone
 from fedgraft.common.layout import Layout, Vector
 from fedgraft.server.runs.run_folder import Run
 from fedgraft.server.state import kept_validation
@@ -42,6 +46,7 @@ def export_merged(
     """
     bench.put((exchanged, adapter))
     model = copy.deepcopy(bench.model).merge_and_unload()
+    model.to(_stored_dtype(bench.backbone))  # computed in float32; written as the backbone is
     origin = origin_of(run)
     card = model_card(bench, run.job, origin, form="merged")
 
@@ -53,6 +58,20 @@ def export_merged(
         (target / "README.md").write_text(card, encoding="utf-8")
 
     replace_folder(folder, folder_facts(bench, run.job, origin), write)
+
+
+def _stored_dtype(backbone: Backbone) -> torch.dtype:
+    """Return bfloat16 if all weights in the backbone's folder are, or else float32.
+
+    float16 is no type for a merge: its range is small, and many CPUs compute in it badly or not.
+    """
+    kinds = set[str]()
+    if backbone.weights != "random":
+        for file in backbone.folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                kinds |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    floats = kinds & {"BF16", "F16", "F32", "F64"}
+    return torch.bfloat16 if floats == {"BF16"} else torch.float32
 
 
 def origin_of(run: Run) -> Origin:

@@ -7,6 +7,7 @@ import torch
 
 from fedgraft.common.adapters.model import Workbench
 from fedgraft.common.config.job import Job
+from fedgraft.common.errors import BackboneError, first_line
 from fedgraft.common.examples import AT_ONCE, OUTPUTS
 from fedgraft.common.messages.codec import encode, wire_bytes
 from fedgraft.common.messages.dry_run import blank_replies
@@ -146,8 +147,13 @@ def _cohort(job: Job) -> int:
 def _measured(job: Job, bench: Workbench) -> tuple[int, int, int]:
     """Return bytes of one example: what autograd keeps, the outputs, and the widest layer.
 
+    The example is as long as examples of the job can be.
+
     Without autograd only a layer's tensors are in memory at a time. They are taken to be the four
     largest of those that autograd would keep.
+
+    Raises:
+        BackboneError: the backbone cannot compute the example, or its answer is no number.
     """
     kept: dict[int, int] = {}
 
@@ -162,8 +168,22 @@ def _measured(job: Job, bench: Workbench) -> tuple[int, int, int]:
     bench.model.requires_grad_(False)
     for name, parameter in bench.model.named_parameters():
         parameter.requires_grad_(name in bench.layout.slices)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = bench.model(**inputs)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = bench.model(**inputs)
+    except Exception as error:  # models raise many kinds of error, each at its own layer
+        raise BackboneError(
+            f"{bench.backbone.source} cannot compute one example of this job "
+            f"({type(error).__name__}: {first_line(error)})",
+            hint="a smaller data.max_length, if texts are read; do its tokenizer or image settings "
+            "and its weights belong together?",
+        ) from None
+    if not all(bool(one.isfinite().all()) for one in output.values()
+               if isinstance(one, torch.Tensor) and one.is_floating_point()):  # fmt: skip
+        raise BackboneError(
+            f"{bench.backbone.source} answers with NaN or infinity to one example of this job",
+            hint="its weights or its statistics are damaged: fetch it again",
+        )
     sizes = [count for pointer, count in kept.items() if pointer not in parameters]
     outputs = max(value.nbytes for value in output.values() if isinstance(value, torch.Tensor))
     return sum(sizes), outputs, sum(sorted(sizes)[-4:])
