@@ -306,7 +306,7 @@ def _positions(config: Any) -> int | None:
     ``max_position_embeddings`` are never used.
     """
     most = getattr(config, "max_position_embeddings", None)
-    if not isinstance(most, int) or config.model_type not in AFTER_PADDING:
+    if not isinstance(most, int) or getattr(config, "model_type", "") not in AFTER_PADDING:
         return most
     pad = getattr(config, "pad_token_id", None)
     return most - (pad if isinstance(pad, int) else 1) - 1
