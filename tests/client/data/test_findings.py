@@ -10,6 +10,7 @@ from fedgraft.client.data.findings import Findings, examine
 from fedgraft.client.data.rows import SplitRows, read_split
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import dump_job
+from fedgraft.common.config.simulation import Simulation
 from fedgraft.simulations.cli.check import check
 
 JOB = make_job("bert")
@@ -72,3 +73,29 @@ def test_check_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     check(path, overrides, as_json=True)
     told = json.loads(capsys.readouterr().out)["data_notes"]
     assert [note.split(" rows")[0] for note in told] == ["Training", "Test"]
+
+
+def test_what_a_simulation_keeps_is_known_by_what_is_told(tmp_path: Path) -> None:
+    """Litter that came later is told; a cell that is no path, and a hidden label, are no crash."""
+    from PIL import Image
+
+    from fedgraft.simulations.data.sources import rows_digest
+
+    small = make_job("vit")
+    job = small.model_copy(update={"job": small.job.model_copy(update={"labels": ("a", ".b")})})
+
+    def digest(train: Path) -> str:
+        raw = {"train": str(train), "sites": 2, "partition": {"kind": "iid"}}
+        return rows_digest(job, Simulation.model_validate(raw))
+
+    for label in ("a", ".b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / "images" / label / "0.png")
+    seen = [digest(tmp_path / "images")]
+    Image.new("L", (5, 4)).save(tmp_path / "images" / ".b" / "0.png")
+    seen.append(digest(tmp_path / "images"))
+    (tmp_path / "images" / "a" / "Thumbs.db").write_bytes(b"x")
+    seen.append(digest(tmp_path / "images"))
+    assert len(set(seen)) == 3
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "A" * 9000, "label": "a"}))
+    assert digest(tmp_path / "rows.jsonl")

@@ -7,6 +7,7 @@ every text and every image file, which is read without decoding it.
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -257,8 +258,13 @@ def rows_digest(job: Job, simulation: Simulation) -> str:
                 _feed(digest, DIGITS)
                 continue
             content, files = job.data.column(task.content), task.modality.files
-            for table in read_tables(path, content=content, label=beside, images=files):
+            known = job.job.labels
+            for table in read_tables(
+                path, content=content, label=beside, images=files, labels=known
+            ):
                 _feed(digest, "table", str(table.typed))
+                if table.left_out:  # it is told beside the rows
+                    _feed(digest, "left out", repr(sorted(table.left_out.items())))
                 for one, label in zip(table.contents, table.labels, strict=True):
                     _feed(digest, _content_bytes(one), repr(label))
             if job.data.groups:
@@ -306,4 +312,4 @@ def _content_bytes(content: Any) -> str | bytes:
     if content["bytes"] is not None:
         return bytes(content["bytes"])
     path = Path(content["path"])
-    return path.read_bytes() if path.is_file() else "missing"
+    return path.read_bytes() if os.path.isfile(path) else "missing"  # a cell may be no path at all
