@@ -96,7 +96,9 @@ WINGS = {
         "training participant common/examples common/layout common/metrics common/tasks "
         "common/config common/backbones common/messages common/adapters"
     ),
-    "client/app": "policy training participant masked_participant results common/messages",
+    "client/app": (
+        "policy training participant masked_participant results common/secagg common/messages"
+    ),
     "client/doctor": (
         "site_config membership data policy model training common/rpc common/examples "
         "common/tasks common/config common/federation common/backbones common/adapters"

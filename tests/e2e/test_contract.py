@@ -161,6 +161,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
 # --- the SuperLink, as server/coordinator/superlink.py asks it
 
 
+@pytest.mark.slow
 def test_nodes_are_registered_seen_and_forgotten(link: Link) -> None:
     key = make_key()
     with relied_on_by(SUPERLINK):

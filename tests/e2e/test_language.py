@@ -96,7 +96,7 @@ PARTIAL = {"kind": "partial", "blocks": 1, "norms": True, "head": "frozen"}
             ("t5", "jsonl", None),
             ("t5", "csv", PARTIAL),
         ],
-        4,
+        7,
     ),
 )
 def test_two_rounds_are_trained_shown_and_given_away(

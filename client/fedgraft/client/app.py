@@ -35,6 +35,7 @@ from fedgraft.common.messages.payloads import (
     TrainRequest,
     UnmaskAsk,
 )
+from fedgraft.common.secagg.errors import SecAggError
 
 log = logging.getLogger("fedgraft.client")
 
@@ -184,6 +185,10 @@ def _refusal(what: str, session: str, error: Exception) -> Refusal:
     """Return the refusal that the coordinator gets for an error; the site's log says why."""
     kind = error.code if isinstance(error, SiteFailure) else type(error).__name__
     why, hint = explain(error)
+    cause = error.__cause__ if isinstance(error, SiteFailure) else None
+    if cause is not None and not isinstance(cause, FedgraftError | SecAggError):
+        where = "".join(traceback.format_tb(cause.__traceback__))
+        log.error("%s failed: %s\n%s", what, type(cause).__name__, where)
     if isinstance(error, FedgraftError):
         told = [kind, *filter(None, (why, hint and f"hint: {hint}"))]
         log.warning("%s refused: %s", what, "; ".join(told))

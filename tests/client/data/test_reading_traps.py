@@ -322,3 +322,71 @@ def test_a_large_image_that_is_read_shows_no_line_of_source(tmp_path: Path) -> N
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# What a stranger found
+
+
+@pytest.mark.parametrize(
+    ("labels", "cell"), [(("1.0", "2.0", "3.0"), 1), (("+1", "-1"), 0), (("-1", "0", "1"), 2)]
+)
+def test_any_number_among_the_labels_makes_numbers_names(
+    labels: tuple[str, ...], cell: int, tmp_path: Path
+) -> None:
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        with pytest.raises(DataError, match="a number is a name"):
+            read_split(text_file(tmp_path, [cell], suffix), job_for(labels))
+
+
+@pytest.mark.parametrize("cell", ["Jane Doe", "Schmidt, Anna", "ID 19480312", "one two three"])
+def test_a_label_that_is_like_none_is_not_repeated(cell: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read_split(text_file(tmp_path, [cell]), job_for())
+    assert cell not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_table_without_a_header_repeats_no_row(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    if suffix == ".csv":
+        path.write_text("Anna Schmidt has cancer,pos\nb,neg\n")
+    else:
+        path.write_text(json.dumps({"Anna Schmidt has cancer": 1, "pos": 2}))
+    with pytest.raises(DataError, match="has 2 fields, and none has a name") as caught:
+        read_split(str(path), job_for())
+    assert "Anna" not in str(caught.value) + caught.value.hint
+
+
+def test_tags_of_hugging_face_have_the_names_of_their_file(tmp_path: Path) -> None:
+    from fedgraft.client.data.files import read_tables
+
+    for feature in (
+        {"feature": {"names": ["B-per", "O"], "_type": "ClassLabel"}, "_type": "List"},
+        [{"names": ["B-per", "O"], "_type": "ClassLabel"}],
+    ):
+        features = {"tags": feature}
+        meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+        fields = [("tokens", pa.list_(pa.string())), ("tags", pa.list_(pa.int64()))]
+        table = pa.table({"tokens": [["Ada", "sat"]], "tags": [[0, 1]]},
+                         schema=pa.schema(fields, metadata=meta))  # fmt: skip
+        parquet.write_table(table, tmp_path / "rows.parquet")
+        (read,) = read_tables(str(tmp_path / "rows.parquet"), content="tokens", label="tags",
+                              images=False)  # fmt: skip
+        assert read.labels == [["B-per", "O"]]
+
+
+def test_a_label_folder_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (clean_folder(tmp_path) / "maybe").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(DataError, match="maybe is a link that points to nothing"):
+        read_split(str(tmp_path), job_for(kind="vit"))
+
+
+def test_files_beside_the_label_folders_are_counted_and_globs_hold_no_litter(
+    tmp_path: Path,
+) -> None:
+    picture(clean_folder(tmp_path) / "loose.png")
+    (tmp_path / "no" / "Thumbs.db").write_bytes(b"x")
+    rows = read_split(str(tmp_path), job_for(kind="vit"))
+    wanted = {"files outside of the label folders": 1, "files of the system": 1}
+    assert (len(rows.dataset), rows.left_out) == (6, wanted)
+    assert len(read_split(str(tmp_path / "*" / "*"), job_for(kind="vit")).dataset) == 6

@@ -106,3 +106,8 @@ def test_who_holds_a_port_is_named() -> None:
         said = check_listen(f"127.0.0.1:{port}")
     assert said.startswith(f"port {port} is in use by ") and f"(process {os.getpid()})" in said
     assert check_listen(f"127.0.0.1:{port}") == ""
+
+
+def test_a_port_without_its_colon_is_no_port() -> None:
+    with pytest.raises(ValueError, match="the port is missing"):
+        check_endpoint("[2001:db8::5]8443")

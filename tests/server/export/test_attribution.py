@@ -99,6 +99,7 @@ def test_texts_and_images_at_least_are_explained() -> None:
     assert {"text", "image"} <= EXPLAINERS.keys() <= MODALITIES.keys()
 
 
+@pytest.mark.slow
 def test_a_run_explains_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, _ = run_digits(tmp_path / "runs", "rounds.count=1")
     write_digits(tmp_path, 3, 1)

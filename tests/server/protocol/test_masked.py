@@ -63,7 +63,7 @@ def present(faults: dict[str, str], names: tuple[str, ...]) -> list[str]:
 # Dropouts
 
 
-@pytest.mark.parametrize(("action", "stage"), thinned(itertools.product(REASONS, STAGES), 3))
+@pytest.mark.parametrize(("action", "stage"), thinned(itertools.product(REASONS, STAGES), 7))
 def test_a_site_that_drops_out_costs_its_own_part_only(
     tmp_path: Path, stage: str, action: str
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.families import family_job
 from support.language_models import job_settings, save_language_model
+from support.matrix import slow_unless
 from support.peaks import Peak
 from support.trainings import MAX_LENGTH, rows_for
 from support.trainings import make_job as small_job
@@ -194,7 +195,7 @@ def test_memory_is_within_a_factor_of_two(kind: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "task"), [("llama", "causal-lm"), ("bert", "masked-lm")])
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("batch", slow_unless([1, 16], lambda batch: batch == 1))
 def test_memory_is_so_too_where_a_vocabulary_is_large(
     kind: str, task: str, batch: int, tmp_path: Path
 ) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedgraft.client.data.folders import label_files, walk
+from fedgraft.client.data.class_names import class_name, class_names
+from fedgraft.client.data.folders import is_litter, label_files, walk
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import composed
 
@@ -68,9 +69,10 @@ def find_sources(path: str) -> list[Path]:
     if Path(path).exists():
         return [Path(path)]
     if glob.has_magic(path):
-        found = sorted(glob.glob(path, recursive=True))
+        found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+        found = [one for one in found if one.is_dir() or not is_litter(one, folder=False)]
         if found:
-            return [Path(name) for name in found]
+            return found
         raise DataError(f"nothing matches {path}", hint="check the pattern and the working folder")
     folder = Path(path).parent
     if not folder.is_dir():
@@ -289,55 +291,18 @@ def _read_parquet(path: Path, content: str, label: str | None) -> Iterator[Row]:
             _check_columns(path, [composed(name) for name in schema.names], composed(content),
                            label and composed(label))  # fmt: skip
             content, label = spelt[composed(content)], label and spelt[composed(label)]
-            names = _class_names(path, schema, label) if label else []
+            names = class_names(path, schema, label) if label else []
             rows = itertools.count(1)
             wanted = [content, label] if label else [content]
             for batch in file.iter_batches(batch_size=1024, columns=wanted):
                 values = batch[label].to_pylist() if label else [None] * len(batch)
                 for one, value in zip(batch[content].to_pylist(), values, strict=True):
                     row = next(rows)
-                    yield row, one, _class_name(path, row, names, value) if names else value
+                    yield row, one, class_name(path, row, names, value) if names else value
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         raise DataError(
             f"{path} is not a readable Parquet file", hint="write it again, with UTF-8 text columns"
         ) from None
-
-
-def _class_names(path: Path, schema: Any, label: str) -> list[str]:
-    """Return the names behind the integers of a ``datasets.ClassLabel`` column.
-
-    The column has an order of its own. Only its own entry in the metadata is read: other columns
-    may be of kinds that this version does not know.
-
-    Raises:
-        DataError: the column holds integers, and the metadata that may name them is damaged.
-    """
-    import pyarrow as pa
-
-    text = (schema.metadata or {}).get(b"huggingface")
-    if text is None or not pa.types.is_integer(schema.field(label).type):
-        return []
-    try:
-        feature = json.loads(text)["info"]["features"].get(label) or {}
-        names = feature.get("names") if feature.get("_type") == "ClassLabel" else []
-        return [str(name) for name in names or ()]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(
-            f"{path} has damaged metadata of Hugging Face: what its integers mean is not known",
-            hint="write the labels' names as text, or the file again",
-        ) from None
-
-
-def _class_name(path: Path, row: int, names: list[str], value: int | None) -> str | None:
-    """Return the name of a class; -1 and an empty cell are rows without a label."""
-    if value is None or value == -1:
-        return None
-    if not 0 <= value < len(names):
-        raise DataError(
-            f"{path}, row {row}: its label is {value}, and the file names {len(names)} classes",
-            hint="write the file again with the names of all classes",
-        )
-    return names[value]
 
 
 READERS: dict[str, Callable[[Path, str, str | None], Iterator[Row]]] = {
@@ -379,10 +344,22 @@ def _check_columns(path: Path, there: list[str], content: str, label: str | None
     for name in wanted:
         if name in there:
             continue
+        if not any(one in there for one in wanted) and not _like_names(wanted, there):
+            raise DataError(  # without a header these would be the cells of the first row
+                f"{path} has no column {name!r}: its first line has {len(there)} fields, and none "
+                "has a name that this job asks for",
+                hint="is there a header? else " + _column_hint(name, []),
+            )
         raise DataError(
             f"{path} has no column {name!r}; its columns are: {_listed(there)}",
             hint=_column_hint(name, there),
         )
+
+
+def _like_names(wanted: Sequence[str], there: Sequence[str]) -> bool:
+    """Return whether ``there`` look like the names of columns: short words without spaces."""
+    plain = all(len(one) <= 24 and one.isidentifier() for one in there)
+    return plain or any(difflib.get_close_matches(name, there, n=1) for name in wanted)
 
 
 def _column_hint(name: str, there: list[str]) -> str:

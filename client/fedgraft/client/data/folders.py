@@ -15,9 +15,10 @@ from pathlib import Path
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import composed
 
-__all__ = ["LITTER", "Found", "label_files", "walk"]
+__all__ = ["LITTER", "Found", "is_litter", "label_files", "walk"]
 
 LITTER = "files of the system"
+OUTSIDE = "files outside of the label folders"
 LOOPS = "links to folders above them"
 FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
 FOLDERS = frozenset(
@@ -36,7 +37,7 @@ class Found:
 def walk(folder: Path, *, within: Path | None = None) -> Found:
     """Return all files in ``folder`` and below it, sorted.
 
-    A link back to ``folder``, or to the folder ``within`` which it is, would lead round for ever.
+    A link back to ``folder`` is not followed, nor one back to ``within``, the folder above it.
 
     Raises:
         DataError: a folder cannot be listed.
@@ -55,13 +56,19 @@ def label_files(folder: Path, labels: Collection[str] = ()) -> Found:
     A folder is data if it is one of ``labels``, also where its name is one that systems use.
 
     Raises:
-        DataError: a folder cannot be listed.
+        DataError: a folder cannot be listed, or a link to one points to nothing.
     """
     found, listed = Found(), {composed(label) for label in labels}
     for entry in _entries(folder):
         if not entry.is_dir():
+            if entry.is_symlink() and not entry.exists():
+                raise DataError(
+                    f"{entry} is a link that points to nothing",
+                    hint="is what it points to mounted here? or remove the link",
+                )
+            found.left_out[LITTER if is_litter(entry, folder=False) else OUTSIDE] += 1
             continue
-        if _is_litter(entry, folder=True) and composed(entry.name) not in listed:
+        if is_litter(entry, folder=True) and composed(entry.name) not in listed:
             found.left_out[LITTER] += sum(1 for file in entry.rglob("*") if not file.is_dir())
             continue
         inside = walk(entry, within=folder)
@@ -76,11 +83,11 @@ def _below(
     """Yield files below ``folder``; ``above`` are the folders on the way, to notice loops."""
     for entry in _entries(folder):
         if not entry.is_dir():
-            if _is_litter(entry, folder=False):
+            if is_litter(entry, folder=False):
                 left_out[LITTER] += 1
             else:
                 yield entry
-        elif _is_litter(entry, folder=True):
+        elif is_litter(entry, folder=True):
             left_out[LITTER] += sum(1 for file in entry.rglob("*") if not file.is_dir())
         elif (place := _identity(entry)) in above:
             left_out[LOOPS] += 1
@@ -102,7 +109,7 @@ def _identity(folder: Path) -> tuple[int, int]:
     return facts.st_dev, facts.st_ino
 
 
-def _is_litter(path: Path, *, folder: bool) -> bool:
+def is_litter(path: Path, *, folder: bool) -> bool:
     """Return whether a system made a file or folder of this name.
 
     Any other file that cannot be read needs a person, so it is not left out.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedgraft.common.errors import FedgraftError, SiteFailure
 from fedgraft.common.files import write_text
+from fedgraft.common.secagg.errors import SecAggError
 
 __all__ = ["KEPT", "Reason", "explain", "keep_reason", "last_reasons"]
 
@@ -38,7 +39,7 @@ def explain(error: Exception) -> tuple[str, str]:
     """Return why a request was refused, and what to do; both may be empty."""
     if isinstance(error, SiteFailure) and isinstance(error.__cause__, Exception):
         return explain(error.__cause__)
-    if isinstance(error, FedgraftError):
+    if isinstance(error, FedgraftError | SecAggError):
         told = str(error)
         return ("" if isinstance(error, SiteFailure) and told == error.code else told), error.hint
     frames = traceback.extract_tb(error.__traceback__)
@@ -54,7 +55,12 @@ def keep_reason(state: Path, stage: str, session: str, code: str, error: Excepti
     why, hint = (text[:LONGEST] for text in explain(error))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        reasons = [*last_reasons(state, KEPT - 1), Reason(now, stage, session, code, why, hint)]
+        new = Reason(now, stage, session, code, why, hint)
+        # A site that waits for approval is asked again every few seconds: that is one reason.
+        earlier = [
+            one for one in last_reasons(state, KEPT) if asdict(one) | {"at": now} != asdict(new)
+        ]
+        reasons = [*earlier[1 - KEPT :], new]
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         lines = (json.dumps(asdict(one), ensure_ascii=True) + "\n" for one in reasons)
         write_text(state / FILE, "".join(lines))

@@ -9,6 +9,7 @@ from fedgraft.common.aggregation import RuleName
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.section import Duration, IllegalJob, Section
 from fedgraft.common.tasks import TASKS, TaskName
+from fedgraft.common.tasks.base import composed
 
 __all__ = [
     "LOSS",
@@ -62,7 +63,8 @@ class General(Section):
 
     @model_validator(mode="after")
     def _labels_differ(self) -> Self:
-        twice = sorted({name for name in self.labels if self.labels.count(name) > 1})
+        names = [composed(name) for name in self.labels]  # equal words may be spelt in two ways
+        twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise IllegalJob(f"labels named twice: {', '.join(twice)}", "name each label once")
         return self
@@ -202,10 +204,13 @@ class ServerOptimizer(Section):
         kind = raw.get("kind")
         if kind == "reptile":
             return {**raw, "learning_rate": 2.0}
-        beta1, tau = raw.get("beta1", FEW_ROUNDS), raw.get("tau", USUAL_STEP)
-        if kind == "momentum" and isinstance(beta1, int | float) and 0 <= beta1 < 1:
+        try:
+            beta1, tau = float(raw.get("beta1", FEW_ROUNDS)), float(raw.get("tau", USUAL_STEP))
+        except (TypeError, ValueError):
+            return raw
+        if kind == "momentum" and 0 <= beta1 < 1:
             return {**raw, "learning_rate": 1 - beta1, "beta1": beta1}
-        if kind in ("adam", "yogi") and isinstance(tau, int | float) and tau > 0:
+        if kind in ("adam", "yogi") and tau > 0:
             return {**raw, "learning_rate": LARGEST_STEP * tau, "beta1": beta1, "tau": tau}
         return raw
 

@@ -41,7 +41,7 @@ def split_endpoint(value: str) -> tuple[str, str]:
     """Return host and port of HOST:PORT: the host without brackets; the port may be empty."""
     if value.startswith("["):
         host, _, rest = value[1:].partition("]")
-        return host, rest.removeprefix(":")
+        return (host, rest[1:]) if rest.startswith(":") else (host, "")
     host, _, port = value.partition(":")
     return host, port
 

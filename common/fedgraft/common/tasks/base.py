@@ -55,6 +55,14 @@ def composed(value: Any) -> str:
     return unicodedata.normalize("NFC", str(value))
 
 
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Cell:
     """One row of a file: its content, and the value in the column ``beside`` it (None if absent).
@@ -95,7 +103,7 @@ class Reading:
     @cached_property
     def numbered(self) -> bool:
         """Return whether a label of the job is a number; a number is then a name."""
-        return any(name.strip().isdecimal() for name in self.labels)
+        return any(_is_number(name) for name in self.labels)
 
     def take(self, how: Literal["names", "indices"]) -> None:
         """Note how a label was read.

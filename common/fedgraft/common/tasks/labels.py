@@ -10,7 +10,7 @@ from typing import Any
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import Reading, composed
 
-LONGEST = 26  # characters of a label that is repeated in a message, with its quotes
+SHORT = 6  # characters of a label that says nothing of a person
 
 __all__ = ["head_usage", "label_index", "label_options", "nearest_label"]
 
@@ -39,9 +39,9 @@ def label_index(value: Any, reading: Reading, *, typed: bool) -> int:
         return number
     known = "; the job's labels are numbers, so a number is a name" if reading.numbered else ""
     raise DataError(
-        f"label {_shown(value)} is not in the job's list{known}",
+        f"label {_shown(value, reading.labels)} is not in the job's list{known}",
         hint=nearest_label(str(value), reading.labels)
-        + f'; or map it in site.toml: [data.labels] {_shown(str(value))} = "..."',
+        + f'; or map it in site.toml: [data.labels] {_shown(str(value), reading.labels)} = "..."',
     )
 
 
@@ -75,15 +75,16 @@ def _visible(name: str) -> str:
     return "".join(one for one in folded if not one.isspace() and unicodedata.category(one) != "Cf")
 
 
-def _shown(value: object) -> str:
-    """Return a label for an error message; a long one is not repeated.
+def _shown(value: object, known: Sequence[str]) -> str:
+    """Return a label for an error message: as it is if it is like a label of the job, or short.
 
-    The column may in fact be the column of texts, and a log must hold none of them.
+    The column may in fact be one of texts or names of persons, and a log must hold none of them.
     """
-    text = repr(value)
-    if len(text) > LONGEST or str(value).count(" ") > 1:
-        return f"of {len(str(value))} characters"
-    return text
+    text = str(value)
+    like = any(_visible(text) == _visible(one) for one in known)
+    if like or len(text) <= SHORT or difflib.get_close_matches(text, known, n=1):
+        return repr(value)
+    return f"of {len(text)} characters"
 
 
 def label_options(labels: Sequence[str]) -> dict[str, Any]:
