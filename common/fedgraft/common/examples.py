@@ -4,6 +4,7 @@ All code here uses NumPy only: a job is read, and rows are encoded, without PyTo
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -126,13 +127,14 @@ E = TypeVar("E", bound=Examples)
 
 
 @dataclass(frozen=True)
-class Teachable:
+class Teachable(ABC):
     """A base for examples that can have a teacher's logits for each example."""
 
     teacher_logits: NDArray[np.float32] | None = field(default=None, kw_only=True)
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Return the number of examples."""
 
     @property
     def target_count(self) -> int:

@@ -24,7 +24,7 @@ def status(
     reasons = last_reasons(Path(config.state), count)
     console.json({"site": config.name, "refusals": [asdict(one) for one in reasons]})
     if not reasons:
-        console.text(f"{config.name} has refused nothing.")
+        console.text(f"{config.name}: no refusal is kept.")
         return
     console.text(f"{config.name} refused, the newest last:")
     for one in reasons:

@@ -2,7 +2,8 @@
 
 ``datasets.load_dataset`` is not used for this. It copies a site's rows into a cache in the home
 folder, reads the text "NA" as missing and "007" as the number 7, and reports a broken row without
-its line. Its silent changes are errors here. No message ever repeats the text of a row.
+its line. Its silent changes are errors here. No message repeats the text of a
+row, except a label of a few characters (``tasks.labels``).
 """
 
 import csv

@@ -33,7 +33,7 @@ class Splits:
     """A site's examples; each file is read when it is first needed. Some splits may be empty.
 
     The examples stay in the memory of ``store`` while that has room and the files stay as they
-    were. One ``Splits`` looks at each file once, so what it returns is of one moment.
+    were. One ``Splits`` looks at each file once, so what it returns of a file is of one moment.
     """
 
     config: SiteConfig
@@ -80,7 +80,8 @@ class Splits:
         if isinstance(held, _Encoded) and held.seen.holds():
             return held
         seen = Seen()
-        seen.add(model_files(backbone.folder))  # a fingerprint may be of the config alone
+        # With random weights the fingerprint is of the config alone.
+        seen.add(model_files(backbone.folder))
         found = self._read_train(seen) if file == "train" else self._read_test(seen)
         if found.seen.holds():  # otherwise somebody wrote while it was read
             self.store.examples.add(key, found)

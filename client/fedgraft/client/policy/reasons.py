@@ -1,8 +1,8 @@
 """Why this site refused a request, for its own people: in the log, in ``site status``, in doctor.
 
 Only a code leaves the site. Our own errors say what is wrong, where, and what to do; none of them
-has the text of a row. The text of any other error may hold anything, so only its class and its
-place in the code are told.
+has the text of a row, except a label of a few characters. The text of any other error may hold
+anything, so only its class and its place in the code are told.
 """
 
 import json

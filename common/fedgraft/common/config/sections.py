@@ -179,7 +179,7 @@ class ServerOptimizer(Section):
     """The optimiser of the global adapter (Reddi et al. 2021, "Adaptive Federated Opt.").
 
     It computes the adapter's step from the aggregate. A job that names no ``learning_rate`` gets
-    one that cannot ruin a run, whatever the size of an update is:
+    one with which the server moves at most a few times as far as the sites, whatever they send:
 
     - ``momentum``: 1 - beta1, because m adds up to 1 / (1 - beta1) steps of the sites;
     - ``adam``, ``yogi``: LARGEST_STEP x tau, because a step is at most learning_rate / tau times m;

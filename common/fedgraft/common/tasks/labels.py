@@ -10,7 +10,7 @@ from typing import Any
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import Reading, composed
 
-SHORT = 6  # characters of a label that says nothing of a person
+SHORT = 6  # characters of a label that is shown as it is: numbers and codes
 
 __all__ = ["head_usage", "label_index", "label_options", "nearest_label"]
 
@@ -18,7 +18,7 @@ __all__ = ["head_usage", "label_index", "label_options", "nearest_label"]
 def label_index(value: Any, reading: Reading, *, typed: bool) -> int:
     """Return the index of the job's label for ``value``: a name, a mapped name, or an index.
 
-    A number is an index only if no label of the job is a number and all labels of the site are
+    A number is an index only if no label of the job is a number and all labels of the split are
     indices: "1" can otherwise mean the second label or the label "1". In a source that is not
     ``typed``, digits can also be an index. Names are compared in Unicode's composed form (NFC).
 
