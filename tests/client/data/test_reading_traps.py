@@ -246,7 +246,7 @@ def test_a_link_to_nothing_is_named_or_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no/gone\.png is a link that points to nothing"):
         read_split(str(tmp_path), job_for(kind="vit"))
     rows = read_split(str(tmp_path), job_for(kind="vit", on_bad_image="skip"))
-    assert (len(rows.dataset), rows.left_out) == (6, {"files that do not decode": 1})
+    assert (len(rows.dataset), rows.left_out) == (6, {"files that cannot be used": 1})
 
 
 # Cells
@@ -357,24 +357,6 @@ def test_a_table_without_a_header_repeats_no_row(suffix: str, tmp_path: Path) ->
     assert "Anna" not in str(caught.value) + caught.value.hint
 
 
-def test_tags_of_hugging_face_have_the_names_of_their_file(tmp_path: Path) -> None:
-    from fedgraft.client.data.files import read_tables
-
-    for feature in (
-        {"feature": {"names": ["B-per", "O"], "_type": "ClassLabel"}, "_type": "List"},
-        [{"names": ["B-per", "O"], "_type": "ClassLabel"}],
-    ):
-        features = {"tags": feature}
-        meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
-        fields = [("tokens", pa.list_(pa.string())), ("tags", pa.list_(pa.int64()))]
-        table = pa.table({"tokens": [["Ada", "sat"]], "tags": [[0, 1]]},
-                         schema=pa.schema(fields, metadata=meta))  # fmt: skip
-        parquet.write_table(table, tmp_path / "rows.parquet")
-        (read,) = read_tables(str(tmp_path / "rows.parquet"), content="tokens", label="tags",
-                              images=False)  # fmt: skip
-        assert read.labels == [["B-per", "O"]]
-
-
 def test_a_label_folder_that_is_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     (clean_folder(tmp_path) / "maybe").symlink_to(tmp_path / "unmounted")
     with pytest.raises(DataError, match="maybe is a link that points to nothing"):
@@ -390,3 +372,17 @@ def test_files_beside_the_label_folders_are_counted_and_globs_hold_no_litter(
     wanted = {"files outside of the label folders": 1, "files of the system": 1}
     assert (len(rows.dataset), rows.left_out) == (6, wanted)
     assert len(read_split(str(tmp_path / "*" / "*"), job_for(kind="vit")).dataset) == 6
+
+
+def test_a_refusal_names_its_file_and_its_hint_can_be_followed(tmp_path: Path) -> None:
+    path = clean_folder(tmp_path) / "no" / "faint.png"
+    Image.fromarray(np.full((8, 8), 900, np.uint16)).save(path)
+    with pytest.raises(DataError, match=r"no/faint\.png: an image has 16-bit pixels") as caught:
+        read_split(str(tmp_path), job_for(kind="vit"))
+    assert str(caught.value).count("faint.png") == 1
+    with pytest.raises(DataError) as caught:
+        read_split(text_file(tmp_path, [0]), job_for(STARS))
+    assert "or 0 to" not in caught.value.hint and "labels are 1, 2, 3, 4, 5" in caught.value.hint
+    with pytest.raises(DataError) as caught:
+        read_split(text_file(tmp_path, ["a long label"]), job_for())
+    assert "[data.labels] 'VALUE' = " in caught.value.hint and "or 0 to 1" in caught.value.hint

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from support.raw_jobs import Raw, make, refusal
 
 from fedgraft.common.config.jobfile import dump_job, parse_job
@@ -73,3 +74,16 @@ def test_no_kind_moves_much_further_than_the_sites_do(kind: Any, most: float, si
 @pytest.mark.parametrize("kind", ["momentum", "adam", "yogi"])
 def test_wrong_values_are_refused_as_before(kind: str, bad: Raw) -> None:
     refusal(aggregation={"server_optimizer": {"kind": kind, **bad}})
+
+
+@pytest.mark.parametrize(
+    "raw", [{"kind": []}, {"kind": "adam", "tau": []}, {"kind": "adam", "tau": -1}]
+)
+def test_a_wrong_value_is_refused_and_no_fault(raw: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        ServerOptimizer.model_validate(raw)
+
+
+def test_a_number_in_quotes_keeps_the_safe_rate() -> None:
+    assert ServerOptimizer.model_validate({"kind": "momentum", "beta1": "0.5"}).learning_rate == 0.5
+    assert ServerOptimizer.model_validate({"kind": "adam", "tau": "0.1"}).learning_rate < 1

@@ -47,7 +47,7 @@ KINDS: dict[str, Any] = {
     "file": _FILE,
 }
 """The storage types of columns, by the names that modalities and tasks use."""
-UNREADABLE = "files that do not decode"
+UNREADABLE = "files that cannot be used"
 AT_ONCE = 64  # cells that a thread checks in one task
 DIGESTED = 256  # files read at once
 
@@ -69,7 +69,7 @@ class SplitRows:
 
     @property
     def skipped(self) -> int:
-        """Return the number of files that do not decode and were left out, as the job allows."""
+        """Return the number of files that cannot be used and were left out, as the job allows."""
         return self.left_out.get(UNREADABLE, 0)
 
     def only(self, index: NDArray[np.int64]) -> "SplitRows":
@@ -273,7 +273,8 @@ def _problems(task: Task, places: Sequence[Place]) -> list[DataError | None]:
             task.check_cell(table.contents[row])
             found.append(None)
         except DataError as error:
-            told = f"{table.place(row)}: {error}" if table.numbers else str(error)
+            place = table.place(row)
+            told = str(error) if place in str(error) else f"{place}: {error}"
             found.append(DataError(told, hint=error.hint))
     return found
 

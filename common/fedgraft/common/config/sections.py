@@ -1,6 +1,6 @@
 """Sections of a job without their own file: job, backbone, start, rounds and aggregation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -201,18 +201,26 @@ class ServerOptimizer(Section):
         """Fill in the rate (and tau) that a job does not name; wrong values are refused later."""
         if not isinstance(raw, Mapping) or "learning_rate" in raw:
             return raw
-        kind = raw.get("kind")
-        if kind == "reptile":
-            return {**raw, "learning_rate": 2.0}
+        filled = _UNNAMED_RATES.get(str(raw.get("kind")))
         try:
             beta1, tau = float(raw.get("beta1", FEW_ROUNDS)), float(raw.get("tau", USUAL_STEP))
         except (TypeError, ValueError):
             return raw
-        if kind == "momentum" and 0 <= beta1 < 1:
-            return {**raw, "learning_rate": 1 - beta1, "beta1": beta1}
-        if kind in ("adam", "yogi") and tau > 0:
-            return {**raw, "learning_rate": LARGEST_STEP * tau, "beta1": beta1, "tau": tau}
-        return raw
+        if filled is None or not (0 <= beta1 < 1 and tau > 0):
+            return raw
+        return {**raw, **filled(beta1, tau)}
+
+
+def _bounded(beta1: float, tau: float) -> dict[str, float]:
+    return {"learning_rate": LARGEST_STEP * tau, "beta1": beta1, "tau": tau}
+
+
+_UNNAMED_RATES: dict[str, Callable[[float, float], dict[str, float]]] = {
+    "momentum": lambda beta1, tau: {"learning_rate": 1 - beta1, "beta1": beta1},
+    "adam": _bounded,
+    "yogi": _bounded,
+    "reptile": lambda beta1, tau: {"learning_rate": 2.0},
+}
 
 
 class Aggregation(Section):

@@ -41,6 +41,7 @@ __all__ = [
     "Wrapped",
     "composed",
     "count_marked",
+    "is_number",
 ]
 
 Corrupt = Callable[[Inputs, Any, Draws], tuple[Inputs, Any]]
@@ -55,7 +56,8 @@ def composed(value: Any) -> str:
     return unicodedata.normalize("NFC", str(value))
 
 
-def _is_number(name: str) -> bool:
+def is_number(name: str) -> bool:
+    """Return whether the name of a label is a number."""
     try:
         float(name)
     except ValueError:
@@ -103,7 +105,7 @@ class Reading:
     @cached_property
     def numbered(self) -> bool:
         """Return whether a label of the job is a number; a number is then a name."""
-        return any(_is_number(name) for name in self.labels)
+        return any(is_number(name) for name in self.labels)
 
     def take(self, how: Literal["names", "indices"]) -> None:
         """Note how a label was read.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedgraft.common.errors import DataError
-from fedgraft.common.tasks.base import Reading, composed
+from fedgraft.common.tasks.base import Reading, composed, is_number
 
 SHORT = 6  # characters of a label that is shown as it is: numbers and codes
 
@@ -38,10 +38,12 @@ def label_index(value: Any, reading: Reading, *, typed: bool) -> int:
         reading.take("indices")
         return number
     known = "; the job's labels are numbers, so a number is a name" if reading.numbered else ""
+    shown = _shown(value, reading.labels)
+    key = repr(str(value)) if shown == repr(value) else "'VALUE'"
     raise DataError(
-        f"label {_shown(value, reading.labels)} is not in the job's list{known}",
+        f"label {shown} is not in the job's list{known}",
         hint=nearest_label(str(value), reading.labels)
-        + f'; or map it in site.toml: [data.labels] {_shown(str(value), reading.labels)} = "..."',
+        + f'; or map it in site.toml: [data.labels] {key} = "..."',
     )
 
 
@@ -66,7 +68,8 @@ def nearest_label(name: str, known: Sequence[str]) -> str:
     if near:
         return f"did you mean {near[0]!r}?"
     more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-    return f"labels are {', '.join(known[:10])}{more}, or 0 to {len(known) - 1}"
+    listed = f"labels are {', '.join(known[:10])}{more}"
+    return listed if any(map(is_number, known)) else f"{listed}, or 0 to {len(known) - 1}"
 
 
 def _visible(name: str) -> str:
