@@ -4,7 +4,7 @@ with Partners(tmp_path, job) as partners:
     partners.join_all()
     partners.start_sites()
     run = partners.submit(job)
-    partners.until(lambda: partners.state(run) == "finished", 60)
+    partners.until(lambda: partners.state(run) == "finished")
 
 With a ``Network`` each party runs in its own namespace.
 """
@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import tomli_w
 from e2e.netlab import Network
-from e2e.superlink import die_with_parent, free_ports
+from e2e.superlink import PATIENCE, die_with_parent, free_ports
 
 from fedgraft.client.agent.process import make_tls
 from fedgraft.client.site_config import load_site
@@ -111,7 +111,7 @@ class Partners:
             env=_environment(),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
             check=False,
         )
         assert not check or done.returncode == 0, done.stderr
@@ -195,7 +195,7 @@ class Partners:
         path = self.home / "audit.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def until(self, happened: Callable[[], object], limit: float) -> None:
+    def until(self, happened: Callable[[], object], limit: float = PATIENCE) -> None:
         """Wait until ``happened()``.
 
         Raises:
@@ -217,8 +217,8 @@ class Partners:
         watch = ["--watch", f"127.0.0.1:{self.watch}"]
         (self.home / "nginx" / "nginx.pid").unlink(missing_ok=True)
         self._start("coordinator", ["-m", "fedgraft", "-v", "coordinator", "run", *where, *watch])
-        self.until(lambda: (self.home / "nginx" / "nginx.pid").exists(), 60)
-        self.until(lambda: "Uvicorn running" in self.read("coordinator/logs/superlink.log"), 60)
+        self.until(lambda: (self.home / "nginx" / "nginx.pid").exists())
+        self.until(lambda: "Uvicorn running" in self.read("coordinator/logs/superlink.log"))
 
     def start_sites(self, names: Sequence[str] = ()) -> None:
         """Start sites (all by default) and wait until they have a session."""
@@ -239,7 +239,7 @@ class Partners:
 
     def _wait_for(self, names: Sequence[str]) -> None:
         for name in names:
-            self.until(lambda name=name: "joined as" in self.read(f"{name}.log"), 90)  # type: ignore[misc]
+            self.until(lambda name=name: "joined as" in self.read(f"{name}.log"))  # type: ignore[misc]
 
     def join_all(self) -> None:
         """Have every site join."""

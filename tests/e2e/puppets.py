@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from e2e.partners import Partners
+from e2e.superlink import PATIENCE
 from flwr.app import Message, RecordDict
 
 from fedgraft.client.agent.process import Agent
@@ -68,7 +69,7 @@ def answering(
     puppets: tuple[Puppet, ...],
     until: Callable[[], bool],
     attack: Callable[[Puppet, ReceivedMessage], bool] = lambda puppet, task: False,
-    limit: float = 120.0,
+    limit: float = PATIENCE,
 ) -> None:
     """Have the puppets answer honestly what ``attack`` has not dealt with.
 

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from e2e.superlink import QUIET, _listens, die_with_parent, free_ports
+from e2e.superlink import PATIENCE, QUIET, _listens, die_with_parent, free_ports
 from flwr.common.constant import (
     FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE,
     HEARTBEAT_DEFAULT_INTERVAL,
@@ -118,7 +118,7 @@ class Link:
     def fleet(self, key: EllipticCurvePrivateKey) -> SuperLinkSession:
         return SuperLinkSession(self.endpoint, self.tls(), key)
 
-    def until(self, happened: Callable[[], object], limit: float = 30.0) -> None:
+    def until(self, happened: Callable[[], object], limit: float = PATIENCE) -> None:
         stop = time.monotonic() + limit
         while not happened():
             assert time.monotonic() < stop, f"waited {limit:g} s in vain"
@@ -153,7 +153,7 @@ def link(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Link]:
             stack.callback(process.kill)
         link = Link(folder, port, Control(port, folder / "ca.pem"))
         with relied_on_by(SUPERLINK):
-            link.until(lambda: _listens(port), 60)
+            link.until(lambda: _listens(port))
         yield link
         link.control.close()
 
@@ -333,7 +333,7 @@ def test_a_job_is_done_by_the_installed_code_until_it_is_stopped(
         working = threading.Thread(target=agent.run, daemon=True)
         working.start()
         try:
-            link.until(lambda: link.control.status(run) == FINISHED, 90)
+            link.until(lambda: link.control.status(run) == FINISHED)
             link.until(lambda: "its run was stopped" in caplog.text)
         finally:
             agent.stopping = True

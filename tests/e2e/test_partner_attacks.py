@@ -347,7 +347,7 @@ def test_a_revoked_certificate_ends_open_sessions(partners: Partners, tmp_path: 
     partners.call("provision", "renew", "site-02", "--home", home, "-o", kits)
     (two.state / "membership.json").unlink()
     partners.join("site-02")
-    partners.until(lambda: comes_in(partners, "site-02"), 60)
+    partners.until(lambda: comes_in(partners, "site-02"))
     run = partners.submit(small_job(partners.folder, "rounds.count=1", "data.validation=0"))
     with Puppet(partners, "site-02") as two:
         answering((two,), lambda: partners.state(run) == "finished")

@@ -98,13 +98,13 @@ def test_a_word_of_the_data_is_in_nothing_that_leaves_and_nothing_that_is_kept(
     partners: Partners, folder: Path
 ) -> None:
     run = partners.submit(job_of(folder))
-    partners.until(lambda: partners.state(run) == "finished", 180)
+    partners.until(lambda: partners.state(run) == "finished")
     history = partners.rounds(run)
     dropped = [(drop["site"], drop["reason"]) for line in history for drop in line["dropped"]]
     assert dropped == [("site-01", "RuntimeError")]  # its class, and no more
 
     masked = partners.submit(job_of(folder, secure_aggregation={"enabled": True}))
-    partners.until(lambda: partners.state(masked) == "finished", 180)
+    partners.until(lambda: partners.state(masked) == "finished")
 
     path = Path(load_site(partners.folder / "site-02" / "site.toml").data.train)
     with path.open("a") as file:
@@ -112,7 +112,7 @@ def test_a_word_of_the_data_is_in_nothing_that_leaves_and_nothing_that_is_kept(
     partners.end("site-02")  # it has its rows in memory
     partners.start_faulty("site-02", "recorded")
     refused = partners.submit(job_of(folder))
-    partners.until(lambda: partners.state(refused) == "finished", 180)
+    partners.until(lambda: partners.state(refused) == "finished")
     assert {line["sites"] for line in partners.rounds(refused)} == {2}
 
     for name in partners.data:

@@ -61,16 +61,16 @@ def test_a_coordinator_with_a_full_disk_rests_and_says_so_and_goes_on(
 ) -> None:
     job = job_of(tmp_path, "rounds.count=12")
     with partners.running(job) as run:
-        partners.until(lambda: len(partners.rounds(run)) >= 2, 60)
+        partners.until(lambda: len(partners.rounds(run)) >= 2)
         with filled(partners.home):
-            partners.until(lambda: "paused: only 0 MB free" in line_of(partners, run)["why"], 60)
+            partners.until(lambda: "paused: only 0 MB free" in line_of(partners, run)["why"])
             time.sleep(3.0)
             done, kept = len(partners.rounds(run)), checkpoints(partners, run)
             time.sleep(5.0)
             assert len(partners.rounds(run)) == done < 12
             assert checkpoints(partners, run) == kept
             assert "paused: only" in partners.read("coordinator.log")
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         there = Run(partners.home / "runs" / run)
         assert [line["round"] for line in there.history()] == list(range(1, 13))
         truth = partners.simulate(job, tmp_path)
@@ -86,30 +86,30 @@ def test_a_site_with_a_full_disk_refuses_before_it_trains(
     state = partners.folder / SMALL / "state"
     job = job_of(tmp_path, "rounds.count=30")
     with partners.running(job) as run:
-        partners.until(lambda: len(partners.rounds(run)) >= 1, 60)
+        partners.until(lambda: len(partners.rounds(run)) >= 1)
         with filled(partners.folder / SMALL, left=left):
-            partners.until(lambda: partners.rounds(run)[-1]["sites"] == 2, 60)
+            partners.until(lambda: partners.rounds(run)[-1]["sites"] == 2)
             reasons = {drop["reason"] for drop in partners.rounds(run)[-1]["dropped"]}
             assert reasons & ({"disk-full"} if left else {"disk-full", "audit-failed"})
             sent = set((state / "sent").glob("*/*/train-*"))
             done = len(partners.rounds(run))
-            partners.until(lambda: len(partners.rounds(run)) > done + 1, 60)
+            partners.until(lambda: len(partners.rounds(run)) > done + 1)
             assert set((state / "sent").glob("*/*/train-*")) <= sent
-        partners.until(lambda: partners.rounds(run)[-1]["sites"] == 3, 60)
+        partners.until(lambda: partners.rounds(run)[-1]["sites"] == 3)
         assert list(read(state / "audit.jsonl"))  # whole
 
 
 def test_a_damaged_checkpoint_costs_a_round_and_is_told(partners: Partners, tmp_path: Path) -> None:
     job = job_of(tmp_path, "rounds.count=6", "rounds.min_sites=3")
     with partners.running(job) as run:
-        partners.until(lambda: len(partners.rounds(run)) >= 3, 60)
+        partners.until(lambda: len(partners.rounds(run)) >= 3)
         partners.kill("coordinator")
         newest = checkpoints(partners, run)[-1]
         content = bytearray(newest.read_bytes())
         content[len(content) // 2] ^= 1
         newest.write_bytes(content)
         partners.start_coordinator()
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         there = Run(partners.home / "runs" / run)
         assert [line["round"] for line in there.history()] == list(range(1, 7))
         (warning,) = line_of(partners, run)["warnings"]
@@ -125,20 +125,20 @@ def test_without_a_good_checkpoint_nothing_begins_anew_until_one_is_restored(
 ) -> None:
     job = job_of(tmp_path, "rounds.count=6", "rounds.min_sites=3")
     with partners.running(job) as run:
-        partners.until(lambda: len(partners.rounds(run)) >= 3, 60)
+        partners.until(lambda: len(partners.rounds(run)) >= 3)
         partners.kill("coordinator")
         backup = {path: path.read_bytes() for path in checkpoints(partners, run)}
         for path, content in backup.items():
             path.write_bytes(content[: len(content) // 2])
         partners.start_coordinator()
-        partners.until(lambda: "none of the 2 checkpoints" in line_of(partners, run)["why"], 60)
+        partners.until(lambda: "none of the 2 checkpoints" in line_of(partners, run)["why"])
         assert "restore one from a backup" in line_of(partners, run)["why"]
         assert "none of the 2 checkpoints" in partners.read("coordinator.log")
         assert partners.state(run) == "running"
         assert checkpoints(partners, run) == list(backup)
         for path, content in backup.items():
             path.write_bytes(content)
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         truth = partners.simulate(job, tmp_path)
         there = Run(partners.home / "runs" / run)
         np.testing.assert_allclose(adapter_of(there), adapter_of(truth), rtol=0, atol=1e-6)

@@ -42,15 +42,15 @@ def test_a_coordinator_that_is_killed_goes_on_and_sites_renew_their_certificates
     state = partners.folder / "site-00" / "state" / "certificate.pem"
     before = serial(state.read_bytes())
     with partners.running(job) as run:
-        partners.until(lambda: len(partners.rounds(run)) >= 2, 60)
+        partners.until(lambda: len(partners.rounds(run)) >= 2)
         restart(partners, run)
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         there = Run(partners.home / "runs" / run)
         assert [line["round"] for line in there.history()] == list(range(1, 9))  # each done once
         assert [line["sites"] for line in there.history()] == [3] * 8
         truth = partners.simulate(job, tmp_path)
         np.testing.assert_allclose(adapter_of(there), adapter_of(truth), rtol=0, atol=1e-6)
-        partners.until(lambda: serial(state.read_bytes()) != before, 90)
+        partners.until(lambda: serial(state.read_bytes()) != before)
         partners.until(lambda: "was renewed" in partners.read("site-00.log"), 10)
 
 
@@ -59,7 +59,7 @@ def restart(partners: Partners, run: str) -> float:
     partners.kill("coordinator")
     killed, done = time.monotonic(), len(partners.rounds(run))
     partners.start_coordinator()
-    partners.until(lambda: len(partners.rounds(run)) > done, 60)
+    partners.until(lambda: len(partners.rounds(run)) > done)
     seconds = time.monotonic() - killed
     print(f"goes on after {seconds:.1f} s")
     assert seconds < 60
@@ -76,14 +76,14 @@ def test_a_masked_run_whose_coordinator_is_killed_at_each_stage_ends_in_the_same
         audit = partners.folder / "site-00" / "state" / AUDIT
         for stage in ("query.keys", "query.shares", "train", "query.confirm", "query.unmask"):
             done = len(partners.rounds(run))
-            partners.until(lambda: len(partners.rounds(run)) > done, 60)  # noqa: B023
+            partners.until(lambda: len(partners.rounds(run)) > done)  # noqa: B023
             asked = audit.stat().st_size
             line = f'"stage":"{stage}"'.encode()
-            partners.until(lambda: line in audit.read_bytes()[asked:], 60)  # noqa: B023
+            partners.until(lambda: line in audit.read_bytes()[asked:])  # noqa: B023
             restart(partners, run)
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         again = partners.submit(job)
-        partners.until(lambda: partners.state(again) == "finished", 120)
+        partners.until(lambda: partners.state(again) == "finished")
         there, undisturbed = (Run(partners.home / "runs" / name) for name in (run, again))
         assert [line["round"] for line in there.history()] == list(range(1, 26))  # each done once
         assert [line["sites"] for line in there.history()] == [3] * 25
@@ -98,16 +98,16 @@ def test_a_site_that_is_killed_costs_its_own_update_and_comes_back(
         partners.write_policy(name, limits={"max_rounds": 500})
     job = job_of(tmp_path, "rounds.count=500", "rounds.min_sites=2", "rounds.deadline='10s'")
     with partners.running(job) as run:
-        partners.until(lambda: len(partners.rounds(run)) >= 2, 60)
+        partners.until(lambda: len(partners.rounds(run)) >= 2)
         state = partners.folder / "site-01" / "state"
         partners.kill("site-01")
         killed, recorded, spent = time.monotonic(), (state / AUDIT).read_bytes(), spent_of(state)
         partners.start_sites(["site-01"])
-        partners.until(lambda: partners.rounds(run)[-1]["sites"] == 2, 60)
+        partners.until(lambda: partners.rounds(run)[-1]["sites"] == 2)
         dropped = [drop for line in partners.rounds(run) for drop in line["dropped"]]
         assert {drop["site"] for drop in dropped} == {"site-01"}
         assert {drop["reason"] for drop in dropped} <= SILENT
-        partners.until(lambda: partners.rounds(run)[-1]["sites"] == 3, 90)
+        partners.until(lambda: partners.rounds(run)[-1]["sites"] == 3)
         print(f"back after {time.monotonic() - killed:.1f} s")
         assert time.monotonic() - killed < 90
         # What it had recorded and counted before is still there, and goes on.

@@ -66,7 +66,7 @@ def test_what_a_site_sends_that_is_no_update_costs_its_own_and_nobody_else_anyth
     rounds = f"rounds.count={len(LIES)}"
     job = job_of(tmp_path, rounds, "rounds.min_sites=2", "rounds.deadline='60s'")
     with partners.running(job) as run:
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         expected = [(number, LIAR, code) for number, code in enumerate(LIES.values(), 1)]
         assert drops(partners, run) == expected
         assert [line["sites"] for line in partners.rounds(run)] == [2] * len(LIES)
@@ -84,7 +84,7 @@ def test_a_slow_site_is_dropped_at_the_deadline_and_its_late_update_counts_nowhe
     options = ("rounds.count=6", "rounds.min_sites=2", "rounds.deadline='8s'")
     job = job_of(tmp_path, *options)
     with partners.running(job) as run:
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         lost = drops(partners, run)
         assert lost[0][:2] == (1, LIAR) and len(lost) < 6
         assert {(site, reason in SILENT) for _, site, reason in lost} == {(LIAR, True)}
@@ -101,7 +101,7 @@ def test_below_min_sites_nothing_is_aggregated_or_unmasked_until_they_are_back(
     partners.start_faulty(LIAR, *["late"] * 3)
     options = (MASKED, "rounds.count=2", "rounds.min_sites=3", "rounds.deadline='8s'")
     with partners.running(job_of(tmp_path, *options)) as run:
-        partners.until(lambda: "waiting" in why(partners, run), 120)
+        partners.until(lambda: "waiting" in why(partners, run))
         assert f"only 2 of 3 sites survived ({LIAR}: " in why(partners, run)
         assert partners.state(run) == "running" and partners.rounds(run) == []
         assert not list((partners.home / "runs" / run / "checkpoints").iterdir())
@@ -109,7 +109,7 @@ def test_below_min_sites_nothing_is_aggregated_or_unmasked_until_they_are_back(
         for name in ("site-00", "site-01"):
             assert {"train"} <= stages(partners, name, session)
             assert not stages(partners, name, session) & {"query.confirm", "query.unmask"}
-        partners.until(lambda: partners.state(run) == "finished", 120)
+        partners.until(lambda: partners.state(run) == "finished")
         assert [line["sites"] for line in partners.rounds(run)] == [3, 3]
         assert "query.unmask" in stages(partners, "site-00", session)
 

@@ -126,7 +126,7 @@ def refused(partners: Partners, job: Job) -> tuple[dict[str, str], set[str]]:
         warned = [event for event in events if event["event"] == "warning"]
         return {site["reason"] for event in warned for site in event["sites"]}
 
-    partners.until(lambda: len(codes()) == len(partners.data) and told(), 90)
+    partners.until(lambda: len(codes()) == len(partners.data) and told())
     partners.call("coordinator", "stop", run, "--home", str(partners.home))
     assert partners.rounds(run) == []
     return codes(), told()
@@ -167,17 +167,17 @@ def test_what_a_person_allows_leaves_as_the_policy_says(partners: Partners) -> N
     partners.write_policy("site-01", limits={"keep_sent": 0})
     partners.write_policy("site-02", limits={"keep_sent": 1}, metrics={"round_to": 0})
     run = partners.submit(small_job(partners.folder))
-    partners.until(lambda: session_of(partners, run), 60)
+    partners.until(lambda: session_of(partners, run))
     session = session_of(partners, run)
 
     def decisions() -> list[str]:
         lines = audit(partners, "site-00")
         return [line.get("code") or line["decision"] for line in lines if line["run"] == session]
 
-    partners.until(lambda: "approval-pending" in decisions(), 60)
+    partners.until(lambda: "approval-pending" in decisions())
     site = ("--site", str(partners.folder / "site-00" / "site.toml"))
     partners.call("site", "approve", session, *site, "--yes")
-    partners.until(lambda: partners.state(run) == "finished", 120)
+    partners.until(lambda: partners.state(run) == "finished")
     told = decisions()
     assert told.index("approval-pending") < told.index("approved") < told.index("sent")
     kept = {
@@ -216,7 +216,7 @@ def test_a_byte_that_flips_on_the_coordinators_disk(partners: Partners, tmp_path
     run = partners.submit(
         small_job(partners.folder, source, "rounds.min_sites=2", "rounds.count=50")
     )
-    partners.until(lambda: partners.rounds(run), 90)
+    partners.until(lambda: partners.rounds(run))
     weights = next(file for file in manifest.files if file.name == "model.safetensors")
     flip(BlobStore(partners.home / "backbones").file_path(weights), weights.size // 2)
     partners.start_sites(["site-02"])
@@ -225,7 +225,7 @@ def test_a_byte_that_flips_on_the_coordinators_disk(partners: Partners, tmp_path
     def codes() -> set[str]:
         return {line["code"] for line in audit(partners, "site-02") if line["run"] == session}
 
-    partners.until(lambda: "TransferError" in codes(), 60)
+    partners.until(lambda: "TransferError" in codes())
     assert not BlobStore(partners.folder / "site-02" / "state" / "backbones").complete(manifest)
     partners.call("coordinator", "stop", run, "--home", str(partners.home))
     assert {line["sites"] for line in partners.rounds(run)} == {2}
@@ -242,7 +242,7 @@ def test_a_byte_that_flips_on_the_coordinators_disk(partners: Partners, tmp_path
     assert manifest.digest[:12] in said["what"]
     partners.call("coordinator", "stop", run, "--home", str(partners.home))
     run = partners.submit(small_job(partners.folder, source))
-    partners.until(lambda: partners.state(run) == "finished", 120)
+    partners.until(lambda: partners.state(run) == "finished")
     assert partners.rounds(run)[-1]["sites"] == 3
 
 

@@ -56,7 +56,7 @@ def doctor(partners: Partners) -> dict[str, tuple[str, str, str]]:
 def test_a_wrong_ca_is_named(partners: Partners, state: Path) -> None:
     (state / "ca.pem").write_bytes(make_ca("trial", make_key(), datetime.now(UTC)))
     partners.launch_site(SITE)
-    partners.until(lambda: "(tls): run `fedgraft site doctor`" in partners.read(f"{SITE}.log"), 60)
+    partners.until(lambda: "(tls): run `fedgraft site doctor`" in partners.read(f"{SITE}.log"))
     verdict, what, hint = doctor(partners)["tls"]
     assert verdict == "fail" and what.startswith("wrong CA") and "proxy" in hint
 
@@ -71,7 +71,7 @@ def test_an_expired_certificate_is_named_with_what_mends_it(
     old = issue_site(ca, ca_key, public, site=SITE, now=then, lifetime=WEEK)
     (state / "certificate.pem").write_bytes(old)
     partners.launch_site(SITE)
-    partners.until(lambda: "expired or revoked" in partners.read(f"{SITE}.log"), 60)
+    partners.until(lambda: "expired or revoked" in partners.read(f"{SITE}.log"))
     verdict, what, hint = doctor(partners)["certificate"]
     assert verdict == "fail" and what.startswith("expired on")
     assert f"fedgraft provision renew {SITE}" in hint and "fedgraft site join" in hint
@@ -81,6 +81,6 @@ def test_a_clock_that_is_ahead_is_not_taken_in_silence(partners: Partners, state
     """Signatures of requests hold the time; the doctor's own tests have its word on clocks."""
     assert state.exists()
     partners.launch_site(SITE, "ahead")
-    partners.until(lambda: "this clock is wrong" in partners.read(f"{SITE}.log"), 60)
+    partners.until(lambda: "this clock is wrong" in partners.read(f"{SITE}.log"))
     assert "fedgraft site doctor" in partners.read(f"{SITE}.log")
     assert "joined as" not in partners.read(f"{SITE}.log")

@@ -85,7 +85,7 @@ def test_an_operator_sees_what_goes_on(partners: Partners) -> None:
     be_refused(partners)
     refused = time.monotonic()
     run = partners.submit(job_of(partners.folder))
-    partners.until(lambda: partners.state(run) == "finished", 120)
+    partners.until(lambda: partners.state(run) == "finished")
 
     seen = figures(partners)
     assert seen["fedgraft_sites", "joined"] == 3

@@ -66,7 +66,7 @@ def test_partners_come_to_the_adapter_of_the_simulation(
 ) -> None:
     job = small_job(partners.folder, *overrides)
     run = partners.submit(job)
-    partners.until(lambda: partners.state(run) == "finished", 120)
+    partners.until(lambda: partners.state(run) == "finished")
     (tmp_path / "state").mkdir()
     truth = run_here(partners, job, tmp_path)
     there = Run(partners.home / "runs" / run)
@@ -87,14 +87,14 @@ def test_a_backbone_is_handed_out_once(partners: Partners) -> None:
         partners.write_policy(name)
     job = small_job(partners.folder, f"backbone.source='path:{copy}'", "rounds.count=1")
     run = partners.submit(job)
-    partners.until(lambda: partners.state(run) == "finished", 90)
+    partners.until(lambda: partners.state(run) == "finished")
     assert partners.rounds(run)[0]["sites"] == 3
     for name in partners.data:
         assert BlobStore(partners.folder / name / "state" / "backbones").complete(manifest)
     said = {name: partners.read(f"{name}.log").count("backbone: ") for name in partners.data}
     assert min(said.values()) >= 1
     again = partners.submit(job)
-    partners.until(lambda: partners.state(again) == "finished", 90)
+    partners.until(lambda: partners.state(again) == "finished")
     for name, before in said.items():
         assert partners.read(f"{name}.log").count("backbone: ") == before
 
@@ -129,7 +129,7 @@ def test_the_doctor_finds_a_site_well_and_says_what_is_not(partners: Partners) -
 def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
     """Last: it takes site-02 out of the federation."""
     partners.call("provision", "revoke", "site-02", "--home", str(partners.home))
-    partners.until(lambda: "refused by" in partners.read("site-02.log"), 60)
+    partners.until(lambda: "refused by" in partners.read("site-02.log"))
     states = {site["site"]: site["state"] for site in partners.status()["sites"]}
     assert states == {"site-00": "joined", "site-01": "joined", "site-02": "revoked"}
     code, found = doctor(partners, "site-02")
@@ -153,4 +153,4 @@ def test_a_site_comes_back_by_what_the_doctor_says(partners: Partners) -> None:
     kit = str(partners.kits / "site-02.kit")
     partners.call("site", "join", kit, "--fingerprint", partners.fingerprint, "--site", path)
     assert (folder / "state" / "identity.pem").read_bytes() == identity
-    partners.until(lambda: doctor(partners, "site-02")[0] == 0, 60)
+    partners.until(lambda: doctor(partners, "site-02")[0] == 0)

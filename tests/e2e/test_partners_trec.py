@@ -65,12 +65,12 @@ def test_killed_at_both_ends_the_adapter_is_that_of_the_simulation_and_every_sit
     partners: Partners, job: Job, tmp_path: Path
 ) -> None:
     run = partners.submit(job)
-    partners.until(lambda: len(partners.rounds(run)) >= 1, 240)
+    partners.until(lambda: len(partners.rounds(run)) >= 1)
     partners.kill("site-01")
     partners.kill("coordinator")
     partners.start_coordinator()
     partners.start_sites(["site-01"])
-    partners.until(lambda: partners.state(run) == "finished", 400)
+    partners.until(lambda: partners.state(run) == "finished")
     there = Run(partners.home / "runs" / run)
     assert [line["round"] for line in there.history()] == [1, 2, 3, 4]
     assert [line["sites"] for line in there.history()] == [3, 3, 3, 3]

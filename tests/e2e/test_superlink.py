@@ -50,7 +50,7 @@ def test_a_federation_comes_to_the_adapter_of_the_simulation(
     truth = run_here(job, tmp_path / "here")
     with Federation(tmp_path / "there", sites_of(job), warm=warm) as federation:
         federation.submit(job, tmp_path / "run")
-        assert federation.wait(300) == COMPLETED
+        assert federation.wait() == COMPLETED
     run = Run(tmp_path / "run")
     assert [line["sites"] for line in run.history()] == [sites] * rounds
     assert not [event for event in run.events() if event["event"] in ("dropped", "warning")]
@@ -66,7 +66,7 @@ def test_a_site_that_is_killed_in_the_first_round_costs_its_own_update(tmp_path:
         federation.submit(job, tmp_path / "run")
         federation.until(lambda: "train message" in federation.log("site-01"))
         federation.kill("site-01")
-        assert federation.wait(180) == COMPLETED
+        assert federation.wait() == COMPLETED
         assert not federation.alive("site-01") and federation.alive("site-02")
     run = Run(tmp_path / "run")
     assert [line["sites"] for line in run.history()] == [2, 2]

@@ -72,7 +72,7 @@ def run_there(job: Job, folder: Path, kill_at: str = "") -> Run:
                 lambda: any(f"1 {kill_at}\n" in f.read_text() for f in claims.glob("*/claims"))
             )
             federation.kill("site-01")
-        assert federation.wait(240) == "finished:completed"
+        assert federation.wait() == "finished:completed"
     return Run(folder / "run")
 
 
@@ -129,7 +129,7 @@ def test_whatever_travels_comes_to_the_bits_of_the_simulation(kind: str, tmp_pat
 def test_a_site_that_is_killed_at_a_stage_leaves_an_exact_sum(
     tmp_path: Path, stage: str, survivors: set[int]
 ) -> None:
-    job = masked_job(tmp_path, "rounds.deadline='15s'")
+    job = masked_job(tmp_path, "rounds.deadline='30s'")
     run = run_there(job, tmp_path / "there", kill_at=stage)
     names = list(sites_of(job))
     (line,) = run.history()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from e2e.superlink import PATIENCE
 from support.commands import command
 from support.federations import SMALL, adapter_of, run_digits, write_digits
 
@@ -129,7 +130,7 @@ def start(*options: str) -> "subprocess.Popen[bytes]":
 
 
 def wait_for(process: "subprocess.Popen[bytes]", place: Path, pattern: str, count: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list((place / "sweeps").glob(pattern))) < count:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
