@@ -143,12 +143,16 @@ class Participant:
         sites of one process can be trained in one pass (``training.train_together``).
 
         Raises:
-            SiteFailure: ``no-examples``, or the loss is not finite.
+            SiteFailure: ``no-examples``, the loss is not finite, or a code of ``Guard.check_work``
+                or ``Guard.check_amount``: what the site agreed to no longer holds.
         """
-        job, bench = self.open(request.session, request.job, request.round)
+        job = self.open(request.session, request.job, request.round)[0]
+        examples, stack = self.splits(job).train, self.stack(job)
+        bench = self.agreed(request.session, job, stack)
+        if self.guard is not None:
+            self.guard.check_amount(job, len(examples), count_documents(examples))
         exchanged = bench.layout.only(request.names)
         trained = bench.layout.only((*exchanged.names, *bench.local.names))
-        examples = self.splits(job).train
         if job.start is not None and request.round == 1:
             self._keep_first(request)
         start = self.start(bench, trained, request)
@@ -156,7 +160,7 @@ class Participant:
         again = (request.attempt,) if request.attempt else ()
         draw = ("train", request.round, self.config.name, *again)
         result = yield Wanted(
-            self.stack(job),
+            stack,
             trained,
             TrainingTask(examples, start, torch_generator(job.job.seed, *draw), self.store),
             job.training,
@@ -188,18 +192,33 @@ class Participant:
 
     def tally(self, request: EvaluateRequest) -> Tally:
         """Evaluate the request's adapter together with the parts that stay at this site."""
-        job, bench = self.open(request.session, request.job, request.round)
+        job = self.open(request.session, request.job, request.round)[0]
         splits, measures = self.splits(job), job.measures
         if request.split not in ("validation", "test"):
             return Tally.empty(measures)
         examples = getattr(splits, request.split)  # alone: another file may not be read yet
         if not examples:
             return Tally.empty(measures)
+        stack = self.stack(job)
+        bench = self.agreed(request.session, job, stack)
         trained = bench.layout.only((*request.names, *bench.local.names))
         vector = self.start(bench, trained, request)
-        return measure(
-            self.stack(job), trained, vector, examples, measures=measures, store=self.store
-        ).tally
+        return measure(stack, trained, vector, examples, measures=measures, store=self.store).tally
+
+    def agreed(self, session: str, job: Job, stack: Stack) -> Workbench:
+        """Return the workbench of ``stack``, if the site agreed to a round with this backbone.
+
+        Call it when examples and stack are at hand: all of it must be of the same files.
+
+        Raises:
+            SiteFailure: ``backbone-differs``, or a code of ``Guard.check_work``.
+        """
+        bench = open_workbench(job)
+        if bench is not stack.bench:  # replaced a moment ago
+            raise SiteFailure("backbone-differs")
+        if self.guard is not None:
+            self.guard.check_work(session, job, bench.backbone.fingerprint)
+        return bench
 
     def splits(self, job: Job) -> Splits:
         """Return this site's examples for the job.

@@ -6,6 +6,7 @@ two writes within a few milliseconds can leave the same times and the same size.
 that changed shortly before it was looked at is compared by its content, until it is older.
 """
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fedgraft.common.files import hash_file
 
 __all__ = ["Witness"]
 
+TICK = 0.02  # seconds; clocks of file systems lag behind by that
 FRESH = 2.0  # seconds; FAT notes times by two seconds, other file systems more finely
 
 
@@ -29,11 +31,14 @@ class _Look:
 class Witness:
     """What ``paths`` were when this object was made. A path that is not there counts too.
 
-    The content of a folder is the names of what lies in it.
+    The content of a folder is the names of what lies in it. Files that were read before this object
+    was made are known to be the same only if none changed ``since`` (Unix time) reading began.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], *, since: float | None = None) -> None:
         self._seen = {path: _look(path) for path in dict.fromkeys(paths)}
+        span = -math.inf if since is None else time.time() - since + TICK
+        self._missed = any(_age(look.signature) < span for look in self._seen.values())
 
     @property
     def nbytes(self) -> int:
@@ -42,29 +47,34 @@ class Witness:
 
     def holds(self) -> bool:
         """Return whether every file still has the content that it had then."""
+        if self._missed:
+            return False
         for path, before in self._seen.items():
-            if _signature(path) != before.signature:
+            signature = _signature(path)
+            if signature != before.signature:
                 return False
             if before.content is not None:
-                now = _look(path, digest=True)
-                if now.content != before.content:
+                old = not _fresh(signature)  # asked first: the file may change while it is read
+                if _content(path) != before.content:
                     return False
-                # Once a file is old, every later change gives it another signature.
-                fresh = _fresh(now.signature)
-                self._seen[path] = now if fresh else _Look(now.signature)
+                if old:  # from now on, every change gives it another signature
+                    self._seen[path] = _Look(signature)
         return True
 
 
-def _look(path: Path, *, digest: bool = False) -> _Look:
+def _look(path: Path) -> _Look:
     signature = _signature(path)
-    if signature is None or not (digest or _fresh(signature)):
-        return _Look(signature)
+    return _Look(signature, _content(path) if _fresh(signature) else None)
+
+
+def _content(path: Path) -> str | None:
+    """Return the SHA-256 of a file or a folder's names; None for what has no content to compare."""
     try:
         if path.is_dir():
-            return _Look(signature, "\0".join(sorted(entry.name for entry in path.iterdir())))
-        return _Look(signature, hash_file(path))
+            return "\0".join(sorted(entry.name for entry in path.iterdir()))
+        return hash_file(path) if path.is_file() else None  # reading a pipe would wait for ever
     except OSError:
-        return _Look(None)
+        return None
 
 
 def _signature(path: Path) -> tuple[int, ...] | None:
@@ -77,4 +87,9 @@ def _signature(path: Path) -> tuple[int, ...] | None:
 
 
 def _fresh(signature: tuple[int, ...] | None) -> bool:
-    return signature is not None and time.time() - signature[-1] / 1e9 < FRESH
+    return _age(signature) < FRESH
+
+
+def _age(signature: tuple[int, ...] | None) -> float:
+    """Return the seconds since the last change; infinite for what is not there."""
+    return math.inf if signature is None else time.time() - signature[-1] / 1e9

@@ -114,7 +114,9 @@ def test_a_job_without_labels_is_described_without_them(node: Guarded) -> None:
     leaving = Disclosure(("x",), 1, 1, 1, masked=False).to_json()
     job = parse_job(raw, where="test").model_dump_json()
     with pytest.raises(SiteFailure):
-        Agreements(node.place / "approvals").propose("f" * 32, job, ("x",), leaving, ask=True)
+        Agreements(node.place / "approvals").propose(
+            "f" * 32, job, ("x",), leaving, backbone="", ask=True
+        )
     told = run(approve, node, "f" * 32, "--yes").output
     assert "Job j: causal-lm.\n" in told
 

@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from support.federations import digits_job, write_digits
-from support.trainings import make_job
+from support.trainings import LABELS, make_job
 
+from fedgraft.client.data import rows as rows_module
+from fedgraft.client.data import splits
+from fedgraft.client.data.rows import SplitRows
 from fedgraft.client.participant import Participant, open_participant
 from fedgraft.common.config.job import Job
 
@@ -151,6 +156,52 @@ def test_an_image_that_a_table_names_is_read_again(pictures: Site) -> None:
     before = pixels(pictures)
     shutil.copyfile(files[1], files[0])
     assert not np.array_equal(pixels(pictures), before)
+
+
+def test_an_image_that_changes_while_a_table_is_read_is_read_again(
+    pictures: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was torn is left out, and mended before the last row is checked."""
+    pictures.job = digits_job("data.validation=0", "data.on_bad_image='skip'")
+    files = sorted(pictures.folder.glob("train/*/*.png"))
+    good = files[0].read_bytes()
+    files[0].write_bytes(b"torn")
+    lines = ["image,label", *(f"{file},{file.parent.name}" for file in files)]
+    (pictures.folder / "table.csv").write_text("\n".join(lines) + "\n")
+    pictures.write_site("table.csv")
+    read = rows_module.read_split
+
+    def slow(*arguments: Any, **more: Any) -> SplitRows:
+        found = read(*arguments, **more)
+        files[0].write_bytes(good)
+        return found
+
+    with monkeypatch.context() as during:
+        during.setattr(splits, "read_split", slow)
+        assert len(pictures.at().splits(pictures.job).train) == 11
+    assert len(pictures.at().splits(pictures.job).train) == 12
+
+
+def test_a_teacher_that_was_replaced_teaches(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(rows(20, "0"))
+    place = Site(tmp_path, make_job("bert", training={"distillation": {}}))
+    text = (tmp_path / "site.toml").read_text()
+    (tmp_path / "site.toml").write_text(f'teacher = "path:{tmp_path / "teacher"}"\n{text}')
+
+    def teach(seed: int) -> Any:
+        source = make_job("bert").backbone.source.removeprefix("path:")
+        shutil.copytree(source, tmp_path / "teacher", dirs_exist_ok=True)
+        config = transformers.AutoConfig.from_pretrained(source)
+        config.id2label = dict(enumerate(LABELS))
+        config.label2id = {label: index for index, label in enumerate(LABELS)}
+        torch.manual_seed(seed)
+        made = transformers.AutoModelForSequenceClassification.from_config(config)
+        made.save_pretrained(tmp_path / "teacher")
+        return place.at().splits(place.job).train.teacher_logits
+
+    first = teach(1)
+    assert not np.array_equal(teach(2), first)
+    np.testing.assert_array_equal(teach(1), first)
 
 
 def test_nothing_is_read_again_without_need(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

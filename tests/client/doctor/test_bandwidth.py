@@ -25,7 +25,7 @@ LEAVING = Disclosure(("a.lora_A", "a.lora_B"), 1_000, 230_000, 10, masked=True)
 def propose(site: Site, session: str, leaving: Disclosure, asked: float) -> None:
     agreements = Agreements(site.state / "approvals", clock=lambda: asked)
     with pytest.raises(SiteFailure):
-        agreements.propose(session, "{}", ("a",), asdict(leaving), ask=True)
+        agreements.propose(session, "{}", ("a",), asdict(leaving), backbone="", ask=True)
 
 
 def test_a_rate_and_the_most_that_may_leave(site: Site) -> None:

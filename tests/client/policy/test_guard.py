@@ -80,7 +80,7 @@ def released(job: Job, tally: np.ndarray[Any, Any], folder: Path) -> Any:
     (folder / "policy.toml").write_text(POLICY)
     guard = Guard(folder / "policy.toml", folder / "state")
     text = job.model_dump_json()
-    guard.agreements.propose(SESSION, text, ("x",), {}, ask=False)
+    guard.agreements.propose(SESSION, text, ("x",), {}, backbone="", ask=False)
     request = EvaluateRequest(SESSION, 1, text, ("x",), "validation", np.zeros(1, np.float32))
     return guard.release("evaluate", request, EvaluateReply(SESSION, 1, tally), 0)[0]
 

@@ -15,10 +15,14 @@ from torch import nn
 
 from fedgraft.client.model.batched_model import open_stack
 from fedgraft.client.participant import open_participant
+from fedgraft.common.adapters import model
 from fedgraft.common.adapters.model import open_processor, open_workbench
-from fedgraft.common.adapters.resident import close_backbone
+from fedgraft.common.adapters.resident import KEPT, Resident, close_backbone, resident
+from fedgraft.common.backbones import load
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError
+
+WORDS = "bert.embeddings.word_embeddings.weight"
 
 
 def bert(folder: Path, seed: int = 0) -> None:
@@ -160,3 +164,55 @@ def test_another_backbone_takes_its_place(folder: Path, tmp_path: Path) -> None:
     gc.collect()
     assert alive() is None
     close_backbone()
+
+
+def test_a_stack_is_of_the_workbench_that_is_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody copies another backbone to the place while the first is loaded."""
+    real = model._made
+
+    def replaced(job: Job, held: Resident) -> Any:
+        made = real(job, held)
+        bert(folder, seed=1)
+        return made
+
+    with monkeypatch.context() as during:
+        during.setattr(model, "_made", replaced)
+        with pytest.raises(BackboneError, match="changed while they were read"):
+            open_stack(job_of(folder))
+    stack, bench = open_stack(job_of(folder)), open_workbench(job_of(folder))
+    assert stack.bench is bench
+    assert torch.equal(stack.model.get_parameter(WORDS), words_of(bench.model))
+
+
+def test_a_tokenizer_is_of_the_backbone_that_it_is_known_by(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = load.read_config
+
+    def replaced(backbone: Any) -> Any:
+        bert(folder, seed=1)
+        return real(backbone)
+
+    with monkeypatch.context() as during:
+        during.setattr(model, "read_config", replaced)
+        with pytest.raises(BackboneError, match="changed while they were read"):
+            open_processor(job_of(folder))
+    open_processor(job_of(folder))
+
+
+def test_drawn_heads_that_stay_frozen_are_not_shared(folder: Path) -> None:
+    """Two seeds draw two heads, and neither is in the folder."""
+    heads = []
+    for seed in (0, 1):
+        bench = open_workbench(job_of(folder, seed=seed, head="frozen"))
+        heads.append(bench.model.base_model.model.classifier.weight)
+    assert not torch.equal(*heads)
+
+
+def test_what_was_made_goes_with_its_workbench(folder: Path) -> None:
+    for rank in range(1, KEPT + 3):
+        open_stack(job_of(folder, rank=rank))
+    held = resident(job_of(folder).backbone.source, "pretrained")
+    assert held.made.keys() == held.benches.keys() and len(held.made) == KEPT

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.client.data.class_names import class_name, class_names
-from fedgraft.client.data.folders import is_litter, label_files, walk
+from fedgraft.client.data.folders import is_litter, is_special, label_files, walk
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import composed
 
@@ -65,13 +65,19 @@ def find_sources(path: str) -> list[Path]:
     """Return the file or folder at ``path``, or all matches of the glob ``path``, in sorted order.
 
     Raises:
-        DataError: nothing is there.
+        DataError: nothing is there, or a pipe.
     """
+    if is_special(Path(path)):
+        raise DataError(
+            f"{path} is a pipe, a socket or a device",
+            hint="save the rows as a file: they are read again",
+        )
     if Path(path).exists():
         return [Path(path)]
     if glob.has_magic(path):
         found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
         found = [one for one in found if one.is_dir() or not is_litter(one, folder=False)]
+        found = [one for one in found if not is_special(one)]
         if found:
             return found
         raise DataError(f"nothing matches {path}", hint="check the pattern and the working folder")

@@ -15,10 +15,11 @@ from pathlib import Path
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import composed
 
-__all__ = ["LITTER", "Found", "is_litter", "label_files", "walk"]
+__all__ = ["LITTER", "SPECIAL", "Found", "is_litter", "is_special", "label_files", "walk"]
 
 LITTER = "files of the system"
 OUTSIDE = "files outside of the label folders"
+SPECIAL = "pipes, sockets and devices"
 LOOPS = "links to folders above them"
 FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"})
 FOLDERS = frozenset(
@@ -85,6 +86,8 @@ def _below(
         if not entry.is_dir():
             if is_litter(entry, folder=False):
                 left_out[LITTER] += 1
+            elif is_special(entry):
+                left_out[SPECIAL] += 1
             else:
                 yield entry
         elif is_litter(entry, folder=True):
@@ -107,6 +110,11 @@ def _entries(folder: Path) -> list[Path]:
 def _identity(folder: Path) -> tuple[int, int]:
     facts = os.stat(folder)
     return facts.st_dev, facts.st_ino
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path is neither a file nor a folder: reading a pipe would wait for ever."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def is_litter(path: Path, *, folder: bool) -> bool:

@@ -1,6 +1,7 @@
 """A site's examples for a job: training, validation and test."""
 
 import hashlib
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from fedgraft.client.data.rows import SplitRows, encode, read_split
 from fedgraft.client.data.teacher import teacher_logits
 from fedgraft.client.site_config import SiteConfig
 from fedgraft.common.adapters.model import choose_device, open_processor
-from fedgraft.common.backbones.folder import model_files
+from fedgraft.common.backbones.folder import model_files, watched_files
+from fedgraft.common.backbones.load import locate
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import DataError, SiteFailure
 from fedgraft.common.examples import Examples
@@ -82,6 +84,8 @@ class Splits:
         seen = Seen()
         # With random weights the fingerprint is of the config alone.
         seen.add(model_files(backbone.folder))
+        if self.job.training.distillation is not None and self.config.teacher is not None:
+            seen.add(watched_files(locate(self.config.teacher)))
         found = self._read_train(seen) if file == "train" else self._read_test(seen)
         if found.seen.holds():  # otherwise somebody wrote while it was read
             self.store.examples.add(key, found)
@@ -122,10 +126,11 @@ class Splits:
     def _rows(self, path: str, seen: "Seen", *, labelled: bool = True) -> SplitRows:
         data = self.config.data
         seen.watch(path)
+        began = time.time()
         rows = read_split(
             path, self.job, columns=data.columns, labels=data.labels, labelled=labelled
         )
-        seen.add(rows.files)
+        seen.add(rows.files, since=began)  # known by name only now, and checked before
         return rows
 
     def _encoded(self, rows: SplitRows) -> Examples:
@@ -150,9 +155,9 @@ class Seen:
         self._paths[path] = watched(path)
         self.add(self._paths[path])
 
-    def add(self, files: Iterable[Path]) -> None:
-        """Add files that something else names, such as a table."""
-        self._witnesses.append(Witness(files))
+    def add(self, files: Iterable[Path], *, since: float | None = None) -> None:
+        """Add files that something else names, such as a table; ``since`` as for ``Witness``."""
+        self._witnesses.append(Witness(files, since=since))
 
     def holds(self) -> bool:
         """Return whether reading them again would give the same rows."""

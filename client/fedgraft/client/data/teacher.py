@@ -16,7 +16,8 @@ from fedgraft.client.data.batches import Passes, as_tensors, by_length, in_order
 from fedgraft.client.data.cache import Store
 from fedgraft.client.data.padding import Padding
 from fedgraft.client.data.rows import encode
-from fedgraft.common.backbones.load import find_backbone, load, read_config
+from fedgraft.common.adapters.resident import open_apart
+from fedgraft.common.backbones.load import load, read_config
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.sections import Backbone
 from fedgraft.common.errors import BackboneError
@@ -36,15 +37,18 @@ def teacher_logits(
     settings of its own.
 
     Raises:
-        BackboneError: there is no such model, or its head does not know the job's labels.
+        BackboneError: there is no such model, its files change while they are read, or its head
+            does not know the job's labels.
     """
     mine = job.model_copy(update={"backbone": Backbone(source=source)})
-    backbone = find_backbone(source)
+    held = open_apart(source)
+    backbone = held.backbone
     processor = job.task.modality.load(backbone.folder, read_config(backbone))
     examples = encode(dataset, processor, mine, store=store, key=backbone.fingerprint)
 
     def make() -> dict[str, NDArray[Any]]:
         loaded = load(backbone, mine)
+        held.check()  # logits are kept by the fingerprint
         if loaded.fresh_head:
             raise BackboneError(
                 f"teacher {source}: its head does not know the job's labels",

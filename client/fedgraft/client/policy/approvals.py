@@ -27,7 +27,8 @@ class Agreement:
 
     The policy alone decides ``agreed``; a person decides ``approved`` and ``denied``. ``plan`` is
     ``hash_plan`` of the job and its tensors, ``job`` is the job's JSON, and ``leaving`` is the
-    ``Disclosure`` as JSON.
+    ``Disclosure`` as JSON. ``backbone`` is the fingerprint of the backbone that was here then; it
+    is empty in the files of earlier versions.
     """
 
     session: str
@@ -36,6 +37,7 @@ class Agreement:
     asked: float
     job: str
     leaving: dict[str, Any]
+    backbone: str = ""
 
     def binds(self, plan: str | None, *, ask: bool) -> bool:
         """Return whether the site takes part in ``plan``; None means the plan of this agreement.
@@ -85,16 +87,25 @@ class Agreements:
         return sorted((each for each in found if each), key=lambda each: each.asked)
 
     def propose(
-        self, session: str, job: str, names: Sequence[str], leaving: dict[str, Any], *, ask: bool
+        self,
+        session: str,
+        job: str,
+        names: Sequence[str],
+        leaving: dict[str, Any],
+        *,
+        backbone: str,
+        ask: bool,
     ) -> None:
         """Agree to a job, or with ``ask`` let a person decide.
+
+        Another ``backbone`` (its fingerprint) is another proposal.
 
         Raises:
             SiteFailure: ``approval-pending`` or ``approval-denied``.
         """
         plan, known = hash_plan(job, names), self.find(session)
-        if known is None or known.plan != plan:
-            known = Agreement(session, plan, "pending", self._clock(), job, leaving)
+        if known is None or known.plan != plan or known.backbone not in ("", backbone):
+            known = Agreement(session, plan, "pending", self._clock(), job, leaving, backbone)
             if not ask:
                 known = replace(known, status="agreed")
             if ask and len(self.pending()) >= MOST_PENDING:

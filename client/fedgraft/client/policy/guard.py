@@ -115,6 +115,7 @@ class Guard:
         return RoundFacts(
             Job.model_validate_json(agreement.job),
             self._now(),
+            digests=frozenset({agreement.backbone}) if agreement.backbone else None,
             round=_round(request, under_way),
             works=not isinstance(request, ResultRequest),
             cohort=len(request.cohort) if isinstance(request, KeysAsk) else None,
@@ -138,18 +139,42 @@ class Guard:
             SiteFailure: ``approval-pending``, ``approval-denied``, or a code of ``check_plan``. If
                 updates are masked, a code about the examples becomes ``not-eligible``.
         """
-        facts = RoundFacts(job, self._now(), bytes_out=leaving.bytes_per_round)
-        check_plan(self.policy, facts)
+        check_plan(self.policy, RoundFacts(job, self._now(), bytes_out=leaving.bytes_per_round))
+        self.check_amount(job, examples, documents)
+        self.agreements.propose(
+            request.session,
+            request.job,
+            request.names,
+            leaving.to_json(),
+            backbone=request.backbone,
+            ask=self.policy.approval.mode == "ask",
+        )
+
+    def check_work(self, session: str, job: Job, backbone: str) -> None:
+        """Check that a round would compute with the backbone that was agreed to, and is allowed.
+
+        ``backbone`` is the fingerprint of what is here now: its files may have changed since.
+
+        Raises:
+            SiteFailure: ``backbone-differs``, ``not-agreed``, or a code of ``check_plan``.
+        """
+        if self._agreement(session).backbone not in ("", backbone):
+            raise SiteFailure("backbone-differs")
+        check_plan(self.policy, RoundFacts(job, self._now(), digests=frozenset({backbone})))
+
+    def check_amount(self, job: Job, examples: int, documents: int) -> None:
+        """Check that there is enough to train on, at PLAN and again in each round.
+
+        Raises:
+            SiteFailure: a code of ``check_plan``; if updates are masked, ``not-eligible``.
+        """
+        facts = RoundFacts(job, self._now(), examples=examples, documents=documents)
         try:
-            check_plan(self.policy, replace(facts, examples=examples, documents=documents))
+            check_plan(self.policy, facts)
         except SiteFailure:
             if job.privacy.secure_aggregation.enabled:
                 raise SiteFailure("not-eligible") from None
             raise
-        ask = self.policy.approval.mode == "ask"
-        self.agreements.propose(
-            request.session, request.job, request.names, leaving.to_json(), ask=ask
-        )
 
     def release(
         self, stage: str, request: Request | None, reply: Reply, under_way: int

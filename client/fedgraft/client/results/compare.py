@@ -7,7 +7,8 @@
 
 The comparison shows whether the federation was worth it for this site. It is the measurement that a
 simulation makes for every site, on the same examples: the site's own test file, or else its
-validation examples, which no training sees. It runs here, after the run, and nothing of it leaves.
+validation examples, which the run did not train on. It runs here, after the run, and nothing of it
+leaves.
 """
 
 from collections.abc import Iterator

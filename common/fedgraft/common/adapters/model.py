@@ -119,17 +119,10 @@ def open_workbench(job: Job) -> Workbench:
     It is the same object for the same backbone and method, while the backbone's files are the same.
 
     Raises:
-        BackboneError: the backbone cannot be found or loaded.
+        BackboneError: the backbone cannot be found or loaded, or its files change meanwhile.
         AdapterError: the method's targets match nothing.
     """
-    held = resident(job.backbone.source, job.backbone.weights)
-    # Only these sections decide the model: other rounds or training settings must not reload it.
-    shaping = _shaping_of(job)
-    if shaping not in held.benches:
-        held.keep(shaping, _made(job, held))
-    held.benches.move_to_end(shaping)
-    bench: Workbench = held.benches[shaping]
-    return bench
+    return _bench(job, resident(job.backbone.source, job.backbone.weights))
 
 
 def made_of(job: Job, key: str, make: Callable[[Workbench], T]) -> T:
@@ -138,13 +131,25 @@ def made_of(job: Job, key: str, make: Callable[[Workbench], T]) -> T:
     Raises:
         FedgraftError: as ``open_workbench``.
     """
-    bench = open_workbench(job)
     held = resident(job.backbone.source, job.backbone.weights)
+    bench = _bench(job, held)
     made = held.made.setdefault(_shaping_of(job), {})
     if key not in made:
         made[key] = make(bench)
     found: T = made[key]
     return found
+
+
+def _bench(job: Job, held: Resident) -> Workbench:
+    # Only these sections decide the model: other rounds or training settings must not reload it.
+    shaping = _shaping_of(job)
+    if shaping not in held.benches:
+        made = _made(job, held)
+        held.check()  # its files were looked at first, and read since
+        held.keep(shaping, made)
+    held.benches.move_to_end(shaping)
+    bench: Workbench = held.benches[shaping]
+    return bench
 
 
 def _shaping_of(job: Job) -> str:
@@ -159,8 +164,7 @@ def _shaping_of(job: Job) -> str:
 
 
 def _made(job: Job, held: Resident) -> Workbench:
-    backbone, processor = open_processor(job)
-    loaded = load(backbone, job)
+    loaded, processor = load(held.backbone, job), _processor(job, held)
     drawn = _drawn_hash(loaded, head_trains=job.method.head != "frozen")
     processor.configure(loaded.model.config)
     size = feature_size(loaded.model) if job.training.domain is not None else 0
@@ -182,7 +186,7 @@ def _made(job: Job, held: Resident) -> Workbench:
         heads=job.job.head_of,
         task=job.task,
         seed=job.job.seed,
-        backbone=backbone,
+        backbone=held.backbone,
         model=model,
         processor=processor,
         layout=layout,
@@ -199,11 +203,17 @@ def open_processor(job: Job) -> tuple[Backbone, Any]:
     Raises:
         BackboneError: the backbone cannot be found, or has no tokenizer or image settings.
     """
-    held, modality = resident(job.backbone.source, job.backbone.weights), job.task.modality
+    held = resident(job.backbone.source, job.backbone.weights)
+    return held.backbone, _processor(job, held)
+
+
+def _processor(job: Job, held: Resident) -> Any:
+    modality = job.task.modality
     if modality.name not in held.processors:
         loaded = modality.load(held.backbone.folder, read_config(held.backbone))
+        held.check()
         held.processors[modality.name] = loaded
-    return held.backbone, held.processors[modality.name]
+    return held.processors[modality.name]
 
 
 def _drawn_hash(loaded: LoadedBackbone, *, head_trains: bool) -> str:

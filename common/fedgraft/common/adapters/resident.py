@@ -7,17 +7,17 @@ tensors. A backbone counts as the same while its files are the same, not while i
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import nn
 
-from fedgraft.common.backbones.folder import model_files
+from fedgraft.common.backbones.folder import watched_files
 from fedgraft.common.backbones.load import Backbone, find_backbone, locate
+from fedgraft.common.errors import BackboneError
 from fedgraft.common.witness import Witness
 
-__all__ = ["Resident", "close_backbone", "resident"]
+__all__ = ["Resident", "close_backbone", "open_apart", "resident"]
 
 KEPT = 3  # workbenches: a federation, its head-only baseline, and one more
 
@@ -36,6 +36,18 @@ class Resident:
     benches: OrderedDict[str, Any] = field(default_factory=OrderedDict)
     made: dict[str, dict[str, Any]] = field(default_factory=dict)
     frozen: WeakValueDictionary[str, nn.Parameter] = field(default_factory=WeakValueDictionary)
+
+    def check(self) -> None:
+        """Check that the files are still those of ``backbone``, after something was read of them.
+
+        Raises:
+            BackboneError: they are not; nothing that was read may be kept.
+        """
+        if not self.witness.holds():
+            raise BackboneError(
+                f"{self.backbone.source}: its files changed while they were read",
+                hint="wait until the copy is complete, and run this again",
+            )
 
     def keep(self, shaping: str, bench: Any) -> None:
         """Keep ``bench`` under ``shaping``, and drop the one used longest ago if there are many."""
@@ -72,18 +84,21 @@ def resident(source: str, weights: str) -> Resident:
     held = _held.get((source, weights))
     if held is None or not held.witness.holds():
         close_backbone()
-        # The files are looked at before they are read: whatever changes later is noticed.
-        folder = locate(source)
-        witness = Witness(_watched(folder))
-        held = _held[source, weights] = Resident(find_backbone(source, weights=weights), witness)
+        held = _held[source, weights] = open_apart(source, weights)
     return held
+
+
+def open_apart(source: str, weights: str = "pretrained") -> Resident:
+    """Return a backbone that this process does not hold, such as a teacher.
+
+    Raises:
+        BackboneError: as ``find_backbone``.
+    """
+    # The files are looked at before they are read: whatever changes later is noticed.
+    witness = Witness(watched_files(locate(source)))
+    return Resident(find_backbone(source, weights=weights), witness)
 
 
 def close_backbone() -> None:
     """Drop the backbone and all that was made of it; code that still uses a part keeps that."""
     _held.clear()
-
-
-def _watched(folder: Path) -> list[Path]:
-    """Return the files of a model and its folder, in which another file can appear."""
-    return [folder, *model_files(folder)] if folder.is_dir() else [folder]

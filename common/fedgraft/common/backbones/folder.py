@@ -10,7 +10,14 @@ from pathlib import Path
 
 from fedgraft.common.errors import BackboneError
 
-__all__ = ["FINGERPRINTED", "PICKLES", "fingerprint", "model_files", "refuse_unsafe"]
+__all__ = [
+    "FINGERPRINTED",
+    "PICKLES",
+    "fingerprint",
+    "model_files",
+    "refuse_unsafe",
+    "watched_files",
+]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
@@ -87,6 +94,11 @@ def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
 def model_files(folder: Path) -> list[Path]:
     """Return the files in ``folder`` that define the model, by name; only these are loaded."""
     return sorted(p for p in folder.iterdir() if p.suffix in FINGERPRINTED and p.is_file())
+
+
+def watched_files(folder: Path) -> list[Path]:
+    """Return the files of a model and its folder, in which another file can appear."""
+    return [folder, *model_files(folder)] if folder.is_dir() else [folder]
 
 
 def fingerprint(folder: Path, weights: str) -> str:
