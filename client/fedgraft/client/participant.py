@@ -84,7 +84,8 @@ class Participant:
         most, unit = masked.weights(job.measures.most_parts)
         too_many = job.aggregation.weights == "examples" and targets > most * unit
         if masked.enabled and (not targets or too_many):
-            raise SiteFailure("not-eligible")  # the code hides which of the two
+            told = f"not-eligible: {targets:,} to train on, and a masked sum has room for 1 to "
+            raise SiteFailure("not-eligible", f"{told}{most * unit:,}")  # the code hides which
         if not targets:
             raise SiteFailure("no-examples")
         if self.guard is not None:

@@ -303,6 +303,15 @@ def test_faint_16_bit_pixels_are_refused_with_their_range(
         assert np.array_equal(read, whole >> 8)
 
 
+def test_a_hot_pixel_does_not_make_an_image_bright() -> None:
+    values = np.full((64, 64), 900, np.uint16)
+    values[0, :4] = 0xFFFF
+    with pytest.raises(DataError, match=r"900 to 65535 \(all but 4 of 4,096 below 4096\)"):
+        images.to_channels(Image.fromarray(values), 1)
+    values[0, :5] = 0xFFFF
+    assert np.asarray(images.to_channels(Image.fromarray(values), 1)).max() == 255
+
+
 def test_an_image_that_is_too_large_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from support.trainings import LABELS, digits
 
 from fedgraft.client.objectives import Labels
 from fedgraft.client.policy.guard import Guard
+from fedgraft.client.policy.reasons import last_reasons
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.messages.payloads import EvaluateReply, EvaluateRequest, Refusal
@@ -103,3 +104,5 @@ def test_a_loss_that_is_not_finite_has_a_code_of_its_own(tmp_path: Path) -> None
     vector = count(job).to_vector()
     vector[0] = np.inf
     assert released(job, vector, tmp_path) == Refusal(SESSION, "loss-not-finite")
+    (reason,) = last_reasons(tmp_path / "state", 9)
+    assert (reason.code, reason.session) == ("loss-not-finite", SESSION)

@@ -3,6 +3,7 @@
 import json
 import logging
 import stat
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from fedgraft.client.cli.doctor import doctor
 from fedgraft.client.cli.status import status
+from fedgraft.client.policy.policy_file import RULES, Policy, RoundFacts, _rules, _told
 from fedgraft.client.policy.reasons import KEPT, explain, keep_reason, last_reasons
 from fedgraft.common.config.jobfile import dump_job
 from fedgraft.common.errors import DataError, SiteFailure
@@ -90,6 +92,25 @@ def test_the_reason_stays_and_the_code_leaves(
     assert "elsewhere" not in sent and reason.hint not in sent
     assert node.said[-1][1:] == ("refused", "DataError")
     assert "elsewhere" not in node.audit.read_text()
+
+
+def test_the_rule_of_the_policy_is_named_with_its_value(clear: Consortium) -> None:
+    node = Guarded(clear, privacy=CLEAR | {"min_examples": 5000})
+    assert node.code(clear.plan.request, "plan") == "policy-examples"
+    (reason,) = last_reasons(node.place, 1)
+    assert "[privacy] min_examples = 5000; there are " in reason.why
+    masked = Consortium(clear.folder / "masked", make_job(masked=True, validation=0.25, count=4))
+    node = Guarded(masked, privacy={"min_examples": 5000})
+    assert node.code(masked.plan.request, "plan") == "not-eligible"
+    (reason,) = last_reasons(node.place, 1)
+    assert "policy-examples: policy.toml has [privacy] min_examples = 5000" in reason.why
+    facts = RoundFacts(clear.job, datetime(2026, 1, 1), examples=3, documents=2)
+    for code, key in RULES.items():
+        section, _, name = key.partition(".")
+        assert f"policy-{code}: policy.toml has [{section}] {name} = " in _told(
+            Policy(), facts, code
+        )
+    assert {code for code, _ in _rules(Policy(), facts)} == RULES.keys()
 
 
 def test_status_and_doctor_show_them(clear: Consortium, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fedgraft.client.policy.approvals import Agreement, Agreements, hash_plan
 from fedgraft.client.policy.disclosure import Disclosure
 from fedgraft.client.policy.message_log import MessageLog, Occasion
 from fedgraft.client.policy.policy_file import METRICS, Policy, RoundFacts, check_plan, load_policy
+from fedgraft.client.policy.reasons import keep_reason
 from fedgraft.common.adapters.model import open_workbench
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import FedgraftError, MessageError, SiteFailure
@@ -171,9 +172,9 @@ class Guard:
         facts = RoundFacts(job, self._now(), examples=examples, documents=documents)
         try:
             check_plan(self.policy, facts)
-        except SiteFailure:
+        except SiteFailure as error:
             if job.privacy.secure_aggregation.enabled:
-                raise SiteFailure("not-eligible") from None
+                raise SiteFailure("not-eligible", str(error)) from None
             raise
 
     def release(
@@ -188,10 +189,12 @@ class Guard:
         try:
             return self._recorded(occasion, request, self._checked(reply))
         except SiteFailure as error:
-            log.warning("%s: the reply stays here: %s", stage, error.code)
+            log.warning("%s: the reply stays here: %s", stage, error)
+            keep_reason(self._state, stage, session, error.code, error)
             refusal = Refusal(session, error.code)
         except Exception as error:
             log.error("%s: the reply stays here: %s", stage, type(error).__name__)
+            keep_reason(self._state, stage, session, "audit-failed", error)
             refusal = Refusal(session, "audit-failed")
         try:
             return self._recorded(occasion, request, refusal)

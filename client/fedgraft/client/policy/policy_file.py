@@ -35,6 +35,24 @@ else:  # every method, and the things that may train or travel beside one
     Allowed = Literal[(*METHODS, "domain", "consolidation")]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 EPSILON, DELTA = 8.0, 1e-5
+RULES = {
+    "backbone": "model.allowed_backbones",
+    "method": "model.allowed_methods",
+    "domain": "model.allowed_methods",
+    "consolidation": "model.allowed_methods",
+    "rank": "model.max_rank",
+    "secure-aggregation": "privacy.secure_aggregation",
+    "cohort": "privacy.min_cohort",
+    "colluding": "privacy.max_colluding",
+    "epsilon": "privacy.max_epsilon_total",
+    "examples": "privacy.min_examples",
+    "steps": "privacy.min_local_steps",
+    "rounds": "limits.max_rounds",
+    "bytes": "limits.max_bytes_out_per_round",
+    "hours": "limits.hours",
+    "metrics": "metrics.allowed",
+}
+"""The key of ``policy.toml`` that a rule is about, by the rule's code."""
 CLOCKS = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)")
 
 
@@ -208,7 +226,20 @@ def check_plan(policy: Policy, facts: RoundFacts) -> None:
     """
     for code, holds in _rules(policy, facts):
         if not holds:
-            raise SiteFailure(f"policy-{code}")
+            raise SiteFailure(f"policy-{code}", _told(policy, facts, code))
+
+
+def _told(policy: Policy, facts: RoundFacts, code: str) -> str:
+    """Return what this site's own people read about a rule that does not hold."""
+    section, _, key = RULES[code].partition(".")
+    value = getattr(getattr(policy, section), key)
+    shown = ", ".join(sorted(map(str, value))) if isinstance(value, tuple | dict) else value
+    there = ""
+    if code == "examples" and facts.documents is not None:
+        there = f"; there are {facts.documents:,} texts or files to train on"
+    if code == "steps":
+        there = f"; there would be {_steps(facts.job, facts.examples)}"
+    return f"policy-{code}: policy.toml has [{section}] {key} = {shown or 'none'}{there}"
 
 
 def _rules(policy: Policy, facts: RoundFacts) -> tuple[tuple[str, bool], ...]:

@@ -34,6 +34,7 @@ PIL knows more formats; one of them is EPS, which starts an interpreter.
 """
 HALF = np.float32(0.5)
 FAINT = 0xFFF  # 16-bit pixels up to this are of 12 bits or fewer: as 16 bits they would be black
+BRIGHT = 1000  # a pixel in so many may be brighter: a hot pixel, a mark that was burnt in
 # PIL refuses images of twice this number of pixels; below it warns with a line of its source.
 warnings.filterwarnings("ignore", category=Pil.DecompressionBombWarning)
 DEFAULT_SIZE = 224  # for backbones whose config has no image_size, such as ResNet
@@ -218,10 +219,12 @@ def to_channels(image: Pil.Image, channels: int) -> Pil.Image:
             raise DataError(
                 "an image has 32-bit pixels", hint="save it with 8 or 16 bits per pixel"
             )
-        if 0 < values.max() <= FAINT:
+        bright = np.count_nonzero(values > FAINT)
+        if values.max() > 0 and bright * BRIGHT < values.size:
+            few = f" (all but {bright} of {values.size:,} below {FAINT + 1})" if bright else ""
             raise DataError(
-                f"an image has 16-bit pixels, and its values are {values.min()} to {values.max()}: "
-                "scaled to 8 bits it would be black",
+                f"an image has 16-bit pixels, and its values are {values.min()} to {values.max()}"
+                f"{few}: scaled to 8 bits it would be black",
                 hint="save it with 8 bits, or multiply its values to 16 bits (12-bit values by 16)",
             )
         image = Pil.fromarray((values >> 8).astype(np.uint8))
