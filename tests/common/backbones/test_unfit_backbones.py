@@ -29,6 +29,18 @@ LENGTHS: list[tuple[Any, int | None]] = [
     (hf.CamembertConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
     (hf.MPNetConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
     (hf.RobertaConfig(**SMALL, max_position_embeddings=34, pad_token_id=0), 33),
+    (
+        hf.LiltConfig(**{**SMALL, "hidden_size": 24}, max_position_embeddings=34, pad_token_id=1),
+        32,
+    ),
+    (hf.MarkupLMConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
+    (hf.EsmConfig(**SMALL, max_position_embeddings=34, pad_token_id=1), 32),
+    (
+        hf.EsmConfig(
+            **SMALL, max_position_embeddings=34, pad_token_id=1, position_embedding_type="rotary"
+        ),
+        None,
+    ),
     (hf.BertConfig(**SMALL, max_position_embeddings=34), 34),
     (hf.T5Config(vocab_size=len(CHARACTERS), d_model=16, num_layers=1, num_heads=2, d_ff=8), None),
 ]
@@ -43,9 +55,11 @@ def test_the_limit_is_what_the_model_can_read(
     save_tokenizer(tmp_path)
     processor = load_text(tmp_path, config)
     assert processor.limit == most
-    if most is None:
-        return
     model = hf.AutoModel.from_config(config).eval()
+    if most is None:
+        if config.model_type == "esm":
+            model(input_ids=torch.full((1, 99), 5))
+        return
     with torch.inference_mode():
         model(input_ids=torch.full((1, most), 5))
         with pytest.raises((IndexError, RuntimeError)):
@@ -112,6 +126,39 @@ def test_a_closed_repository_is_told_so(
         load.locate("hf:someone/model")
     assert "hf_secret" not in str(caught.value) + caught.value.hint
     assert "hf auth login" in caught.value.hint
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500])
+def test_what_the_hub_answered_is_told(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*_: Any, **__: Any) -> None:
+        request = httpx.Request("GET", "https://huggingface.co/x?token=hf_secret")
+        response = httpx.Response(status, request=request)
+        raise hub.HfHubHTTPError("hf_secret", response=response)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refusing)
+    with pytest.raises(BackboneError, match=rf"hf:someone/model \(status {status}\)") as caught:
+        load.locate("hf:someone/model")
+    assert ("hf auth login" in caught.value.hint) == (status < 404)
+    assert "hf_secret" not in str(caught.value) + caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_told_from_the_file(name: str, tmp_path: Path) -> None:
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(BackboneError, match=f"{name} is a pointer of Git LFS") as caught:
+        open_workbench(parse_job(job_settings("gpt2", folder, "-"), where="test"))
+    assert "git lfs pull" in caught.value.hint
+
+
+@pytest.mark.parametrize("left", [-1, 3000, 300, 8, 5, 0])
+def test_weights_that_are_cut_short_are_told_so(left: int, tmp_path: Path) -> None:
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(BackboneError, match=r"model\.safetensors is .*cut short"):
+        open_workbench(parse_job(job_settings("gpt2", folder, "-"), where="test"))
 
 
 def test_an_exported_adapter_names_no_stranger(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fedgraft.common.adapters.attach import adapter_layout, attach, read, write
 from fedgraft.common.adapters.domain_statistics import domain_tensors, feature_size
 from fedgraft.common.adapters.fisher import consolidation_tensors
 from fedgraft.common.adapters.resident import Resident, resident
+from fedgraft.common.backbones.folder import refuse_incomplete
 from fedgraft.common.backbones.load import (
     Backbone,
     LoadedBackbone,
@@ -26,7 +27,7 @@ from fedgraft.common.backbones.load import (
     read_config,
 )
 from fedgraft.common.config.job import Job
-from fedgraft.common.errors import InputError
+from fedgraft.common.errors import BackboneError, InputError
 from fedgraft.common.layout import Layout, Vector, is_head
 from fedgraft.common.messages.codec import array_hash
 from fedgraft.common.tasks import Task
@@ -164,7 +165,8 @@ def _shaping_of(job: Job) -> str:
 
 
 def _made(job: Job, held: Resident) -> Workbench:
-    loaded, processor = load(held.backbone, job), _processor(job, held)
+    processor = _processor(job, held)
+    loaded = load(held.backbone, job)
     drawn = _drawn_hash(loaded, head_trains=job.method.head != "frozen")
     processor.configure(loaded.model.config)
     size = feature_size(loaded.model) if job.training.domain is not None else 0
@@ -210,7 +212,11 @@ def open_processor(job: Job) -> tuple[Backbone, Any]:
 def _processor(job: Job, held: Resident) -> Any:
     modality = job.task.modality
     if modality.name not in held.processors:
-        loaded = modality.load(held.backbone.folder, read_config(held.backbone))
+        try:
+            loaded = modality.load(held.backbone.folder, read_config(held.backbone))
+        except BackboneError:
+            refuse_incomplete(held.backbone.folder, held.backbone.source)
+            raise
         held.check()
         held.processors[modality.name] = loaded
     return held.processors[modality.name]

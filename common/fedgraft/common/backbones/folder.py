@@ -15,11 +15,14 @@ __all__ = [
     "PICKLES",
     "fingerprint",
     "model_files",
+    "refuse_incomplete",
     "refuse_unsafe",
     "watched_files",
 ]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+POINTER = b"version https://git-lfs"
+METADATA = "__metadata__"
 FINGERPRINTED = (".safetensors", ".json", ".txt", ".model")
 
 
@@ -40,6 +43,7 @@ def refuse_unsafe(folder: Path, source: str, weights: str = "pretrained") -> Non
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         remote = "auto_map" in config.keys()  # noqa: SIM118  # fails unless it is an object
     except (ValueError, AttributeError):
+        refuse_incomplete(folder, source)
         raise BackboneError(f"{source}: config.json is not JSON", hint="copy it again") from None
     if remote:
         raise BackboneError(
@@ -89,6 +93,51 @@ def _refuse_shards_elsewhere(folder: Path, source: str) -> None:
                 f"{source}: {index.name} names {bad[0]}, which is no .safetensors file beside it",
                 hint="save the model again with model.save_pretrained(DIR)",
             )
+
+
+def refuse_incomplete(folder: Path, source: str) -> None:
+    """Refuse files that stand for other ones, and weights that are cut short.
+
+    Whoever cannot read a model asks here for the cause.
+
+    Raises:
+        BackboneError: there is such a file.
+    """
+    for path in model_files(folder):
+        _refuse_incomplete(path, source)
+
+
+def _refuse_incomplete(path: Path, source: str) -> None:
+    """Refuse one file of a model.
+
+    A safetensors file is the length of its header (8 bytes), the header, and the tensors, which the
+    header places (https://github.com/huggingface/safetensors).
+    """
+    with path.open("rb") as file:
+        start = file.read(len(POINTER))
+        if start == POINTER:
+            raise BackboneError(
+                f"{source}: {path.name} is a pointer of Git LFS, not the file itself",
+                hint="git lfs pull, where the folder was cloned",
+            )
+        if path.suffix != ".safetensors":
+            return
+        size, length = path.stat().st_size, int.from_bytes(start[:8], "little")
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length)) if length <= size else {"": {}}
+            ends = [one["data_offsets"][1] for name, one in header.items() if name != METADATA]
+            needed = 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+            raise BackboneError(
+                f"{source}: {path.name} is no safetensors file, or is cut short",
+                hint="fetch or copy it again",
+            ) from None
+    if size < needed:
+        raise BackboneError(
+            f"{source}: {path.name} is cut short: {size:,} of {needed:,} bytes",
+            hint="fetch or copy it again",
+        )
 
 
 def model_files(folder: Path) -> list[Path]:

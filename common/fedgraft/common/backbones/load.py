@@ -14,7 +14,12 @@ import torch
 from torch import nn
 
 from fedgraft.common.backbones.blob_store import open_store
-from fedgraft.common.backbones.folder import FINGERPRINTED, fingerprint, refuse_unsafe
+from fedgraft.common.backbones.folder import (
+    FINGERPRINTED,
+    fingerprint,
+    refuse_incomplete,
+    refuse_unsafe,
+)
 from fedgraft.common.backbones.timm import is_timm, name_timm_labels, timm_heads
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError, first_line
@@ -253,7 +258,15 @@ def _download(name: str) -> Path:
             f"there is no hf:{repository}, or it is private",
             hint="check the name; if it is private: hf auth login",
         ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        raise BackboneError(
+            f"the hub does not give hf:{name} (status {status})",
+            hint="hf auth login, with a token that may read it"
+            if status in (401, 403)
+            else "check the name and try again later, or copy the folder and use path:DIR",
+        ) from None
+    except (LocalEntryNotFoundError, ValueError, OSError) as error:
         raise BackboneError(
             f"cannot fetch hf:{name} ({type(error).__name__})",
             hint="check the name and the network, or copy the folder and use path:DIR",
@@ -303,6 +316,7 @@ def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Mo
             **options,
         )
     except Exception as error:  # hostile or damaged files make loaders raise almost any error
+        refuse_incomplete(backbone.folder, backbone.source)
         raise BackboneError(
             f"{backbone.source} cannot be loaded for {task.name}: {first_line(error)}",
             hint=f"it must be a model that {task.auto_class} can load",

@@ -35,6 +35,7 @@ AFTER_PADDING = frozenset(
     {
         "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet",
         "longformer", "data2vec-text", "ibert", "xmod", "luke", "mluke", "esm", "layoutlmv3",
+        "lilt", "markuplm", "altclip_text_model", "bridgetower_text_model", "clap_text_model",
     }
 )  # fmt: skip
 """Kinds of models whose positions begin after the number of the padding token."""
@@ -306,6 +307,8 @@ def _positions(config: Any) -> int | None:
     ``max_position_embeddings`` are never used.
     """
     most = getattr(config, "max_position_embeddings", None)
+    if getattr(config, "position_embedding_type", "") == "rotary":  # computed, not a table: ESM-2
+        return None
     if not isinstance(most, int) or getattr(config, "model_type", "") not in AFTER_PADDING:
         return most
     pad = getattr(config, "pad_token_id", None)
