@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from support.raw_jobs import Raw, make, refusal
 
 from fedgraft.common.config.jobfile import dump_job, parse_job
-from fedgraft.common.config.sections import ServerOptimizer
+from fedgraft.common.config.sections import TOO_FAR, ServerOptimizer
+from fedgraft.server.cli.jobs import _warnings
 from fedgraft.server.optimizers import apply
 from fedgraft.server.state import Moments
 
@@ -87,3 +88,24 @@ def test_a_wrong_value_is_refused_and_no_fault(raw: dict[str, Any]) -> None:
 def test_a_number_in_quotes_keeps_the_safe_rate() -> None:
     assert ServerOptimizer.model_validate({"kind": "momentum", "beta1": "0.5"}).learning_rate == 0.5
     assert ServerOptimizer.model_validate({"kind": "adam", "tau": "0.1"}).learning_rate < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "reach"),
+    [
+        ({"kind": "none"}, 1),
+        ({"kind": "momentum"}, 1),
+        ({"kind": "adam"}, 3),
+        ({"kind": "reptile"}, 2),
+        ({"kind": "momentum", "learning_rate": 1.0}, 10),
+        ({"kind": "adam", "learning_rate": 0.1}, 100),
+        ({"kind": "yogi", "learning_rate": 1.0}, 1000),
+        ({"kind": "none", "learning_rate": 30}, 30),
+    ],
+)
+def test_how_far_a_server_may_move_is_known_and_pointed_out(settings: Raw, reach: float) -> None:
+    job = make(aggregation={"server_optimizer": settings})
+    assert job.aggregation.server_optimizer.reach == pytest.approx(reach)
+    told = _warnings(job)
+    assert len(told) == (reach > TOO_FAR)
+    assert all(f"{reach:,} times as far" in text for text in told)

@@ -31,6 +31,7 @@ WATCHED: dict[str, Metric] = {
 
 FEW_ROUNDS = 0.5  # beta1: an average over two rounds
 USUAL_STEP = 0.01  # of a value of an adapter in a round, as sites train adapters
+TOO_FAR = 5  # steps of the sites: a named rate that can go farther is pointed out
 LARGEST_STEP = 3  # of a server optimiser, in steps of the sites; 1 would be slow to start
 
 if TYPE_CHECKING:
@@ -209,6 +210,15 @@ class ServerOptimizer(Section):
         if filled is None or not (0 <= beta1 < 1 and tau > 0):
             return raw
         return {**raw, **filled(beta1, tau)}
+
+    @property
+    def reach(self) -> float:
+        """Return how many times as far as the sites' mean step the server may move in a round.
+
+        It is a bound: the steps of adam and yogi are shorter where updates are large.
+        """
+        reaches = {"momentum": 1 / (1 - self.beta1), "adam": 1 / self.tau, "yogi": 1 / self.tau}
+        return self.learning_rate * reaches.get(self.kind, 1.0)
 
 
 def _bounded(beta1: float, tau: float) -> dict[str, float]:

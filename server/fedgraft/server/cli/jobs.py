@@ -82,7 +82,22 @@ def check_job(job: "Job") -> dict[str, Any]:
         "sites": [],
         "skipped_files": 0,
         "data_notes": [],
+        "warnings": _warnings(job),
     }
+
+
+def _warnings(job: "Job") -> list[str]:
+    """Return what is allowed, and has ruined runs."""
+    from fedgraft.common.config.sections import TOO_FAR
+
+    optimizer = job.aggregation.server_optimizer
+    if optimizer.reach <= TOO_FAR:
+        return []
+    return [
+        f"{optimizer.kind} with learning_rate = {optimizer.learning_rate:g} can move the adapter "
+        f"{optimizer.reach:,.0f} times as far in a round as the sites do: the run may diverge. "
+        "Without aggregation.server_optimizer.learning_rate a rate is chosen that cannot"
+    ]
 
 
 def show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
@@ -104,6 +119,7 @@ def show_check(console: Console, facts: dict[str, Any], rounds: int) -> None:
         text = f"{len(counts)} sites with {counts[0]:,} to {counts[-1]:,} training examples"
         rows.append(["simulation", text])
     rows += [["data", note] for note in facts["data_notes"]]
+    rows += [["warning", text] for text in facts["warnings"]]
     console.table(f"{facts['job']}: valid", ["what", "how much"], rows)
 
 
