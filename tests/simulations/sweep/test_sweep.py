@@ -249,6 +249,20 @@ def test_where_less_is_better_the_best_has_the_least(task: str, tmp_path: Path) 
     assert "8.17" in (tmp_path / "sweep.html").read_text()
 
 
+@pytest.mark.parametrize("task", ["causal-lm", "masked-image-modeling", "image-classification"])
+@pytest.mark.parametrize("key", ["backbone.source", "backbone.quantize"])
+def test_means_over_tokens_of_two_backbones_do_not_compare(
+    key: str, task: str, tmp_path: Path
+) -> None:
+    metric = TASKS[task].metrics[0]
+    cells = [cell(at + 1, {key: ("a", "b")[at]}, 0, validation=value, test=value)
+             for at, value in enumerate((8.17, 13.4))]  # fmt: skip
+    results = gather(tmp_path, "job", AXES, cells, metric)
+    apart = key == "backbone.source" and task != "image-classification"
+    assert (results.best is None) == apart
+    assert ("do not compare" in sweep_page.headline(results)) == apart
+
+
 def test_without_validation_the_best_is_of_the_test_set_and_says_so(tmp_path: Path) -> None:
     results = two_rows(tmp_path, validation=(0.7, 0.9, 0.7, None))
     assert (results.chosen_by, results.best) == ("test", 1)

@@ -14,6 +14,8 @@ class Metric:
     it differs from the key. ``higher``: a larger value means a better model. ``short`` is the name
     for narrow places. ``digits``, if not 0, is the number of significant digits: for a metric whose
     unit is not known. ``right``: the metric is the share of examples that the model is right for.
+    ``parts``: the metric is a mean over such parts of an example, which each backbone cuts in its
+    own way; so figures of two backbones do not compare.
     """
 
     key: str
@@ -24,6 +26,7 @@ class Metric:
     short: str = ""
     digits: int = 0
     right: bool = False
+    parts: str = ""
 
     @property
     def title(self) -> str:

@@ -61,7 +61,7 @@ class PartWords:
 
 TOKENS = PartWords(
     parts="tokens",
-    metric=Metric("perplexity", "perplexity", percent=False, higher=False),
+    metric=Metric("perplexity", "perplexity", percent=False, higher=False, parts="tokens"),
     exponential=True,
     difference="loss {:+.3f} nats a token",
     one="1 text",
@@ -69,7 +69,7 @@ TOKENS = PartWords(
 )
 PATCHES = PartWords(
     parts="patches",
-    metric=Metric("loss", "reconstruction error", percent=False, higher=False),
+    metric=Metric("loss", "reconstruction error", percent=False, higher=False, parts="patches"),
     exponential=False,
     difference="error {:+.3f} a pixel",
     one="1 image",

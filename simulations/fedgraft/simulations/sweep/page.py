@@ -75,6 +75,12 @@ def _state(row: Row) -> str:
 
 def headline(results: Results) -> str:
     """Return a sentence: the best setting, and its difference to the next on the same seeds."""
+    if results.apart:
+        metric = results.metric
+        return (
+            f"No best setting: {metric.name} is a mean over {metric.parts}, and each backbone has "
+            f"{metric.parts} of its own, so rows of different backbones do not compare."
+        )
     if results.best is None or results.chosen_by is None:
         return "No best setting: there is nothing to choose between."
     metric, best = results.metric, results.rows[results.best]

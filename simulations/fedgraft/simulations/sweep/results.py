@@ -8,7 +8,7 @@ because the best of many rows looks better on that test set than it is.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ __all__ = [
     "write_results",
 ]
 
+BACKBONE = {"backbone", "backbone.source"}  # keys of a sweep
 METRICS = (
     "validation", "test", "macro_f1", "loss", "rounds",
     "bytes_up_per_site_round", "seconds", "peak_memory_mb",
@@ -108,6 +109,11 @@ class Results:
         return tuple(dict.fromkeys(cell.seed for cell in self.cells))
 
     @property
+    def apart(self) -> bool:
+        """Whether rows are of several backbones, and the metric does not compare those."""
+        return bool(self.metric.parts) and not BACKBONE.isdisjoint(self.cells[0].settings)
+
+    @property
     def failed(self) -> tuple[CellResult, ...]:
         """The cells that failed."""
         return tuple(cell for cell in self.cells if cell.status == "failed")
@@ -185,8 +191,10 @@ def gather(
         for group in together.values()
     )
     chosen_by = _chosen_by(rows)
-    best = _best(rows, chosen_by, metric) if chosen_by and len(rows) > 1 else None
-    return Results(folder, job, axes, tuple(cells), rows, chosen_by, best, metric)
+    found = Results(folder, job, axes, tuple(cells), rows, chosen_by, None, metric)
+    if chosen_by is None or len(rows) < 2 or found.apart:
+        return found
+    return replace(found, best=_best(rows, chosen_by, metric))
 
 
 def _row_label(names: Mapping[str, str], settings: Mapping[str, str], job: str) -> str:
