@@ -35,6 +35,8 @@ def test_a_folder_has_a_document_a_file(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert texts_at(tmp_path) == ["a.txt", "b/1.TXT", "b/2.txt"]
+    left_out = read_split(str(tmp_path), make_job()).left_out
+    assert left_out == {"files of the system": 1, "files that are no .txt files": 1}
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

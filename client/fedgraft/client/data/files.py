@@ -12,8 +12,9 @@ import glob
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ __all__ = [
 Row = tuple[int, Any, Any]  # line or row number, content, label
 
 TEXT = ".txt"
+OTHER = f"files that are no {TEXT} files"
 LONGEST_CELL = 2**31 - 1  # characters of a CSV field; the csv module's own limit is 131,072
 
 
@@ -146,13 +148,16 @@ def is_text(path: Path) -> bool:
 
 def _read_texts(path: Path) -> list[Table]:
     """Read every ``.txt`` file in the folder ``path`` and below it, in sorted order."""
-    files = [file for file in walk(path).files if is_text(file)]
+    found = walk(path)
+    files = [file for file in found.files if is_text(file)]
     if not files:
         raise DataError(
             f"{path} has no {TEXT} files",
             hint=f"put texts there, or name a table such as {path}/texts.jsonl",
         )
-    return [_read_file(file, "", None, images=False) for file in files]
+    left_out = found.left_out + Counter({OTHER: len(found.files) - len(files)})  # no zeros
+    first, *rest = [_read_file(file, "", None, images=False) for file in files]
+    return [replace(first, left_out=left_out), *rest]
 
 
 def _anywhere(path: Path) -> Table:
