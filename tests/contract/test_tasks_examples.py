@@ -57,6 +57,17 @@ def test_examples_are_cut_and_joined(case: TaskCase) -> None:
     assert ours.subset(every[::-1]).digest != ours.digest != theirs.digest
 
 
+def test_a_blank_example_is_what_the_model_reads(case: TaskCase) -> None:
+    """Costs are measured with it: no input is missing, none is too many."""
+    examples = examples_of(case)
+    real = examples.batch(np.arange(1), examples.longest)
+    blank = case.task.blank(case.federation.bench.processor, case.job.settings)
+    assert blank.keys() == real.keys()
+    assert {name: value.dtype for name, value in blank.items()} == {
+        name: value.dtype for name, value in real.items()
+    }
+
+
 def test_what_is_varied_keeps_its_shape(case: TaskCase) -> None:
     examples = examples_of(case)
     corrupt = case.task.corruption(examples)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from support.trainings import felt
 
@@ -51,7 +50,6 @@ __all__ = [
     "check_figures",
     "check_resumed",
     "distance",
-    "known_fault",
     "outputs",
     "same",
     "still_modules",
@@ -207,14 +205,6 @@ def check_figures(metrics: tuple[Metric, Metric], found: dict[str, Any]) -> None
     for key, value in found.items():
         ends = value if key.endswith("_interval") else [value]
         assert isinstance(value, dict) or all(math.isfinite(end) for end in ends), key
-
-
-def known_fault(request: pytest.FixtureRequest, applies: bool, reason: str) -> None:
-    """Expect the test to fail where ``applies``. When it passes, remove this call."""
-    request.applymarker(pytest.mark.xfail(applies, reason=reason, strict=True))
-
-
-# What people and machines elsewhere get
 
 
 def card_model(folder: Path, backbone: Path | None = None) -> Any:

@@ -85,8 +85,10 @@ class AudioProcessor:
         """Do nothing: no setting of a model depends on this processor."""
 
     def blank(self, settings: Settings) -> Inputs:
-        """Return one silent recording, float32 [1, ...], under the model's name for its input."""
-        return {self.name: np.zeros((1, *self.shape(settings.seconds)), np.float32)}
+        """Return one silent recording, float32 [1, ...], and its mask if the model gets one."""
+        found: Inputs = {self.name: np.zeros((1, *self.shape(settings.seconds)), np.float32)}
+        samples = found[self.name].shape[:2]
+        return found | ({"attention_mask": np.ones(samples, np.int64)} if self.masked else {})
 
     def describe(self, settings: Settings) -> str:
         """Return an empty text."""

@@ -146,10 +146,16 @@ class TextProcessor:
         config.pad_token_id = self.pad_id
 
     def blank(self, settings: Settings) -> Inputs:
-        """Return ``input_ids`` and ``attention_mask`` of one full text, int64 [1, tokens]."""
+        """Return ids, mask (and types, if the tokenizer has any) of one text, int64 [1, tokens]."""
         length = min(settings.max_length, self.limit or settings.max_length)
         ids = np.full((1, length), int(self.pad_id == 0))  # no padding: that has no positions
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        found = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        return found | ({"token_type_ids": np.zeros_like(ids)} if self.typed else {})
+
+    @cached_property
+    def typed(self) -> bool:
+        """Whether the tokenizer gives ``token_type_ids``."""
+        return "token_type_ids" in self.tokenize(["a"], 8)
 
     def describe(self, settings: Settings, *, blocks: bool = False) -> str:
         """Return the text about the cut of texts; ``blocks``: into blocks, not only to a length."""
@@ -207,7 +213,7 @@ class Text(Modality):
             short = slice(0, width // 2) if processor.pad_left else slice(width - width // 2, width)
             ids[-1, short], mask[-1, short] = processor.pad_id, 0
         found = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in processor.tokenize(["a"], settings.max_length):
+        if processor.typed:
             found["token_type_ids"] = np.zeros_like(ids)
         return found
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgraft.common.encoding import Settings
+from fedgraft.common.examples import Inputs
 from fedgraft.common.metrics.metric import Metric
 from fedgraft.common.metrics.part_evaluation import TOKENS, PartMeasures
 from fedgraft.common.modalities import MODALITIES, Processor
@@ -28,6 +29,8 @@ class TokenTask(Task):
     examples = "texts"
     blocks: bool = True
     """True if a text is cut into blocks; otherwise what is beyond the cut is lost."""
+    reads_types: bool = False
+    """True if the model reads the ``token_type_ids`` that a tokenizer gives."""
     intervals = (
         "Perplexity and token accuracy have bootstrap intervals over texts, each redrawn "
         "with all of its tokens."
@@ -68,6 +71,12 @@ class TokenTask(Task):
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         """Return an empty dictionary."""
         return {}
+
+    def blank(self, processor: Processor, settings: Settings) -> Inputs:
+        """Return one text of full length, as the model reads it."""
+        inputs = processor.blank(settings)
+        read = self.reads_types
+        return {name: value for name, value in inputs.items() if read or name != "token_type_ids"}
 
     def describe_input(self, processor: Processor, settings: Settings) -> str:
         """Return a text about the cut of texts."""

@@ -135,6 +135,12 @@ class MaskedImageModeling(Task):
         images: Any = self.modality.encode(rows, labels, processor, settings, keep)
         return hide_patches(images, processor.patch, settings)
 
+    def blank(self, processor: Any, settings: Settings) -> Inputs:
+        """Return one black image, with the usual number of patches hidden."""
+        inputs = processor.blank(settings)
+        patches, count = _numbers(inputs["pixel_values"].shape, processor.patch, settings)
+        return {**inputs, UNSEEN: np.arange(patches)[None] < count}
+
     def corruption(self, examples: Examples) -> Corrupt:
         """Return a function that hides other patches in each training step."""
         assert isinstance(examples, MaskedPatches)  # noqa: S101  # the type that encode returns
@@ -167,10 +173,7 @@ def hide_patches(images: ImageExamples, side: int, settings: Settings) -> Masked
     ``side`` is the side of a patch in pixels. The hidden patches depend only on the image and the
     seed, so they are the same at every site.
     """
-    height, width = images.values.shape[2:]
-    patches = (height // side) * (width // side)
-    share = settings.masked or MaskedImageModeling.hidden_share
-    count = min(patches, max(1, round(share * patches)))
+    patches, count = _numbers(images.values.shape, side, settings)
     hidden = np.zeros((len(images), patches), np.bool_)
     for at, row in enumerate(images.rows):
         pixels: NDArray[np.float32] = images.values[row]
@@ -178,6 +181,14 @@ def hide_patches(images: ImageExamples, side: int, settings: Settings) -> Masked
         draw = numpy_generator(settings.seed, "hidden", seen)
         hidden[at, draw.permutation(patches)[:count]] = True
     return MaskedPatches(images, hidden, side)
+
+
+def _numbers(shape: Sequence[int], side: int, settings: Settings) -> tuple[int, int]:
+    """Return the number of patches of an image of [b, c, h, w], and how many are hidden."""
+    height, width = shape[2:]
+    patches = (height // side) * (width // side)
+    share = settings.masked or MaskedImageModeling.hidden_share
+    return patches, min(patches, max(1, round(share * patches)))
 
 
 def cut_patches(pixels: NDArray[np.float32], side: int) -> NDArray[np.float32]:

@@ -142,6 +142,7 @@ class MaskedLm(TokenTask):
     use = "fill gaps in texts"
     card_note = f"Accuracy is of hidden tokens. {PERPLEXITY}"
     hidden_share = 0.15
+    reads_types = True
 
     def encode(self, rows: Rows, processor: Any, settings: Settings, keep: Keep) -> MaskedTokens:
         """Return blocks of at most ``data.max_length`` tokens; the share ``data.masked`` is hidden.

@@ -141,7 +141,7 @@ class Seq2SeqLm(TokenTask):
 
     def blank(self, processor: Processor, settings: Settings) -> Inputs:
         """Return one text, and a target of the same length that the decoder reads."""
-        inputs = processor.blank(settings)
+        inputs = super().blank(processor, settings)
         return {**inputs, "decoder_input_ids": inputs["input_ids"]}
 
 
