@@ -306,10 +306,8 @@ def test_faint_16_bit_pixels_are_refused_with_their_range(
 def test_a_hot_pixel_does_not_make_an_image_bright() -> None:
     values = np.full((64, 64), 900, np.uint16)
     values[0, :4] = 0xFFFF
-    with pytest.raises(DataError, match=r"900 to 65535 \(all but 4 of 4,096 below 4096\)"):
+    with pytest.raises(DataError, match="900 to 65535: scaled to 8 bits, 2 of its 2 levels"):
         images.to_channels(Image.fromarray(values), 1)
-    values[0, :5] = 0xFFFF
-    assert np.asarray(images.to_channels(Image.fromarray(values), 1)).max() == 255
 
 
 def test_an_image_that_is_too_large_is_told_so(
@@ -354,13 +352,18 @@ def test_a_label_that_is_like_none_is_not_repeated(cell: str, tmp_path: Path) ->
     assert cell not in str(caught.value) + caught.value.hint
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
-def test_a_table_without_a_header_repeats_no_row(suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "first"),
+    [
+        (".csv", "Anna Schmidt has cancer,pos"),
+        (".csv", "Anna,Schmidt"),
+        (".csv", "Anna Schmidt has cancer,test"),  # which is nearly "text"
+        (".jsonl", '{"Anna Schmidt has cancer": 1, "pos": 2}'),
+    ],
+)
+def test_a_table_without_a_header_repeats_no_row(suffix: str, first: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows{suffix}"
-    if suffix == ".csv":
-        path.write_text("Anna Schmidt has cancer,pos\nb,neg\n")
-    else:
-        path.write_text(json.dumps({"Anna Schmidt has cancer": 1, "pos": 2}))
+    path.write_text(first + ("\nb,neg\n" if suffix == ".csv" else "\n"))
     with pytest.raises(DataError, match="has 2 fields, and none has a name") as caught:
         read_split(str(path), job_for())
     assert "Anna" not in str(caught.value) + caught.value.hint

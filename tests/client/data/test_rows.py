@@ -204,6 +204,7 @@ def test_one_mapping_serves_the_jobs_of_every_task(tmp_path: Path) -> None:
             "job": {"name": "test", "task": task},
             "backbone": {"source": "path:/nowhere"},
             "method": {"kind": "lora", "rank": 1, "head": head},
+            "data": {"lowest": 0, "highest": 9} if "lowest" in TASKS[task].keys else {},
         }
         job = parse_job(raw, where="test")
         rows = read_split(path, job, columns=columns, labels={"none": "no"})

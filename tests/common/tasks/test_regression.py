@@ -2,13 +2,17 @@
 
 import json
 import math
+from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 from scipy import stats
 from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
 
@@ -130,16 +134,18 @@ def test_targets_are_read_and_scaled_to_the_range(tmp_path: Path) -> None:
 
     found = made.task.encode(Columns(rows), Letters(), made.settings, Keeper(None, ""))
     assert found.targets(np.arange(3)).tolist() == [-1.0, 0.0, 1.0]
-    with pytest.raises(DataError, match="row 3 of 3 is outside of 0 to 100"):
-        narrow = job(lowest=0, highest=100)
+    narrow = job(lowest=0, highest=100)
+    with pytest.raises(DataError, match=r"rows\.csv, line 4: the target is outside of 0 to 100"):
+        read_split(str(path), narrow)
+    with pytest.raises(DataError, match="the target is outside of 0 to 100"):
         narrow.task.encode(Columns(rows), Letters(), narrow.settings, Keeper(None, ""))
 
 
-@pytest.mark.parametrize("value", ['"7"', "true", "null", "[1]", "NaN"])
+@pytest.mark.parametrize("value", ['"7"', "true", "null", "[1]", "NaN", '""', "9" * 401])
 def test_a_target_that_is_no_number_is_refused(value: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"text": "a", "target": 1}}\n{{"text": "b", "target": {value}}}\n')
-    with pytest.raises(DataError, match=r"line 2: (no number|the target is not finite)") as caught:
+    with pytest.raises(DataError, match=r"line 2: (no number as|the) target") as caught:
         read_split(str(path), job())
     assert caught.value.hint
 
@@ -160,3 +166,24 @@ def test_a_target_that_is_no_number_is_refused(value: str, tmp_path: Path) -> No
 def test_a_range_is_one(data: dict[str, Any], why: str) -> None:
     with pytest.raises(JobError, match=why):
         job(**data)
+
+
+@pytest.mark.parametrize("cell", ["1_5", "3,5", "5%", "1e", "٣", "0x1", "1 5"])
+def test_a_text_is_a_number_as_people_write_one(cell: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'text,target\na, 0.5 \nb,"{cell}"\n')
+    with pytest.raises(DataError, match="line 3: the target is no number") as caught:
+        read_split(str(path), job())
+    assert "decimal point" in caught.value.hint and cell not in str(caught.value)
+
+
+def test_decimals_of_a_database_are_numbers_and_other_types_are_named(tmp_path: Path) -> None:
+    def table(*values: Any) -> str:
+        parquet.write_table(
+            pa.table({"text": ["a"], "target": list(values)}), tmp_path / "t.parquet"
+        )
+        return str(tmp_path / "t.parquet")
+
+    assert read_split(table(Decimal("0.25")), job()).dataset[:]["target"] == [0.25]
+    with pytest.raises(DataError, match="of the type timedelta"):
+        read_split(table(timedelta(1)), job())

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,6 +26,8 @@ from fedgraft.common.files import write_atomically
 
 __all__ = ["Arrays", "Files", "Keeper", "Recent", "Store", "open_store"]
 
+ENCODERS = 2  # raise it when a cell becomes other arrays than before
+ENCODING = ("fedgraft", "numpy", "pillow", "scipy", "tokenizers", "transformers")
 SUFFIX, MAPPED = ".kept.safetensors", ".kept.npy"
 ABANDONED = 86400.0  # seconds after which a half-written file is removed
 WORTH_A_FILE = 1 << 16  # bytes; a smaller entry is computed again as fast as it is read
@@ -234,7 +237,7 @@ class Keeper:
         """Return named arrays: those that were kept under ``name``, or the result of ``make``."""
         if self.store is None:
             return Arrays(make())
-        digest = digest_of(self.key, *name)
+        digest = digest_of(self.key, *_made_by(), *name)
         found = self.store.files.load(digest)
         if found is None:
             found = Arrays(make())
@@ -249,13 +252,19 @@ class Keeper:
     ) -> NDArray[np.float32]:
         """Return a float32 array that ``fill`` computes; a large one is mapped from a file."""
         if self.store is not None and int(np.prod(shape)) * 4 > IN_MEMORY_BYTES:
-            digest = digest_of(self.key, *name())
+            digest = digest_of(self.key, *_made_by(), *name())
             mapped = self.store.files.mapped(digest, shape, np.float32, fill)
             if mapped is not None:
                 return mapped
         array = np.empty(shape, np.float32)
         fill(array)
         return array
+
+
+@lru_cache(maxsize=1)
+def _made_by() -> tuple[str, ...]:
+    """Return the versions of what turns cells into arrays: others may make other arrays."""
+    return (f"encoders {ENCODERS}", *(f"{name} {version(name)}" for name in ENCODING))
 
 
 @lru_cache(maxsize=4)

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from fedgraft.client.data.class_names import class_name, class_names
-from fedgraft.client.data.folders import is_litter, is_special, label_files, walk
+from fedgraft.client.data.folders import (
+    LITTER,
+    SPECIAL,
+    is_litter,
+    is_special,
+    label_files,
+    walk,
+)
+from fedgraft.client.data.headers import check_columns, listed
 from fedgraft.common.errors import DataError
 from fedgraft.common.tasks.base import composed
 
@@ -77,9 +85,7 @@ def find_sources(path: str) -> list[Path]:
     if Path(path).exists():
         return [Path(path)]
     if glob.has_magic(path):
-        found = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
-        found = [one for one in found if one.is_dir() or not is_litter(one, folder=False)]
-        found = [one for one in found if not is_special(one)]
+        found, _ = _matches(path)
         if found:
             return found
         raise DataError(f"nothing matches {path}", hint="check the pattern and the working folder")
@@ -88,8 +94,27 @@ def find_sources(path: str) -> list[Path]:
         raise DataError(f"no file {path}", hint=f"there is no folder {folder} either")
     beside = sorted(entry.name for entry in folder.iterdir())
     near = difflib.get_close_matches(Path(path).name, beside, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"in {folder}: {_listed(beside) or 'nothing'}"
+    hint = f"did you mean {near[0]}?" if near else f"in {folder}: {listed(beside) or 'nothing'}"
     raise DataError(f"no file {path}", hint=hint)
+
+
+def _matches(path: str) -> tuple[list[Path], Counter[str]]:
+    """Return what the pattern ``path`` matches, without litter, and the counts of what is left out.
+
+    A folder that the pattern itself names is no litter.
+    """
+    literal, left_out, found = set(Path(path).parts), Counter[str](), []
+    for one in map(Path, sorted(glob.glob(path, recursive=True))):
+        above = any(
+            part not in literal and is_litter(Path(part), folder=True) for part in one.parts[:-1]
+        )
+        if above or is_litter(one, folder=one.is_dir()):
+            left_out[LITTER] += one.is_file()
+        elif is_special(one):
+            left_out[SPECIAL] += 1
+        else:
+            found.append(one)
+    return found, +left_out
 
 
 def watched(path: str) -> list[Path]:
@@ -138,7 +163,11 @@ def read_tables(
                 f"{source} is not a kind of file that can be read",
                 hint=f"give one of {', '.join(READERS)}{' or .txt' if label is None else ''}",
             )
-    return [*tables, _image_table(Path(path), loose)] if loose else tables
+    if loose:
+        tables.append(_image_table(Path(path), loose))
+    if not Path(path).exists():  # a pattern
+        tables[0] = replace(tables[0], left_out=Counter(tables[0].left_out) + _matches(path)[1])
+    return tables
 
 
 def is_text(path: Path) -> bool:
@@ -247,7 +276,7 @@ def _read_csv(path: Path, content: str, label: str | None) -> Iterator[Row]:
         if not header:
             raise DataError(f"{path} is empty", hint="its first line must name the columns")
         content, label = composed(content), label and composed(label)
-        _check_columns(path, header, content, label)
+        check_columns(path, header, content, label, typed=False)
         at, named = header.index(content), header.index(label) if label else None
         start = reader.line_num + 1  # a quoted cell may span lines: its row is at the first
         for row in reader:
@@ -266,13 +295,33 @@ def _read_csv(path: Path, content: str, label: str | None) -> Iterator[Row]:
         ) from None
 
 
+class _Twice(Exception):
+    """An object has two values for one key; the text says so without them."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON by composed keys.
+
+    Raises:
+        _Twice: two keys are equal, also if only in composed form.
+    """
+    found = {composed(name): value for name, value in pairs}
+    if len(found) < len(pairs):
+        raise _Twice(f"a key twice: it names {len(pairs)} values by {len(found)} keys")
+    return found
+
+
 def _read_jsonl(path: Path, content: str, label: str | None) -> Iterator[Row]:
     checked = False
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
+        except _Twice as error:
+            raise DataError(
+                f"{path}, line {number} has {error}", hint="keep one of them: which one is meant?"
+            ) from None
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or large"
             raise DataError(
@@ -284,10 +333,9 @@ def _read_jsonl(path: Path, content: str, label: str | None) -> Iterator[Row]:
                 f"{path}, line {number} is not a JSON object",
                 hint="JSONL has one object per line, without a list around them",
             )
-        row = {composed(name): value for name, value in row.items()}
         if not checked:
             content, label = composed(content), label and composed(label)
-            _check_columns(path, list(row), content, label)
+            check_columns(path, list(row), content, label, typed=True)
             checked = True
         yield number, row.get(content), row.get(label) if label else None
 
@@ -300,8 +348,8 @@ def _read_parquet(path: Path, content: str, label: str | None) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             spelt = {composed(name): name for name in schema.names}
-            _check_columns(path, [composed(name) for name in schema.names], composed(content),
-                           label and composed(label))  # fmt: skip
+            check_columns(path, [composed(name) for name in schema.names], composed(content),
+                          label and composed(label), typed=True)  # fmt: skip
             content, label = spelt[composed(content)], label and spelt[composed(label)]
             names = class_names(path, schema, label) if label else []
             rows = itertools.count(1)
@@ -346,43 +394,3 @@ def column_names(path: Path) -> list[str]:
         raise DataError(
             f"{path} cannot be read", hint=f"is it {path.suffix.lower()} inside, and for this user?"
         ) from None
-
-
-def _check_columns(path: Path, there: list[str], content: str, label: str | None) -> None:
-    wanted = [name for name in (content, label) if name is not None]
-    twice = sorted({name for name in wanted if there.count(name) > 1})
-    if twice:
-        raise DataError(f"{path} has column {twice[0]!r} twice", hint="rename one of them")
-    for name in wanted:
-        if name in there:
-            continue
-        if not any(one in there for one in wanted) and not _like_names(wanted, there):
-            raise DataError(  # without a header these would be the cells of the first row
-                f"{path} has no column {name!r}: its first line has {len(there)} fields, and none "
-                "has a name that this job asks for",
-                hint="is there a header? else " + _column_hint(name, []),
-            )
-        raise DataError(
-            f"{path} has no column {name!r}; its columns are: {_listed(there)}",
-            hint=_column_hint(name, there),
-        )
-
-
-def _like_names(wanted: Sequence[str], there: Sequence[str]) -> bool:
-    """Return whether ``there`` look like the names of columns: short words without spaces."""
-    plain = all(len(one) <= 24 and one.isidentifier() for one in there)
-    return plain or any(difflib.get_close_matches(name, there, n=1) for name in wanted)
-
-
-def _column_hint(name: str, there: list[str]) -> str:
-    if len(there) == 1 and any(mark in there[0] for mark in ";\t|"):
-        return "separate the fields by commas"
-    near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
-    folded = [other for other in there if other.strip().casefold() == name.casefold()]
-    guess = f"did you mean {(folded or near)[0]!r}? " if folded or near else ""
-    return f"{guess}map it in [data.columns] of site.toml, or name it in [data] of the job"
-
-
-def _listed(names: Sequence[str], most: int = 20) -> str:
-    shown = ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in names[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedgraft.client.data.files import READERS, Table, find_sources, read_tables
 from fedgraft.common.config.data import Data
 from fedgraft.common.errors import DataError
+from fedgraft.common.tasks.base import composed
 
 __all__ = ["NO_GROUP", "read_groups"]
 
@@ -44,9 +45,11 @@ def _group(table: Table, row: int, groups: Sequence[str]) -> int:
     value = table.contents[row]
     if value is None or value == "":
         return NO_GROUP
-    if str(value) not in groups:
+    named = composed(int(value) if isinstance(value, float) and value.is_integer() else value)
+    known = [composed(group) for group in groups]
+    if named not in known:
         raise DataError(
             f"{table.place(row)}: its group is not one of data.groups",
             hint=f"the job lists {', '.join(groups)}; leave the cell empty if it is none of them",
         )
-    return groups.index(str(value))
+    return known.index(named)

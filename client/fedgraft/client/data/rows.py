@@ -155,7 +155,7 @@ def read_split(
         labels=[*job.job.labels, *labels],
     )
     places = [(table, row) for table in tables for row in range(len(table.contents))]
-    reading = Reading(job.job.labels, labels, labelled)
+    reading = Reading(job.job.labels, labels, labelled, keys=job.settings.keys)
     found = _beside(task, places, reading)
     if job.data.groups:
         found["group"] = read_groups(path, job.data, columns).tolist()
@@ -238,6 +238,12 @@ def _check_mappings(job: Job, columns: Mapping[str, str], labels: Mapping[str, s
                 f"data.columns maps {name!r}, which no job asks for",
                 hint=f"this job asks for {' and '.join(repr(one) for one in asked if one)}",
             )
+    spelt = [composed(value) for value in labels]
+    if len(set(spelt)) < len(spelt):
+        raise DataError(
+            "data.labels maps one value twice, in two spellings of one letter",
+            hint="keep one of them: both are the same to a reader",
+        )
     known = {composed(name) for name in job.job.labels}
     for value, name in labels.items() if job.task.wants_labels else ():
         if composed(name) not in known:

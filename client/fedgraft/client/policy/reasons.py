@@ -78,7 +78,9 @@ def last_reasons(state: Path, count: int) -> list[Reason]:
         return []
     for line in lines:
         try:
-            found.append(Reason(**json.loads(line)))
-        except (ValueError, TypeError):
+            told = Reason(**json.loads(line))
+        except (ValueError, TypeError, RecursionError):
             continue
+        if all(isinstance(value, str) for value in asdict(told).values()):
+            found.append(told)
     return found[-count:] if count else []

@@ -27,6 +27,8 @@ from fedgraft.common.modalities.base import Modality
 
 __all__ = ["SHORTEST", "Audio", "AudioProcessor", "Recording", "load_audio", "open_recording"]
 
+NARROW = 1 << 15  # 16-bit samples in a file of 32 bits would be nearly silent
+LOUD = 16  # a mix may go a little beyond 1; samples of a whole-number range go far beyond
 SHORTEST = 0.025  # seconds: one analysis window of wav2vec 2.0, HuBERT and Whisper
 HOP, RATE = 160, 16_000  # Whisper's spectrogram: samples from frame to frame, samples per second
 
@@ -226,6 +228,11 @@ def _problem(read: NDArray[Any], rate: int) -> str | None:
         return f"is shorter than {1000 * SHORTEST:g} ms"
     if not np.isfinite(read).all():
         return "has samples that are not finite"
+    peak = max(float(read.max()), -float(read.min()))
+    if read.dtype.kind == "i" and read.dtype.itemsize > 2 and 0 < peak <= NARROW:
+        return f"has {8 * read.dtype.itemsize}-bit samples up to {peak:g}: those are of 16 bits"
+    if read.dtype.kind == "f" and peak > LOUD:
+        return f"has float samples up to {peak:g}, and they belong between -1 and 1"
     return "is silent" if (_scaled(read).std() == 0) else None
 
 

@@ -24,6 +24,13 @@ from fedgraft.common.encoding import Keep, NameParts, Rows, Settings
 from fedgraft.common.errors import BackboneError, DataError, first_line
 from fedgraft.common.examples import ImageExamples, Indices, Inputs
 from fedgraft.common.modalities.base import Modality
+from fedgraft.common.modalities.lossless import (
+    DEEP,
+    check_alpha,
+    check_colours,
+    check_levels,
+    check_pages,
+)
 
 __all__ = ["Image", "ImageProcessor", "load_image", "open_image", "to_channels"]
 
@@ -33,8 +40,6 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 PIL knows more formats; one of them is EPS, which starts an interpreter.
 """
 HALF = np.float32(0.5)
-FAINT = 0xFFF  # 16-bit pixels up to this are of 12 bits or fewer: as 16 bits they would be black
-BRIGHT = 1000  # a pixel in so many may be brighter: a hot pixel, a mark that was burnt in
 # PIL refuses images of twice this number of pixels; below it warns with a line of its source.
 warnings.filterwarnings("ignore", category=Pil.DecompressionBombWarning)
 DEFAULT_SIZE = 224  # for backbones whose config has no image_size, such as ResNet
@@ -173,14 +178,22 @@ def open_image(source: Mapping[str, Any]) -> Pil.Image:
     ``bytes`` takes precedence over ``path``.
 
     Raises:
-        DataError: the file is missing, is not an image of ``FORMATS``, or is cut short.
+        DataError: the file is missing, is not an image of ``FORMATS``, is cut short, or has several
+            pages.
     """
     data, path = source["bytes"], source["path"]
     file: Any = path if data is None else io.BytesIO(data)
     try:
         with Pil.open(file, formats=FORMATS) as image:
+            check_pages(image)
+            deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))
             image.load()
-            return ImageOps.exif_transpose(image)
+            found = ImageOps.exif_transpose(image)
+            found.info[DEEP] = deep
+            return found
+    except DataError as error:
+        what = path if path and data is None else "an embedded image"
+        raise DataError(f"{what} {error}", hint=error.hint) from None
     except FileNotFoundError:
         if os.path.islink(path):
             raise DataError(
@@ -210,8 +223,8 @@ def to_channels(image: Pil.Image, channels: int) -> Pil.Image:
     PIL's own conversion cuts 16-bit values at 255; an X-ray would become white.
 
     Raises:
-        DataError: the range of the pixels is not defined: they are float or 32-bit, or 16-bit with
-            values of 12 bits or fewer, of which nearly nothing would be left.
+        DataError: the range of the pixels is not defined: they are float or 32-bit, or 16-bit and
+            nearly nothing would be left of them; or the picture is in the alpha channel alone.
     """
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
@@ -219,17 +232,14 @@ def to_channels(image: Pil.Image, channels: int) -> Pil.Image:
             raise DataError(
                 "an image has 32-bit pixels", hint="save it with 8 or 16 bits per pixel"
             )
-        bright = np.count_nonzero(values > FAINT)
-        if values.max() > 0 and bright * BRIGHT < values.size:
-            few = f" (all but {bright} of {values.size:,} below {FAINT + 1})" if bright else ""
-            raise DataError(
-                f"an image has 16-bit pixels, and its values are {values.min()} to {values.max()}"
-                f"{few}: scaled to 8 bits it would be black",
-                hint="save it with 8 bits, or multiply its values to 16 bits (12-bit values by 16)",
-            )
+        check_levels(values)
         image = Pil.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
         raise DataError("an image has float pixels", hint="save it with 8 or 16 bits per pixel")
+    elif image.info.get(DEEP):
+        check_colours(image)
+    if image.has_transparency_data:
+        check_alpha(image)
     return image.convert("L" if channels == 1 else "RGB")
 
 

@@ -83,12 +83,13 @@ class Reading:
     """The settings for reading the cells of one file set.
 
     ``labels`` are the job's labels. ``mapping`` maps a value of the site to one of these labels.
-    ``labelled``: the rows have labels.
+    ``labelled``: the rows have labels. ``keys`` are the task's keys of ``[data]``, by name.
     """
 
     labels: tuple[str, ...]
     mapping: Mapping[str, str]
     labelled: bool = True
+    keys: Mapping[str, Any] = field(default_factory=dict)
     taken: list[str] = field(default_factory=list)
     """How labels were read so far, ``names`` or ``indices``; empty before the first label."""
 

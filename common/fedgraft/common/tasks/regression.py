@@ -34,6 +34,7 @@ from fedgraft.common.modalities import Modality, Processor
 from fedgraft.common.section import IllegalJob
 from fedgraft.common.tasks.base import Cell, Differences, Reading, Task, Wrapped
 from fedgraft.common.tasks.labels import head_usage
+from fedgraft.common.tasks.numbers import OUTSIDE, UNIT, read_number
 from fedgraft.common.tasks.refusals import without_classes
 
 __all__ = ["NumberEvaluation", "NumberMeasures", "Numbered", "Regression"]
@@ -291,17 +292,13 @@ class Regression(Task):
 
     def read(self, cell: Cell, reading: Reading) -> dict[str, Any]:
         """Return the number; in a file without types, a text that is a number is accepted."""
-        value = cell.beside
-        if isinstance(value, str) and not cell.typed:
-            try:
-                value = float(value)
-            except ValueError:
-                value = None
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise DataError("no number as target", hint="fill it in or remove the row")
+        value = read_number(cell)
         if not math.isfinite(value):
             raise DataError("the target is not finite", hint="fill it in or remove the row")
-        return {"label": 0, "target": float(value)}
+        lowest, highest = (reading.keys.get(key, value) for key in ("lowest", "highest"))
+        if not lowest <= value <= highest:
+            raise DataError(OUTSIDE.format(lowest, highest), hint=UNIT)
+        return {"label": 0, "target": value}
 
     def write(self, row: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
         """Return the number."""
@@ -317,11 +314,7 @@ class Regression(Task):
         targets = np.array(rows.column("target"), np.float64)
         outside = np.flatnonzero((targets < lowest) | (targets > highest))
         if len(outside):
-            raise DataError(
-                f"the target of row {int(outside[0]) + 1} of {len(targets)} is outside of "
-                f"{lowest:g} to {highest:g}",
-                hint="data.lowest and data.highest in the job, or another unit at this site",
-            )
+            raise DataError(OUTSIDE.format(lowest, highest), hint=UNIT)
         labels = np.zeros(len(rows), np.int64)
         source = self.modality.encode(rows, labels, processor, settings, keep)
         scaled = 2 * (targets - lowest) / (highest - lowest) - 1
