@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedgraft.client.data import cache as store_module
 from fedgraft.client.data.batches import as_tensors
-from fedgraft.client.data.cache import Store
+from fedgraft.client.data.cache import Keeper, Store
 from fedgraft.client.data.rows import encode, read_split
 from fedgraft.common.config.job import Job
 from fedgraft.common.config.jobfile import parse_job
@@ -191,3 +191,24 @@ def test_pixels_that_the_disk_has_no_room_for_stay_in_memory(
         pixels = as_tensors(examples.batch(index))["pixel_values"]
         assert pixels.equal(as_tensors(memory.batch(index))["pixel_values"])
         assert len(list((tmp_path / "cache").glob("*"))) == kept
+
+
+def test_what_an_other_version_encoded_is_encoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site's cache outlives its programs; another version may make other arrays of a cell."""
+    store = Store(tmp_path, memory=10**6, disk=10**9)
+    made: list[int] = []
+
+    def make() -> dict[str, Any]:
+        made.append(1)
+        return {"x": np.ones(10**5)}
+
+    Keeper(store, "k").tokens(("a",), make)
+    Keeper(store, "k").tokens(("a",), make)
+    assert len(made) == 1
+    store_module._made_by.cache_clear()
+    monkeypatch.setattr(store_module, "version", lambda name: "0.0.1")
+    Keeper(store, "k").tokens(("a",), make)
+    assert len(made) == 2
+    store_module._made_by.cache_clear()

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from support.evaluations import measured_labels
 from support.trainings import digits, noisy, open_small
 
@@ -62,6 +64,19 @@ def test_a_site_without_labels_has_groups(tmp_path: Path) -> None:
     path.write_text("text,sex\na,f\nb,\n")
     found = read_split(str(path), job(), labelled=False).dataset
     assert list(found["group"]) == [1, -1]
+
+
+def test_numbers_of_pandas_and_letters_in_two_parts_are_the_groups_they_mean(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "rows.parquet"
+    columns = {"text": ["a", "b", "c"], "label": ["yes"] * 3, "sex": [1.0, 2.0, None]}
+    parquet.write_table(pa.table(columns), path)
+    found = read_split(str(path), job(groups=["1", "2"])).dataset
+    assert list(found["group"]) == [0, 1, -1]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": "yes", "sex": "cafe\u0301"}))
+    assert list(read_split(str(path), job(groups=["x", "caf\u00e9"])).dataset["group"]) == [1]
 
 
 def test_a_group_that_the_job_does_not_list_is_refused_without_repeating_it(

@@ -68,7 +68,8 @@ def test_the_newest_reasons_are_kept_for_the_owner_alone(tmp_path: Path) -> None
     assert len(kept) == KEPT and kept[-1].why.startswith(f"row {KEPT + 6}: x")
     assert (state / "reasons.jsonl").stat().st_size < KEPT * 2400
     assert stat.S_IMODE((state / "reasons.jsonl").stat().st_mode) == 0o600
-    (state / "reasons.jsonl").write_text('{"half a line\n[1]\n')
+    odd = json.dumps({name: 5 for name in ("at", "stage", "session", "code", "why", "hint")})
+    (state / "reasons.jsonl").write_text(f'{{"half a line\n[1]\n{odd}\n')
     assert last_reasons(state, 5) == []
 
 

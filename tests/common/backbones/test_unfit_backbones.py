@@ -14,7 +14,7 @@ from support.language_models import CHARACTERS, job_settings, save_language_mode
 from support.trainings import make_job
 
 from fedgraft.common.adapters.model import open_workbench
-from fedgraft.common.backbones import load
+from fedgraft.common.backbones import load, stored
 from fedgraft.common.config.jobfile import parse_job
 from fedgraft.common.errors import BackboneError
 from fedgraft.common.modalities.text import check_length, load_text
@@ -110,6 +110,45 @@ def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
         open_workbench(parse_job(job_settings("gpt2", folder, "-"), where="test"))
 
 
+def changed(folder: Path, change: Any) -> None:
+    """Write the weights of ``folder`` again, each as ``change(name, value)`` gives it."""
+    path = folder / "model.safetensors"
+    tensors = {name: change(name, value) for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def refused(folder: Path, match: str) -> None:
+    with pytest.raises(BackboneError, match=match) as caught:
+        open_workbench(parse_job(job_settings("gpt2", folder, "-"), where="test"))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn])
+def test_weights_without_their_scale_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    changed(folder, lambda name, x: (x * 50).to(dtype) if name.endswith("c_fc.weight") else x)
+    refused(folder, r"c_fc\.weight is stored as \w+, without the scale")
+
+
+def test_layers_that_the_config_does_not_count_are_named(tmp_path: Path) -> None:
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["n_layer"] > 1
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 1}))
+    refused(folder, r"the weights have \S*h\.1\.\S+, a layer that config\.json does not count")
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0])
+def test_weights_that_never_came_are_refused(share: float, tmp_path: Path) -> None:
+    folder = save_language_model("gpt2", tmp_path / "gpt2")
+    names = sorted(
+        name for name, x in load_file(folder / "model.safetensors").items() if x.ndim > 1
+    )
+    lost = set(names[: int(share * len(names) + 0.999)])
+    changed(folder, lambda name, x: torch.zeros_like(x) if name in lost else x)
+    refused(folder, "matrices of weights are zero")
+
+
 @pytest.mark.parametrize(
     ("error", "told"),
     [(hub.GatedRepoError, "is gated"), (hub.RepositoryNotFoundError, "or it is private")],
@@ -199,11 +238,10 @@ def test_what_has_no_rule_of_its_own_fails_in_one_pass_and_in_words(tmp_path: Pa
 
 
 def test_statistics_that_are_no_numbers_are_refused() -> None:
-    job = make_job("resnet")
     model = hf.ResNetForImageClassification(hf.ResNetConfig(num_channels=3))
     for name, value in model.named_buffers():
         if name.endswith("running_var"):
             value.fill_(float("nan"))
             break
     with pytest.raises(BackboneError, match="running_var hold NaN"):
-        load._check_finite(model, open_workbench(job).backbone)
+        stored.check_values(model, "path:x")

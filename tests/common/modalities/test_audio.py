@@ -59,6 +59,8 @@ def bad() -> dict[str, tuple[bytes, str]]:
         "silent": (written(np.zeros(4000, np.int16))["bytes"], "is silent"),
         "constant": (written(np.full(4000, 0.3, np.float32))["bytes"], "is silent"),
         "short": (written(tone(440, seconds=0.02).astype(np.float32))["bytes"], "shorter than 25"),
+        "narrow": (written((tone(440) * 20000).astype(np.int32))["bytes"], "those are of 16 bits"),
+        "loud": (written((tone(440) * 20000).astype(np.float32))["bytes"], "between -1 and 1"),
         "nan": (written(np.full(4000, np.nan, np.float32))["bytes"], "not finite"),
     }
 

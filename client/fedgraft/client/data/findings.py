@@ -15,13 +15,14 @@ class Findings:
 
     ``left_out`` are counts by the reason. ``indices``: labels are numbers, and were read as indices
     into the job's labels. ``twice`` training rows have the content of an earlier one; ``overlap``
-    test rows have the content of a training row.
+    test rows and ``held`` rows of a validation file have the content of a training row.
     """
 
     left_out: dict[str, int]
     indices: bool
     twice: int
     overlap: int
+    held: int = 0
 
     def notes(self) -> list[str]:
         """Return one sentence for each finding; empty if there is nothing to say."""
@@ -35,25 +36,36 @@ class Findings:
             said.append(
                 f"Training rows that repeat an earlier one, and so count twice: {self.twice:,}."
             )
-        if self.overlap:
-            said.append(
-                f"Test rows that stand in the training rows, too: {self.overlap:,}. Results on "
-                "them look better than they are: remove them from one of the two."
-            )
+        for what, count in (("Test", self.overlap), ("Validation", self.held)):
+            if count:
+                said.append(
+                    f"{what} rows that stand in the training rows, too: {count:,}. Results on "
+                    "them look better than they are: remove them from one of the two."
+                )
         return said
 
 
-def examine(train: Sequence[SplitRows], test: Sequence[SplitRows]) -> Findings:
-    """Return the findings for the rows of one site, or of several sites together."""
-    left_out: Counter[str] = Counter()
-    for rows in (*train, *test):
+def examine(
+    train: Sequence[SplitRows], test: Sequence[SplitRows], validation: Sequence[SplitRows] = ()
+) -> Findings:
+    """Return the findings for the rows of one site, or of several sites together.
+
+    ``validation`` are rows of a file of their own.
+    """
+    every, left_out = (*train, *test, *validation), Counter[str]()
+    for rows in every:
         left_out.update(rows.left_out)
-    known, tested = _digests(train), _digests(test)
+    known = _digests(train)
+
+    def among(parts: Sequence[SplitRows]) -> int:
+        return sum(count for digest, count in _digests(parts).items() if digest in known)
+
     return Findings(
         left_out=dict(+left_out),
-        indices=any(rows.labels_read == "indices" for rows in (*train, *test)),
+        indices=any(rows.labels_read == "indices" for rows in every),
         twice=known.total() - len(known),
-        overlap=sum(count for digest, count in tested.items() if digest in known),
+        overlap=among(test),
+        held=among(validation),
     )
 
 

@@ -20,6 +20,7 @@ from fedgraft.common.backbones.folder import (
     refuse_incomplete,
     refuse_unsafe,
 )
+from fedgraft.common.backbones.stored import check_layers, check_stored, check_values
 from fedgraft.common.backbones.timm import is_timm, name_timm_labels, timm_heads
 from fedgraft.common.config.job import Job
 from fedgraft.common.errors import BackboneError, first_line
@@ -121,7 +122,7 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
         if fresh:
             for name in head_names(model):
                 _reset(model.get_submodule(name), model)
-    _check_finite(model, backbone)
+    check_values(model, backbone.source)
     model.requires_grad_(False)
     heads = tuple(f"{name}." for name in head_names(model)) if fresh else ()
     every = [name for name, _ in model.named_parameters()]
@@ -130,23 +131,6 @@ def load(backbone: Backbone, job: Job) -> LoadedBackbone:
     drawn = tuple(name for name in every if name in missing or (heads and name.startswith(heads)))
     count = sum(parameter.numel() for parameter in model.parameters())
     return LoadedBackbone(model.eval(), fresh, drawn, count)
-
-
-def _check_finite(model: nn.Module, backbone: Backbone) -> None:
-    """Check that every weight is a number: one NaN makes every answer NaN, at every site.
-
-    Raises:
-        BackboneError: some are not.
-    """
-    # Of the other buffers, masks may hold infinity.
-    statistics = ((name, one) for name, one in model.named_buffers() if "running_" in name)
-    for name, value in (*model.named_parameters(), *statistics):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise BackboneError(
-                f"{backbone.source}: the weights {name} hold NaN or infinity",
-                hint="fetch the backbone again; if they are the same, it was saved after a "
-                "training that had failed",
-            )
 
 
 def read_config(backbone: Backbone) -> Any:
@@ -324,6 +308,9 @@ def _build(backbone: Backbone, task: Task, labels: Sequence[str]) -> tuple[nn.Mo
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
     missing = set(info["missing_keys"]) | mismatched
     _refuse_random_layers(model, missing, backbone.source, task)
+    check_layers(model, info["unexpected_keys"], backbone.source)
+    if "quantization_config" not in backbone.config:  # transformers has read it, with its scales
+        check_stored(backbone.folder, backbone.source)
     return model, missing
 
 
