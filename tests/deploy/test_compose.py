@@ -1,5 +1,6 @@
 """The compose files: read as meant, nothing writable but volumes and /tmp, paths that exist."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,14 @@ from support.programs import find, passes
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/compose"
 OVERLAYS = ("gpu.yaml", "observability.yaml")
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person's own FEDGRAFT_... decide what compose.yaml mounts."""
+    for name in os.environ:
+        if name.startswith("FEDGRAFT_"):
+            monkeypatch.delenv(name)
 
 
 def merged(*files: str, stub: Path) -> dict[str, Any]:

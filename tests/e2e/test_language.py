@@ -68,7 +68,7 @@ def run_job(
     raw = job_settings(model, backbone, f"{tmp_path}/sites/*{ends[0]}")
     raw["simulation"] |= changes
     raw["method"] = method or raw["method"]
-    raw["privacy"] = {"secure_aggregation": {"enabled": masked, "max_sites": 4}}
+    raw["privacy"] = {"secure_aggregation": {"enabled": masked, "max_sites": 4, "max_weight": 500}}
     job = parse_job(raw, where="test")
     prepared = prepare(job)
     with Run.create(tmp_path / "runs", job) as run:

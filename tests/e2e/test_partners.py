@@ -126,8 +126,8 @@ def test_the_doctor_finds_a_site_well_and_says_what_is_not(partners: Partners) -
     assert found["coordinator"][0] == "ok"
 
 
-def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
-    """Last: it takes site-02 out of the federation."""
+def test_a_revoked_site_is_out_and_comes_back_by_what_the_doctor_says(partners: Partners) -> None:
+    """It comes back with the keys it had, so that the others see no other site."""
     partners.call("provision", "revoke", "site-02", "--home", str(partners.home))
     partners.until(lambda: "refused by" in partners.read("site-02.log"))
     states = {site["site"]: site["state"] for site in partners.status()["sites"]}
@@ -135,10 +135,6 @@ def test_a_revoked_site_is_out_with_its_session(partners: Partners) -> None:
     code, found = doctor(partners, "site-02")
     assert code == 1
     assert found["coordinator"] == ("fail", "certificate revoked or unknown")
-
-
-def test_a_site_comes_back_by_what_the_doctor_says(partners: Partners) -> None:
-    """After the last: with the keys it had, so that the others see no other site."""
     folder = partners.folder / "site-02"
     identity = (folder / "state" / "identity.pem").read_bytes()
     path = str(folder / "site.toml")

@@ -85,7 +85,8 @@ def test_killed_at_both_ends_the_adapter_is_that_of_the_simulation_and_every_sit
     results = {name: partners.folder / name / "state" / "results" / run for name in partners.data}
     for name, result in results.items():
         config = json.loads((result / "adapter" / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == "all-MiniLM-L6-v2"
+        named, _, digest = config["base_model_name_or_path"].partition(" ")
+        assert named == "path:all-MiniLM-L6-v2" and digest.startswith("sha256:")
         verify(partners.folder / name / "state" / "audit.jsonl")
     site = str(partners.folder / "site-00" / "site.toml")
     said = partners.call("site", "results", run, "--measure", "--json", "--site", site)

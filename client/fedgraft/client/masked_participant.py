@@ -27,6 +27,7 @@ from fedgraft.common.messages.masked_terms import (
     evaluation_terms,
     floor_for,
     hash_work,
+    split_loss,
     training_terms,
 )
 from fedgraft.common.messages.payloads import (
@@ -130,7 +131,8 @@ class MaskedParticipant:
                     f"{party.parameters.coding.parties:,} sites has room for: the job should lower "
                     "privacy.secure_aggregation.max_sites",
                 )
-            return party.mask(counts, 1, (tally.loss,), None)  # whole numbers: nothing to round
+            losses = split_loss(tally.loss, party.parameters.coding)
+            return party.mask(counts, 1, losses, None)  # whole numbers: nothing to round
 
     def confirm(self, ask: ConfirmAsk) -> Confirmation:
         """Sign the list of sites in the masked sum."""

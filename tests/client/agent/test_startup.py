@@ -124,10 +124,20 @@ def test_a_certificate_whose_time_has_come_is_renewed(site: Site, world: World) 
     world.due = True
     idle = make_agent(site.file).chores.idle
     assert idle()
-    assert world.done == ["renew"]
+    assert world.done == ["roster", "renew"]
     world.due, world.now = False, world.now + EVERY
     assert not idle()
-    assert world.done == ["renew", "roster"]
+    assert world.done == ["roster", "renew", "roster"]
+
+
+def test_where_certificates_are_short_the_roster_is_refreshed_too(site: Site, world: World) -> None:
+    """A certificate that is due each minute kept new sites out of the roster, for good."""
+    world.due = True
+    idle = make_agent(site.file).chores.idle
+    for _ in range(3):
+        assert idle()
+        world.now += EVERY
+    assert world.done == ["roster", "renew"] * 3
 
 
 @pytest.mark.parametrize("due", [False, True])
@@ -140,8 +150,9 @@ def test_what_fails_is_told_and_tried_again(
     for _ in range(2):
         assert not idle()
         world.now += EVERY
-    assert len(world.done) == 2
-    assert caplog.text.count("the coordinator does not answer; mend it") == 2
+    assert world.done == (["roster", "renew"] if due else ["roster"]) * 2
+    told = caplog.text.count("the coordinator does not answer; mend it")
+    assert told == len(world.done)
 
 
 def test_the_federations_work_comes_before_the_results(site: Site, world: World) -> None:

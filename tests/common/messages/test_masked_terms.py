@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.matrix import tries
 
 from fedgraft.common.config.job import Job
 from fedgraft.common.layout import Layout
@@ -16,12 +17,14 @@ from fedgraft.common.messages.masked_terms import (
     evaluation_terms,
     floor_for,
     hash_work,
+    join_losses,
+    split_loss,
     training_terms,
 )
 from fedgraft.common.messages.payloads import EvaluateRequest, TrainRequest, Work
 from fedgraft.common.metrics.evaluation import TALLY_LIMIT
 from fedgraft.common.secagg.errors import InputRefused, ParameterError
-from fedgraft.common.secagg.quantize import LANES, encode_update
+from fedgraft.common.secagg.quantize import LANES, Coding, encode_update, read_lanes
 from fedgraft.common.secagg.transcript import Parameters, Policy, Roster, context_hash
 
 SESSION = "0123456789abcdef" * 2
@@ -354,3 +357,28 @@ def test_a_description_says_what_is_done() -> None:
     for work in (trained, evaluated):
         assert (work.round, work.job, work.names) == (3, "{}", ("a", "b"))
         assert len(work.adapter) == 32
+
+
+@settings(deadline=None, max_examples=tries(50))
+@given(
+    losses=st.lists(st.floats(0, 2.0**24), min_size=1, max_size=3),
+    sites=st.sampled_from([3, 128, 65535]),
+)
+def test_a_sum_of_losses_comes_back_to_a_part_of_a_level(losses: list[float], sites: int) -> None:
+    """One metric alone would be off by a level a site: by nats, where texts are few."""
+    coding = Coding(sites, 1.0, 32, 2, max_weight=1, metric_limit=2.0**24)
+    lanes = np.zeros(LANES, np.uint32)
+    for loss in losses:
+        vector = encode_update(np.zeros(0), 1, split_loss(loss, coding), coding, None)
+        lanes = lanes + vector[:LANES]
+    found = join_losses(read_lanes(lanes, coding).metrics, coding)
+    level = coding.metric_limit / coding.metric_levels
+    least = len(losses) * (level / coding.metric_levels + 1e-9 * (1 + max(losses)))
+    assert abs(found - sum(losses)) <= least
+
+
+def test_a_site_of_an_earlier_version_sends_one_part() -> None:
+    coding = Coding(3, 1.0, 32, 2, max_weight=1, metric_limit=2.0**24)
+    lanes = encode_update(np.zeros(0), 1, (1234.0,), coding, None)[:LANES]
+    level = coding.metric_limit / coding.metric_levels
+    assert join_losses(read_lanes(lanes, coding).metrics, coding) == pytest.approx(1234, abs=level)

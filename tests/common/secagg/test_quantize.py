@@ -44,6 +44,20 @@ def test_elements_are_those_of_the_formula(values: list[float], weight: int, see
     )
 
 
+def test_a_count_without_room_is_refused_and_one_at_the_edge_is_not() -> None:
+    """Counts are whole levels and are not drawn; clipped ones would be wrong in silence."""
+    levels = Coding(10, 1.0).levels
+    coding = Coding(10, float(levels), max_weight=1)
+    edge = np.array([levels, -levels, 0], np.float64)
+    vector = q.encode_update(edge, 1, (), coding, None)
+    assert vector[q.LANES :].view(np.int32).tolist() == edge.tolist()
+    for beyond in (levels + 1, -levels - 1):
+        with pytest.raises(InputRefused, match="a count is larger"):
+            q.encode_update(np.array([beyond], np.float64), 1, (), coding, None)
+    drawn = q.encode_update(edge * 2, 1, (), coding, np.random.default_rng(0))  # an update is cut
+    assert np.abs(drawn[q.LANES :].view(np.int32)).max() == levels
+
+
 def test_rounding_is_unbiased_and_off_by_less_than_one_level() -> None:
     coding = Coding(3, 1.0, max_weight=7)
     update = np.full(200_000, 0.123456)

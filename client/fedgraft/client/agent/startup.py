@@ -3,6 +3,8 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -88,20 +90,26 @@ class _MemberChores(Chores):
         self._reporter.close()
 
     def _upkeep(self) -> bool:
-        """Renew the certificate or take keys of new sites, when due; return whether renewed."""
+        """Take keys of new sites, and renew the certificate, when due; return whether renewed."""
         if time.monotonic() - self._last < EVERY:
             return False
         self._last = time.monotonic()
-        try:
+        with _going_on("roster"):  # the one must not keep the other from being done
+            refresh_roster(self.state)
+        with _going_on("certificate"):
             if renewal_due(self.state, datetime.now(UTC)):
                 renew(self.member, self.state)
                 log.info("the certificate was renewed")
                 return True
-            refresh_roster(self.state)
-        except FedgraftError as error:
-            log.warning("%s; %s", error, error.hint)
-        except OSError as error:  # a full disk must not end the site
-            log.warning(
-                "the certificate and the roster could not be checked or saved: %s", error.strerror
-            )
         return False
+
+
+@contextmanager
+def _going_on(what: str) -> Iterator[None]:
+    """Log what goes wrong with ``what``: the site goes on, and it is tried again in a minute."""
+    try:
+        yield
+    except FedgraftError as error:
+        log.warning("%s; %s", error, error.hint)
+    except OSError as error:  # a full disk must not end the site
+        log.warning("the %s could not be checked or saved: %s", what, error.strerror)

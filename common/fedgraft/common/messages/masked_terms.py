@@ -5,6 +5,7 @@ its own federation file; it relies on the coordinator only for the cohort. If an
 other terms, it has another context, and no signature matches.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,8 @@ __all__ = [
     "evaluation_terms",
     "floor_for",
     "hash_work",
+    "join_losses",
+    "split_loss",
     "training_terms",
 ]
 
@@ -64,6 +67,24 @@ def evaluation_terms(job: Job, session: str, cohort: tuple[int, ...]) -> Paramet
     layout = digest("tally", *job.job.labels, *measures.named)
     length = measures.classes**2 + measures.size
     return _terms(job, session, cohort, layout, length, coding)
+
+
+def split_loss(loss: float, coding: Coding) -> tuple[float, float]:
+    """Return a sum of losses as the two metrics of a masked evaluation: a coarse and a fine part.
+
+    One metric has 2^31 levels for the sums of all sites up to the largest loss: for a small site a
+    level is a large part of its loss. The fine part is what is left below a level, spread over all
+    levels. A site of an earlier version sends 0 as the fine part.
+    """
+    level = coding.metric_limit / coding.metric_levels
+    whole = math.floor(loss / level)
+    return whole * level, min(max(loss / level - whole, 0.0), 1.0) * coding.metric_limit
+
+
+def join_losses(metrics: tuple[float, ...], coding: Coding) -> float:
+    """Return the sum of losses over sites from the sums of the coarse and of the fine part."""
+    coarse, fine = metrics
+    return coarse + fine / coding.metric_levels
 
 
 def _terms(

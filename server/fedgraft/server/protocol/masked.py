@@ -23,6 +23,7 @@ from fedgraft.common.messages.masked_terms import (
     evaluation_terms,
     floor_for,
     hash_work,
+    join_losses,
     training_terms,
 )
 from fedgraft.common.messages.payloads import (
@@ -123,13 +124,14 @@ def evaluate_masked(
 
     talk = _Conversation(masking, job, transport, cohort)
     try:
-        _, total = talk.hold(request, terms, job.rounds.min_sites)
+        parameters, total = talk.hold(request, terms, job.rounds.min_sites)
     except RoundAborted as error:
         talk.traffic.drop("all sites", f"evaluation: {error}")
         return Evaluated(Tally.empty(job.measures), talk.traffic)
     counts = total.sums.astype(np.int64)
     try:
-        tally = Tally.of_counts(max(total.metrics[0], 0.0), counts, job.measures)
+        loss = join_losses(total.metrics, parameters.coding)
+        tally = Tally.of_counts(max(loss, 0.0), counts, job.measures)
     except MessageError as error:
         talk.traffic.drop("all sites", f"evaluation: {error}")
         tally = Tally.empty(job.measures)
