@@ -89,6 +89,7 @@ def test_killed_at_both_ends_the_adapter_is_that_of_the_simulation_and_every_sit
         assert named == "path:all-MiniLM-L6-v2" and digest.startswith("sha256:")
         verify(partners.folder / name / "state" / "audit.jsonl")
     site = str(partners.folder / "site-00" / "site.toml")
+    partners.end("site-00")  # idle, it measures by itself, and one process at a time may
     said = partners.call("site", "results", run, "--measure", "--json", "--site", site)
     models = json.loads(said.stdout)["models"]
     assert models["zero_shot"] is None  # its head does not know these labels
