@@ -44,7 +44,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
         f"simulation.train={rows / 'train.jsonl'}",
         f"simulation.test={rows / 'test.jsonl'}",
         *("simulation.sites=3", "simulation.partition={kind='dirichlet', alpha=1.0}"),
-        *("rounds.count=4", "rounds.min_sites=3", "rounds.deadline='300s'"),
+        *("rounds.count=8", "rounds.min_sites=3", "rounds.deadline='300s'"),
         *("data.max_length=32", "training.learning_rate=2e-3"),
     )
     return load_job(ROOT / "simulations" / "examples" / "trec.toml", overrides)
@@ -72,8 +72,8 @@ def test_killed_at_both_ends_the_adapter_is_that_of_the_simulation_and_every_sit
     partners.start_sites(["site-01"])
     partners.until(lambda: partners.state(run) == "finished")
     there = Run(partners.home / "runs" / run)
-    assert [line["round"] for line in there.history()] == [1, 2, 3, 4]
-    assert [line["sites"] for line in there.history()] == [3, 3, 3, 3]
+    assert [line["round"] for line in there.history()] == list(range(1, 9))
+    assert [line["sites"] for line in there.history()] == [3] * 8
 
     (tmp_path / "state").mkdir()
     truth = run_here(partners, job, tmp_path)
