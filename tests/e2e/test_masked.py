@@ -75,8 +75,8 @@ def test_masked_validation_counts_exactly_what_clear_validation_counts(
     )
     assert wanted.tally.examples > 15
     assert found.tally.confusion.tolist() == wanted.tally.confusion.tolist()
-    level = 131072 / ((2**31 - 1) // 8)  # of the metric lane, for at most eight sites
-    assert abs(found.tally.loss - wanted.tally.loss) <= 5 * level / 2
+    # In one lane of the metrics a level would be 4.9e-4: the loss needs its fine part, too.
+    assert abs(found.tally.loss - wanted.tally.loss) <= 1e-6
 
 
 def test_four_sites_give_their_sum_and_forget_the_round(tmp_path: Path) -> None:

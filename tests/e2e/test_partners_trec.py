@@ -72,8 +72,8 @@ def test_killed_at_both_ends_the_adapter_is_that_of_the_simulation_and_every_sit
     partners.start_sites(["site-01"])
     partners.until(lambda: partners.state(run) == "finished")
     there = Run(partners.home / "runs" / run)
-    assert [line["round"] for line in there.history()] == list(range(1, 9))
-    assert [line["sites"] for line in there.history()] == [3] * 8
+    assert [line["round"] for line in there.history()] == list(range(1, job.rounds.count + 1))
+    assert [line["sites"] for line in there.history()] == [3] * job.rounds.count
 
     (tmp_path / "state").mkdir()
     truth = run_here(partners, job, tmp_path)
